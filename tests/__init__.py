@@ -1,0 +1,1 @@
+"""Claims about the product, each of which can fail."""

@@ -1,0 +1,1 @@
+"""One trial: GRPO with 4-bit linear layers and noise in the rollouts, and what it proves about itself."""

@@ -1,0 +1,299 @@
+"""Fake quantisation to 4 and 8 bits, and the linear layer that computes with it: the arithmetic under study.
+
+Method. Neighbours on the last axis form a block. A block has one scale X, each element is rounded to the grid of a
+tiny float P, and the layer computes with X * P in the tensor's own dtype. Nothing is packed: the GEMM stays in 16 or
+32 bits and only its operands lie on the grid, which is what 4-bit hardware computes up to the order of its sums.
+The backward pass is the straight-through estimator (arXiv 1308.3432): rounding counts as the identity, so
+dX = dY Wq and dW = dY^T Xq. Its GEMMs are not quantised further.
+
+Formats. OCP Microscaling Formats (MX) v1.0: MXFP4 = E2M1 elements (section 5.3.3), MXFP8 = E4M3 elements (5.3.1), in
+blocks of 32 whose scale is a power of two (E8M0, 5.4.1), converted as in 6.3; companion paper arXiv 2310.10537.
+NVFP4 (arXiv 2509.25149): E2M1 in blocks of 16 whose scale is E4M3, under an fp32 outer scale amax / (448 * 6). That
+one is per tensor for weights, per row (token) for activations: with a common one, what a completion computes would
+depend on the rest of its batch.
+
+Choices, each of which some library makes differently:
+- The scale rule. Let amax = m * 2^e, m in [1, 2), be the largest magnitude of the block and emax the exponent of the
+  grid's largest value (6: 2, 448: 8). X is 2^(e - emax), or twice that:
+    floor  never twice: OCP 6.3. Elements above the largest value saturate (E2M1: m > 1.5, E4M3: m > 1.75).
+    even   when amax rounds up to 2^(e+1) at the element's mantissa bits (E2M1: m >= 1.75, E4M3: m >= 1.9375).
+    rceil  when needed to hold amax: X = 2^ceil(log2(amax / largest)) (E2M1: m > 1.5, E4M3: m > 1.75).
+    ceil   when m > 1: X = 2^(ceil(log2 amax) - emax). Never saturates, wastes up to a binade.
+  All four are one integer add to the bits of amax and a mask. A log2 in floats errs next to powers of two, and in
+  bf16 on ordinary data. The spec has `floor` alone; for E4M3 the thresholds of the others are carried over from E2M1.
+- Elements round to nearest, ties to even, saturate at the largest value, and keep their sign, also that of zero.
+- NaN or Inf anywhere makes the whole block NaN, in NVFP4 all that shares the outer scale: divergence is not hidden.
+- MX is exact for every finite block, subnormals included: the scale stops at E8M0's 2^-127, and nothing is flushed
+  that the format can hold (torch.set_flush_denormal(True) would flush; it is off by default). In NVFP4 a row, or
+  tensor, with amax < 2^-100 becomes zero, as products of its two scales would no longer be normal numbers; so does a
+  block whose scale rounds to zero in E4M3 (its amax is 448 * 1024 times below that of the row or tensor).
+- A result is Inf only where the dtype ends: `even`, `rceil` and `ceil` may round fp32's largest values to 2^128.
+- bf16 and fp16 are computed in fp32. MX results are exact in them, NVFP4 results are rounded once more.
+
+Speed. Eager torch in few passes, in place: chunks that stay in the L2 cache, and rounding by adding and subtracting
+1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
+
+Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
+of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
+gradients.
+
+Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements of a block.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
+_EXPONENT = 0x7F800000
+_FRACTION = 0x007FFFFF
+_FRACTION_BITS = 23
+_CHUNK = 1 << 17
+"""Elements per chunk and CPU thread: input, output and scratch of 512 KiB each stay in an L2 cache of 2 MiB."""
+_NVFP4_MIN_AMAX = 2.0**-100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Element:
+    """The grid of a tiny float without Inf: all +- k * step, with the step of each binade."""
+
+    mantissa_bits: int
+    smallest_normal: float
+    largest: float
+
+    @property
+    def smallest_step(self) -> float:
+        """Distance of neighbours among the subnormals and in the first binade."""
+        return self.smallest_normal * 2.0**-self.mantissa_bits
+
+    @property
+    def largest_exponent(self) -> int:
+        """emax: the exponent of the largest value."""
+        return math.frexp(self.largest)[1] - 1
+
+    @property
+    def largest_fraction(self) -> int:
+        """Fraction bits that the largest value has in fp32."""
+        mantissa, _ = math.frexp(self.largest)
+        return round((2 * mantissa - 1) * (1 << _FRACTION_BITS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How a block is stored."""
+
+    name: str
+    element: Element | None
+    """None: the tensor passes untouched."""
+    block: int
+    """Elements that share a scale."""
+    scale: Element | None = None
+    """None: a power of two (E8M0). Otherwise the grid of the block scale, under an fp32 outer scale."""
+
+
+# --- the function ----------------------------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, per_tensor: bool = False) -> Tensor:
+    """`x` on the grid of `fmt`, in its own shape and dtype, blocks along the last axis; without gradient.
+
+    `scale_rule` concerns the MX formats; `per_tensor` the outer scale of nvfp4: one for all of `x` instead of one
+    per row. A block with a NaN or Inf becomes NaN. Blocks with amax < 2^-124 are exact in MX, zero in nvfp4.
+    `none` returns `x` itself.
+
+    Example: amax = 6 gives X = 1 in mxfp4, so [6.0, 2.6, -0.2, 0.75, ...] becomes [6.0, 3.0, -0.0, 1.0, ...].
+
+    Raises ValueError if the block does not divide the last dimension.
+    """
+    form = FORMATS[fmt]
+    if form.element is None:
+        return x
+    with torch.no_grad():
+        rows = _blocks(x, form)  # [R, B, K]
+        out = torch.empty_like(rows)
+        whole = per_tensor and form.scale is not None
+        for piece, result in zip(_chunks(rows, whole), _chunks(out, whole), strict=True):
+            exact = piece.to(torch.float32)
+            scratch = exact.view(torch.int32) & _MAGNITUDE
+            scale, inverse = _scales(scratch.amax(-1, keepdim=True), form, scale_rule, per_tensor)  # [R, B, 1]
+            y = _round_to_grid_(exact * inverse, form.element, scratch).mul_(scale)
+            torch.copysign(y, exact, out=result)
+        return out.view(x.shape)
+
+
+def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: bool = False) -> Tensor:
+    """Per element the smallest distance of grid points in its block: 0.5 X (mxfp4, nvfp4), 2^-9 X (mxfp8).
+
+    Like `x` in shape and dtype; NaN in a block with a NaN or Inf, 0 in one that nvfp4 flushes. For the weights of a
+    `QuantLinear`, nvfp4 needs per_tensor=True. Raises ValueError for `none`, which has no grid.
+    """
+    form = FORMATS[fmt]
+    if form.element is None:
+        raise ValueError(f"a quantisation step needs a quantised format, but got {fmt}; count in another unit")
+    with torch.no_grad():
+        rows = _blocks(x, form)
+        bits = rows.to(torch.float32).view(torch.int32) & _MAGNITUDE
+        scale, _ = _scales(bits.amax(-1, keepdim=True), form, scale_rule, per_tensor)
+        return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
+
+
+def _blocks(x: Tensor, form: Format) -> Tensor:
+    """`x` as [R, B, K]; shares memory with `x` if it can."""
+    n = x.shape[-1]
+    if n % form.block != 0:
+        raise ValueError(f"{form.name} needs a last dim that is a multiple of {form.block}, but got {n}; exclude it")
+    return x.reshape(math.prod(x.shape[:-1]), n // form.block, form.block)
+
+
+def _chunks(rows: Tensor, whole: bool) -> tuple[Tensor, ...]:
+    """Views of some rows each; one view if they share a scale, and on devices that want few large launches."""
+    size = _CHUNK * torch.get_num_threads()
+    if whole or rows.numel() <= size or rows.device.type != "cpu":
+        return (rows,)
+    return torch.split(rows, max(1, size // (rows.shape[1] * rows.shape[2])))
+
+
+def _scales(amax: Tensor, form: Format, scale_rule: str, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """Block scales and their reciprocals from the bits of amax, all [R, B, 1]. NaN where amax is not finite."""
+    assert form.element is not None
+    if form.scale is not None:
+        return _two_level_scales(amax.view(torch.float32), form.element, form.scale, per_tensor)
+    emax = form.element.largest_exponent
+    # Twice the scale, which is a normal number even for X = 2^-127 and never overflows for X <= 2^126.
+    double = amax.clamp_min(emax << _FRACTION_BITS)
+    double += SCALE_RULES[scale_rule](form.element) - ((emax - 1) << _FRACTION_BITS)
+    double &= _EXPONENT
+    scale = double.view(torch.float32).add_(amax.view(torch.float32), alpha=0).mul_(0.5)  # 0 * Inf = 0 * NaN = NaN
+    return scale, scale.reciprocal()
+
+
+def _two_level_scales(amax: Tensor, element: Element, grid: Element, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """NVFP4: an outer fp32 scale brings the block scales amax / 6 into the range of E4M3, to which they are rounded."""
+    top = amax.amax() if per_tensor else amax.amax(-2, keepdim=True)
+    outer = (top / (grid.largest * element.largest)).masked_fill_(top < _NVFP4_MIN_AMAX, 1.0)
+    inner = amax.div(element.largest).div_(outer)
+    scale = _round_to_grid_(inner, grid, torch.empty_like(inner, dtype=torch.int32)).mul_(outer)
+    return scale, scale.reciprocal().masked_fill_(scale == 0, 0.0)
+
+
+def _round_to_grid_(y: Tensor, element: Element, scratch: Tensor) -> Tensor:
+    """Round `y` in place to nearest even on the grid of `element`, saturating; a zero may lose its sign.
+
+    (y + 1.5 * 2^23 step) - 1.5 * 2^23 step rounds exactly to multiples of the step, which is 2^-mantissa_bits times
+    the power of two below |y|, and at least the smallest one. `scratch` is int32 and as large as `y`.
+    """
+    y.clamp_(-element.largest, element.largest)
+    smallest = (math.frexp(element.smallest_normal)[1] + 126) << _FRACTION_BITS  # its fp32 bits
+    binade = torch.bitwise_and(y.view(torch.int32), _EXPONENT, out=scratch).clamp_min_(smallest).view(torch.float32)
+    magic = 1.5 * 2.0 ** (_FRACTION_BITS - element.mantissa_bits)
+    return y.add_(binade, alpha=magic).sub_(binade, alpha=magic)
+
+
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantise forward, identity backward; keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: str, scale_rule: str, per_tensor: bool) -> Tensor:
+        return fake_quantize(x, fmt, scale_rule, per_tensor=per_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
+
+
+def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: bool = False) -> Tensor:
+    """`fake_quantize` whose gradient is the identity, also where a value saturates. `none` returns `x` itself."""
+    if FORMATS[fmt].element is None or not (x.requires_grad and torch.is_grad_enabled()):
+        return fake_quantize(x, fmt, scale_rule, per_tensor=per_tensor)
+    quantized: Tensor = _StraightThrough.apply(x, fmt, scale_rule, per_tensor)  # type: ignore[no-untyped-call]
+    return quantized
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` on quantised operands, y = Q(x) Q(W)^T + b; either format may be `none`. Build it with `from_linear`.
+
+    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed.
+    Rollout and evaluation: `deployed_weight` stands in for Q(W), which is then computed once and not once per token.
+    """
+
+    name: str
+    weight_format: str
+    activation_format: str
+    scale_rule: str
+    quantize_input: bool
+    """False: the input is quantised already, as when a LoRA adapter beside this layer is to see the same one."""
+    deployed_weight: Tensor | None = None
+    """What the forward pass computes with, as it is: quantised, perhaps noised. A plain tensor, no parameter."""
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        name: str,
+        weight_format: str = "mxfp4",
+        activation_format: str = "mxfp4",
+        scale_rule: str = "floor",
+    ) -> "QuantLinear":
+        """A layer on the very parameters of `linear`: tied weights stay tied.
+
+        Raises ValueError, which names the layer, if a format's block does not divide in_features.
+        """
+        for form in (FORMATS[weight_format], FORMATS[activation_format]):
+            if linear.in_features % form.block != 0:
+                raise ValueError(
+                    f"{name}: {form.name} needs in_features that are a multiple of {form.block}, "
+                    f"but got {linear.in_features}; name this layer in quant.exclude"
+                )
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.name, layer.scale_rule, layer.quantize_input = name, scale_rule, True
+        layer.weight_format, layer.activation_format = weight_format, activation_format
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.quantize_input:
+            x = ste_quantize(x, self.activation_format, self.scale_rule)
+        if self.deployed_weight is not None:
+            assert not torch.is_grad_enabled(), f"{self.name}: training must not see the weights of the rollout"
+            return F.linear(x, self.deployed_weight, self.bias)
+        weight = ste_quantize(self.weight, self.weight_format, self.scale_rule, per_tensor=True)
+        return F.linear(x, weight, self.bias)
+
+    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
+        """Q of `weight`, by default the layer's own, as a plain tensor; with `none` it shares memory with it."""
+        weight = self.weight if weight is None else weight
+        return fake_quantize(weight.detach(), self.weight_format, self.scale_rule, per_tensor=True)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weights={self.weight_format}, activations={self.activation_format}"
+
+
+# --- choices by name -------------------------------------------------------------------------------------------------
+
+
+E2M1 = Element(mantissa_bits=1, smallest_normal=1.0, largest=6.0)  # OCP MX v1.0, 5.3.3
+E4M3 = Element(mantissa_bits=3, smallest_normal=2.0**-6, largest=448.0)  # OCP MX v1.0, 5.3.1
+
+FORMATS: dict[str, Format] = {
+    "none": Format(name="none", element=None, block=1),
+    "mxfp4": Format(name="mxfp4", element=E2M1, block=32),
+    "mxfp8": Format(name="mxfp8", element=E4M3, block=32),
+    "nvfp4": Format(name="nvfp4", element=E2M1, block=16, scale=E4M3),
+}
+
+SCALE_RULES: dict[str, Callable[[Element], int]] = {
+    # What is added to the bits of amax: where it carries into the exponent, the scale doubles.
+    "floor": lambda element: 0,
+    "even": lambda element: 1 << (_FRACTION_BITS - 1 - element.mantissa_bits),
+    "rceil": lambda element: _FRACTION - element.largest_fraction,
+    "ceil": lambda element: _FRACTION,
+}
