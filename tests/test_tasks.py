@@ -1,0 +1,568 @@
+"""Tasks: three sets that never meet, strict marks, garbage worth nothing, and mistakes explained in one line."""
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from spaces.config import ConfigError, TaskConfig
+from trainable.gsm8k import Problem, flexible_number, load_problems, parse_number, problems_of, split_problems, strict_number
+from trainable.gym import HARMLESS, REFUSED, extract_answer, open_gym
+from trainable.tasks import TASKS, Question, Split, Task, addition_question, build_task, split_of
+
+SMALL = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
+HELD_OUT: tuple[Any, ...] = ("selection", "confirm")
+GARBAGE = [
+    "",
+    " \n\t",
+    "no idea",
+    "nan",
+    "-inf",
+    "1e999",
+    "#### nan",
+    "#### 1e999",
+    "####",
+    "#### ####",
+    "\x00\ud800é∑٤٢",
+    "-" * 5000,
+    "9" * 100_000,
+    "[" * 100_000,
+    "<answer>" * 20_000,
+    "1,1," * 20_000,
+    "(((1/0",
+    "{'a': [1,",
+]
+
+CONFIGS = {
+    "addition": TaskConfig(),
+    "addition of one digit": TaskConfig(digits=1),
+    "gsm8k": TaskConfig(name="gsm8k", path=str(SMALL)),
+    "chain_sum": TaskConfig(name="reasoning_gym:chain_sum"),
+    "chain_sum of 200 questions": TaskConfig(
+        name="reasoning_gym:chain_sum",
+        options=(("max_digits", 1), ("max_terms", 2)),
+    ),
+    "basic_arithmetic": TaskConfig(name="reasoning_gym:basic_arithmetic"),
+    "gcd": TaskConfig(name="reasoning_gym:gcd"),
+}
+
+
+@pytest.fixture(params=list(CONFIGS.values()), ids=list(CONFIGS))
+def task(request: pytest.FixtureRequest) -> Task:
+    return build_task(request.param)
+
+
+def prompts(questions: list[Question]) -> list[str]:
+    return [question.prompt for question in questions]
+
+
+def output_of(code: str, hash_seed: str) -> str:
+    """What a new process prints whose sets and dicts of strings are ordered otherwise."""
+    root = Path(__file__).parent.parent
+    environment = {"PYTHONHASHSEED": hash_seed}
+    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+# Contract of every task
+
+
+def test_every_kind_of_task_is_under_contract() -> None:
+    assert {config.name.partition(":")[0] for config in CONFIGS.values()} == TASKS.keys()
+
+
+def test_sample_depends_on_its_arguments_alone(task: Task) -> None:
+    first = task.sample(12, seed=3, step=5, batch=0)
+    task.sample(12, seed=0, step=0, batch=0)
+    task.held_out("selection", 4)
+    assert task.sample(12, seed=3, step=5, batch=0) == first
+    assert len(first) == 12
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"step": 6}, {"batch": 1}])
+def test_another_seed_step_or_batch_draws_other_questions(task: Task, other: dict[str, int]) -> None:
+    arguments = {"seed": 3, "step": 5, "batch": 0}
+    assert task.sample(12, **arguments) != task.sample(12, **(arguments | other))
+
+
+def test_train_selection_and_confirm_never_meet(task: Task) -> None:
+    selection, confirm = (set(prompts(task.held_out(split, 6))) for split in HELD_OUT)
+    train = {prompt for step in range(10) for prompt in prompts(task.sample(20, seed=1, step=step, batch=0))}
+    assert selection
+    assert confirm
+    assert not selection & confirm
+    assert not train & (selection | confirm)
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_shorter_held_out_list_is_the_beginning_of_a_longer_one(task: Task, split: Any) -> None:
+    assert task.held_out(split, 3) == task.held_out(split, 6)[:3]
+
+
+def test_reference_answer_is_correct_with_reward_1(task: Task) -> None:
+    for question in task.sample(8, seed=0, step=0, batch=0):
+        score = task.score(question, f"#### {question.answer}" if task.name == "gsm8k" else question.answer)
+        assert score.correct
+        assert score.reward == 1.0
+        assert score.parts.keys() == task.rewards.keys()
+
+
+@pytest.mark.parametrize("completion", GARBAGE, ids=lambda text: repr(text[:12]))
+def test_garbage_is_worth_nothing(task: Task, completion: str) -> None:
+    question = next(q for q in task.held_out("selection", 6) if q.answer not in completion)
+    score = task.score(question, completion)
+    assert not score.correct
+    assert score.reward == 0.0
+
+
+def test_reward_function_that_raises_fails_the_trial(task: Task) -> None:
+    def broken(question: Question, completion: str) -> float:
+        raise ZeroDivisionError("a bug")
+
+    task.rewards["broken"] = broken
+    task.weights["broken"] = 0.0
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        task.score(task.held_out("selection", 1)[0], "7")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_reward_that_is_not_finite_is_an_error(task: Task, value: float) -> None:
+    task.rewards["wild"] = lambda question, completion: value
+    task.weights["wild"] = 0.0
+    with pytest.raises(ValueError, match=r"wild .* must return a finite number"):
+        task.score(task.held_out("selection", 1)[0], "7")
+
+
+def test_added_reward_counts_by_its_weight_and_leaves_correctness_alone(task: Task) -> None:
+    task.rewards["short"] = lambda question, completion: 1.0 if len(completion) < 3 else 0.0
+    task.weights["short"] = 0.25
+    score = task.score(task.held_out("selection", 1)[0], "?")
+    assert score.parts["short"] == 1.0
+    assert score.reward == 0.25
+    assert not score.correct
+
+
+def test_questions_are_the_same_in_another_process() -> None:
+    code = (
+        "from spaces.config import TaskConfig; from trainable.tasks import build_task\n"
+        "for name in ('addition', 'reasoning_gym:gcd'):\n"
+        "    task = build_task(TaskConfig(name=name))\n"
+        "    print([q.prompt for q in task.held_out('selection', 20) + task.sample(20, seed=1, step=2, batch=3)])\n"
+    )
+    runs = [output_of(code, salt) for salt in ("1", "2")]
+    assert runs[0] == runs[1]
+    assert runs[0].count("[") == 2
+
+
+# Addition
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct"),
+    [("168", True), ("+168", False), (" 168", False), ("168 ", False), ("0168", False), ("168=", False), ("16", False), ("", False)],
+)
+def test_addition_wants_the_bare_number(completion: str, correct: bool) -> None:
+    score = build_task(TaskConfig()).score(Question(prompt="123+45=", answer="168"), completion)
+    assert (score.correct, score.reward, score.parts) == (correct, float(correct), {"exact": float(correct)})
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3, 6])
+def test_addition_operands_have_every_length_and_no_leading_zero(digits: int) -> None:
+    rng = Random(0)
+    questions = [addition_question(rng, digits, "train") for _ in range(600)]
+    lengths = []
+    for question in questions:
+        a, b = question.prompt.removesuffix("=").split("+")
+        assert str(int(a)) == a
+        assert str(int(b)) == b
+        assert question.answer == str(int(a) + int(b))
+        lengths += [len(a), len(b)]
+    for length in range(1, digits + 1):
+        assert lengths.count(length) / len(lengths) == pytest.approx(1 / digits, abs=0.08)
+
+
+def test_a_sum_and_its_mirror_are_in_the_same_share() -> None:
+    rng = Random(1)
+    shares: dict[str, set[str]] = {}
+    for split in ("train", *HELD_OUT):
+        sums = {addition_question(rng, 2, split).prompt for _ in range(300)}
+        shares[split] = sums | {"{1}+{0}=".format(*text.removesuffix("=").split("+")) for text in sums}
+    assert not shares["train"] & (shares["selection"] | shares["confirm"])
+    assert not shares["selection"] & shares["confirm"]
+
+
+def test_shares_have_the_sizes_that_the_docstring_says() -> None:
+    pairs = [f"{a}+{b}" for a in range(0, 1000, 7) for b in range(a, 1000, 3)]
+    counts: dict[Split, int] = {"train": 0, "selection": 0, "confirm": 0}
+    for pair in pairs:
+        counts[split_of(pair, 0.1)] += 1
+    for split, share in (("train", 0.8), ("selection", 0.1), ("confirm", 0.1)):
+        assert counts[split] / len(pairs) == pytest.approx(share, abs=0.01)  # type: ignore[index]
+
+
+def test_held_out_sets_are_the_same_for_ever() -> None:
+    task = build_task(TaskConfig())
+    assert prompts(task.held_out("selection", 3)) == ["71+9=", "49+973=", "50+8="]
+    assert prompts(task.held_out("confirm", 3)) == ["26+870=", "25+19=", "6+1="]
+
+
+def test_held_out_sums_differ_while_the_share_lasts_and_repeat_in_order_after() -> None:
+    assert len(set(prompts(build_task(TaskConfig()).held_out("confirm", 2048)))) == 2048
+    few = prompts(build_task(TaskConfig(digits=1)).held_out("confirm", 128))
+    distinct = len(set(few))
+    assert 5 <= distinct <= 20
+    assert few == (few[:distinct] * 30)[:128]
+
+
+def test_2048_held_out_sums_take_a_fraction_of_a_second() -> None:
+    start = time.process_time()
+    build_task(TaskConfig()).held_out("selection", 2048)
+    assert time.process_time() - start < 0.5
+
+
+# GSM8K
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("42", "42"),
+        (" 42.0 ", "42"),
+        ("42.", "42"),
+        ("$1,234.50", "1234.5"),
+        ("-7", "-7"),
+        ("-$7", "-7"),
+        ("$-7", "-7"),
+        (".5", "0.5"),
+        ("007", "7"),
+        ("1e3", None),
+        ("42 km", None),
+        ("4 2", None),
+        ("1.2.3", None),
+        ("٤٢", None),
+        ("--7", None),
+        ("nan", None),
+        ("Infinity", None),
+        ("", None),
+    ],
+)
+def test_parse_number(text: str, number: str | None) -> None:
+    assert parse_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "flexible"),
+    [
+        ("6*7=42\n#### 42", "42", "42"),
+        ("#### 42.0", "42", "42"),
+        ("####42.", "42", "42"),
+        ("####\n42", "42", "42"),
+        ("#### $1,042", "1042", "1042"),
+        ("#### 7\nno, wait\n#### 42", "42", "42"),
+        ("#### 42\nHope that helps, ask me 3 more!", "42", "3"),
+        ("#### 42 apples", None, "42"),
+        ("#### **42**", None, "42"),
+        ("#### x = 42", None, "42"),
+        ("The answer is 42.", None, "42"),
+        ("The answer is \\boxed{42}", None, "42"),
+        ("It costs $1,042.50.", None, "1042.5"),
+        ("It is 42km", None, "42"),
+        ("It fell to -42", None, "-42"),
+        ("50-8", None, "8"),
+        ("(50)-8", None, "8"),
+        ("one of 1,2,42", None, "42"),
+        ("12,3456", None, "3456"),
+        ("1e999", None, "1"),
+        ("x2", None, None),
+        ("forty-two", None, None),
+        ("", None, None),
+    ],
+)
+def test_strict_and_flexible_readings(completion: str, strict: str | None, flexible: str | None) -> None:
+    assert strict_number(completion) == (None if strict is None else Decimal(strict))
+    assert flexible_number(completion) == (None if flexible is None else Decimal(flexible))
+
+
+def test_gsm8k_is_paid_for_strict_and_logs_flexible() -> None:
+    score = build_task(CONFIGS["gsm8k"]).score(Question(prompt="", answer="42"), "It is 42.")
+    assert (score.reward, score.correct, score.parts) == (0.0, False, {"strict": 0.0, "flexible": 1.0})
+
+
+def test_numbers_are_compared_exactly() -> None:
+    task = build_task(CONFIGS["gsm8k"])
+    assert not task.score(Question(prompt="", answer="0.3"), "#### 0.30000000000000001").correct
+    assert task.score(Question(prompt="", answer="1000.50"), "#### 1,000.5").correct
+
+
+def test_small_file_is_split_70_15_15_in_order() -> None:
+    rows = [json.loads(line) for line in SMALL.read_text().splitlines()]
+    problems = load_problems(str(SMALL))
+    assert [len(part) for part in (problems.train, problems.selection, problems.confirm)] == [28, 6, 6]
+    assert [p.question for p in (*problems.train, *problems.selection, *problems.confirm)] == [row["question"] for row in rows]
+    answers = {p.answer for p in (*problems.train, *problems.selection, *problems.confirm)}
+    assert {"2000", "-7", "13.50", "1290000"} <= answers
+
+
+def numbered(count: int, start: int = 0) -> list[Problem]:
+    return [Problem(question=f"q{i}", answer=str(i)) for i in range(start, start + count)]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "sizes"),
+    [(7473, 1319, (6449, 1024, 1319)), (100, 10, (75, 25, 10)), (40, None, (28, 6, 6)), (11, None, (8, 2, 1)), (3, None, (3, 0, 0))],
+)
+def test_sizes_of_the_three_sets(train: int, test: int | None, sizes: tuple[int, int, int]) -> None:
+    problems = split_problems(numbered(train), None if test is None else numbered(test, start=10_000))
+    assert (len(problems.train), len(problems.selection), len(problems.confirm)) == sizes
+
+
+def test_question_in_two_files_stays_in_confirm() -> None:
+    problems = split_problems([*numbered(8), *numbered(2), *numbered(2, start=100)], numbered(1))
+    sets = [{p.question for p in part} for part in (problems.train, problems.selection, problems.confirm)]
+    assert "q0" in sets[2]
+    assert not sets[0] & sets[1]
+    assert not (sets[0] | sets[1]) & sets[2]
+
+
+def test_folder_uses_its_test_file_for_confirm(tmp_path: Path) -> None:
+    lines = SMALL.read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:30]))
+    (tmp_path / "test.jsonl").write_text("".join(lines[30:]))
+    problems = load_problems(str(tmp_path))
+    assert [p.question for p in problems.confirm] == [json.loads(line)["question"] for line in lines[30:]]
+    assert len(problems.selection) == 7
+
+
+def test_jsonl_round_trip_keeps_unicode_and_skips_blank_lines(tmp_path: Path) -> None:
+    rows = [{"question": f"Zoë\u2028has {i} €?", "answer": f"so\n#### {i}"} for i in range(10)]
+    path = tmp_path / "z.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    problems = load_problems(str(path))
+    everything = (*problems.train, *problems.selection, *problems.confirm)
+    assert [(p.question, p.answer) for p in everything] == [(row["question"], str(i)) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "a", "answer": "#### 1"}\n{oops', r"f\.jsonl:2: not valid JSON"),
+        ('{"question": "a"}', r'f\.jsonl:1: no text under "answer"'),
+        ('{"question": 3, "answer": "#### 1"}', r'f\.jsonl:1: no text under "question"'),
+        ("[1]", r'f\.jsonl:1: no text under "question"'),
+        ('\n\n{"question": "a", "answer": "it is 1"}', r"f\.jsonl:3: the answer ends in 'it is 1'"),
+        ("\n", r"f\.jsonl holds no problems"),
+    ],
+)
+def test_bad_file_is_explained_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        build_task(TaskConfig(name="gsm8k", path=str(path)))
+
+
+def test_missing_or_binary_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.jsonl cannot be read .*; give"):
+        load_problems(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(ConfigError, match=r"train\.jsonl cannot be read"):
+        load_problems(str(tmp_path))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"b\.jsonl is not UTF-8"):
+        load_problems(str(tmp_path / "b.jsonl"))
+
+
+def test_more_questions_than_exist_is_the_users_mistake() -> None:
+    task = build_task(CONFIGS["gsm8k"])
+    with pytest.raises(ConfigError, match=r"eval\.questions=2048: gsm8k has 6 questions for confirm; ask for at most 6"):
+        task.held_out("confirm", 2048)
+    with pytest.raises(ConfigError, match=r"grpo\.prompts=29: gsm8k has 28 questions for train"):
+        task.sample(29, seed=0, step=0, batch=0)
+
+
+def test_hub_rows_become_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in SMALL.read_text().splitlines()]
+    hub = datasets.DatasetDict(train=datasets.Dataset.from_list(rows[:32]), test=datasets.Dataset.from_list(rows[32:]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, part: {("openai/gsm8k", "main"): hub}[name, part])
+    task = build_task(TaskConfig(name="gsm8k"))
+    assert len(task.held_out("confirm", 8)) == 8
+    assert len(task.held_out("selection", 8)) == 8
+    with pytest.raises(ConfigError, match=r'hub row 0: no text under "answer"'):
+        problems_of(hub["train"].remove_columns("answer"), "hub")
+
+
+def test_without_datasets_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install rin-search\[hub\]"):
+        build_task(TaskConfig(name="gsm8k"))
+
+
+def test_without_network_the_remedy_is_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def offline(name: str, part: str) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ConfigError, match=r"cannot be fetched \(ConnectionError: no route\); give a JSONL file by task\.path"):
+        build_task(TaskConfig(name="gsm8k"))
+
+
+def test_prompt_template_is_used_and_may_hold_braces() -> None:
+    task = build_task(TaskConfig(name="gsm8k", path=str(SMALL), prompt="Q: {question} {x}\nA:"))
+    assert task.held_out("selection", 1)[0].prompt.startswith("Q: Max has $20")
+    assert task.held_out("selection", 1)[0].prompt.endswith(" {x}\nA:")
+
+
+# reasoning_gym
+
+
+@pytest.mark.parametrize(
+    ("completion", "lines", "answer"),
+    [
+        ("12", 1, "12"),
+        ("Let me see.\n12\n", 1, "12"),
+        ("<answer>11</answer> no: <answer> 12 </answer> done", 1, "12"),
+        ("<answer>1\n2</answer>", 1, "1\n2"),
+        ("so:\n1\n2", 2, "1\n2"),
+        ("2", 2, "2"),
+        ("<answer>12", 1, "<answer>12"),
+        ("12</answer>", 1, "12</answer>"),
+        ("", 1, ""),
+    ],
+)
+def test_extract_answer(completion: str, lines: int, answer: str) -> None:
+    assert extract_answer(completion, lines) == answer
+
+
+def test_gym_gives_partial_credit_without_calling_it_correct() -> None:
+    task = build_task(CONFIGS["gcd"])
+    question = next(q for q in task.held_out("selection", 5) if len(q.answer) == 1)
+    score = task.score(question, f"it is {question.answer}")
+    assert 0 < score.reward < 1
+    assert not score.correct
+
+
+def test_tables_fill_in_what_they_say() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    assert REFUSED.keys() | HARMLESS.keys() <= DATASETS.keys()
+    assert not REFUSED.keys() & HARMLESS.keys()
+
+
+def test_every_data_set_is_either_built_or_refused_with_a_reason() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    for name in DATASETS:
+        if name in REFUSED:
+            with pytest.raises(ConfigError, match=f"reasoning_gym:{name}: it"):
+                open_gym(name, {})
+        else:
+            assert open_gym(name, {}).name == name
+
+
+@pytest.mark.parametrize("name", ["boxnet", "game_of_life", "prime_factorization", "time_intervals"])
+def test_scorers_that_raise_on_garbage_give_0(name: str) -> None:
+    dataset = open_gym(name, {})
+    entry = next(dataset.entries(Random(0)))
+    for completion in ("[[1]]", "1e999", '{"a": {"b": [1]}}', "nan", "9" * 5000, "null"):
+        assert 0 <= dataset.score(completion, entry) < 0.1
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS))
+def test_scorers_that_evaluate_see_no_code(name: str, tmp_path: Path) -> None:
+    dataset = open_gym(name, {})
+    entry = next(dataset.entries(Random(0)))
+    witness = tmp_path / "witness"
+    for completion in (f"open({str(witness)!r}, 'w')", f"__import__('pathlib').Path({str(witness)!r}).touch()", "exit()", "9**9**9**9"):
+        assert dataset.score(completion, entry) == 0.0
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS.keys() - {"puzzle24", "countdown"}))
+def test_scorers_that_evaluate_see_every_reference_answer(name: str) -> None:
+    dataset = open_gym(name, {})
+    for entry, _ in zip(dataset.entries(Random(0)), range(10), strict=False):
+        assert dataset.score(f"<answer>{entry['answer']}</answer>", entry) == 1.0
+        assert dataset.score(f"Result:\n{entry['answer']}", entry) == 1.0
+
+
+def test_countdown_is_solved_by_an_expression() -> None:
+    dataset = open_gym("countdown", {})
+    entry = next(dataset.entries(Random(0)))
+    assert dataset.score(entry["metadata"]["expression"], entry) == 1.0
+
+
+@pytest.mark.slow
+def test_every_accepted_data_set_makes_the_same_questions_in_every_process() -> None:
+    code = (
+        "from itertools import islice; from random import Random; from reasoning_gym.factory import DATASETS\n"
+        "from trainable.gym import REFUSED, open_gym\n"
+        "for name in sorted(DATASETS.keys() - REFUSED.keys()):\n"
+        "    count = 3 if name in ('futoshiki', 'zebra_puzzles', 'puzzle24') else 30\n"
+        "    for entry in islice(open_gym(name, {}).entries(Random(1)), count):\n"
+        "        print(name, repr(entry['question']), repr(entry['answer']))\n"
+    )
+    runs = [output_of(code, salt).splitlines() for salt in ("1", "2")]
+    assert len(runs[0]) > 2000
+    for first, second in zip(*runs, strict=True):
+        assert first == second
+
+
+@pytest.mark.slow
+def test_every_accepted_data_set_marks_garbage_with_less_than_1() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    for name in sorted(DATASETS.keys() - REFUSED.keys()):
+        dataset = open_gym(name, {})
+        entry = next(dataset.entries(Random(0)))
+        for completion in GARBAGE:
+            assert 0 <= dataset.score(completion, entry) < 1, (name, completion[:20])
+
+
+# The user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "adition"}, "task.name=adition: no such task; did you mean addition?"),
+        ({"name": "gsm8k:main"}, "did you mean gsm8k?"),
+        ({"name": "resoning_gym:gcd"}, "did you mean reasoning_gym:gcd?"),
+        ({"name": "reasoning_gym"}, "did you mean reasoning_gym:chain_sum?"),
+        ({"name": "reasoning_gym:chainsum"}, "no such data set; did you mean reasoning_gym:chain_sum?"),
+        ({"name": "reasoning_gym:chain_sum", "options": {"terms": 2}}, "chain_sum has no option terms; it has allow_negation, "),
+        ({"name": "reasoning_gym:chain_sum", "options": {"seed": 2}}, "chain_sum has no option seed"),
+        ({"name": "reasoning_gym:chain_sum", "options": {"min_terms": 0}}, "min_terms must be positive"),
+        ({"name": "reasoning_gym:chain_sum", "options": {"min_terms": "two"}}, "chain_sum refuses {'min_terms': 'two'}"),
+        ({"name": "reasoning_gym:gcd", "prompt": "Solve it"}, "task.prompt=Solve it: has no place for the question"),
+    ],
+)
+def test_mistakes_name_the_key_the_value_and_the_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_task(TaskConfig.model_validate(settings))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_options_without_variety_are_explained_and_do_not_hang() -> None:
+    options = (("max_digits", 1), ("max_terms", 1), ("min_terms", 1))  # ten questions
+    task = build_task(TaskConfig(name="reasoning_gym:chain_sum", options=options))
+    assert len(set(prompts(task.sample(64, seed=0, step=0, batch=0)))) == 2
+    task.draws = lambda rng, split: itertools.repeat(None)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"1000 draws of reasoning_gym:chain_sum gave no question for confirm; allow more variety"):
+        task.held_out("confirm", 4)
+
+
+def test_tasks_are_built_without_torch_and_without_reasoning_gym() -> None:
+    code = (
+        "import sys; from spaces.config import TaskConfig; from trainable.tasks import build_task\n"
+        "build_task(TaskConfig()).held_out('selection', 4)\n"
+        "assert not {'torch', 'reasoning_gym', 'datasets', 'ray'} & sys.modules.keys()\n"
+    )
+    output_of(code, "1")
