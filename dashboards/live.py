@@ -1,0 +1,125 @@
+"""A sweep while it runs: a table that redraws itself in a terminal, plain lines elsewhere (a log file, a pipe)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dashboards.tables import describe_noise, points
+from search.study import TrialEvent, View
+from spaces.config import flatten
+
+_COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
+_NUMBERS = ("grpo/reward", "gen/entropy", "gen/gibberish", "eval/accuracy")
+
+
+@contextmanager
+def sweep_view(console: Console, runs: int) -> Iterator[View]:
+    """Yields the view that a sweep reports to; `runs` is how many trials are to come."""
+    if not console.is_terminal:
+        yield _PlainLines(console, runs)
+        return
+    events: dict[str, TrialEvent] = {}
+    with Live(_table(events, runs), console=console, refresh_per_second=4) as live:
+
+        def view(event: TrialEvent) -> None:
+            known = events.get(event.trial)
+            metrics = {**(known.metrics if known else {}), **event.metrics}
+            events[event.trial] = _with_metrics(event, metrics)
+            live.update(_table(events, runs))
+
+        yield view
+
+
+def _with_metrics(event: TrialEvent, metrics: Mapping[str, float]) -> TrialEvent:
+    """An evaluation stays visible in the steps after it."""
+    return TrialEvent(
+        trial=event.trial,
+        arm=event.arm,
+        replicate=event.replicate,
+        status=event.status,
+        settings=event.settings,
+        steps=event.steps,
+        step=event.step,
+        metrics=metrics,
+        rule=event.rule,
+    )
+
+
+def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
+    ended = sum(event.status != "running" for event in events.values())
+    table = Table(title=f"{ended} of {runs} trials ended", title_justify="left", header_style="bold")
+    for name in ("trial", "noise", "status"):
+        table.add_column(name)
+    for name in ("step", "sigma", "reward", "entropy", "gibberish", "accuracy"):
+        table.add_column(name, justify="right")
+    for event in events.values():
+        status = f"{event.status} ({event.rule})" if event.rule else event.status
+        reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
+        table.add_row(
+            event.trial,
+            describe_noise(text_params(event.settings)),
+            f"[{_COLORS.get(event.status, 'white')}]{status}[/]",
+            f"{event.step}/{event.steps}",
+            f"{event.metrics.get('rin/sigma', 0):.4g}",
+            points(reward),
+            "-" if entropy is None else f"{entropy:.2f}",
+            points(gibberish),
+            points(accuracy),
+        )
+    return table
+
+
+class _PlainLines:
+    """One line when a trial starts, evaluates or ends."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self.console, self.runs, self.ended = console, runs, 0
+
+    def __call__(self, event: TrialEvent) -> None:
+        if event.status == "running" and event.step == 0:
+            self._say(f"{event.trial}: starts, noise {describe_noise(text_params(event.settings))}")
+        elif event.status == "running" and "eval/accuracy" in event.metrics:
+            self._say(f"{event.trial}: step {event.step}/{event.steps}, accuracy {points(event.metrics['eval/accuracy'])}")
+        elif event.status != "running":
+            self.ended += 1
+            rule = f", rule {event.rule}" if event.rule else ""
+            accuracy = points(event.metrics.get("eval/accuracy"))
+            self._say(f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def text_params(tree: Mapping[str, Any]) -> dict[str, str]:
+    """A configuration's leaves as the text that tracking shows."""
+    return {
+        key: "[" + ",".join(f'"{v}"' if isinstance(v, str) else str(v) for v in value) + "]" if isinstance(value, list) else str(value)
+        for key, value in flatten(tree).items()
+    }
+
+
+@contextmanager
+def build_progress(console: Console) -> Iterator[Any]:
+    """A progress bar for the embedded base; appears only when something is built."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=False
+    ) as bar:
+        task: list[Any] = []
+        said: list[str] = []
+
+        def progress(done: int, total: int, what: str) -> None:
+            if not console.is_terminal:
+                if what not in said:
+                    said.append(what)
+                    console.print(f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)")
+                return
+            if not task:
+                task.append(bar.add_task("", total=total))
+            bar.update(task[0], completed=done, description=f"embedded base model: {what}")
+
+        yield progress

@@ -1,0 +1,494 @@
+"""MLflow, both ends: the Tune callback that writes one run per trial, and the functions that read runs back as records.
+
+Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that drives every
+trial (1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a second run for each trial
+on resume, and leaves runs RUNNING after Ctrl-C. So here the callback only turns what happened into records (plain JSON), and the
+one thread of a `Spool` applies them to MLflow in order, one `log_batch` per report; what cannot be delivered stays in its file.
+Delivery is at least once and every record is idempotent (a run is looked up by its tag `trial_key` before it is created, MLflow
+ignores a metric it has at the same step, time and value, files are overwritten), so the effect is exactly once. A record that
+MLflow refuses, rather than misses, would block those behind it for good: it is moved to `mlflow-refused.jsonl`, with a warning.
+
+A run's tag `status` is the trial's outcome (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is
+FINISHED, KILLED for a collapse or an interrupted sweep, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the
+largest float (SQL has none; the readers turn it back), and the tag `nonfinite/<metric>` holds the first step of either.
+
+Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow takes 1.5 s to import and ray.tune
+2 s, and `rin list` needs neither to start: mlflow is imported at first use in `_client`, and the callback answers Tune's methods
+without being a subclass (Tune does not ask; a test compares the names).
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from search.spool import Record, Spool, as_json, deliver
+from spaces.config import ConfigError, dump_yaml, flatten, parse_yaml
+
+log = logging.getLogger(__name__)
+
+RUN_STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "collapsed": "KILLED", "failed": "FAILED"}
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default of 7 takes minutes; the spool is our retry
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PGCONNECT_TIMEOUT": "10",  # seconds; libpq waits two minutes
+}
+"""Set, unless the user has set them, before mlflow is imported."""
+
+LONGEST_PARAM = 6000  # characters, MLflow's limit
+RUNS_PER_PAGE = 1000
+SPOOL = "mlflow-spool.jsonl"
+SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+# Where the tracking is
+
+
+def default_tracking_uri(store: Path) -> str:
+    """The sqlite file in the store folder."""
+    return absolute_uri(f"sqlite:///{store / 'mlflow.db'}")
+
+
+def absolute_uri(uri: str) -> str:
+    """A relative sqlite path is anchored here: a resumed sweep may start in another folder."""
+    prefix = "sqlite:///"
+    return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
+
+
+def strip_password(text: str) -> str:
+    """`http://user:secret@host` -> `http://user@host`, in a URI or anywhere in a message."""
+    text = re.sub(r"(\w://[^\s:@/?#]*):\S*@", r"\1@", text)
+    return re.sub(r"(?i)([?&][^\s=&]*(?:password|token|secret)[^\s=&]*)=[^\s&]*", r"\1=", text)
+
+
+def check_tracking(uri: str, experiment: str) -> str:
+    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds."""
+    with _one_line(uri, f"cannot write to experiment {experiment}"):
+        client = _client(uri, create=True)
+        experiment_id = _experiment_id(client, uri, experiment)
+        client.set_experiment_tag(experiment_id, "written_by", "rin-search")
+        return experiment_id
+
+
+def _client(uri: str, create: bool = False) -> Any:
+    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in ENVIRONMENT."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
+    uri = absolute_uri(uri)
+    if uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES:
+        _knock(uri, create)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _knock(uri: str, create: bool) -> None:
+    """Fail at once where MLflow would retry for 100 s, and where reading would make an empty database."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    if url.get_backend_name() == "sqlite" and url.database:
+        if create:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        elif not Path(url.database).exists():
+            raise FileNotFoundError("there is no such file")
+    engine = sqlalchemy.create_engine(url)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage != "active":
+            raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
+        return str(experiment.experiment_id)
+    sqlite = absolute_uri(uri).removeprefix("sqlite:///")
+    folder = None if sqlite == uri else str(Path(sqlite).parent / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
+    return str(client.create_experiment(name, artifact_location=folder))
+
+
+@contextmanager
+def _one_line(uri: str, what: str) -> Iterator[None]:
+    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the password."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("mlflow", "sqlalchemy"):
+            raise
+        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
+        reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
+        remedy = "start the server there" if uri.startswith("http") else "check the path, the driver and the rights"
+        raise ConfigError(
+            f"tracking {strip_password(uri)}: {what}: {reason}; {remedy}, or give another --tracking-uri, "
+            "for example http://HOST:5000 or sqlite:///FOLDER/mlflow.db"
+        ) from None
+
+
+# Writing: records, their way to MLflow, the callback
+
+
+class _Backend:
+    """Applies records to MLflow; each is safe to apply twice.
+
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0/1f2e", "time": 1760000000000, "step": 3, "metrics": {"eval/n": 64}}
+    `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is Unix ms.
+    """
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._uri, self._refused = uri, folder / "mlflow-refused.jsonl"
+        self._mlflow: Any = None
+        self._experiments: dict[str, str] = {}
+        self._runs: dict[str, str] = {}
+
+    def send(self, records: Sequence[Record]) -> tuple[list[Record], str]:
+        """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may live
+        elsewhere than the rest, and metrics should not wait for them.
+        """
+        left: list[Record] = []
+        trouble = ""
+        for index, record in enumerate(records):
+            if record["do"] == "file" and left:
+                left.append(record)
+                continue
+            try:
+                self._apply(record)
+            except Exception as error:  # the network, the server, its database and its disk can fail in any way; training goes on
+                reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
+                if self._is_refusal(error):
+                    self._refuse(record, reason)
+                    continue
+                trouble = reason
+                if record["do"] != "file":
+                    return left + list(records[index:]), trouble
+                left.append(record)
+        return left, trouble
+
+    def _apply(self, record: Record) -> None:
+        if self._mlflow is None:
+            self._mlflow = _client(self._uri, create=True)
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, run_id = self._mlflow, self._run_id(record)
+        match record["do"]:
+            case "open":
+                client.update_run(run_id, status="RUNNING")
+                client.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
+            case "log":
+                metrics = [Metric(name, value, record["time"], record["step"]) for name, value in record.get("metrics", {}).items()]
+                params = [Param(*item) for item in record.get("params", {}).items()]
+                tags = [RunTag(*item) for item in record.get("tags", {}).items()]
+                client.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # the client splits params into hundreds
+            case "file":
+                client.log_text(run_id, record["text"], record["path"])
+            case "end":
+                client.set_terminated(run_id, record["status"], record["time"])
+
+    def _run_id(self, record: Record) -> str:
+        """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
+        key, experiment = record["key"], record["experiment"]
+        if key in self._runs:
+            return self._runs[key]
+        if experiment not in self._experiments:
+            self._experiments[experiment] = _experiment_id(self._mlflow, self._uri, experiment)
+        experiment_id = self._experiments[experiment]
+        found = self._mlflow.search_runs([experiment_id], filter_string=f"tags.trial_key = '{key}'", max_results=1)
+        if found:
+            run = found[0]
+        else:
+            tags = {"trial_key": key, **record.get("tags", {})}
+            run = self._mlflow.create_run(experiment_id, start_time=record["time"], tags=tags, run_name=record.get("name"))
+        self._runs[key] = run.info.run_id
+        return self._runs[key]
+
+    def _is_refusal(self, error: Exception) -> bool:
+        """MLflow's own word. A proxy in front of it says "bad request" too, but as plain text."""
+        own_word = type(error).__name__ == "RestException" or not self._uri.startswith("http")
+        return own_word and getattr(error, "error_code", "") in REFUSALS
+
+    def _refuse(self, record: Record, reason: str) -> None:
+        if not self._refused.exists():
+            log.warning("MLflow refuses a record: %s; it and any that follow are kept in %s", reason, self._refused)
+        with self._refused.open("a", encoding="utf-8") as file:
+            file.write(as_json({"reason": reason, "record": record}) + "\n")
+
+
+@dataclass(slots=True, kw_only=True)
+class _OpenRun:
+    key: str
+    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    nonfinite: list[str] = field(default_factory=list)
+    rule: str = ""
+
+
+_LIVE: dict[str, "MLflowCallback"] = {}
+
+
+def _live_callback(sweep: str) -> "MLflowCallback":
+    if sweep not in _LIVE:
+        raise ConfigError(f"sweep {sweep}: make its MLflowCallback before Tuner.restore, which then takes that one")
+    return _LIVE[sweep]
+
+
+def deliver_spool(folder: Path, uri: str) -> int:
+    """Deliver what an earlier process could not; how many records are still undelivered."""
+    return deliver(folder / SPOOL, _Backend(uri, folder).send, f"tracking at {strip_password(uri)}")
+
+
+class MLflowCallback:
+    """Writes one flat run per trial. Give it to Tune's RunConfig and call `close` in a `finally`.
+
+    Tune pickles its callbacks into the store. This one pickles as the name of its sweep, not as a tracking URI with a password in
+    it: on resume, make the callback first; Tuner.restore then takes that very object.
+    """
+
+    def __init__(self, *, uri: str, experiment: str, sweep: str, spool: Path) -> None:
+        self._experiment, self._sweep = experiment, sweep
+        self._spool = Spool(spool / SPOOL, _Backend(absolute_uri(uri), spool).send, f"tracking at {strip_password(uri)}")
+        self._open: dict[str, _OpenRun] = {}
+        self._ended: set[str] = set()
+        _LIVE[sweep] = self
+
+    def __reduce__(self) -> Any:
+        return _live_callback, (self._sweep,)
+
+    def setup(self, **info: Any) -> None:
+        """Before the first trial. Raises ConfigError when another process writes this sweep."""
+        self._spool.start()
+
+    def on_trial_start(self, *, trial: Any, **info: Any) -> None:
+        """Also after a retry and after a resume: the run is then found by its key and is RUNNING again."""
+        setting = trial.config
+        arm, replicate = str(setting["arm"]), str(setting["replicate"])
+        key = quote(f"{self._sweep}/{arm}/{replicate}/{trial.trial_id}", safe="/")
+        self._ended.discard(trial.trial_id)
+        self._open.setdefault(trial.trial_id, _OpenRun(key=key))
+        tags = {"sweep": self._sweep, "arm": arm, "replicate": replicate, "origin": str(setting["origin"]), "status": "running"}
+        self._put(key, do="open", name=f"{arm}/{replicate}", tags=tags)
+        self._put(key, do="log", params={name: _param(value) for name, value in flatten(setting["config"]).items()})
+        self._put(key, do="file", path="config.yaml", text=dump_yaml(setting["config"]))
+
+    def on_trial_result(self, *, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
+        """Tune brings the last result here too, `done` set, before on_trial_complete."""
+        run = self._run_of(trial)
+        step, outcome = int(result.get("step", 0)), result.get("outcome") or {}
+        named = {f"eval/{name}": value for name, value in (outcome.get("eval") or {}).items()}
+        named |= {"perf/step_seconds": result.get("seconds"), "perf/trial_seconds": outcome.get("seconds")}
+        named |= {name: value for name, value in result.items() if "/" in name}
+        metrics = {name: float(value) for name, value in named.items() if isinstance(value, Real)}
+        tags = {f"nonfinite/{name}": str(step) for name, value in metrics.items() if not math.isfinite(value) and name not in run.nonfinite}
+        run.nonfinite += [name.removeprefix("nonfinite/") for name in tags]
+        rule = result.get("rule") or outcome.get("rule") or ""
+        if rule and not run.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
+            run.rule = rule
+            tags |= {"collapse/rule": rule, "collapse/step": str(step), "collapse/evidence": str(result.get("evidence", ""))}
+        self._put(run.key, do="log", step=step, metrics=metrics, tags=tags)
+        if result.get("samples"):
+            run.samples[step] = list(result["samples"])
+        if outcome:
+            self._end(trial.trial_id, outcome["outcome"], outcome=outcome)
+
+    def on_trial_complete(self, *, trial: Any, **info: Any) -> None:
+        """A run that is still open here was stopped from outside: by the scheduler, a stopper or the budget."""
+        if trial.trial_id in self._open:
+            self._end(trial.trial_id, "stopped")
+
+    def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
+        """Failed, and will be tried again from its checkpoint."""
+        self._put(self._run_of(trial).key, do="log", tags={"retries": str(trial.num_failures), "error": _last_line(trial)})
+
+    def on_trial_error(self, *, trial: Any, **info: Any) -> None:
+        """Tune comes here without on_trial_start when the set-up fails."""
+        if trial.trial_id not in self._ended:  # else the result is in and something failed after it: the result counts
+            self._run_of(trial)
+            self._end(trial.trial_id, "failed", error=_last_line(trial))
+
+    def on_experiment_end(self, **info: Any) -> None:
+        self.close()
+
+    def on_step_begin(self, **info: Any) -> None:
+        """Nothing happens here, nor at the four that follow; Tune calls every method of a callback."""
+
+    on_step_end = on_trial_restore = on_trial_save = on_checkpoint = on_step_begin
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Tune saves this. Run ids need no saving: a run is found by its key, also when the state is older than the run."""
+        return {trial_id: asdict(run) for trial_id, run in self._open.items()} or None
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._open |= {trial_id: _OpenRun(**run) for trial_id, run in state.items()}
+
+    def close(self) -> None:
+        """Runs that are still open are `stopped` and KILLED; the last delivery is tried. Safe to call twice."""
+        for trial_id in list(self._open):
+            self._end(trial_id, "stopped", run_status="KILLED")
+        self._spool.close()
+
+    def _run_of(self, trial: Any) -> _OpenRun:
+        if trial.trial_id not in self._open:
+            self.on_trial_start(trial=trial)
+        return self._open[trial.trial_id]
+
+    def _end(self, trial_id: str, status: str, *, run_status: str = "", error: str = "", outcome: Mapping[str, Any] | None = None) -> None:
+        run, outcome = self._open.pop(trial_id), outcome or {}
+        self._ended.add(trial_id)
+        tags = {"status": status} | ({"error": error} if error else {})
+        files = {}
+        if outcome.get("config"):
+            files["config.yaml"] = dump_yaml(outcome["config"])  # as it ran: with the thread count that was in force
+        if outcome.get("receipt"):
+            files["receipt.json"] = as_json(outcome["receipt"])
+        if (outcome.get("eval") or {}).get("correct") is not None:
+            files["correct.json"] = as_json(outcome["eval"]["correct"])
+        if run.samples:
+            files["samples.json"] = _table([{"step": step, **row} for step, rows in sorted(run.samples.items()) for row in rows])
+            tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
+        for path, text in files.items():
+            self._put(run.key, do="file", path=path, text=text)
+        self._put(run.key, do="log", tags=tags)
+        self._put(run.key, do="end", status=run_status or RUN_STATUS[status])
+
+    def _put(self, key: str, **record: Any) -> None:
+        self._spool.put({"experiment": self._experiment, "key": key, "time": int(time.time() * 1000), **record})
+
+
+def _param(value: Any) -> str:
+    text = value if isinstance(value, str) else as_json(value)
+    mark = f"... ({len(text)} characters)"
+    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(mark)] + mark
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when retried."""
+    cells = [[row.get(column) for column in SAMPLE_COLUMNS] for row in rows]
+    cells = [[str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in cells]  # strict JSON
+    return as_json({"columns": SAMPLE_COLUMNS, "data": cells})
+
+
+def _last_line(trial: Any) -> str:
+    """The error itself, without its traceback, from the file where Tune keeps it."""
+    try:
+        text = Path(trial.error_file or "").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown"
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown"
+
+
+# Reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """One run, read back.
+
+    Example: TrialRecord(run_id="5d0c...", trial_id="1f2e", arm="c03", replicate=0, origin="searcher", status="collapsed",
+    rule="nonfinite", reason="grpo/loss is nan", params={"noise.sigma_start": "0.05"}, metrics={"eval/accuracy": 0.39}, ...)
+    """
+
+    run_id: str
+    trial_id: str
+    arm: str
+    replicate: int
+    origin: str
+    """`control`, `point` or `searcher`."""
+    status: str
+    """`running`, `completed`, `collapsed`, `stopped` or `failed`."""
+    rule: str
+    """The collapse rule that fired ("" if none); with collapse.mode=monitor also on a completed trial."""
+    reason: str
+    """Of a failed trial the last line of its error, else what the rule saw ("" if none fired)."""
+    params: dict[str, str]
+    """The configuration: dotted key -> text."""
+    metrics: dict[str, float]
+    """Last values; NaN and infinities as they were reported."""
+    started: float
+    """Unix seconds."""
+    ended: float | None
+    """Unix seconds; None while it runs."""
+
+
+def load_study(uri: str, experiment: str) -> tuple[TrialRecord, ...]:
+    """Every trial of an experiment in the order in which they started. Raises ConfigError when there is no such experiment."""
+    with _one_line(uri, f"cannot read experiment {experiment}"):
+        client = _client(uri)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
+        runs: list[Any] = []
+        token = None
+        while token is None or token:
+            page = client.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
+            runs, token = runs + list(page), page.token or ""
+    return tuple(_record(run) for run in runs if "trial_key" in run.data.tags)
+
+
+def _record(run: Any) -> TrialRecord:
+    tags = run.data.tags
+    running = run.info.status == "RUNNING"
+    return TrialRecord(
+        run_id=run.info.run_id,
+        trial_id=tags["trial_key"].rsplit("/", 1)[-1],
+        arm=tags.get("arm", ""),
+        replicate=int(tags.get("replicate", 0)),
+        origin=tags.get("origin", ""),
+        status=tags.get("status", ""),
+        rule=tags.get("collapse/rule", ""),
+        reason=tags.get("error" if tags.get("status") == "failed" else "collapse/evidence", ""),
+        params=dict(run.data.params),
+        metrics={name: _number(value) for name, value in run.data.metrics.items()},
+        started=run.info.start_time / 1000,
+        ended=None if running or run.info.end_time is None else run.info.end_time / 1000,
+    )
+
+
+def _number(value: float) -> float:
+    """The largest float stands for an infinity in MLflow's database."""
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
+
+
+def load_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """(step, value) in order; of a step that was repeated after a resume, the last value. NaN and infinities as reported."""
+    with _one_line(uri, f"cannot read {metric} of run {run_id}"):
+        points = _client(uri).get_metric_history(run_id, metric)
+    return sorted({point.step: _number(point.value) for point in sorted(points, key=lambda point: point.timestamp)}.items())
+
+
+def load_correct(uri: str, run_id: str) -> list[int]:
+    """1 or 0 per question of the evaluation set. Raises ConfigError when the trial did not get as far as its evaluation."""
+    return [int(value) for value in json.loads(_read_file(uri, run_id, "correct.json"))]
+
+
+def load_config(uri: str, run_id: str) -> dict[str, Any]:
+    """The tree of a TrialConfig."""
+    tree: dict[str, Any] = parse_yaml(_read_file(uri, run_id, "config.yaml"), origin=f"config.yaml of run {run_id}")
+    return tree
+
+
+def _read_file(uri: str, run_id: str, path: str) -> str:
+    with _one_line(uri, f"cannot read {path} of run {run_id}"), tempfile.TemporaryDirectory() as folder:
+        client = _client(uri)
+        if path not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+            raise ConfigError(f"run {run_id} has no {path}; only trials that reached their last step have one")
+        return Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")

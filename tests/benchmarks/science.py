@@ -1,0 +1,225 @@
+"""The plan in miniature, with replicates: what reproduces on the embedded workload, and what does not.
+
+    make science                      every part, about 25 minutes on two cores
+    make science ARGS="--seeds 3"     fewer replicates
+
+Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json
+(every number) and docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make test` holds one seed of each claim.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from search.export import by_arm
+from search.statistics import Comparison, compare
+from search.store import StudyConfig
+from search.study import TrialEvent, run_study
+from search.tracking import TrialRecord, default_tracking_uri, load_history
+from spaces.config import parse_overrides
+from spaces.library import SPACES
+
+DOCS = Path(__file__).parents[2] / "docs"
+POINTS = ("bf16", "e13h", "e13i-baseline", "e13i-v2", "e13i-v4-filter-off", "e13m-rmsnorm")
+CURVES = ("control", "bf16", "e13i-baseline", "e13i-v4-filter-off", "e13m-rmsnorm")
+
+
+def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides: str) -> tuple[TrialRecord, ...]:
+    """An ordinary sweep of fixed points."""
+    arms = len(points) + 1 + (1 if any(p.startswith("e13") and "off" not in p for p in points) else 0)
+    config = StudyConfig(
+        name=name,
+        space=SPACES["sigma"],
+        trials=arms,
+        points=tuple(points),
+        replicates=seeds,
+        settings=parse_overrides(overrides),
+        store=str(store),
+        tracking_uri=default_tracking_uri(store),
+    )
+
+    def view(event: TrialEvent) -> None:
+        if event.status != "running":
+            accuracy = event.metrics.get("eval/accuracy")
+            print(f"  {name} {event.trial}: {event.status} {event.rule} step {event.step} accuracy {accuracy}", flush=True)
+
+    return run_study(config, view).records
+
+
+def accuracies(runs: Sequence[TrialRecord], metric: str = "eval/accuracy") -> list[float]:
+    return [run.metrics[metric] for run in sorted(runs, key=lambda run: run.replicate)]
+
+
+def percent(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+
+
+def interval(c: Comparison) -> str:
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], {c.verdict} ({c.replicates} replicates)"
+
+
+def ending(runs: Sequence[TrialRecord]) -> str:
+    """`collapsed 5 of 5 (filter_rejection at step 3)`; a collapse at step k is in the step with index k."""
+    counts = Counter(run.status for run in runs)
+    text = ", ".join(f"{word} {count} of {len(runs)}" for word, count in counts.most_common())
+    ends = Counter((run.rule, int(run.metrics["rin/steps_done"]) - 1) for run in runs if run.status == "collapsed")
+    return text + "".join(f"; {rule} at step {step} ({count}x)" for (rule, step), count in ends.most_common())
+
+
+def plan_in_miniature(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
+    records = sweep(store, "plan", POINTS, seeds)
+    arms = by_arm(records)
+    lines = ["| configuration | ending | W4A4 start | accuracy | unquantised | gain |", "|---|---|---|---|---|---|"]
+    for arm, runs in arms.items():
+        gain = [e - s for e, s in zip(accuracies(runs), accuracies(runs, "eval/accuracy_start"), strict=True)]
+        cells = (percent(accuracies(runs, m)) for m in ("eval/accuracy_start", "eval/accuracy", "eval/accuracy_bf16"))
+        lines.append(f"| {arm} | {ending(runs)} | {' | '.join(cells)} | {percent(gain)} |")
+    control, filtered = arms["control"], arms["control-resample"]
+    positive = arms["bf16"]
+    comparisons = {
+        "positive control: bf16 at the end against its own start": compare(
+            accuracies(positive), accuracies(positive, "eval/accuracy_start")
+        ),
+        "e13m-rmsnorm against control-resample (same filter, same seeds)": compare(accuracies(arms["e13m-rmsnorm"]), accuracies(filtered)),
+        "e13i-v4-filter-off against control (collapsed runs with the accuracy at their stop)": compare(
+            accuracies(arms["e13i-v4-filter-off"]), accuracies(control)
+        ),
+        "the filter alone: control-resample against control": compare(accuracies(filtered), accuracies(control)),
+        "W4A4 training (control) against its own start": compare(accuracies(control), accuracies(control, "eval/accuracy_start")),
+        "W4A4 before training against BF16 before training, sign ignored": compare(
+            accuracies(control, "eval/unsigned_start"), accuracies(positive, "eval/unsigned_start")
+        ),
+    }
+    lines += ["", *(f"- {what}: {interval(c)}" for what, c in comparisons.items())]
+    draw(store, records, DOCS / "sweep.png")
+    return lines, {"runs": [run_numbers(r) for r in records]}
+
+
+def monitored(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
+    """The collapsing point with the filter off, watched instead of stopped."""
+    records = sweep(store, "monitored", ["e13i-v4-filter-off"], seeds, "collapse.mode=monitor")
+    arms = by_arm(records)
+    treated, control = arms["e13i-v4-filter-off"], arms["control"]
+    rules = Counter(run.rule or "none" for run in treated)
+    alarms = ", ".join(f"{rule} ({n}x)" for rule, n in rules.items())
+    return [
+        f"- e13i-v4-filter-off: {ending(treated)}; first alarm: {alarms}",
+        f"- against its control: {interval(compare(accuracies(treated), accuracies(control)))}",
+    ], {"runs": [run_numbers(r) for r in records]}
+
+
+def false_alarms(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
+    """Healthy runs, collapse rules enforced."""
+    records = sweep(store, "healthy", [], seeds)
+    return [f"- {len(records)} seeds without noise: {ending(records)}"], {"runs": [run_numbers(r) for r in records]}
+
+
+def real_model() -> tuple[list[str], dict[str, Any]]:
+    """Five GRPO steps of SmolLM2-135M in W4A4 with RMSNorm noise, in a process of its own."""
+    rin = Path(sys.executable).parent / "rin"
+    command = [str(rin), "trial", "e13i-v3", "--workload", "smollm2-135m", "--json"]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    *steps, outcome = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [
+        f"`rin trial e13i-v3 --workload smollm2-135m`: {seconds:.0f} s in all, peak memory {peak:.1f} GiB, outcome {outcome['outcome']}",
+        "",
+        "| step | sigma | reward | entropy | length | KL to the clean policy | gradient norm | rollout s | update s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = ("grpo/reward", "gen/entropy", "gen/length", "rollout_corr/kl", "grpo/grad_norm", "perf/rollout_seconds", "perf/update_seconds")
+    for step in steps:
+        cells = " | ".join(f"{step['signals'].get(name, float('nan')):.3g}" for name in names)
+        lines.append(f"| {step['step']} | {step['sigma']:.4g} | {cells} |")
+    scores = outcome["eval"]
+    lines.append("")
+    lines.append(
+        f"accuracy on {scores['n']} questions: W4A4 {scores['accuracy_start']:.3f} -> {scores['accuracy']:.3f}, "
+        f"unquantised {scores['accuracy_bf16_start']:.3f} -> {scores['accuracy_bf16']:.3f} (5 steps: signals, not a finding)"
+    )
+    return lines, {"steps": steps, "eval": {k: v for k, v in scores.items() if k != "correct"}, "seconds": seconds, "peak_gib": peak}
+
+
+def run_numbers(record: TrialRecord) -> dict[str, Any]:
+    return {
+        "arm": record.arm,
+        "replicate": record.replicate,
+        "status": record.status,
+        "rule": record.rule,
+        "reason": record.reason,
+        "metrics": record.metrics,
+    }
+
+
+def draw(store: Path, records: Sequence[TrialRecord], path: Path) -> None:
+    """Sampled reward over steps, a line per replicate, and the sigma that was in force."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    uri = default_tracking_uri(store)
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
+    colors = pyplot.get_cmap("tab10").colors
+    for color, (arm, runs) in zip(colors, ((a, r) for a, r in by_arm(records).items() if a in CURVES), strict=False):
+        for run in runs:
+            curve = load_history(uri, run.run_id, "grpo/reward")
+            label = f"{arm} ({ending(runs).split(';')[0]})" if run is runs[0] else None
+            top.plot(*zip(*curve, strict=True), color=color, alpha=0.8, linewidth=1.2, label=label)
+            if run.status == "collapsed":
+                top.plot(*curve[-1], marker="X", color=color, markersize=9, zorder=3)
+    noisy = next(r for r in records if r.arm == "e13m-rmsnorm")
+    bottom.step(*zip(*load_history(uri, noisy.run_id, "rin/sigma"), strict=True), where="post", color="black")
+    top.set_ylabel("mean reward of the rollout")
+    top.set_title("GRPO in W4A4 MXFP4 on three-digit sums: a line per seed, X = stopped as collapsed")
+    top.legend(fontsize=8)
+    top.grid(alpha=0.3)
+    bottom.set_ylabel("sigma")
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+PARTS = {
+    "The plan in miniature": lambda store, seeds: plan_in_miniature(store, seeds),
+    "Watched instead of stopped": lambda store, seeds: monitored(store, seeds),
+    "False alarms": lambda store, seeds: false_alarms(store, 4 * seeds),
+    "A real model on a real task": lambda store, seeds: real_model(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seeds", type=int, default=5)
+    seeds = parser.parse_args().seeds
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch on the CPU, Python {platform.python_version()}"
+    page = ["# What reproduces", "", f"Made by `make science` with {seeds} seeds. {machine}.", ""]
+    numbers: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for title, part in PARTS.items():
+            print(title, flush=True)
+            started = time.perf_counter()
+            lines, numbers[title] = part(Path(folder), seeds)
+            page += [f"## {title}", "", *lines, "", f"({time.perf_counter() - started:.0f} s)", ""]
+            DOCS.mkdir(exist_ok=True)
+            (DOCS / "science.md").write_text("\n".join(page), encoding="utf-8")
+            (DOCS / "science.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The saved view in a real sqlite store; `slow`: served by a real MLflow server and drawn by a real browser."""
+
+import html
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from dashboards import mlflow_views
+from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state, view_url
+from search import tracking
+from search.tracking import MLflowCallback, default_tracking_uri, load_study
+from spaces.config import ConfigError, NoiseConfig, TrialConfig, as_tree, flatten_fields
+from trainable.signals import NAMES
+
+EXPERIMENT = "e13 sweep"
+STEPS = 29
+ARMS = (  # sigma_start, modules, step of its collapse
+    *((0.0, "linear", None), (0.005, "linear", None), (0.01, "linear", None), (0.05, "linear", 6)),
+    *((0.01, "rmsnorm", None), (0.05, "rmsnorm", None)),
+)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with twelve runs: six arms of two replicates, of which one arm collapses, written as a sweep writes them."""
+    folder = tmp_path_factory.mktemp("store")
+    uri = default_tracking_uri(folder)
+    callback = MLflowCallback(uri=uri, experiment=EXPERIMENT, sweep=EXPERIMENT, spool=folder / "spool")
+    for number, (sigma, modules, collapse) in enumerate(ARMS):
+        for replicate in range(2):
+            config = as_tree(TrialConfig(noise=NoiseConfig(sigma_start=sigma, sigma_end=sigma / 10, modules=(modules,)), seed=replicate))
+            write_run(callback, number, replicate, config, collapse)
+    callback.close()
+    return uri
+
+
+def write_run(callback: MLflowCallback, number: int, replicate: int, config: Any, collapse: int | None) -> None:
+    noise, draw = config["noise"], random.Random(10 * number + replicate)
+    arm = "control" if number == 0 else f"c{number:02}"
+    setting = {"config": config, "arm": arm, "replicate": replicate, "origin": "searcher"}
+    trial: Any = SimpleNamespace(trial_id=f"t{number}{replicate}", config=setting, error_file=None, num_failures=0)
+    callback.on_trial_start(trial=trial)
+    last = STEPS - 1 if collapse is None else collapse
+    for step in range(last + 1):
+        share = step / (STEPS - 1)
+        broken = collapse is not None and step > 3
+        sigma = 0.0 if step < 3 else noise["sigma_start"] * 0.1**share
+        accuracy = 0.05 if broken else 0.2 + 0.25 * share - 2 * sigma + draw.gauss(0, 0.01)
+        signals = {
+            "rin/sigma": sigma,
+            "grpo/reward": accuracy + draw.gauss(0, 0.02),
+            "gen/entropy": 2.5 if broken else 0.6 - 0.3 * share + 4 * sigma + draw.gauss(0, 0.02),
+            "gen/length": 6 + draw.gauss(0, 0.1),
+            "gen/gibberish": 0.3 if broken else 0.2 * sigma,
+            "filter/all_wrong": 0.9 if broken else 0.4 - 0.2 * share,
+            "rollout_corr/kl": 0.01 + 400 * sigma**2 * math.exp(draw.gauss(0, 0.1)),
+        }
+        result: dict[str, Any] = {"step": step, "seconds": 2.5, "collapsed": 0, "rule": "", **signals}
+        if step % 10 == 9 or step == last:
+            result["eval/accuracy"] = accuracy
+        if step == last:
+            status, rule = ("completed", "") if collapse is None else ("collapsed", "gibberish")
+            evaluation = {"accuracy": accuracy, "accuracy_bf16": accuracy + 0.03, "n": 4, "correct": [1, 0, 0, 1]}
+            result |= {"rule": rule, "evidence": "gen/gibberish 0.3 above 0.05" if rule else ""}
+            result["outcome"] = {"outcome": status, "rule": rule, "step": step, "eval": evaluation, "config": config, "seconds": 70.0}
+        callback.on_trial_result(trial=trial, result=result)
+    callback.on_trial_complete(trial=trial)
+
+
+def experiment(uri: str) -> Any:
+    return tracking._client(uri).get_experiment_by_name(EXPERIMENT)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_view_fits_into_its_tag_and_saving_it_again_changes_nothing(uri: str) -> None:
+    from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
+
+    key = save_view(uri, EXPERIMENT)
+    first = dict(experiment(uri).tags)
+    assert list(first) == [TAG] == [f"mlflow.sharedViewState.{key}"]
+    assert len(first[TAG]) < MAX_EXPERIMENT_TAG_VAL_LENGTH / 2
+    assert json.loads(json.loads(first[TAG])["state"]) == view_state()
+    assert save_view(uri, EXPERIMENT) == key
+    assert experiment(uri).tags == first
+
+
+def test_view_of_an_earlier_version_is_brought_up_to_date(uri: str) -> None:
+    save_view(uri, EXPERIMENT)
+    now = experiment(uri)
+    tracking._client(uri).set_experiment_tag(now.experiment_id, TAG, "{}")
+    save_view(uri, EXPERIMENT)
+    assert experiment(uri).tags == now.tags
+
+
+def test_view_names_only_what_a_trial_tracks() -> None:
+    """A renamed signal or field would leave an empty column or chart behind."""
+    metrics = {*NAMES.values(), "eval/accuracy"}
+    params = set(flatten_fields(TrialConfig))
+    named = {column: column.split("`")[1] for column in COLUMNS}
+    assert {name for column, name in named.items() if column.startswith("tags.")} == {"arm", "replicate", "status", "collapse/rule"}
+    assert {name for column, name in named.items() if column.startswith("params.")} <= params
+    assert {name for column, name in named.items() if column.startswith("metrics.")} <= metrics
+    assert {*LINES, *PARALLEL["selectedMetrics"]} <= metrics
+    assert set(PARALLEL["selectedParams"]) <= params
+    assert all(name in (params if kind == "PARAM" else metrics) for name, kind in SCATTERS)
+
+
+def test_unknown_experiment_is_the_users_mistake(uri: str) -> None:
+    with pytest.raises(ConfigError, match="no experiment e99; give the name of a sweep"):
+        save_view(uri, "e99")
+
+
+def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_views, "_save_view", lambda *_: pytest.fail("went on"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"):
+            serve_ui(uri, EXPERIMENT, port, on_ready=print)
+    with pytest.raises(ConfigError, match="port 70000 on 127.0.0.1: .*; give another --port"):
+        serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
+
+
+def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho cannot import sqlalchemy >&2; exit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(RuntimeError, match="exit code 3; it said:\ncannot import sqlalchemy"):
+        serve_ui(uri, EXPERIMENT, free_port(), on_ready=lambda _: pytest.fail("not ready"))
+
+
+@contextmanager
+def serving(uri: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rin ui` in a process of its own, and the address that it gives."""
+    script = "import sys; from dashboards.mlflow_views import serve_ui; uri, name, port = sys.argv[1:]; "
+    script += "serve_ui(uri, name, int(port), on_ready=lambda url: print(url, flush=True))"
+    command = [sys.executable, "-c", script, uri, EXPERIMENT, str(free_port())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(uri: str) -> Iterator[str]:
+    with serving(uri) as (_, url):
+        yield url
+
+
+class Browser:
+    """Headless Chromium, spoken to over its DevTools pipe: JSON messages that end in a zero byte, on descriptors 3 and 4."""
+
+    def __init__(self, profile: Path) -> None:
+        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        assert program, "this test needs a browser: apt-get update && apt-get install -y chromium"
+        switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+        switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
+        switches += [f"--user-data-dir={profile}", "--window-size=2400,2400"]  # what is out of sight is not drawn
+        there, self._write = os.pipe()
+        self._read, back = os.pipe()
+        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
+        self._process = subprocess.Popen(shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(there)
+        os.close(back)
+        self._calls, self._rest = 0, b""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    _session: dict[str, str] = {}  # noqa: RUF012
+
+    def call(self, method: str, **params: Any) -> Any:
+        self._calls += 1
+        os.write(self._write, json.dumps({"id": self._calls, "method": method, "params": params, **self._session}).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                chunk = os.read(self._read, 1 << 20)
+                assert chunk, "the browser is gone"
+                self._rest += chunk
+            message, self._rest = self._rest.split(b"\0", 1)
+            answer = json.loads(message)
+            if answer.get("id") == self._calls:
+                assert "result" in answer, answer
+                return answer["result"]
+
+    def evaluate(self, script: str) -> Any:
+        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def close(self) -> None:
+        self.call("Browser.close")
+        self._process.wait(30)
+
+
+def cells(page: str, column: str) -> list[str]:
+    """The texts of a column, from the top row down."""
+    found = re.findall(rf'role="gridcell" col-id="{re.escape(column)}".*?id="cell-{re.escape(column)}-(\d+)"[^>]*>(.*?)</span>', page)
+    return [html.unescape(re.sub("<[^>]*>", "", text)).strip() for _, text in sorted(found, key=lambda cell: int(cell[0]))]
+
+
+@pytest.mark.slow
+def test_browser_shows_the_table_with_its_columns_sorted_by_accuracy(page: str, tmp_path: Path) -> None:
+    table = render(page, tmp_path)
+    indices = {
+        column: int(index) for index, column in re.findall(r'role="columnheader"[^>]*aria-colindex="(\d+)" col-id="([^"]+`)"', table)
+    }
+    assert [column for column in sorted(indices, key=indices.__getitem__) if column in COLUMNS] == list(COLUMNS)
+    assert "Sort: eval/accuracy" in table
+    Path("/tmp/T.html").write_text(table)
+    print(cells(table, "tags.`arm`"), cells(table, "metrics.`eval/accuracy`"))
+
+
+@pytest.mark.slow
+def test_browser_shows_the_charts_of_all_runs(page: str, tmp_path: Path) -> None:
+    charts = render(page.replace("TABLE", "CHART"), tmp_path)
+    Path("/tmp/C.html").write_text(charts)

@@ -1,0 +1,175 @@
+"""When generation has collapsed: rules over signals, and a verdict that says which rule, when, and on what evidence.
+
+A collapse is a result, not a crash. Recorded collapses go both ways (entropy to 9.5 nats and to 0.01; answers twice as long and half
+as long), so the rules look both ways. They compare a step with the run's own noise-free baseline (a rollout before step 0, and the
+quiet stage where the schedule has one) because healthy runs differ: 22 to 66 % of the groups of a healthy run are all wrong, so no
+absolute limit on that exists here. A level has to be wrong for `patience` steps in a row; two things fire at once: a number that is
+not finite, and a filter that found too few groups with variance because nothing was right.
+
+Rules in order: where several fire in one step, the first names the collapse.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from spaces.config import CollapseConfig
+from trainable.grpo import FilterOutcome
+from trainable.signals import NAMES, Signals, mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollapseVerdict:
+    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a row")."""
+
+    collapsed: bool
+    rule: str = ""
+    evidence: str = ""
+
+    def as_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+HEALTHY = CollapseVerdict(collapsed=False)
+Baseline = Mapping[str, float]
+"""Mean of each signal over the noise-free baseline, by field name; grad_norm is a median and may be missing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CollapseDetector:
+    """Feed it the baseline, then every step in order. NaN rule: a non-finite signal is a collapse at once, in every mode."""
+
+    config: CollapseConfig
+    baseline: list[dict[str, float]] = field(default_factory=list)
+    """Signals of the noise-free rollouts so far."""
+    streaks: dict[str, int] = field(default_factory=dict)
+    """Steps in a row in which a rule held."""
+
+    def observe(self, signals: Signals, *, quiet: bool, filtered: FilterOutcome | None = None) -> CollapseVerdict:
+        """Judge one step. `quiet`: it belongs to the noise-free baseline and extends it."""
+        broken = [f"{name} is {value}" for name, value in signals.as_metrics().items() if not math.isfinite(value)]
+        if broken:
+            return CollapseVerdict(collapsed=True, rule="nonfinite", evidence=broken[0])
+        if filtered is not None and filtered.rejected_as_wrong:
+            return CollapseVerdict(collapsed=True, rule="filter_rejection", evidence=_rejection(signals))
+        values = _values(signals)
+        if quiet:
+            self.baseline.append(values)
+            return HEALTHY
+        base = self._baseline()
+        verdict = HEALTHY
+        for name, rule in RULES.items():
+            evidence = rule(values, base, self.config)
+            self.streaks[name] = self.streaks.get(name, 0) + 1 if evidence else 0
+            if evidence and self.streaks[name] >= self.config.patience and not verdict.collapsed:
+                verdict = CollapseVerdict(collapsed=True, rule=name, evidence=f"{evidence}, {self.streaks[name]} steps in a row")
+        return verdict
+
+    def state(self) -> dict[str, Any]:
+        return {"baseline": self.baseline, "streaks": self.streaks}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.baseline = [dict(values) for values in state["baseline"]]
+        self.streaks = dict(state["streaks"])
+
+    def _baseline(self) -> Baseline:
+        assert self.baseline, "the baseline rollout comes before the first step"
+        names = set.intersection(*(set(values) for values in self.baseline))
+        base = {name: mean([values[name] for values in self.baseline]) for name in names}
+        norms = [values["grad_norm"] for values in self.baseline if "grad_norm" in values]
+        return base | ({"grad_norm": median(norms)} if norms else {})
+
+
+def _values(signals: Signals) -> dict[str, float]:
+    return {name: value for name in NAMES if (value := getattr(signals, name)) is not None}
+
+
+def _rejection(signals: Signals) -> str:
+    return (
+        f"{signals.kept_groups:.0f} groups with variance after {signals.gen_batches:.0f} batches; "
+        f"{signals.all_wrong:.0%} of groups all wrong, {signals.all_right:.0%} all right"
+    )
+
+
+# --- rules: (signals, baseline, limits) -> evidence, or "" where all is well ----------------------------------------------------
+
+
+def _entropy_high(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["entropy"] > max(limits.entropy_high_ratio * base["entropy"], limits.entropy_high_floor):
+        return f"entropy {now['entropy']:.3g} nats, baseline {base['entropy']:.3g}"
+    return ""
+
+
+def _entropy_low(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    """A policy that grows certain while it grows right is learning."""
+    if now["entropy"] < limits.entropy_low_ratio * base["entropy"] and now["reward"] <= base["reward"]:
+        return f"entropy {now['entropy']:.3g} nats, baseline {base['entropy']:.3g}, reward not above its baseline"
+    return ""
+
+
+def _length_up(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["length"] > limits.length_ratio * base["length"]:
+        return f"mean length {now['length']:.3g} tokens, baseline {base['length']:.3g}"
+    return ""
+
+
+def _length_down(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["length"] < base["length"] / limits.length_ratio:
+        return f"mean length {now['length']:.3g} tokens, baseline {base['length']:.3g}"
+    return ""
+
+
+def _truncation(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["truncated"] > base["truncated"] + limits.truncation_rise:
+        return f"{now['truncated']:.0%} of completions cut off, baseline {base['truncated']:.0%}"
+    return ""
+
+
+def _gibberish(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["gibberish"] > base["gibberish"] + limits.gibberish_share:
+        return f"{now['gibberish']:.1%} of tokens are gibberish to the clean policy, baseline {base['gibberish']:.1%}"
+    return ""
+
+
+def _repetition(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["repetition"] > base["repetition"] + limits.repetition_rise:
+        return f"{now['repetition']:.0%} of 4-grams repeated, baseline {base['repetition']:.0%}"
+    return ""
+
+
+def _mismatch(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if now["kl"] > limits.mismatch_kl:
+        return f"KL(rollout || clean policy) {now['kl']:.3g} nats per token"
+    return ""
+
+
+def _grad_norm(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    """Without a quiet stage there is no gradient to compare with, and this rule is silent."""
+    norm, usual = now.get("grad_norm"), base.get("grad_norm")
+    if norm is not None and usual is not None and norm > max(limits.grad_norm_ratio * usual, limits.grad_norm_floor):
+        return f"gradient norm {norm:.3g}, quiet steps {usual:.3g}"
+    return ""
+
+
+def _reward_low(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
+    if base["reward"] > 0 and now["reward"] < limits.reward_ratio * base["reward"]:
+        return f"reward {now['reward']:.3g}, baseline {base['reward']:.3g}"
+    return ""
+
+
+Rule = Callable[[Baseline, Baseline, CollapseConfig], str]
+RULES: dict[str, Rule] = {
+    "entropy_high": _entropy_high,
+    "gibberish": _gibberish,
+    "mismatch": _mismatch,
+    "truncation": _truncation,
+    "repetition": _repetition,
+    "length_up": _length_up,
+    "length_down": _length_down,
+    "entropy_low": _entropy_low,
+    "grad_norm": _grad_norm,
+    "reward_low": _reward_low,
+}
+INSTANT_RULES: Sequence[str] = ("nonfinite", "filter_rejection")

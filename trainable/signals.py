@@ -1,0 +1,134 @@
+"""What a step showed, as named numbers.
+
+Every signal is a field of one record, and the name under which it is tracked is written beside it once; tables, rules and dashboards
+use that name. None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something broke, is kept, and
+makes the collapse rule `nonfinite` fire.
+
+Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the share of sampled
+tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess (prime-rl's rule without its vocabulary order).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+from trainable.grpo import Batch, FilterOutcome, UpdateMetrics
+from trainable.rollout import Group
+
+_N_GRAM = 4  # of the repetition signal
+
+
+def _named(name: str) -> float:
+    return field(metadata={"name": name})  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """One step. Shares are 0 to 1, entropies and KLs nats per token, lengths tokens."""
+
+    sigma: float = _named("rin/sigma")
+    reward: float = _named("grpo/reward")
+    reward_std: float = _named("grpo/reward_std")
+    accuracy: float = _named("grpo/accuracy")
+    """Share of sampled completions that are correct (noisy, at the sampling temperature: not an evaluation)."""
+    all_wrong: float = _named("filter/all_wrong")
+    """Share of generated groups without variance in which nothing is right."""
+    all_right: float = _named("filter/all_right")
+    kept_groups: float = _named("filter/kept_groups")
+    gen_batches: float = _named("filter/gen_batches")
+    wasted: float = _named("filter/wasted")
+    """Share of generated completions that were not trained on."""
+    entropy: float = _named("gen/entropy")
+    length: float = _named("gen/length")
+    truncated: float = _named("gen/truncated")
+    distinct_2: float = _named("gen/distinct_2")
+    """Different pairs of neighbouring tokens over all pairs, within a completion."""
+    repetition: float = _named("gen/repetition")
+    """Share of 4-grams that occurred before in the same completion."""
+    gibberish: float = _named("gen/gibberish")
+    kl: float = _named("rollout_corr/kl")
+    """KL(rollout || clean policy), k3."""
+    logp_gap: float = _named("rollout_corr/logp_gap")
+    """Mean absolute difference of a sampled token's log-prob between the rollout and the clean policy."""
+    weight: float = _named("rollout_corr/weight")
+    effective_share: float = _named("rollout_corr/effective_share")
+    loss: float | None = field(default=None, metadata={"name": "grpo/loss"})
+    grad_norm: float | None = field(default=None, metadata={"name": "grpo/grad_norm"})
+    clip_fraction: float | None = field(default=None, metadata={"name": "grpo/clip_fraction"})
+    reference_kl: float | None = field(default=None, metadata={"name": "grpo/reference_kl"})
+    rewards: tuple[tuple[str, float], ...] = ()
+    """Mean of each reward function, tracked as grpo/reward/NAME."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Tracked name -> value, for everything that was measured."""
+        metrics = {name: value for attribute, name in NAMES.items() if (value := getattr(self, attribute)) is not None}
+        return metrics | {f"grpo/reward/{name}": value for name, value in self.rewards}
+
+
+def measure(
+    groups: Sequence[Group],
+    batch: Batch,
+    rewards: Sequence[Sequence[float]],
+    outcome: FilterOutcome,
+    *,
+    sigma: float,
+    gen_batches: int,
+    vocabulary: int,
+    weights: tuple[float, float, float],
+    update: UpdateMetrics | None = None,
+) -> Signals:
+    """`groups` and `rewards` are all that was generated, `batch` what was trained on (or would have been), with clean log-probs.
+
+    `weights` = (mean, effective share, kl) of the importance weights.
+    """
+    episodes = [episode for group in groups for episode in group]
+    flat = [reward for row in rewards for reward in row]
+    inside = batch.mask > 0
+    gap = (batch.old_logps - batch.rollout_logps)[inside]
+    mean_weight, effective_share, kl = weights
+    parts = sorted({name for e in episodes for name in e.score.parts})
+    return Signals(
+        sigma=sigma,
+        reward=mean(flat),
+        reward_std=mean([_std(row) for row in rewards]),
+        accuracy=mean([float(e.score.correct) for e in episodes]),
+        all_wrong=outcome.all_wrong / outcome.generated,
+        all_right=outcome.all_right / outcome.generated,
+        kept_groups=float(len(outcome.groups)),
+        gen_batches=float(gen_batches),
+        wasted=1 - len(outcome.groups) / outcome.generated,
+        entropy=mean([e.completion.entropy for e in episodes]),
+        length=mean([float(len(e.completion.ids)) for e in episodes]),
+        truncated=mean([float(not e.completion.finished) for e in episodes]),
+        distinct_2=mean([distinct_share(e.completion.ids, 2) for e in episodes]),
+        repetition=mean([1 - distinct_share(e.completion.ids, _N_GRAM) for e in episodes]),
+        gibberish=(batch.old_logps[inside] < -math.log(vocabulary) - 2).float().mean().item(),
+        kl=kl,
+        logp_gap=gap.abs().mean().item(),
+        weight=mean_weight,
+        effective_share=effective_share,
+        loss=None if update is None else update.loss,
+        grad_norm=None if update is None else update.grad_norm,
+        clip_fraction=None if update is None else update.clip_fraction,
+        reference_kl=None if update is None else update.reference_kl,
+        rewards=tuple((name, mean([e.score.parts[name] for e in episodes])) for name in parts),
+    )
+
+
+def distinct_share(ids: Sequence[int], n: int) -> float:
+    """Different n-grams over all n-grams; 1 for a sequence too short to hold two."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN stays NaN."""
+    return sum(values) / len(values)
+
+
+def _std(row: Sequence[float]) -> float:
+    centre = mean(row)
+    return math.sqrt(sum((value - centre) ** 2 for value in row) / (len(row) - 1))
+
+
+NAMES: dict[str, str] = {f.name: f.metadata["name"] for f in fields(Signals) if "name" in f.metadata}

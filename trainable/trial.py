@@ -1,0 +1,400 @@
+"""One trial: GRPO with 4-bit linear layers and noise in the rollouts. Read this first.
+
+    before step 0   evaluate; sample a noise-free rollout as baseline of the collapse rules (not trained on)
+    every step      sigma = schedule(step)
+                    sample groups from the quantised policy with noise in some weights
+                    reward, filter, advantages
+                    update clean weights: 4-bit forward, straight-through backward
+                    measure signals, judge them: goes on, or has collapsed
+    at the end      evaluate again, also when the trial was stopped: clean weights, no noise, same questions
+
+The noise is in the rollout alone. Learning and evaluation never see it; nothing of it is left behind (`noise.injected`). A collapse
+ends the trial with partial results; an exception is a bug. Everything random comes from (seed, step, purpose), so a trial restored
+from `state_dict` continues bit for bit.
+"""
+
+import copy
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from spaces.config import TrialConfig, as_tree
+from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
+from trainable.embedded import Progress
+from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
+from trainable.grpo import (
+    Batch,
+    FilterOutcome,
+    UpdateMetrics,
+    clean_logps,
+    filter_groups,
+    group_advantages,
+    importance_weights,
+    make_batch,
+    shaped_rewards,
+    update,
+    with_old_logps,
+)
+from trainable.model import deployed, load_policy
+from trainable.noise import Effect, EffectReceipt, effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
+from trainable.rollout import Group, encode_prompts, generate, judge
+from trainable.seeds import generator
+from trainable.signals import Signals, measure
+from trainable.tasks import build_task
+
+_SAMPLES_PER_STEP = 4
+_BASELINE_STEP = -1  # names the baseline's random draws
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    sigma: float
+    signals: dict[str, float]
+    """By tracked name, e.g. gen/entropy; eval/accuracy in steps that evaluate."""
+    verdict: CollapseVerdict
+    seconds: float
+    samples: tuple[dict[str, Any], ...]
+    """A few completions: step, prompt, completion, answer, reward."""
+
+    def as_tree(self) -> dict[str, Any]:
+        tree = asdict(self)
+        del tree["samples"]
+        return tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a trial ended."""
+
+    outcome: str
+    """completed | collapsed | stopped"""
+    rule: str
+    """Of the collapse; empty otherwise."""
+    step: int
+    """Steps done."""
+    eval: dict[str, Any]
+    """Of the clean model: accuracy, accuracy_bf16, parts (mean of each reward function), the same with _start, n, correct[]."""
+    receipt: dict[str, Any]
+    alarms: tuple[dict[str, Any], ...]
+    """Rules that fired without stopping the trial (collapse.mode=monitor): step, rule, evidence."""
+    config: dict[str, Any]
+    seconds: float
+
+    def as_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True, kw_only=True)
+class Progression:
+    """All that a trial remembers besides weights and optimizer; plain values."""
+
+    next_step: int = 0
+    updates: int = 0
+    seconds: float = 0.0
+    verdict: dict[str, Any] | None = None
+    """Of a collapse that ended the trial."""
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    effects: list[dict[str, Any]] = field(default_factory=list)
+    start: dict[str, Any] | None = None
+    """accuracy_start, accuracy_bf16_start, parts_start."""
+    end: dict[str, Any] | None = None
+    """Final evaluation."""
+
+
+class Trial:
+    """A trial that is driven step by step; `run_trial` is the loop over it."""
+
+    def __init__(self, config: TrialConfig, progress: Progress | None = None) -> None:
+        """Raises ConfigError for whatever the configuration promises and the model does not have."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.config = config.model_copy(update={"threads": torch.get_num_threads()})
+        self.task = build_task(config.task)
+        self.questions = self.task.held_out(config.eval.split, config.eval.questions)
+        self.policy = load_policy(config.model, config.quant, config.seed, progress)
+        self.targets = noise_targets(self.policy, config.noise)
+        self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
+        parameters = list(self.policy.trainable().values())
+        grpo = config.grpo
+        self.optimizer = torch.optim.AdamW(parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay)
+        self.detector = CollapseDetector(config=config.collapse)
+        self.so_far = Progression()
+
+    @property
+    def done(self) -> bool:
+        """All steps are made, or the trial has collapsed."""
+        return self.so_far.verdict is not None or self.so_far.next_step >= self.config.grpo.steps
+
+    def step(self) -> StepReport:
+        """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates."""
+        assert not self.done, "the trial has ended"
+        started, step = time.perf_counter(), self.so_far.next_step
+        metrics = self._begin() if self.so_far.start is None else {}
+        sigma = sigma_at(self.config.noise, step, self.config.grpo.steps)
+
+        groups, filtered, batches = self._sample(step)
+        sampled = time.perf_counter()
+        batch = self._batch(filtered.groups or groups)
+        learned = self._learn(step, batch) if filtered.groups and not self._gives_up(filtered) else None
+        updated = time.perf_counter()
+        signals = self._measure(groups, batch, filtered, batches, sigma, learned)
+
+        verdict = self._judge(step, signals, filtered)
+        self.so_far.next_step += 1
+        metrics |= signals.as_metrics() | self._evaluate_if_due(step)
+        finished = time.perf_counter()
+        tokens = sum(len(e.completion.ids) for group in groups for e in group)
+        metrics |= {
+            "perf/rollout_seconds": sampled - started,
+            "perf/update_seconds": updated - sampled,
+            "perf/step_seconds": finished - started,
+            "perf/tokens_per_second": tokens / (sampled - started),
+        }
+        self.so_far.seconds += finished - started
+        return StepReport(
+            step=step, sigma=sigma, signals=metrics, verdict=verdict, seconds=finished - started, samples=_samples(step, groups)
+        )
+
+    def outcome(self) -> Outcome:
+        """How it ended; a trial that is asked before its end counts as stopped, and is evaluated now."""
+        started = time.perf_counter()
+        if self.so_far.end is None:
+            self._evaluate_end()
+            self.so_far.seconds += time.perf_counter() - started
+        verdict = self.so_far.verdict
+        start, end = self.so_far.start, self.so_far.end
+        assert start is not None
+        assert end is not None
+        return Outcome(
+            outcome="collapsed" if verdict else "completed" if self.done else "stopped",
+            rule=verdict["rule"] if verdict else "",
+            step=self.so_far.next_step,
+            eval=start | end,
+            receipt=self.receipt().as_tree(),
+            alarms=tuple(self.so_far.alarms),
+            config=as_tree(self.config),
+            seconds=self.so_far.seconds,
+        )
+
+    def receipt(self) -> EffectReceipt:
+        """What was quantised and noised so far, with the sigma really applied."""
+        effects = tuple(Effect(**effect) for effect in self.so_far.effects)
+        return EffectReceipt(
+            quantized=self.policy.quantized,
+            noised=tuple(target.name for target in self.targets),
+            effects=effects,
+            warnings=effect_warnings(effects),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-equal continuation needs: tensors under `model` and `optimizer`, plain values under `progress`."""
+        return {
+            "model": {name: parameter.detach().clone() for name, parameter in self.policy.trainable().items()},
+            "optimizer": {
+                f"{index}/{key}": value.detach().clone()
+                for index, values in self.optimizer.state_dict()["state"].items()
+                for key, value in values.items()
+            },
+            "progress": {"so_far": asdict(self.so_far), "detector": copy.deepcopy(self.detector.state())},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken from a trial of the same configuration."""
+        with torch.no_grad():
+            for name, parameter in self.policy.trainable().items():
+                parameter.copy_(state["model"][name])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in state["optimizer"].items():
+            index, _, name = key.partition("/")
+            moments.setdefault(int(index), {})[name] = value.clone()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.so_far = Progression(**copy.deepcopy(state["progress"]["so_far"]))
+        self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
+
+    # --- the parts of a step, in order ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> dict[str, float]:
+        """Evaluate the start and take the noise-free baseline."""
+        deployed_eval, plain_eval = self._evaluate()
+        self.so_far.start = {
+            "accuracy_start": deployed_eval.accuracy,
+            "accuracy_bf16_start": plain_eval.accuracy,
+            "parts_start": deployed_eval.parts,
+        }
+        groups = self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)
+        outcome = filter_groups("off", groups, len(groups))
+        batch = self._batch(groups)
+        self.detector.observe(self._measure(groups, batch, outcome, 1, 0.0, None), quiet=True)
+        parts = {f"eval/{name}_start": value for name, value in deployed_eval.parts.items()}
+        return {"eval/accuracy_start": deployed_eval.accuracy, "eval/accuracy_bf16_start": plain_eval.accuracy, **parts}
+
+    def _sample(self, step: int) -> tuple[list[Group], FilterOutcome, int]:
+        """All groups generated in this step, what the filter kept, and the number of batches."""
+        grpo = self.config.grpo
+        per_batch = grpo.prompts if grpo.filter_groups == "off" else grpo.generation_prompts or grpo.prompts
+        limit = grpo.max_gen_batches if grpo.filter_groups == "resample" else 1
+        self._prove(step)
+        groups: list[Group] = []
+        outcome = None
+        for number in range(limit):
+            groups += self._generate(step, number, per_batch)
+            outcome = filter_groups(grpo.filter_groups, groups, grpo.prompts)
+            if outcome.enough:
+                break
+        assert outcome is not None
+        return groups, outcome, number + 1
+
+    def _generate(self, step: int, batch: int, prompts: int) -> list[Group]:
+        """Sample groups from the deployed policy, with this step's noise (none before step 0)."""
+        config = self.config
+        questions = self.task.sample(prompts, seed=config.seed, step=step, batch=batch)
+        encoded = encode_prompts(self.policy, questions, config.task, config.rollout.max_prompt_tokens)
+        with injected(
+            self.policy,
+            config.noise,
+            self.targets if step >= 0 else (),
+            step=max(step, 0),
+            total_steps=config.grpo.steps,
+            seed=config.seed,
+        ):
+            completions = generate(
+                self.policy,
+                encoded,
+                group_size=config.grpo.group_size,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                batch_size=config.rollout.batch_size,
+                generator=generator("sample", config.seed, step, batch, device=self.policy.device),
+            )
+        return judge(self.policy, self.task, questions, encoded, completions)
+
+    def _prove(self, step: int) -> None:
+        """Measure what noise does to every target, once per stage."""
+        noise, total = self.config.noise, self.config.grpo.steps
+        stage = stage_at(noise, step, total)
+        if step == 0 or stage != stage_at(noise, step - 1, total):
+            effects = measure_effects(noise, self.targets, step=step, total_steps=total, seed=self.config.seed)
+            self.so_far.effects += [asdict(effect) for effect in effects]
+
+    def _batch(self, groups: list[Group] | tuple[Group, ...]) -> Batch:
+        """Tensors with advantages and the clean policy's log-probs."""
+        config = self.config
+        rewards = shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens)
+        batch = make_batch(self.policy, groups, group_advantages(rewards, config.grpo.advantage_scale))
+        arguments = (batch, config.rollout.temperature, config.grpo.micro_batch_size)
+        with deployed(self.policy):
+            old = clean_logps(self.policy, *arguments)
+        reference = None
+        if self.reference is not None:
+            with deployed(self.reference):
+                reference = clean_logps(self.reference, *arguments)
+        return with_old_logps(batch, old, reference)
+
+    def _gives_up(self, filtered: FilterOutcome) -> bool:
+        """A rejected step is not learned from when collapses are enforced; otherwise on what was kept."""
+        return filtered.rejected_as_wrong and self.config.collapse.mode == "enforce"
+
+    def _learn(self, step: int, batch: Batch) -> UpdateMetrics:
+        config = self.config
+        metrics = update(
+            self.policy,
+            self.optimizer,
+            batch,
+            config.grpo,
+            config.rollout,
+            first_update=self.so_far.updates,
+            shuffle=generator("shuffle", config.seed, step),
+        )
+        self.so_far.updates += config.grpo.updates_per_step
+        return metrics
+
+    def _measure(
+        self, groups: list[Group], batch: Batch, filtered: FilterOutcome, batches: int, sigma: float, learned: UpdateMetrics | None
+    ) -> Signals:
+        config = self.config
+        weights = (
+            learned.correction
+            if learned is not None
+            else importance_weights(
+                config.rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, config.rollout.correction_cap
+            )
+        )
+        return measure(
+            groups,
+            batch,
+            shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens).tolist(),
+            filtered,
+            sigma=sigma,
+            gen_batches=batches,
+            vocabulary=len(self.policy.tokenizer),
+            weights=(weights.mean, weights.effective_share, weights.kl),
+            update=learned,
+        )
+
+    def _judge(self, step: int, signals: Signals, filtered: FilterOutcome) -> CollapseVerdict:
+        """The verdict; under `enforce` it ends the trial. Weights that are not finite end it in every mode: nothing can follow."""
+        config = self.config
+        quiet = stage_at(config.noise, step, config.grpo.steps) == 0 and config.noise.num_stages > 1
+        verdict = self.detector.observe(signals, quiet=quiet, filtered=filtered)
+        if not verdict.collapsed:
+            return verdict
+        if verdict.rule == "nonfinite" or config.collapse.mode == "enforce":
+            self.so_far.verdict = {**verdict.as_tree(), "step": step}
+        elif config.collapse.mode == "off":
+            return HEALTHY
+        else:
+            self.so_far.alarms.append({"step": step, "rule": verdict.rule, "evidence": verdict.evidence})
+        return verdict
+
+    def _evaluate_if_due(self, step: int) -> dict[str, float]:
+        if self.done:
+            return self._evaluate_end()
+        every = self.config.eval.every
+        if every and (step + 1) % every == 0:
+            return _metrics(evaluate(self.policy, self.task, self.questions, self.config))
+        return {}
+
+    def _evaluate_end(self) -> dict[str, float]:
+        if self.so_far.start is None:
+            self._begin()
+        deployed_eval, plain_eval = self._evaluate()
+        self.so_far.end = {
+            "accuracy": deployed_eval.accuracy,
+            "accuracy_bf16": plain_eval.accuracy,
+            "parts": deployed_eval.parts,
+            "n": len(deployed_eval.correct),
+            "correct": list(deployed_eval.correct),
+        }
+        return {**_metrics(deployed_eval), "eval/accuracy_bf16": plain_eval.accuracy}
+
+    def _evaluate(self) -> tuple[Evaluation, Evaluation]:
+        """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
+        arguments = (self.policy, self.task, self.questions, self.config)
+        deployed_eval = evaluate(*arguments)
+        return deployed_eval, evaluate_unquantized(*arguments) if self.policy.quantized else deployed_eval
+
+
+def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generator[StepReport, None, Outcome]:
+    """All steps of a trial; the generator's return value is its Outcome."""
+    trial = Trial(config, progress)
+    while not trial.done:
+        yield trial.step()
+    return trial.outcome()
+
+
+def _metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {"eval/accuracy": evaluation.accuracy, **{f"eval/{name}": value for name, value in evaluation.parts.items()}}
+
+
+def _samples(step: int, groups: list[Group]) -> tuple[dict[str, Any], ...]:
+    episodes = [group[0] for group in groups[:_SAMPLES_PER_STEP]]
+    return tuple(
+        {"step": step, "prompt": e.question.prompt, "completion": e.text, "answer": e.question.answer, "reward": e.score.reward}
+        for e in episodes
+    )
