@@ -5,6 +5,7 @@ mistake (one line that names the key, the value and the remedy), 1 a failure.
 """
 
 import json
+import logging
 import os
 import sys
 from datetime import datetime
@@ -61,14 +62,12 @@ def sweep(
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
     study = _study(space, workload, trials, replicates, concurrent, seed, overrides, points, searcher, name, store, tracking_uri, address)
-    from rich.console import Console
-
     from dashboards.live import build_progress, sweep_view
-    from dashboards.tables import arm_rows, arm_table
+    from dashboards.tables import arm_rows, arm_table, terminal
     from search.store import BEST_FILE
     from search.study import run_study
 
-    console = Console()
+    console = terminal()
     console.print(
         f"sweep {study.name}: {study.trials * study.replicates} trials of {study.workload}, results in {study.folder}", soft_wrap=True
     )
@@ -112,12 +111,11 @@ def trial(
 ) -> None:
     """Run one trial in this process, without Ray."""
     settings = _trial_config(point, config, workload, overrides or [])
-    from rich.console import Console
-
     from dashboards.live import build_progress
+    from dashboards.tables import terminal
     from trainable.trial import Trial
 
-    console = Console(stderr=as_json)
+    console = terminal(stderr=as_json)
     with build_progress(console) as progress:
         running = Trial(settings, progress)
     while not running.done:
@@ -230,7 +228,7 @@ def status(
     from dataclasses import asdict
 
     study, uri = _find(name, store, tracking_uri)
-    from dashboards.tables import arm_rows, arm_table
+    from dashboards.tables import arm_rows, arm_table, terminal
     from search.tracking import load_study
 
     records = load_study(uri, study.name)
@@ -238,9 +236,7 @@ def status(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    from rich.console import Console
-
-    Console().print(arm_table(rows, f"sweep {name}: {len(records)} of {study.trials * study.replicates} trials"))
+    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {study.trials * study.replicates} trials"))
 
 
 @app.command()
@@ -339,7 +335,7 @@ def _study(
         name=name,
         space=chosen,
         workload=workload,
-        settings=parse_overrides(overrides or []),
+        settings=_with_absolute_paths(parse_overrides(overrides or [])),
         points=tuple(part.strip() for part in points.split(",") if part.strip()),
         trials=trials or 1000,
         replicates=replicates,
@@ -351,6 +347,15 @@ def _study(
         address=address,
     )
     return study.model_copy(update={"trials": trials or (len(fixed_arms(study)) if points else 8)})
+
+
+def _with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trials run in other folders than this one: a local model or data file is named from the root."""
+    for section, key in (("model", "name"), ("task", "path")):
+        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
+        if isinstance(value, str) and Path(value).exists():
+            settings[section][key] = str(Path(value).absolute())
+    return settings
 
 
 def _trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
@@ -409,6 +414,8 @@ def _step_line(report: Any) -> str:
 
 def main() -> None:
     """Entry point: a ConfigError becomes one line and exit code 2."""
+    for talkative in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed; it warns about itself
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         _with_allocator_settings()
         app()

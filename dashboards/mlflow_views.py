@@ -42,11 +42,13 @@ STOP_SECONDS = 10.0  # then it is killed
 
 ACCURACY = "eval/accuracy"
 COLUMNS = {
-    **{"tags.`arm`": 90, "tags.`replicate`": 80, "tags.`status`": 100, "tags.`collapse/rule`": 120},
-    **{"params.`noise.modules`": 120, "params.`noise.sigma_start`": 140, "params.`noise.layers`": 100},
-    **{"metrics.`eval/accuracy`": 120, "metrics.`gen/entropy`": 110, "metrics.`grpo/reward`": 110},
+    **{"tags.`status`": 95, "tags.`collapse/rule`": 115},
+    **{"params.`noise.modules`": 115, "params.`noise.sigma_start`": 135, "params.`noise.layers`": 100},
+    **{"metrics.`eval/accuracy`": 110, "metrics.`gen/entropy`": 105, "metrics.`grpo/reward`": 105},
+    **{"tags.`arm`": 80, "tags.`replicate`": 80},  # last, because a run's name is arm/replicate already
 }
-"""In this order, with their widths in pixels."""
+"""In this order, with their widths in pixels: all but the last two fit beside the name of the run in a window of 1,500."""
+ALWAYS_SHOWN = {"attributes.`Run Name`": 130, "runDateAndNestInfo": 148}
 SCATTERS = (("noise.sigma_start", "PARAM"), ("rollout_corr/kl", "METRIC"))
 """Horizontal axes; the vertical one is the accuracy."""
 LINES = (ACCURACY, "grpo/reward", "gen/entropy", "rin/sigma", "gen/gibberish", "filter/all_wrong")
@@ -58,7 +60,7 @@ PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": ["rollou
 
 
 def save_view(uri: str, experiment: str) -> str:
-    """Its share key. Saving it again changes nothing, or brings a view of an earlier version up to date.
+    """Its share key. Saving it again changes nothing, or undoes what was changed under its name: keep your own view under another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
@@ -79,7 +81,7 @@ def _save_view(uri: str, experiment: str) -> tuple[str, str]:
 
 
 def envelope(created: int) -> str:
-    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: a chart without data stays hidden."""
+    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: the page hides a chart without data."""
     return json.dumps({"name": NAME, "createdAt": created, "updatedAt": created, "state": json.dumps(view_state())})
 
 
@@ -98,8 +100,8 @@ def view_state() -> dict[str, Any]:
         "orderByKey": f"metrics.`{ACCURACY}`",
         "orderByAsc": False,
         "selectedColumns": list(COLUMNS),
-        "columnOrder": list(COLUMNS),
-        "columnWidths": COLUMNS,
+        "columnOrder": [*ALWAYS_SHOWN, *COLUMNS],
+        "columnWidths": ALWAYS_SHOWN | COLUMNS,
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,  # else MLflow sorts sections by name, its own for all other metrics among them
         "compareRunSections": [

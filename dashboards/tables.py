@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from rich.console import Console
 from rich.table import Table
 
 from search.export import ACCURACY, by_arm, control_of, feasible
@@ -98,6 +99,12 @@ def arm_table(rows: Sequence[ArmRow], title: str) -> Table:
             duration(row.seconds),
         )
     return table
+
+
+def terminal(stderr: bool = False) -> Console:
+    """The user's terminal; a pipe or a log file is wide enough for every table."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=160)
 
 
 def points(share: float | None) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ from spaces.config import ConfigError
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 30.0  # seconds between two attempts
-CLOSE_SECONDS = 30.0  # how long `close` waits for the last attempt
+CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delivered
 
 Record = dict[str, Any]
-Send = Callable[[Sequence[Record]], tuple[list[Record], str]]
-"""Delivers records; returns those that it could not, in order, and why."""
+Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]]
+"""Delivers records, calling its second argument after each; returns those that it could not deliver, in order, and why."""
 
 
 class Spool:
-    """`put` takes microseconds and never waits for the receiver; `close` makes one last attempt."""
+    """`put` takes microseconds and never waits for the receiver; `close` waits while records are being delivered, then gives up."""
 
     def __init__(self, path: Path, send: Send, receiver: str) -> None:
         self.path = path
@@ -40,6 +41,7 @@ class Spool:
         self._queue: list[Record] = []
         self._thread: threading.Thread | None = None
         self._disk_trouble = ""
+        self._delivered_at = 0.0
 
     def start(self, patience: float = 10.0) -> None:
         """Take the file and begin with what an earlier process left in it. Raises ConfigError when another process holds it."""
@@ -74,10 +76,12 @@ class Spool:
         """How many records stay behind, in the file."""
         if self._thread is None:
             return 0
+        self._note_delivery()
         with self._changed:
             self._closing.set()
             self._changed.notify()
-        self._thread.join(CLOSE_SECONDS)
+        while self._thread.is_alive() and time.monotonic() - self._delivered_at < CLOSE_SECONDS:
+            self._thread.join(0.1)
         if self._queue:
             log.warning("%d records for %s are not delivered; they stay in %s", len(self._queue), self._receiver, self.path)
         if not self._thread.is_alive():  # else it hangs in a request, and keeps the file until this process ends
@@ -85,6 +89,9 @@ class Spool:
             self._lock.release()
             self._thread = None
         return len(self._queue)
+
+    def _note_delivery(self) -> None:
+        self._delivered_at = time.monotonic()
 
     def _deliver(self) -> None:
         pause = 0.0
@@ -94,7 +101,7 @@ class Spool:
                     self._changed.wait()
                 records = list(self._queue)
             last = self._closing.is_set()
-            left, trouble = self._send(records)
+            left, trouble = self._send(records, self._note_delivery)
             with self._changed:
                 self._queue[: len(records)] = left
                 if not self._queue:

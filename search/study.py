@@ -9,6 +9,7 @@
 What lies where: `search/store.py`. The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS, Workload
 from trainable.embedded import Progress, ensure_base
 from trainable.model import load_policy
 from trainable.noise import noise_targets
-from trainable.ray_trainable import RinTrainable
+from trainable.ray_trainable import OUTCOME_FILE, RinTrainable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None)
         interrupted = True
     finally:
         tracker.close()
+        _add_late_outcomes(config, tracker)
     records = load_study(config.tracking_uri, config.name)
     interrupted = interrupted or len(records) < config.trials * config.replicates
     return StudyResult(config=config, records=records, best=_save_best(config, records), interrupted=interrupted)
@@ -216,6 +218,13 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
         )
 
 
+def _add_late_outcomes(config: StudyConfig, tracker: MLflowCallback) -> None:
+    """Trials that were stopped from outside (Ctrl-C) evaluated themselves as they left, and wrote it beside their results."""
+    for path in config.folder.glob(f"trials/*/{OUTCOME_FILE}"):
+        tracker.add_outcome(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+    tracker.close()
+
+
 def _save_best(config: StudyConfig, records: tuple[TrialRecord, ...]) -> BestConfig | None:
     try:
         best = choose_best(config.name, records, config.tracking_uri)
@@ -237,6 +246,7 @@ def _ray(config: StudyConfig) -> Iterator[None]:
     Workers get a small working folder of our own: Ray would put the driver's current folder ahead of site-packages.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     # Only the last result has an accuracy.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")

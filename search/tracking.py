@@ -25,7 +25,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from numbers import Real
@@ -162,7 +162,7 @@ class _Backend:
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
 
-    def send(self, records: Sequence[Record]) -> tuple[list[Record], str]:
+    def send(self, records: Sequence[Record], note_delivery: Callable[[], None]) -> tuple[list[Record], str]:
         """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may live
         elsewhere than the rest, and metrics should not wait for them.
         """
@@ -174,6 +174,7 @@ class _Backend:
                 continue
             try:
                 self._apply(record)
+                note_delivery()
             except Exception as error:  # the network, the server, its database and its disk can fail in any way; training goes on
                 reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
                 if self._is_refusal(error):
@@ -268,6 +269,7 @@ class MLflowCallback:
         self._spool = Spool(spool / SPOOL, _Backend(absolute_uri(uri), spool).send, f"tracking at {strip_password(uri)}")
         self._open: dict[str, _OpenRun] = {}
         self._ended: set[str] = set()
+        self._unheard: dict[str, str] = {}
         _LIVE[sweep] = self
 
     def __reduce__(self) -> Any:
@@ -345,6 +347,17 @@ class MLflowCallback:
             self._end(trial_id, "stopped", run_status="KILLED")
         self._spool.close()
 
+    def add_outcome(self, trial_id: str, outcome: Mapping[str, Any]) -> None:
+        """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last report."""
+        key = self._unheard.pop(trial_id, None)
+        if key is None:
+            return
+        self._spool.start()
+        metrics = {f"eval/{name}": float(value) for name, value in outcome["eval"].items() if isinstance(value, Real)}
+        self._put(key, do="log", step=int(outcome["step"]), metrics=metrics, tags={})
+        for path, text in _outcome_files(outcome).items():
+            self._put(key, do="file", path=path, text=text)
+
     def _run_of(self, trial: Any) -> _OpenRun:
         if trial.trial_id not in self._open:
             self.on_trial_start(trial=trial)
@@ -353,14 +366,10 @@ class MLflowCallback:
     def _end(self, trial_id: str, status: str, *, run_status: str = "", error: str = "", outcome: Mapping[str, Any] | None = None) -> None:
         run, outcome = self._open.pop(trial_id), outcome or {}
         self._ended.add(trial_id)
+        if status == "stopped" and not outcome:
+            self._unheard[trial_id] = run.key
         tags = {"status": status} | ({"error": error} if error else {})
-        files = {}
-        if outcome.get("config"):
-            files["config.yaml"] = dump_yaml(outcome["config"])  # as it ran: with the thread count that was in force
-        if outcome.get("receipt"):
-            files["receipt.json"] = as_json(outcome["receipt"])
-        if (outcome.get("eval") or {}).get("correct") is not None:
-            files["correct.json"] = as_json(outcome["eval"]["correct"])
+        files = _outcome_files(outcome)
         if run.samples:
             files["samples.json"] = _table([{"step": step, **row} for step, rows in sorted(run.samples.items()) for row in rows])
             tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
@@ -371,6 +380,18 @@ class MLflowCallback:
 
     def _put(self, key: str, **record: Any) -> None:
         self._spool.put({"experiment": self._experiment, "key": key, "time": int(time.time() * 1000), **record})
+
+
+def _outcome_files(outcome: Mapping[str, Any]) -> dict[str, str]:
+    """Artifacts of a trial's outcome: what ran, what it did to its weights, which questions it answered."""
+    files = {}
+    if outcome.get("config"):
+        files["config.yaml"] = dump_yaml(outcome["config"])  # as it ran: with the thread count that was in force
+    if outcome.get("receipt"):
+        files["receipt.json"] = as_json(outcome["receipt"])
+    if (outcome.get("eval") or {}).get("correct") is not None:
+        files["correct.json"] = as_json(outcome["eval"]["correct"])
+    return files
 
 
 def _param(value: Any) -> str:

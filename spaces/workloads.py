@@ -37,23 +37,24 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "tiny": Workload(
         name="tiny",
-        description="2 layers, hidden 64, one-digit sums, 6 steps: for plumbing and faults, not for findings",
+        description="2 layers, hidden 64, two-digit sums, 6 steps: for plumbing and faults, not for findings",
         settings={
             "model": {
                 "recipe": {
                     "depth": 2,
                     "hidden_size": 64,
                     "intermediate_size": 128,
-                    "digits": 1,
+                    "digits": 2,
                     "batch_size": 128,
-                    "clean_steps": 120,
+                    "clean_steps": 300,
+                    "clean_learning_rate": 5e-3,
                     "signed_steps": 20,
                 }
             },
-            "task": {"digits": 1},
+            "task": {"digits": 2},
             "noise": {"num_stages": 3},
             "grpo": {"steps": 6, "prompts": 8, "group_size": 4, "updates_per_step": 2},
-            "rollout": {"max_new_tokens": 4},
+            "rollout": {"max_new_tokens": 5},
             "eval": {"questions": 128, "every": 3},
         },
         trial_seconds=2.0,

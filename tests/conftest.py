@@ -4,6 +4,8 @@ The models have random weights that are large enough for opinions (greedy answer
 one (a character is a token) and a byte-level one with a chat template, so that any text is a prompt.
 """
 
+# ruff: noqa: E402 - Hugging Face and OpenMP read their switches when they are imported
+
 import getpass
 import os
 import tempfile
@@ -104,7 +106,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<user>", "<assistant>"],
         padding_side="left",
     )
-    fast.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    fast.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     return fast
 
 

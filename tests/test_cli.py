@@ -27,7 +27,7 @@ def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         (["trial"], "POINT or --config"),
         (["trial", "control", "--config", "x.yaml"], "POINT or --config"),
         (["trial", "--config", "missing.yaml"], "missing.yaml: cannot be read"),
-        (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat; did you mean noise.sigma_start?"),
+        (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?"),
         (["trial", "control", "--set", "rollout.backend=vllm"], "rollout.backend=vllm: Input should be 'torch'"),
         (["trial", "control", "--set", "quant.weights"], "--set quant.weights: expected dotted.key=value"),
         (["trial", "control", "--workload", "big"], "--workload big: unknown"),

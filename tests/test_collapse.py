@@ -69,7 +69,7 @@ RECORDED: list[tuple[str, dict[str, Any], Signals, str]] = [
     ("head quantised: entropy to 0.01, accuracy 72.55 to 7.66", {"entropy": 0.01, "reward": 0.0766}, DENSE, "entropy_low"),
     ("reward hacking: length 215 to 410", {"length": 410.0, "entropy": 0.11, "reward": 0.66}, DENSE, "length_up"),
     ("mixture of experts", MOE, EXPERTS, "entropy_high"),
-    ("mixture of experts, by its gradients alone", {"grad_norm": 88.7}, EXPERTS, "grad_norm"),
+    ("mixture of experts, by its gradients alone", {"grad_norm": 88.7, "clip_fraction": 0.13}, EXPERTS, "grad_norm"),
     ("mixture of experts, shorter answers alone", {"length": 53.0}, EXPERTS, "length_down"),
     ("healthy: overlong penalty", {"entropy": 0.32, "length": 237.0}, DENSE, ""),
     ("healthy: 22 % of groups all wrong", {"all_wrong": 0.22, "entropy": 0.32, "length": 237.0}, DENSE, ""),
@@ -96,7 +96,7 @@ LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gibberish", {"gibberish": 0.052}, {"gibberish": 0.05}),  # 0.001 + 0.05
     ("repetition", {"repetition": 0.36}, {"repetition": 0.34}),  # 0.05 + 0.3
     ("mismatch", {"kl": 1.01}, {"kl": 0.99}),
-    ("grad_norm", {"grad_norm": 2.01}, {"grad_norm": 1.99}),  # 5 x 0.4
+    ("grad_norm", {"grad_norm": 2.01, "clip_fraction": 0.11}, {"grad_norm": 1.99, "clip_fraction": 0.11}),  # 5 x 0.4
     ("reward_low", {"reward": 0.18}, {"reward": 0.19}),  # 0.25 x 0.73
 ]
 
@@ -114,7 +114,7 @@ def test_every_rule_has_a_row_of_its_limit() -> None:
 
 FLOORS: list[tuple[str, dict[str, Any], Signals]] = [
     ("entropy below 0.2 nats is not high, however small the baseline", {"entropy": 0.19}, replace(DENSE, entropy=0.001)),
-    ("a gradient norm below 1 is not large, however small the baseline", {"grad_norm": 0.99}, replace(DENSE, grad_norm=0.0)),
+    ("gradient norms are heavy-tailed: without clipped ratios they prove nothing", {"grad_norm": 99.0, "clip_fraction": 0.1}, DENSE),
     ("low entropy with the reward above its baseline is learning", {"entropy": 0.001, "reward": 0.74}, DENSE),
     ("a baseline without reward cannot be undercut", {"reward": -1.0}, replace(DENSE, reward=-0.5)),
 ]
@@ -158,7 +158,8 @@ def test_a_level_must_be_wrong_for_patience_steps_in_a_row(patience: int, steps:
 def test_the_quiet_stage_is_never_a_collapse_of_level() -> None:
     detector = CollapseDetector(config=CollapseConfig(patience=1))
     assert detector.observe(replace(DENSE, **UNLEARNED), quiet=True) == HEALTHY
-    for changes in ({"entropy": 9.0}, {"length": 1.0}, {"reward": 0.0}):
+    wild: list[dict[str, Any]] = [{"entropy": 9.0}, {"length": 1.0}, {"reward": 0.0}]
+    for changes in wild:
         assert detector.observe(replace(DENSE, **changes), quiet=True) == HEALTHY
 
 
@@ -180,8 +181,8 @@ def test_the_baseline_is_the_mean_of_all_quiet_rollouts_and_the_median_of_their_
     verdict = detector().observe(replace(DENSE, length=438.0), quiet=False)
     assert verdict.rule == "length_up"
     assert verdict.evidence == "mean length 438 tokens, baseline 250, 1 steps in a row"
-    assert detector().observe(replace(DENSE, length=250.0, grad_norm=9.9), quiet=False) == HEALTHY  # 5 x 2
-    assert detector().observe(replace(DENSE, length=250.0, grad_norm=10.1), quiet=False).rule == "grad_norm"
+    assert detector().observe(replace(DENSE, length=250.0, grad_norm=9.9, clip_fraction=0.2), quiet=False) == HEALTHY  # 5 x 2
+    assert detector().observe(replace(DENSE, length=250.0, grad_norm=10.1, clip_fraction=0.2), quiet=False).rule == "grad_norm"
 
 
 def test_noisy_steps_do_not_move_the_baseline() -> None:

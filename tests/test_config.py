@@ -185,12 +185,12 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def test_merge_lets_the_leaves_of_the_second_win_and_changes_neither() -> None:
-    base: dict[str, Any] = {"a": {"b": 1, "c": [2]}, "d": {"e": 3}}
+    base: dict[str, Any] = {"a": {"b": 1, "c": [2]}, "d": {"e": 3}, "h": {"i": 8}}
     changes: dict[str, Any] = {"a": {"b": 5}, "d": 4, "f": {"g": 6}}
     merged = merge(base, changes)
-    assert merged == {"a": {"b": 5, "c": [2]}, "d": 4, "f": {"g": 6}}
-    merged["a"]["b"] = 7
-    assert (base["a"]["b"], changes["a"]["b"]) == (1, 5)
+    assert merged == {"a": {"b": 5, "c": [2]}, "d": 4, "f": {"g": 6}, "h": {"i": 8}}
+    merged["a"]["b"] = merged["h"]["i"] = 7
+    assert (base["a"]["b"], base["h"]["i"], changes["a"]["b"]) == (1, 8, 5)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------

@@ -1,20 +1,20 @@
 """The saved view in a real sqlite store; `slow`: served by a real MLflow server and drawn by a real browser."""
 
-import html
+import fcntl
 import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from dashboards import mlflow_views
-from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state, view_url
+from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state
 from search import tracking
-from search.tracking import MLflowCallback, default_tracking_uri, load_study
+from search.tracking import MLflowCallback, check_tracking, default_tracking_uri, load_study
 from spaces.config import ConfigError, NoiseConfig, TrialConfig, as_tree, flatten_fields
 from trainable.signals import NAMES
 
@@ -39,10 +39,17 @@ ARMS = (  # sigma_start, modules, step of its collapse
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with twelve runs: six arms of two replicates, of which one arm collapses, written as a sweep writes them."""
-    folder = tmp_path_factory.mktemp("store")
-    uri = default_tracking_uri(folder)
-    callback = MLflowCallback(uri=uri, experiment=EXPERIMENT, sweep=EXPERIMENT, spool=folder / "spool")
+    """A store with the experiment of a sweep."""
+    uri = default_tracking_uri(tmp_path_factory.mktemp("store"))
+    check_tracking(uri, EXPERIMENT)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def filled(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With twelve runs: six arms of two replicates, of which one arm collapses, written as a sweep writes them."""
+    folder = tmp_path_factory.mktemp("spool")
+    callback = MLflowCallback(uri=uri, experiment=EXPERIMENT, sweep=EXPERIMENT, spool=folder)
     for number, (sigma, modules, collapse) in enumerate(ARMS):
         for replicate in range(2):
             config = as_tree(TrialConfig(noise=NoiseConfig(sigma_start=sigma, sigma_end=sigma / 10, modules=(modules,)), seed=replicate))
@@ -99,7 +106,8 @@ def test_view_fits_into_its_tag_and_saving_it_again_changes_nothing(uri: str) ->
 
     key = save_view(uri, EXPERIMENT)
     first = dict(experiment(uri).tags)
-    assert list(first) == [TAG] == [f"mlflow.sharedViewState.{key}"]
+    assert TAG in first
+    assert f"mlflow.sharedViewState.{key}" == TAG
     assert len(first[TAG]) < MAX_EXPERIMENT_TAG_VAL_LENGTH / 2
     assert json.loads(json.loads(first[TAG])["state"]) == view_state()
     assert save_view(uri, EXPERIMENT) == key
@@ -138,7 +146,7 @@ def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkey
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"):
             serve_ui(uri, EXPERIMENT, port, on_ready=print)
-    with pytest.raises(ConfigError, match="port 70000 on 127.0.0.1: .*; give another --port"):
+    with pytest.raises(ConfigError, match=r"port 70000 on 127.0.0.1: .*; give another --port"):
         serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
 
 
@@ -167,8 +175,8 @@ def serving(uri: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.fixture(scope="module")
-def page(uri: str) -> Iterator[str]:
-    with serving(uri) as (_, url):
+def page(filled: str) -> Iterator[str]:
+    with serving(filled) as (_, url):
         yield url
 
 
@@ -180,18 +188,16 @@ class Browser:
         assert program, "this test needs a browser: apt-get update && apt-get install -y chromium"
         switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
-        switches += [f"--user-data-dir={profile}", "--window-size=2400,2400"]  # what is out of sight is not drawn
-        there, self._write = os.pipe()
-        self._read, back = os.pipe()
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
+        switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn
+        pipes = [*os.pipe(), *os.pipe()]
+        there, self._write, self._read, back = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes]  # clear of 3 and 4
+        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
         self._process = subprocess.Popen(shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(there)
-        os.close(back)
-        self._calls, self._rest = 0, b""
+        for end in (*pipes, there, back):
+            os.close(end)
+        self._calls, self._rest, self._session = 0, b"", {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-
-    _session: dict[str, str] = {}  # noqa: RUF012
 
     def call(self, method: str, **params: Any) -> Any:
         self._calls += 1
@@ -201,39 +207,123 @@ class Browser:
                 chunk = os.read(self._read, 1 << 20)
                 assert chunk, "the browser is gone"
                 self._rest += chunk
-            message, self._rest = self._rest.split(b"\0", 1)
+            message, _, self._rest = self._rest.partition(b"\0")
             answer = json.loads(message)
             if answer.get("id") == self._calls:
                 assert "result" in answer, answer
                 return answer["result"]
 
     def evaluate(self, script: str) -> Any:
-        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, url: str, ready: str, seconds: float = 180) -> None:
+        """Returns when the script `ready` is true on the page."""
+        self.call("Page.navigate", url=url)
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(ready):
+            assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
+            time.sleep(1)
 
     def close(self) -> None:
-        self.call("Browser.close")
+        with suppress(AssertionError, BrokenPipeError):
+            self.call("Browser.close")
         self._process.wait(30)
+        os.close(self._write)
+        os.close(self._read)
 
 
-def cells(page: str, column: str) -> list[str]:
-    """The texts of a column, from the top row down."""
-    found = re.findall(rf'role="gridcell" col-id="{re.escape(column)}".*?id="cell-{re.escape(column)}-(\d+)"[^>]*>(.*?)</span>', page)
-    return [html.unescape(re.sub("<[^>]*>", "", text)).strip() for _, text in sorted(found, key=lambda cell: int(cell[0]))]
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+CELLS = """
+[...document.querySelectorAll('[role=gridcell][col-id="COLUMN"]')]
+  .map(cell => [Number(cell.closest('[role=row]').getAttribute('row-index')), cell.textContent.trim()])
+  .sort((one, other) => one[0] - other[0]).map(([_, text]) => text)
+"""
+HEADERS = """
+[...document.querySelectorAll('.ag-header-cell')]
+  .map(cell => [Number(cell.getAttribute('aria-colindex')), cell.getAttribute('col-id')])
+  .sort((one, other) => one[0] - other[0]).map(([_, column]) => column)
+"""
+CARDS = """
+[...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]
+  .map(card => ({title: card.querySelector('h4').title, traces: card.querySelectorAll('g.trace').length, text: card.innerText}))
+"""
 
 
 @pytest.mark.slow
-def test_browser_shows_the_table_with_its_columns_sorted_by_accuracy(page: str, tmp_path: Path) -> None:
-    table = render(page, tmp_path)
-    indices = {
-        column: int(index) for index, column in re.findall(r'role="columnheader"[^>]*aria-colindex="(\d+)" col-id="([^"]+`)"', table)
-    }
-    assert [column for column in sorted(indices, key=indices.__getitem__) if column in COLUMNS] == list(COLUMNS)
-    assert "Sort: eval/accuracy" in table
-    Path("/tmp/T.html").write_text(table)
-    print(cells(table, "tags.`arm`"), cells(table, "metrics.`eval/accuracy`"))
+def test_browser_shows_the_table_with_its_columns_sorted_by_accuracy(page: str, browser: Browser) -> None:
+    browser.open(page, f"document.querySelectorAll('[role=gridcell]').length >= {2 * len(ARMS) * len(COLUMNS)}")
+    assert [column for column in browser.evaluate(HEADERS) if column in COLUMNS] == list(COLUMNS)
+    table = {column: browser.evaluate(CELLS.replace("COLUMN", column)) for column in COLUMNS}
+    accuracies = [float(cell) for cell in table["metrics.`eval/accuracy`"]]
+    assert len(accuracies) == 2 * len(ARMS)
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert table["tags.`arm`"][-2:] == ["c03", "c03"]
+    assert sorted(table["tags.`replicate`"][-2:]) == ["0", "1"]
+    assert table["tags.`status`"] == ["completed"] * 10 + ["collapsed"] * 2
+    assert table["tags.`collapse/rule`"] == ["-"] * 10 + ["gibberish"] * 2
+    assert table["params.`noise.modules`"][-1] == '["linear"]'
+    assert table["params.`noise.sigma_start`"][-1] == "0.05"
+    text = browser.evaluate("document.body.innerText")
+    assert "RIN sweep" in text, "the name of the view, in the list of views"
+    assert "Judges" not in text, "the sidebar of the mode for chat applications"
 
 
 @pytest.mark.slow
-def test_browser_shows_the_charts_of_all_runs(page: str, tmp_path: Path) -> None:
-    charts = render(page.replace("TABLE", "CHART"), tmp_path)
-    Path("/tmp/C.html").write_text(charts)
+def test_browser_shows_the_charts_of_all_runs(page: str, browser: Browser) -> None:
+    runs = [f"{'control' if arm == 0 else f'c{arm:02}'}/{replicate}" for arm in range(len(ARMS)) for replicate in range(2)]
+    ready = f"{CARDS}.filter(card => card.traces >= {len(runs)}).length >= {len(SCATTERS + LINES)} && document.querySelector('.parcoords')"
+    browser.open(page.replace("TABLE", "CHART"), f"Boolean({ready.strip()})")
+    cards = browser.evaluate(CARDS)
+    scatters, lines, together = cards[:2], cards[2:8], cards[8]
+    assert [card["title"] for card in scatters] == [f"{name} vs. eval/accuracy" for name, _ in SCATTERS]
+    assert [card["title"] for card in lines] == list(LINES)
+    for card in scatters:
+        assert all(run in card["text"].splitlines() for run in runs), "the legend"
+    for card in lines:
+        assert all(f"{run} ({card['title']})" in card["text"].splitlines() for run in runs), "the legend"
+    assert together["title"] == "Parallel Coordinates"
+    for axis in PARALLEL["selectedParams"] + PARALLEL["selectedMetrics"]:
+        assert axis in together["text"].splitlines()
+
+
+@pytest.mark.slow
+def test_files_of_a_run_can_be_read_in_the_ui(page: str, filled: str) -> None:
+    run_id = load_study(filled, EXPERIMENT)[0].run_id
+    base = page.split("/#/")[0]
+    with urllib.request.urlopen(f"{base}/ajax-api/2.0/mlflow/artifacts/list?run_id={run_id}") as answer:
+        assert {"config.yaml", "correct.json"} <= {file["path"] for file in json.load(answer)["files"]}
+    with urllib.request.urlopen(f"{base}/get-artifact?path=correct.json&run_uuid={run_id}") as answer:
+        assert json.load(answer) == [1, 0, 0, 1]
+
+
+@pytest.mark.slow
+def test_where_a_server_runs_already_only_the_view_is_saved(page: str, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_views, "_server", lambda *_: pytest.fail("started a server"))
+    base = page.split("/#/")[0]
+    urls: list[str] = []
+    tracking._client(uri).set_experiment_tag(experiment(uri).experiment_id, TAG, "{}")
+    serve_ui(f"{base}/", EXPERIMENT, 0, on_ready=urls.append)
+    assert urls == [page]
+    assert json.loads(experiment(uri).tags[TAG])["name"] == "RIN sweep"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_server_with_all_its_processes(uri: str, number: int) -> None:
+    with serving(uri) as (process, url):
+        port = int(url.split("/#/")[0].rsplit(":", 1)[1])
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert 1 <= len(family) <= 2, "mlflow and its one worker"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    with socket.create_server(("127.0.0.1", port)):
+        pass

@@ -138,7 +138,8 @@ def test_a_pattern_that_matches_nothing_is_an_error(model_folder: ModelFolder, p
 
 def test_a_quantised_tied_head_stays_tied(model_folder: ModelFolder) -> None:
     policy = load_policy(ModelConfig(name=model_folder()), QuantConfig(exclude=()), seed=0)
-    head, embedding = policy.linears["lm_head"], policy.model.get_input_embeddings()
+    model: Any = policy.model
+    head, embedding = policy.linears["lm_head"], model.get_input_embeddings()
     assert "lm_head" in policy.quantized
     assert head.weight is embedding.weight
     assert sum(parameter is head.weight for parameter in policy.trainable().values()) == 1
@@ -196,6 +197,11 @@ def test_lora_starts_as_the_policy_without_it(model_folder: ModelFolder) -> None
     assert torch.equal(logits(load_policy(lora(folder), W4A4, seed=0)), expected)
 
 
+def adapted_layer(policy: Policy, name: str) -> Any:
+    model: Any = policy.model
+    return model.base_model.model.get_submodule(name)
+
+
 def with_random_adapters(policy: Policy) -> Policy:
     torch.manual_seed(1)
     for name, parameter in policy.trainable().items():
@@ -208,7 +214,7 @@ def with_random_adapters(policy: Policy) -> Policy:
 def test_adapters_see_the_quantised_input_and_are_not_quantised(model_folder: ModelFolder, quant: QuantConfig) -> None:
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
-        adapted = policy.model.base_model.model.get_submodule(name)
+        adapted = adapted_layer(policy, name)
         assert adapted.base_layer is linear
         first, second = adapted.lora_A["default"], adapted.lora_B["default"]
         assert type(first) is type(second) is nn.Linear
@@ -236,7 +242,7 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
 def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(model_folder: ModelFolder) -> None:
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
-    adapted = policy.model.base_model.model.get_submodule(name)
+    adapted = adapted_layer(policy, name)
     first, second = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
     x = torch.randn(3, linear.in_features, requires_grad=True)
     up = torch.randn(3, linear.out_features)

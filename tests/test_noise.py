@@ -1,6 +1,7 @@
 """Noise arrives where it is asked for, as large as it is said to be, and leaves no trace."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_sigma_is_finite_and_falls_from_start_to_end(schedule: Any, stages: int,
     got = sigmas(schedule, stages, start, end, total)
     noisy = got if stages == 1 else [sigma for step, sigma in enumerate(got) if sigma != 0 or step >= total / stages]
     assert all(math.isfinite(sigma) and 0 <= sigma <= start for sigma in got)
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(noisy, noisy[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(noisy))
     if stages == 1:
         assert got == [start] * total
         return
@@ -309,7 +310,8 @@ def test_a_setting_that_would_touch_nothing_is_an_error(settings: dict[str, Any]
     ],
 )
 def test_a_model_without_the_named_modules_is_an_error(missing: str, settings: dict[str, Any], words: str, load: Load) -> None:
-    policy = dataclasses.replace(load(), **{missing: {}})
+    without: dict[str, Any] = {missing: {}}
+    policy = dataclasses.replace(load(), **without)
     with pytest.raises(ConfigError, match=words):
         noise_targets(policy, NoiseConfig.model_validate(settings))
 
@@ -495,7 +497,8 @@ def test_noise_of_a_weight_does_not_depend_on_what_else_is_noised(settings: dict
 
 def test_noise_of_a_weight_is_the_same_under_lora_and_in_other_precisions(load: Load) -> None:
     alone = during(load(), NoiseConfig())[NAME]
-    for options in ({"adapter": "lora"}, {"weights": "none", "activations": "none"}):
+    others: list[dict[str, Any]] = [{"adapter": "lora"}, {"weights": "none", "activations": "none"}]
+    for options in others:
         assert torch.equal(during(load(**options), NoiseConfig())[NAME], alone)
 
 
@@ -572,6 +575,16 @@ def test_placement_says_whether_noise_passes_the_quantiser(fmt: Any, load: Load)
         noisy = (weight.double() + shift).float()
         assert torch.equal(before[name], fake_quantize(noisy, fmt, per_tensor=True))
         torch.testing.assert_close(after[name].double(), fake_quantize(weight, fmt, per_tensor=True).double() + shift, rtol=0, atol=1e-8)
+
+
+def test_noise_is_added_in_fp32_and_cast_to_bf16_afterwards(load: Load) -> None:
+    narrow, wide = load(dtype="bfloat16", weights="none"), load(weights="none")
+    with torch.no_grad():
+        for there, here in zip(wide.model.parameters(), narrow.model.parameters(), strict=True):
+            there.copy_(here)
+    noise = NoiseConfig(sigma_start=0.01, sigma_end=0.01, modules=("rmsnorm", "linear"))
+    got, expected = during(narrow, noise), during(wide, noise)
+    assert all(weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name].bfloat16()) for name, weight in got.items())
 
 
 # --- the proof ----------------------------------------------------------------------------------------------------------------
@@ -661,7 +674,9 @@ def test_what_mxfp4_makes_of_linear_noise_is_measured(load: Load) -> None:
 
 
 def effect(nominal: float, applied: float, *, stage: int = 1, kind: str = "linear") -> Effect:
-    return Effect(stage=stage, step=3, name=f"w{applied}", layer=0, kind=kind, nominal=nominal, applied=applied, applied_relative=1, changed=1)
+    return Effect(
+        stage=stage, step=3, name=f"w{applied}", layer=0, kind=kind, nominal=nominal, applied=applied, applied_relative=1, changed=1
+    )
 
 
 WARNINGS: list[tuple[list[Effect], list[str]]] = [

@@ -53,6 +53,8 @@ VERDICTS: list[tuple[list[float], str]] = [
     ([0.503, 0.502, 0.503, 0.502], "better"),  # small, but outside of its own interval
     ([0.52, 0.48, 0.51], "undecided"),  # the interval is wider than the margin
     ([0.55, 0.60, 0.45, 0.50, 0.56], "undecided"),
+    ([0.500, 0.505, 0.510], "undecided"),  # inside the margin on one side only
+    ([0.500, 0.495, 0.490], "undecided"),
     ([0.70, 0.70], "undecided"),  # two replicates, whatever the difference
     ([0.90], "undecided"),
 ]

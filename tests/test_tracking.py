@@ -514,7 +514,7 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(uri: str, experiment:
     folder = tmp_path / "spool"
     records = [json.loads(line) for line in (folder / tracking.SPOOL).read_text().splitlines()]
     assert len(records) == 12
-    assert tracking._Backend(uri, folder).send(records[:delivered]) == ([], "")
+    assert tracking._Backend(uri, folder).send(records[:delivered], lambda: None) == ([], "")
     assert deliver_spool(folder, uri) == 0
     ((params, status, history, points, tags, run_status),) = whole_experiment(uri, experiment)
     assert (status, tags["status"], run_status, len(params)) == ("completed", "completed", "FINISHED", len(flatten(CONFIG)))
@@ -548,7 +548,7 @@ def test_the_spool_tries_again_in_order_and_complains_once(
     attempts: list[int] = []
     received: list[int] = []
 
-    def send(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    def send(records: Sequence[dict[str, Any]], note_delivery: Any) -> tuple[list[dict[str, Any]], str]:
         attempts.append(len(records))
         if len(attempts) < 5:
             return list(records), "it is down"
@@ -569,6 +569,32 @@ def test_the_spool_tries_again_in_order_and_complains_once(
     assert len(caplog.messages) == 1
 
 
+def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "CLOSE_SECONDS", 0.5)
+    hangs = threading.Event()
+
+    def send(records: Sequence[dict[str, Any]], note_delivery: Any) -> tuple[list[dict[str, Any]], str]:
+        for record in records:
+            if record["n"] == "hang":
+                hangs.wait(20)
+            time.sleep(0.2)
+            note_delivery()
+        return [], ""
+
+    slow = spool_module.Spool(tmp_path / "slow.jsonl", send, "the receiver")
+    for n in range(6):
+        slow.put({"n": n})
+    assert slow.close() == 0  # 1.2 s, though no one waits longer than 0.5 s
+    hung = spool_module.Spool(tmp_path / "hung.jsonl", send, "the receiver")
+    hung.put({"n": "hang"})
+    start = time.monotonic()
+    assert hung.close() == 1
+    assert time.monotonic() - start < 5
+    assert json.loads((tmp_path / "hung.jsonl").read_text()) == {"n": "hang"}
+    assert spool_module.deliver(tmp_path / "hung.jsonl", send, "another") == 0  # still in use by the thread that hangs
+    hangs.set()
+
+
 def test_a_spool_in_use_is_left_to_its_owner(uri: str, experiment: str, tmp_path: Path) -> None:
     owner = make_callback(f"sqlite:///{__file__}/below/mlflow.db", experiment, tmp_path)
     owner.on_trial_start(trial=make_trial())
@@ -576,7 +602,7 @@ def test_a_spool_in_use_is_left_to_its_owner(uri: str, experiment: str, tmp_path
     assert before
     assert deliver_spool(tmp_path / "spool", uri) == 0
     assert (tmp_path / "spool" / tracking.SPOOL).read_text() == before
-    other = spool_module.Spool(tmp_path / "spool" / tracking.SPOOL, lambda records: ([], ""), "nobody")
+    other = spool_module.Spool(tmp_path / "spool" / tracking.SPOOL, lambda records, note: ([], ""), "nobody")
     with pytest.raises(ConfigError, match="another process"):
         other.start(patience=0.1)
     owner.close()
@@ -628,7 +654,7 @@ def test_after_one_file_fails_the_others_are_not_tried_in_that_round(tmp_path: P
 
     monkeypatch.setattr(tracking._Backend, "_apply", apply)
     records = [{"do": "file", "n": 0}, {"do": "log", "n": 1}, {"do": "file", "n": 2}, {"do": "log", "n": 3}]
-    left, trouble = tracking._Backend("http://host", tmp_path).send(records)
+    left, trouble = tracking._Backend("http://host", tmp_path).send(records, lambda: None)
     assert ([record["n"] for record in left], tried, trouble) == ([0, 2], [0, 1, 3], "TimeoutError: the artifact store hangs")
 
 

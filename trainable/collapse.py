@@ -148,8 +148,10 @@ def _mismatch(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
 def _grad_norm(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
     """Without a quiet stage there is no gradient to compare with, and this rule is silent."""
     norm, usual = now.get("grad_norm"), base.get("grad_norm")
-    if norm is not None and usual is not None and norm > max(limits.grad_norm_ratio * usual, limits.grad_norm_floor):
-        return f"gradient norm {norm:.3g}, quiet steps {usual:.3g}"
+    if norm is None or usual is None or now["clip_fraction"] <= limits.grad_norm_clip:
+        return ""
+    if norm > limits.grad_norm_ratio * usual:
+        return f"gradient norm {norm:.3g}, quiet steps {usual:.3g}; {now['clip_fraction']:.0%} of ratios clipped"
     return ""
 
 

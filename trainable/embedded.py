@@ -143,7 +143,7 @@ def _batch(rng: random.Random, recipe: BaseRecipe, signed_share: float) -> tuple
     index = {c: i for i, c in enumerate(_CHARACTERS)}
     rows: list[tuple[list[int], int]] = []
     for _ in range(recipe.batch_size):
-        question = addition_question(rng, recipe.digits, "train")
+        question = addition_question(rng, recipe.digits, "train", short_ones=True)
         sign = "+" if rng.random() < signed_share else ""
         prompt = [index[c] for c in question.prompt]
         rows.append(([*prompt, *(index[c] for c in sign + question.answer), 1], len(prompt)))

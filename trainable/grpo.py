@@ -2,8 +2,8 @@
 
 A group of completions of one question is its own baseline: advantage = reward minus the group's mean, over the group's std (DeepSeekMath,
 arXiv 2402.03300). The loss is PPO's clipped ratio per token; four ways of averaging it are in use, and the clip may be wider upwards
-(DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when the step began. The noisy policy that sampled is a third
-one; the correction weight min(pi_train_old / pi_rollout, cap) tells it apart when it is switched on.
+(DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when the step began. The noisy policy that sampled is a
+third one; the correction weight min(pi_train_old / pi_rollout, cap) tells it apart when it is switched on.
 
 What a group without variance means is a policy with a typed outcome, not an exception: a filter that raised is how low scores were once
 taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running out of the latter is success.
@@ -254,7 +254,7 @@ def grpo_loss(
 
 
 def loss_normalizer(loss: Loss, mini_batch: Batch, whole: Batch, minibatches: int, max_new_tokens: int) -> float:
-    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the whole step, shared among its mini-batches; dr_grpo: a constant."""
+    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the step, shared among its mini-batches; dr_grpo: a constant."""
     if loss == "grpo":
         return float(len(mini_batch))
     if loss == "dr_grpo":

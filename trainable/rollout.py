@@ -142,7 +142,7 @@ def _generate_chunk(
 def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token, its log-prob and the entropy of the distribution, [B] each, from logits [B, V]; computed in fp32.
 
-    Logits that are not finite give the end of the range as token and NaN as log-prob: the signals then say `nonfinite`.
+    A row of logits that is not finite gives some token, and NaN as log-prob and entropy: the signals then say `nonfinite`.
     """
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [B, V]
     probability = distribution.exp()

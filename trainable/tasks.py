@@ -150,16 +150,24 @@ def split_of(text: str, share: float) -> Split:
     return "selection" if position < share else "confirm" if position < 2 * share else "train"
 
 
-def addition_question(rng: Random, digits: int, split: Split) -> Question:
-    """One random sum of a share. Operands have 1..digits digits, each length as likely as the others, so prompts differ in length."""
+def addition_question(rng: Random, digits: int, split: Split, *, short_ones: bool = False) -> Question:
+    """One random sum of a share: both numbers below 10^digits, evenly, so that most have `digits` digits.
+
+    With `short_ones` every length is as likely as the others: the easy examples from which the embedded base learns to add at all.
+    """
+    number = _number_of_any_length if short_ones else _number
     while True:
-        a, b = _operand(rng, digits), _operand(rng, digits)
+        a, b = number(rng, digits), number(rng, digits)
         if split_of(f"{min(a, b)}+{max(a, b)}", ADDITION_SHARE) == split:
             return Question(prompt=f"{a}+{b}=", answer=str(a + b))
 
 
-def _operand(rng: Random, digits: int) -> int:
-    length = 1 + int(rng.random() * digits)  # of Random's methods, random() alone is promised to be the same in every Python
+def _number(rng: Random, digits: int) -> int:
+    return int(rng.random() * 10**digits)  # of Random's methods, random() alone is promised to be the same in every Python
+
+
+def _number_of_any_length(rng: Random, digits: int) -> int:
+    length = 1 + int(rng.random() * digits)
     low = 10 ** (length - 1) if length > 1 else 0
     return low + int(rng.random() * (10**length - low))
 

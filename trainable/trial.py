@@ -136,6 +136,8 @@ class Trial:
         assert not self.done, "the trial has ended"
         started, step = time.perf_counter(), self.so_far.next_step
         metrics = self._begin() if self.so_far.start is None else {}
+        self.so_far.end = None  # an outcome that was asked for in between is of other weights
+        begun = time.perf_counter()
         sigma = sigma_at(self.config.noise, step, self.config.grpo.steps)
 
         groups, filtered, batches = self._sample(step)
@@ -151,10 +153,10 @@ class Trial:
         finished = time.perf_counter()
         tokens = sum(len(e.completion.ids) for group in groups for e in group)
         metrics |= {
-            "perf/rollout_seconds": sampled - started,
+            "perf/rollout_seconds": sampled - begun,
             "perf/update_seconds": updated - sampled,
             "perf/step_seconds": finished - started,
-            "perf/tokens_per_second": tokens / (sampled - started),
+            "perf/tokens_per_second": tokens / (sampled - begun),
         }
         self.so_far.seconds += finished - started
         return StepReport(
