@@ -1,7 +1,7 @@
 """`rin`: the command line. Thin: it reads options, calls one function, and prints.
 
-Heavy imports stay inside the commands, so that `rin --help` answers at once. Exit codes: 0 done (a collapse is a result), 2 the user's
-mistake (one line that names the key, the value and the remedy), 1 a failure.
+Heavy imports stay inside the commands, so that `rin --help` answers at once. Exit codes: 0 done (a collapse is a result), 2 the
+user's mistake (one line that names the key, the value and the remedy), 1 a failure.
 """
 
 import json
@@ -162,7 +162,7 @@ def plan(
     from dashboards.live import text_params
     from dashboards.tables import describe_noise, duration
     from search.plan import plan_study
-    from spaces.config import as_tree, read_config
+    from spaces.reading import as_tree, read_config
 
     known = plan_study(study, os.cpu_count() or 1)
     print(f"space {study.space.name} ({study.space.description}) on workload {study.workload}")
@@ -310,8 +310,8 @@ def _study(
     """Options -> StudyConfig. Raises ConfigError."""
     import re
 
-    from spaces.config import parse_overrides
     from spaces.library import SPACES, load_space
+    from spaces.reading import parse_overrides
     from spaces.workloads import WORKLOADS
 
     if space not in SPACES and not space.endswith((".yaml", ".yml")):
@@ -359,8 +359,8 @@ def _with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
-    from spaces.config import load_yaml, merge, read_config
     from spaces.points import POINTS
+    from spaces.reading import load_yaml, merge, read_config
     from spaces.workloads import WORKLOADS
 
     if (point is None) == (config is None):

@@ -1,7 +1,7 @@
 """What works on this machine, and the command that mends what does not.
 
-Each check really tries the thing (imports it, compiles a line, opens a database) instead of asking for a version, because half-broken installs,
-such as a CUDA build of torchvision beside a CPU build of torch, have perfect version numbers.
+Each check really tries the thing (imports it, compiles a line, opens a database) instead of asking for a version, because
+half-broken installs, such as a CUDA build of torchvision beside a CPU build of torch, have perfect version numbers.
 """
 
 import importlib

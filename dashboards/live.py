@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dashboards.tables import describe_noise, points
 from search.study import TrialEvent, View
-from spaces.config import flatten
+from spaces.reading import flatten
 
 _COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
 _NUMBERS = ("grpo/reward", "gen/entropy", "gen/gibberish", "eval/accuracy")

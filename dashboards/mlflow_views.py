@@ -1,17 +1,17 @@
 """A sweep in MLflow's own UI: its saved view as code, and the server that shows it.
 
 MLflow opens an experiment with neither parameter nor metric columns, draws the first ten runs only, one chart per metric in
-alphabetical order, and greets a training sweep in its mode for chat applications: of a sweep of 24 trials one sees almost nothing.
-It can keep a view and share it by link, but only from its UI, by hand, for one experiment at a time.
+alphabetical order, and greets a training sweep in its mode for chat applications: of a sweep of 24 trials one sees almost
+nothing. It can keep a view and share it by link, but only from its UI, by hand, for one experiment at a time.
 
 So the view is written here. It lives in the experiment tag `mlflow.sharedViewState.<key>` as an envelope {name, createdAt,
 updatedAt, state}; `state` is the JSON of the page's own fields, which the page merges over its defaults: what it searches
-(`orderByKey`, ...) and what it shows (`selectedColumns`, `compareRunCharts`, ...). A link with `viewStateShareKey=<key>` opens it, and
-the UI lists it under "Views". This is MLflow's client code (ExperimentPageUIState.tsx, runs-charts.types.ts), not a documented
-interface: mlflow is pinned, and a test renders the view of a real store in a real browser. The rest of the link:
-`workflowType=machine_learning` puts the sidebar into its mode for training, `compareRunsMode=CHART` shows the charts beside the names
-of the runs, `TABLE` the table. MLflow's Assistant panel opens by itself once per browser and address, and stays closed once closed;
-neither the link nor the server has a switch for it.
+(`orderByKey`, ...) and what it shows (`selectedColumns`, `compareRunCharts`, ...). A link with `viewStateShareKey=<key>` opens
+it, and the UI lists it under "Views". This is MLflow's client code (ExperimentPageUIState.tsx, runs-charts.types.ts), not a
+documented interface: mlflow is pinned, and a test renders the view of a real store in a real browser. The rest of the link:
+`workflowType=machine_learning` puts the sidebar into its mode for training, `compareRunsMode=CHART` shows the charts beside the
+names of the runs, `TABLE` the table. MLflow's Assistant panel opens by itself once per browser and address, and stays closed
+once closed; neither the link nor the server has a switch for it.
 
 The server is for one person on one machine: localhost, no login, one worker, neither telemetry nor job runners (with 4 workers
 and 7 job runners it takes 2.7 GB). Left out: means over replicates with intervals, which MLflow cannot draw; `rin report` does.
@@ -60,7 +60,8 @@ PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": ["rollou
 
 
 def save_view(uri: str, experiment: str) -> str:
-    """Its share key. Saving it again changes nothing, or undoes what was changed under its name: keep your own view under another name.
+    """Its share key. Saving it again changes nothing, or undoes what was changed under its name: keep your own view under
+    another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
@@ -81,7 +82,8 @@ def _save_view(uri: str, experiment: str) -> tuple[str, str]:
 
 
 def envelope(created: int) -> str:
-    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: the page hides a chart without data."""
+    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: the page hides a chart without
+    data."""
     return json.dumps({"name": NAME, "createdAt": created, "updatedAt": created, "state": json.dumps(view_state())})
 
 
@@ -177,7 +179,8 @@ def _server(uri: str, host: str, port: int) -> Iterator[tuple[subprocess.Popen[b
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """`kill` and a closed terminal raise KeyboardInterrupt too, except where they are ignored (nohup): the server must not stay behind."""
+    """`kill` and a closed terminal raise KeyboardInterrupt too, except where they are ignored (nohup): the server must not stay
+    behind."""
     signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     try:
         for number in signals:

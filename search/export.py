@@ -1,7 +1,8 @@
 """The best configuration, taken away: a YAML file that runs again, or the lines another trainer understands.
 
-Best means best feasible: the highest median accuracy on the selection questions among configurations of which no replicate collapsed
-or failed. It is a *candidate*: choosing and judging on the same questions flatters the winner, so nothing here says better or worse.
+Best means best feasible: the highest median accuracy on the selection questions among configurations of which no replicate
+collapsed or failed. It is a *candidate*: choosing and judging on the same questions flatters the winner, so nothing here says
+better or worse.
 """
 
 from collections import defaultdict
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from search.tracking import TrialRecord, load_config
-from spaces.config import ConfigError, TrialConfig, as_tree, dump_yaml, read_config
+from spaces.config import ConfigError, TrialConfig
+from spaces.reading import as_tree, dump_yaml, read_config
 
 ACCURACY = "eval/accuracy"
 
@@ -89,7 +91,8 @@ def to_yaml(best: BestConfig) -> str:
 
 
 def to_verl(best: BestConfig) -> str:
-    """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped in silence."""
+    """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped in
+    silence."""
     config = best.config
     noise, grpo = config.noise, config.grpo
     on = noise.sigma_start > 0

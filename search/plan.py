@@ -1,7 +1,7 @@
 """What a sweep would run, in which order, how long, and what its answers could show. Trains nothing.
 
-Time comes from trials of the same workload that this store has seen (their median), else from the workload's own measured figure. The worst case
-is that no trial collapses: a collapsed one stops early and only saves time.
+Time comes from trials of the same workload that this store has seen (their median), else from the workload's own measured
+figure. The worst case is that no trial collapses: a collapsed one stops early and only saves time.
 """
 
 import math
@@ -13,7 +13,8 @@ from search.searchers import Arm
 from search.store import StudyConfig, load_study_config, sweeps
 from search.study import fixed_arms
 from search.tracking import load_study
-from spaces.config import ConfigError, TrialConfig, read_config
+from spaces.config import ConfigError, TrialConfig
+from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 
 

@@ -1,12 +1,12 @@
 """Who proposes the next configuration, and what it is told about the last.
 
-The space is translated to Optuna's words here and nowhere else, define-by-run, so that a dimension may depend on another. Fixed arms come
-first: the control is always configuration 0, then the points that were asked for, then the sampler's own.
+The space is translated to Optuna's words here and nowhere else, define-by-run, so that a dimension may depend on another. Fixed
+arms come first: the control is always configuration 0, then the points that were asked for, then the sampler's own.
 
-Two lessons of earlier sweeps are built in. One seed per configuration is an anecdote: each configuration is run once per replicate, with
-the same seeds in every arm, and the sampler is told once, when all replicates are in: the median accuracy. And a collapse is knowledge:
-it is told as a violated constraint (the number of collapsed replicates), so that one collapse among three is not averaged away and the sampler
-learns where not to look; only a failed run (a bug, the machine) is told as failed.
+Two lessons of earlier sweeps are built in. One seed per configuration is an anecdote: each configuration is run once per
+replicate, with the same seeds in every arm, and the sampler is told once, when all replicates are in: the median accuracy. And
+a collapse is knowledge: it is told as a violated constraint (the number of collapsed replicates), so that one collapse among
+three is not averaged away and the sampler learns where not to look; only a failed run (a bug, the machine) is told as failed.
 """
 
 import math
@@ -19,8 +19,9 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from spaces.config import ConfigError, as_tree, merge, read_config, unflatten
+from spaces.config import ConfigError
 from spaces.library import Choice, Dimension, Float, Space
+from spaces.reading import as_tree, merge, read_config, unflatten
 
 if TYPE_CHECKING:
     import optuna

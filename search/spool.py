@@ -31,7 +31,8 @@ Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]
 
 
 class Spool:
-    """`put` takes microseconds and never waits for the receiver; `close` waits while records are being delivered, then gives up."""
+    """`put` takes microseconds and never waits for the receiver; `close` waits while records are being delivered, then gives
+    up."""
 
     def __init__(self, path: Path, send: Send, receiver: str) -> None:
         self.path = path

@@ -1,8 +1,9 @@
 """What may be concluded from replicates.
 
-The unit of inference for a configuration is the replicate: training with another seed differs by more than answering other questions.
-Arms share seeds, so the difference per seed is what is looked at: a paired t interval with R - 1 degrees of freedom (Student 1908).
-Fewer than three replicates say nothing about their own spread, so the verdict is then `undecided`, whatever the difference.
+The unit of inference for a configuration is the replicate: training with another seed differs by more than answering other
+questions. Arms share seeds, so the difference per seed is what is looked at: a paired t interval with R - 1 degrees of freedom
+(Student 1908). Fewer than three replicates say nothing about their own spread, so the verdict is then `undecided`, whatever the
+difference.
 """
 
 import math

@@ -6,7 +6,8 @@
     run them                       Ray Tune: arms x replicates, paired by seed; collapses end trials early and are results
     choose                         the best feasible configuration, as a candidate -> STORE/NAME/best.yaml
 
-What lies where: `search/store.py`. The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
+What lies where: `search/store.py`. The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints
+nothing itself.
 """
 
 import json
@@ -26,8 +27,9 @@ from search.export import BestConfig, choose_best, to_yaml
 from search.searchers import SEARCHERS, Arm, RinSearch
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig
 from search.tracking import MLflowCallback, TrialRecord, check_tracking, deliver_spool, load_study, strip_password
-from spaces.config import ConfigError, TrialConfig, merge, read_config
+from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
+from spaces.reading import merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS, Workload
 from trainable.embedded import Progress, ensure_base
 from trainable.model import load_policy
@@ -153,7 +155,8 @@ def _filter_policy(tree: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _preflight(arms: list[Arm], progress: Progress | None) -> None:
-    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here and not in each trial."""
+    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here and not
+    in each trial."""
     for arm in arms:
         trial: TrialConfig = read_config(arm.tree, origin=arm.name)
         if trial.model.recipe is not None:
@@ -182,7 +185,8 @@ def _fit(config: StudyConfig, workload: Workload, searcher: RinSearch, tracker: 
 
 
 class _Watcher(tune.Callback):  # type: ignore[misc]
-    """Turns what happens to trials into events for the view. Tune pickles its callbacks; a view (a terminal) is not part of that."""
+    """Turns what happens to trials into events for the view. Tune pickles its callbacks; a view (a terminal) is not part of
+    that."""
 
     def __init__(self, view: View | None = None) -> None:
         self._view = view or (lambda event: None)

@@ -34,7 +34,8 @@ from typing import Any
 from urllib.parse import quote
 
 from search.spool import Record, Spool, as_json, deliver
-from spaces.config import ConfigError, dump_yaml, flatten, parse_yaml
+from spaces.config import ConfigError
+from spaces.reading import dump_yaml, flatten, parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ def _experiment_id(client: Any, uri: str, name: str) -> str:
 
 @contextmanager
 def _one_line(uri: str, what: str) -> Iterator[None]:
-    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the password."""
+    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the
+    password."""
     try:
         yield
     except Exception as error:
@@ -152,8 +154,9 @@ def _one_line(uri: str, what: str) -> Iterator[None]:
 class _Backend:
     """Applies records to MLflow; each is safe to apply twice.
 
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0/1f2e", "time": 1760000000000, "step": 3, "metrics": {"eval/n": 64}}
-    `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is Unix ms.
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0/1f2e", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
+    64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is
+    Unix ms.
     """
 
     def __init__(self, uri: str, folder: Path) -> None:
@@ -348,7 +351,8 @@ class MLflowCallback:
         self._spool.close()
 
     def add_outcome(self, trial_id: str, outcome: Mapping[str, Any]) -> None:
-        """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last report."""
+        """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last
+        report."""
         key = self._unheard.pop(trial_id, None)
         if key is None:
             return

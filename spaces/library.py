@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spaces.config import ConfigError, explain, load_yaml
+from spaces.config import ConfigError
+from spaces.reading import explain, load_yaml
 
 
 class _Record(BaseModel):
@@ -70,7 +71,8 @@ class Dimension(_Record):
 
 
 class Space(_Record):
-    """Example: Space(name="mine", description="...", dimensions=(Dimension(key="noise.num_stages", domain=Int(low=2, high=12)),))."""
+    """Example: Space(name="mine", description="...", dimensions=(Dimension(key="noise.num_stages", domain=Int(low=2,
+    high=12)),))."""
 
     name: str
     description: str

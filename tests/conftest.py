@@ -25,7 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from spaces.config import TrialConfig, read_config
+from spaces.config import TrialConfig
+from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from trainable.embedded import character_tokenizer
 from trainable.model import Policy, deployed
@@ -85,10 +86,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    """tiny("grpo.steps=2"): the workload `tiny` with overrides; its base is built once and cached."""
+    """tiny("grpo.steps=2"): the workload `tiny` with overrides; its base is built once and cached.
+
+    One-digit sums, of which any base gets some right and some wrong.
+    """
 
     def config(*overrides: str) -> TrialConfig:
-        return read_config(WORKLOADS["tiny"].settings, overrides)
+        return read_config(WORKLOADS["tiny"].settings, ["task.digits=1", *overrides])
 
     return config
 

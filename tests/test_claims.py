@@ -1,7 +1,7 @@
 """One seed of each claim that the README makes about the embedded workload. Full replicates: `make science`, docs/science.md.
 
-These tests train (about 25 s each, and 2 minutes for the base where it is not cached). They assert what the product promises of its own workload;
-differences between arms, which one seed cannot show, are reported by `make science` and asserted nowhere.
+These tests train (about 25 s each, and 2 minutes for the base where it is not cached). They assert what the product promises of
+its own workload; differences between arms, which one seed cannot show, are reported by `make science` and asserted nowhere.
 """
 
 from functools import cache
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from spaces.config import TrialConfig, merge, read_config
+from spaces.config import TrialConfig
 from spaces.points import POINTS
+from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.trial import Outcome, Trial
 

@@ -10,7 +10,8 @@ import pytest
 
 from dashboards.doctor import Check, examine
 from search.tracking import default_tracking_uri, load_study
-from spaces.config import TrialConfig, parse_yaml
+from spaces.config import TrialConfig
+from spaces.reading import parse_yaml
 
 RIN = Path(sys.executable).parent / "rin"
 

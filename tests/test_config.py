@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from spaces.config import (
-    ConfigError,
-    GRPOConfig,
-    ModelConfig,
-    NoiseConfig,
-    QuantConfig,
-    TaskConfig,
-    TrialConfig,
-    ZoneSigma,
+from spaces.config import ConfigError, GRPOConfig, ModelConfig, NoiseConfig, QuantConfig, TaskConfig, TrialConfig, ZoneSigma
+from spaces.points import POINTS
+from spaces.reading import (
     as_tree,
     dump_yaml,
     flatten,
@@ -31,7 +25,6 @@ from spaces.config import (
     read_config,
     unflatten,
 )
-from spaces.points import POINTS
 from spaces.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,7 @@
 """GRPO's arithmetic, with TRL's own trainer as the oracle: advantages, losses, gradients, clip and KL metrics.
 
-The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the loss alone, the log-probs that it would compute are handed
-to it; where it is about parameters, both sides compute them on the same weights.
+The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the loss alone, the log-probs that it would compute
+are handed to it; where it is about parameters, both sides compute them on the same weights.
 """
 
 import math
@@ -302,7 +302,8 @@ def test_the_overlong_penalty_grows_over_the_buffer(length: int, penalty: float)
 
 
 def groups_of(kinds: str) -> list[Group]:
-    """m = mixed, w = all wrong, r = all right, p = all the same partial credit (wrong), d = differing partial credit (all wrong)."""
+    """m = mixed, w = all wrong, r = all right, p = all the same partial credit (wrong), d = differing partial credit (all
+    wrong)."""
     rewards = {"m": (1.0, 0.0), "w": (0.0, 0.0), "r": (1.0, 1.0), "p": (0.3, 0.3), "d": (0.3, 0.1)}
     return [tuple(episode(reward) for reward in rewards[kind]) for kind in kinds]
 
@@ -396,7 +397,8 @@ def test_the_clean_policy_weighs_one() -> None:
 
 
 class Recorder(torch.optim.SGD):
-    """Plain gradient descent that remembers the learning rate of each step; its first step leaves -lr * gradient in the weights."""
+    """Plain gradient descent that remembers the learning rate of each step; its first step leaves -lr * gradient in the
+    weights."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy.trainable().values(), lr=1.0)

@@ -26,7 +26,8 @@ from dashboards import mlflow_views
 from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state
 from search import tracking
 from search.tracking import MLflowCallback, check_tracking, default_tracking_uri, load_study
-from spaces.config import ConfigError, NoiseConfig, TrialConfig, as_tree, flatten_fields
+from spaces.config import ConfigError, NoiseConfig, TrialConfig
+from spaces.reading import as_tree, flatten_fields
 from trainable.signals import NAMES
 
 EXPERIMENT = "e13 sweep"

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig, Schedule, ZoneSigma, merge, read_config
+from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig, Schedule, ZoneSigma
 from spaces.points import POINTS, SRDD_MULTIPLIERS
+from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.embedded import character_tokenizer
 from trainable.model import Policy, load_policy

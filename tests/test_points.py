@@ -6,24 +6,10 @@ from typing import Any, get_args
 
 import pytest
 
-from spaces.config import (
-    ConfigError,
-    Correction,
-    FilterPolicy,
-    Format,
-    ScaleRule,
-    Schedule,
-    TrialConfig,
-    Zone,
-    as_tree,
-    dump_yaml,
-    flatten_fields,
-    merge,
-    read_config,
-    unflatten,
-)
+from spaces.config import ConfigError, Correction, FilterPolicy, Format, ScaleRule, Schedule, TrialConfig, Zone
 from spaces.library import SPACES, Choice, Dimension, Float, Int, Space, load_space
 from spaces.points import POINTS, SRDD_MULTIPLIERS
+from spaces.reading import as_tree, dump_yaml, flatten_fields, merge, read_config, unflatten
 from spaces.workloads import WORKLOADS
 
 PLAN = [

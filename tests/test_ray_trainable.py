@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from spaces.config import as_tree, merge, read_config
 from spaces.points import POINTS
+from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.ray_trainable import OUTCOME_FILE, RinTrainable
 from trainable.trial import run_trial

@@ -1,8 +1,8 @@
 """Sampling: the probabilities it reports are those it sampled from, and those that training computes again.
 
-Tolerances. At 16 bits, and with 4-bit weights, two forward passes differ by the order of their sums: 1e-4 is far above that. With 4-bit
-activations a last-bit difference can flip a rounding, which no tolerance covers; where such a flip would be possible the test asks
-that (nearly) all tokens agree, or compares computations of one shape, which agree bit for bit.
+Tolerances. At 16 bits, and with 4-bit weights, two forward passes differ by the order of their sums: 1e-4 is far above that.
+With 4-bit activations a last-bit difference can flip a rounding, which no tolerance covers; where such a flip would be possible
+the test asks that (nearly) all tokens agree, or compares computations of one shape, which agree bit for bit.
 """
 
 from typing import Any

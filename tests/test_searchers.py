@@ -8,8 +8,9 @@ import pytest
 from ray.tune.search import Searcher
 
 from search.searchers import SEARCHERS, Arm, RinSearch
-from spaces.config import ConfigError, TrialConfig, merge
+from spaces.config import ConfigError, TrialConfig
 from spaces.library import SPACES, Choice, Dimension, Float, Space, When
+from spaces.reading import merge
 from spaces.workloads import WORKLOADS
 
 BASE = WORKLOADS["tiny"].settings

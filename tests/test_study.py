@@ -17,8 +17,9 @@ from search.plan import plan_study
 from search.store import StudyConfig, load_study_config, sweeps
 from search.study import StudyResult, TrialEvent, fixed_arms, run_study
 from search.tracking import default_tracking_uri, load_config, load_correct, load_history, load_study
-from spaces.config import ConfigError, load_yaml, parse_yaml, read_config
+from spaces.config import ConfigError
 from spaces.library import SPACES
+from spaces.reading import load_yaml, parse_yaml, read_config
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -124,7 +125,7 @@ def test_a_store_remembers_its_sweeps(finished: tuple[StudyResult, list[TrialEve
     assert load_study_config(store, "s") == result.config
     with pytest.raises(ConfigError, match=r"NAME=other: no sweep of that name.*there are s"):
         load_study_config(store, "other")
-    with pytest.raises(ConfigError, match="--name s: .*exists already"):
+    with pytest.raises(ConfigError, match=r"--name s: .*exists already"):
         run_study(result.config, lambda event: None)
     planned = plan_study(study(store, name="next", trials=5, replicates=3), cpus=2)
     assert (planned.runs, planned.searched, planned.slots) == (15, 4, 2)
@@ -147,7 +148,7 @@ def test_a_setting_that_touches_nothing_is_refused_before_anything_runs(tmp_path
 
 def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -> None:
     config = study(tmp_path, tracking_uri="http://user:secret@127.0.0.1:9/")
-    with pytest.raises(ConfigError, match="127.0.0.1:9") as caught:
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9") as caught:
         run_study(config, lambda event: None)
     assert "secret" not in str(caught.value)
     assert not config.folder.exists()

@@ -35,7 +35,8 @@ from search.tracking import (
     load_study,
     strip_password,
 )
-from spaces.config import ConfigError, NoiseConfig, TrialConfig, as_tree, flatten
+from spaces.config import ConfigError, NoiseConfig, TrialConfig
+from spaces.reading import as_tree, flatten
 
 CONFIG = as_tree(TrialConfig(noise=NoiseConfig(sigma_start=0.05, modules=("linear",)), seed=3))
 SAMPLES = [{"step": 0, "prompt": "1+2=", "completion": "3", "answer": "3", "reward": 1.0}]

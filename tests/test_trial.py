@@ -1,7 +1,7 @@
 """A whole trial: deterministic, restorable bit for bit, clean where it has to be clean, and with an outcome for every ending.
 
-The workload `tiny` is too small for findings. Where a claim needs answers that differ, the task's judge is replaced by a checksum of the
-answer: then one changed token anywhere shows.
+The workload `tiny` is too small for findings. Where a claim needs answers that differ, the task's judge is replaced by a
+checksum of the answer: then one changed token anywhere shows.
 """
 
 import json
@@ -16,13 +16,15 @@ import torch
 
 import trainable.grpo
 import trainable.trial
-from spaces.config import ConfigError, TrialConfig, read_config
+from spaces.config import ConfigError, TrialConfig
+from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
 from trainable.checkpoint import load_state, save_state
 from trainable.evaluation import evaluate, evaluate_unquantized
 from trainable.model import block_of
 from trainable.noise import sigma_at
+from trainable.seeds import generator
 from trainable.tasks import Question
 from trainable.trial import Outcome, StepReport, Trial, run_trial
 
@@ -30,6 +32,7 @@ LINEAR_NOISE = ("noise.modules=[linear]", "noise.sigma_start=0.02", "noise.sigma
 WRECKED = ("noise.modules=[linear]", "noise.sigma_start=2", "noise.sigma_end=2", "grpo.filter_groups=resample")
 FROZEN = ("grpo.learning_rate=1e-30",)  # too small to move any fp32 weight
 W16A16 = ("quant.weights=none", "quant.activations=none")
+TWO_DIGITS = ("task.digits=2",)  # hundreds of held-out sums, where there are a handful of one digit
 GSM8K = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
 
 
@@ -184,7 +187,10 @@ def test_noise_never_changes_clean_weights(tiny: Tiny, placement: str) -> None:
 
 def test_evaluation_sees_no_noise(tiny: Tiny) -> None:
     """Same weights, one arm under huge noise: the same answers to every question, and other samples."""
-    arms = [with_checksums(Trial(tiny(*FROZEN, "collapse.mode=off", "eval.every=1", *arm))) for arm in (HUGE, ("noise.sigma_start=0",))]
+    arms = [
+        with_checksums(Trial(tiny(*FROZEN, *TWO_DIGITS, "collapse.mode=off", "eval.every=1", *arm)))
+        for arm in (HUGE, ("noise.sigma_start=0",))
+    ]
     noisy, control = [finish(arm) for arm in arms]
     outcomes = [arm.outcome() for arm in arms]
     assert outcomes[0].eval == outcomes[1].eval
@@ -196,7 +202,7 @@ def test_evaluation_sees_no_noise(tiny: Tiny) -> None:
 
 def test_accuracies_are_in_the_deployed_precision_and_unquantised(tiny: Tiny) -> None:
     """W4A4 and W16A16 on the same weights: the second's only accuracy is the first's accuracy_bf16."""
-    quantized, plain = (with_checksums(Trial(tiny("grpo.steps=1", *FROZEN, *mode))) for mode in ((), W16A16))
+    quantized, plain = (with_checksums(Trial(tiny("grpo.steps=1", *TWO_DIGITS, *FROZEN, *mode))) for mode in ((), W16A16))
     arguments = [(trial.policy, trial.task, trial.questions, trial.config) for trial in (quantized, plain)]
     deployed_answers, answers = (evaluate(*of_one).correct for of_one in arguments)
     assert evaluate_unquantized(*arguments[0]).correct == answers != deployed_answers
@@ -252,7 +258,7 @@ def test_sigma_of_every_step_is_the_schedule_s(tiny: Tiny, schedule: str) -> Non
         (("noise.layer_multipliers=[0, 0]",), r"noise\.layer_multipliers .*sigma 0; noise would touch nothing"),
         (("quant.exclude=[lm_head, layers.2]",), r"quant\.exclude=layers\.2: matches no linear layer"),
         (("quant.skip_layers=[2]",), r"quant\.skip_layers=2: the model has blocks 0 to 1"),
-        (("task.digits=2",), r"task\.digits=2 is more than the base was trained on"),
+        (("task.digits=6",), r"task\.digits=6 is more than the base was trained on"),
     ],
 )
 def test_a_setting_that_would_touch_nothing_is_an_error_before_the_first_step(tiny: Tiny, overrides: tuple[str, ...], message: str) -> None:
@@ -384,7 +390,7 @@ def test_a_trial_that_is_asked_before_its_first_step_has_an_outcome(tiny: Tiny) 
 
 def test_an_outcome_is_of_the_weights_when_it_is_asked(tiny: Tiny) -> None:
     """Asked in between, then again after more steps: the second answer is not the first one's."""
-    overrides = ("grpo.steps=4", "grpo.learning_rate=3e-3")
+    overrides = ("grpo.steps=4", "grpo.learning_rate=3e-3", *TWO_DIGITS)
     asked, left_alone = (with_checksums(Trial(tiny(*overrides))) for _ in range(2))
     between = None
     for _ in range(3):
@@ -443,17 +449,20 @@ def test_the_reference_is_the_start_and_stays_there(tiny: Tiny) -> None:
     assert "reference" not in json.dumps(list(trial.state_dict()))
 
 
-def test_a_strong_pull_to_the_reference_keeps_the_policy_near_it(tiny: Tiny) -> None:
-    def drift(beta: float) -> float:
-        trial = Trial(tiny(f"grpo.kl_beta={beta}", "grpo.learning_rate=1e-3", *W16A16))
-        return finish(trial)[-1].signals["grpo/reference_kl"]
+def test_the_kl_term_pulls_the_policy_back_to_the_reference(tiny: Tiny) -> None:
+    """Nothing but that term has a gradient here: all rewards are equal, and the policy starts beside its reference."""
+    trial = Trial(tiny("grpo.kl_beta=1", "grpo.learning_rate=1e-3", "grpo.steps=12", "grpo.prompts=32", "collapse.mode=off", *W16A16))
+    trial.task.rewards["exact"] = lambda question, text: 0.0
+    source = generator("displacement")
+    with torch.no_grad():
+        for parameter in trial.policy.trainable().values():
+            parameter.add_(torch.randn(parameter.shape, generator=source), alpha=0.02)
+    kl = [report.signals["grpo/reference_kl"] for report in finish(trial)]
+    assert kl[-1] < kl[0] / 3
 
-    assert drift(30.0) < drift(1e-6) / 3
 
-
-@pytest.mark.parametrize("beta", [0.0])
-def test_without_kl_there_is_no_reference(tiny: Tiny, beta: float) -> None:
-    assert Trial(tiny(f"grpo.kl_beta={beta}")).reference is None
+def test_without_kl_there_is_no_reference(tiny: Tiny) -> None:
+    assert Trial(tiny("grpo.kl_beta=0")).reference is None
 
 
 def test_the_correction_changes_learning_and_nothing_before_it(tiny: Tiny) -> None:
@@ -503,33 +512,19 @@ def test_warm_up_counts_updates_that_were_made(tiny: Tiny, monkeypatch: pytest.M
 # --- learning ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_reward_of_the_task_rises(tiny: Tiny) -> None:
-    config = tiny(
-        *W16A16,
-        "noise.sigma_start=0",
-        "grpo.learning_rate=3e-4",
-        "grpo.steps=24",
-        "grpo.prompts=32",
-        "grpo.group_size=8",
-        "grpo.updates_per_step=4",
-        "grpo.warmup_updates=10",
-        "eval.every=0",
-    )
-    rewards = [report.signals["grpo/reward"] for report in run_trial(config)]
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.08
-
-
-@pytest.mark.parametrize(
-    "overrides", [("grpo.learning_rate=1e-3",), ("model.adapter=lora", "grpo.learning_rate=3e-3")], ids=["full", "lora"]
-)
 @pytest.mark.parametrize("wanted", [1, 2])
-def test_four_bit_training_learns_what_is_rewarded(tiny: Tiny, wanted: int, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [("grpo.learning_rate=1e-3", *W16A16), ("grpo.learning_rate=1e-3",), ("grpo.learning_rate=3e-3", "model.adapter=lora")],
+    ids=["W16A16", "W4A4", "W4A4-lora"],
+)
+def test_what_is_rewarded_is_learned(tiny: Tiny, wanted: int, overrides: tuple[str, ...]) -> None:
     """The same start goes either way, by the reward alone: to answers of one digit, or of two."""
     sizes = ("grpo.steps=12", "grpo.prompts=16", "grpo.group_size=8", "grpo.updates_per_step=4", "eval.every=0")
     trial = Trial(tiny("noise.sigma_start=0", "collapse.mode=off", *sizes, *overrides))
     trial.task.rewards["exact"] = lambda question, text: float(len(text) == wanted)
     rewards = [report.signals["grpo/reward"] for report in finish(trial)]
-    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.2
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.25
 
 
 # --- the plan's own workload, in small ---------------------------------------------------------------------------------------
@@ -540,7 +535,8 @@ Plan = Callable[..., TrialConfig]
 
 @pytest.fixture
 def plan(model_folder: ModelFolder) -> Plan:
-    """qwen2.5-1.5b-gsm8k on a random model of its architecture and 40 problems; sizes are smaller, every other number is its own."""
+    """qwen2.5-1.5b-gsm8k on a random model of its architecture and 40 problems; sizes are smaller, every other number is its
+    own."""
     smaller = [
         f"model.name={model_folder(layers=4, text=True)}",
         f"task.path={GSM8K}",

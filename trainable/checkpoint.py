@@ -1,6 +1,7 @@
 """A trial on disk: tensors as safetensors, plain values as JSON, nothing that unpickles.
 
-Written to a scratch name and renamed, so that a folder that exists is whole. Loading a file can therefore run no code, whoever wrote it.
+Written to a scratch name and renamed, so that a folder that exists is whole. Loading a file can therefore run no code, whoever
+wrote it.
 """
 
 import json

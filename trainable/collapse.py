@@ -1,10 +1,10 @@
 """When generation has collapsed: rules over signals, and a verdict that says which rule, when, and on what evidence.
 
-A collapse is a result, not a crash. Recorded collapses go both ways (entropy to 9.5 nats and to 0.01; answers twice as long and half
-as long), so the rules look both ways. They compare a step with the run's own noise-free baseline (a rollout before step 0, and the
-quiet stage where the schedule has one) because healthy runs differ: 22 to 66 % of the groups of a healthy run are all wrong, so no
-absolute limit on that exists here. A level has to be wrong for `patience` steps in a row; two things fire at once: a number that is
-not finite, and a filter that found too few groups with variance because nothing was right.
+A collapse is a result, not a crash. Recorded collapses go both ways (entropy to 9.5 nats and to 0.01; answers twice as long and
+half as long), so the rules look both ways. They compare a step with the run's own noise-free baseline (a rollout before step 0,
+and the quiet stage where the schedule has one) because healthy runs differ: 22 to 66 % of the groups of a healthy run are all
+wrong, so no absolute limit on that exists here. A level has to be wrong for `patience` steps in a row; two things fire at once:
+a number that is not finite, and a filter that found too few groups with variance because nothing was right.
 
 Rules in order: where several fire in one step, the first names the collapse.
 """
@@ -22,7 +22,8 @@ from trainable.signals import NAMES, Signals, mean
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollapseVerdict:
-    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a row")."""
+    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a
+    row")."""
 
     collapsed: bool
     rule: str = ""

@@ -1,8 +1,8 @@
 """How good the clean model is: greedy answers to a fixed set of questions.
 
-Always without noise (the product's earlier cousins left it on), always on the same questions for every arm and seed, so that two checkpoints
-can be compared question by question. `accuracy` is in the deployed precision, `accuracy_bf16` is the unquantised forward of the
-master weights in the model's dtype.
+Always without noise (the product's earlier cousins left it on), always on the same questions for every arm and seed, so that
+two checkpoints can be compared question by question. `accuracy` is in the deployed precision, `accuracy_bf16` is the
+unquantised forward of the master weights in the model's dtype.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,14 @@
 """GRPO in small pure functions: groups -> advantages -> loss.
 
-A group of completions of one question is its own baseline: advantage = reward minus the group's mean, over the group's std (DeepSeekMath,
-arXiv 2402.03300). The loss is PPO's clipped ratio per token; four ways of averaging it are in use, and the clip may be wider upwards
-(DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when the step began. The noisy policy that sampled is a
-third one; the correction weight min(pi_train_old / pi_rollout, cap) tells it apart when it is switched on.
+A group of completions of one question is its own baseline: advantage = reward minus the group's mean, over the group's std
+(DeepSeekMath, arXiv 2402.03300). The loss is PPO's clipped ratio per token; four ways of averaging it are in use, and the clip
+may be wider upwards (DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when the step began. The
+noisy policy that sampled is a third one; the correction weight min(pi_train_old / pi_rollout, cap) tells it apart when it is
+switched on.
 
-What a group without variance means is a policy with a typed outcome, not an exception: a filter that raised is how low scores were once
-taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running out of the latter is success.
+What a group without variance means is a policy with a typed outcome, not an exception: a filter that raised is how low scores
+were once taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running out of the
+latter is success.
 
 Shapes: B = completions, T = completion tokens (right-padded), L = prompt tokens (left-padded).
 """
@@ -71,7 +73,8 @@ class FilterOutcome:
 
 
 def filter_groups(policy: FilterPolicy, groups: Sequence[Group], wanted: int) -> FilterOutcome:
-    """Choose what is trained on. off: the first `wanted` groups; drop: those with variance; resample: as drop, but all `wanted` or none."""
+    """Choose what is trained on. off: the first `wanted` groups; drop: those with variance; resample: as drop, but all `wanted`
+    or none."""
     rewards = [[e.score.reward for e in group] for group in groups]
     flat = [max(row) == min(row) for row in rewards]
     wrong = [f and not any(e.score.correct for e in g) for f, g in zip(flat, groups, strict=True)]
@@ -228,8 +231,9 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, LossMetrics]:
     """Clipped policy loss. logps, old_logps, mask, weights, reference_logps: [B, T]; advantages: [B].
 
-    `normalizer` is what the summed loss is divided by (see `loss_normalizer`), so that micro-batches add up to their mini-batch. grpo
-    sums per-sequence means, the others sum tokens. The KL is that of the GRPO paper (TRL: use_bias_correction_kl=False).
+    `normalizer` is what the summed loss is divided by (see `loss_normalizer`), so that micro-batches add up to their
+    mini-batch. grpo sums per-sequence means, the others sum tokens. The KL is that of the GRPO paper (TRL:
+    use_bias_correction_kl=False).
     """
     inside = mask > 0
     # A padded token may hold anything: it is taken out before exp, because a product with 0 would keep its NaN, also in the gradient.
@@ -254,7 +258,8 @@ def grpo_loss(
 
 
 def loss_normalizer(loss: Loss, mini_batch: Batch, whole: Batch, minibatches: int, max_new_tokens: int) -> float:
-    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the step, shared among its mini-batches; dr_grpo: a constant."""
+    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the step, shared among its mini-batches; dr_grpo: a
+    constant."""
     if loss == "grpo":
         return float(len(mini_batch))
     if loss == "dr_grpo":

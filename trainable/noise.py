@@ -3,11 +3,12 @@
 Method (QeRL, arXiv 2510.11696: AQN). Before the completions of a step are sampled, Gaussian noise is added to some weights; the
 samples explore; the update then learns with clean weights. Sigma decays over K stages of the run, stage 0 being quiet.
 
-Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy stands in for a
-weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by construction. Noise is drawn in fp32
-from a generator seeded by (trial seed, step, parameter name), so it does not depend on order, device or what else is noised.
-What was asked for is not what arrives: in bf16 a norm gain near 1 does not move at sigma 0.0005, and MXFP4 swallows small noise on
-linear weights. So the effect receipt holds the measured rms change of each deployed weight beside the nominal sigma.
+Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy stands in
+for a weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by construction. Noise
+is drawn in fp32 from a generator seeded by (trial seed, step, parameter name), so it does not depend on order, device or what
+else is noised. What was asked for is not what arrives: in bf16 a norm gain near 1 does not move at sigma 0.0005, and MXFP4
+swallows small noise on linear weights. So the effect receipt holds the measured rms change of each deployed weight beside the
+nominal sigma.
 
 Layer zones are the plan's, at relative depth: a block belongs to the zone of its midpoint, (i + 0.5) * 28 / depth.
 """
@@ -46,8 +47,8 @@ def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
 def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
     """Index of the stage, 0..K-1.
 
-    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule follows QeRL's code
-    (`get_sigma_by_step`): stages of M / K steps.
+    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule follows
+    QeRL's code (`get_sigma_by_step`): stages of M / K steps.
     """
     stages = noise.num_stages
     if noise.schedule == "qerl_paper":

@@ -1,8 +1,8 @@
 """A `Trial` inside Ray Tune: the only module here that imports ray.
 
 A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a result with
-`collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such. The last result carries the
-outcome; a trial that is stopped from outside is evaluated in `cleanup` and leaves its outcome as a file beside its results.
+`collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such. The last result carries
+the outcome; a trial that is stopped from outside is evaluated in `cleanup` and leaves its outcome as a file beside its results.
 """
 
 import json

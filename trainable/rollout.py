@@ -1,11 +1,12 @@
 """From questions to completions: sampling with the modules that are trained.
 
-The policy generates with its own QuantLinear layers, so rollout and training share one arithmetic: same format, same scale rule, same
-position ids on left-padded batches. Each prompt is prefilled once for its whole group; the key/value cache is then repeated. Sampled
-log-probs are taken at the sampling temperature from the distribution that was really sampled from (the noisy one), which is what an
-importance weight needs in its denominator. No top-k or top-p: truncation would bias that ratio.
+The policy generates with its own QuantLinear layers, so rollout and training share one arithmetic: same format, same scale
+rule, same position ids on left-padded batches. Each prompt is prefilled once for its whole group; the key/value cache is then
+repeated. Sampled log-probs are taken at the sampling temperature from the distribution that was really sampled from (the noisy
+one), which is what an importance weight needs in its denominator. No top-k or top-p: truncation would bias that ratio.
 
-Shapes: P = prompts, G = completions per prompt, B = P * G, L = prompt tokens (left-padded), T = completion tokens, V = vocabulary.
+Shapes: P = prompts, G = completions per prompt, B = P * G, L = prompt tokens (left-padded), T = completion tokens, V =
+vocabulary.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Where randomness comes from: a generator for each purpose, made from names instead of carried along.
 
-A trial draws questions, samples tokens, injects noise and shuffles mini-batches. Each draw has its own generator, seeded by a stable
-hash of (purpose, trial seed, step, ...). So there is no generator state to checkpoint: a restored trial at step 12 draws what
-the undisturbed one drew, a replicate shares its questions with the control of the same seed, and adding one draw somewhere does not
-shift every later one. Python's own `hash` differs between processes and is not used.
+A trial draws questions, samples tokens, injects noise and shuffles mini-batches. Each draw has its own generator, seeded by a
+stable hash of (purpose, trial seed, step, ...). So there is no generator state to checkpoint: a restored trial at step 12 draws
+what the undisturbed one drew, a replicate shares its questions with the control of the same seed, and adding one draw somewhere
+does not shift every later one. Python's own `hash` differs between processes and is not used.
 """
 
 import hashlib

@@ -1,11 +1,12 @@
 """What a step showed, as named numbers.
 
-Every signal is a field of one record, and the name under which it is tracked is written beside it once; tables, rules and dashboards
-use that name. None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something broke, is kept, and
-makes the collapse rule `nonfinite` fire.
+Every signal is a field of one record, and the name under which it is tracked is written beside it once; tables, rules and
+dashboards use that name. None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something
+broke, is kept, and makes the collapse rule `nonfinite` fire.
 
-Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the share of sampled
-tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess (prime-rl's rule without its vocabulary order).
+Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the share
+of sampled tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess (prime-rl's rule without
+its vocabulary order).
 """
 
 import math

@@ -8,9 +8,9 @@
                     measure signals, judge them: goes on, or has collapsed
     at the end      evaluate again, also when the trial was stopped: clean weights, no noise, same questions
 
-The noise is in the rollout alone. Learning and evaluation never see it; nothing of it is left behind (`noise.injected`). A collapse
-ends the trial with partial results; an exception is a bug. Everything random comes from (seed, step, purpose), so a trial restored
-from `state_dict` continues bit for bit.
+The noise is in the rollout alone. Learning and evaluation never see it; nothing of it is left behind (`noise.injected`). A
+collapse ends the trial with partial results; an exception is a bug. Everything random comes from (seed, step, purpose), so a
+trial restored from `state_dict` continues bit for bit.
 """
 
 import copy
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from spaces.config import TrialConfig, as_tree
+from spaces.config import TrialConfig
+from spaces.reading import as_tree
 from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
 from trainable.embedded import Progress
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized

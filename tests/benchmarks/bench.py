@@ -18,7 +18,8 @@ from statistics import median, quantiles
 
 import torch
 
-from spaces.config import ModelConfig, QuantConfig, merge, read_config
+from spaces.config import ModelConfig, QuantConfig
+from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.model import deployed, load_policy
 from trainable.quantization import fake_quantize

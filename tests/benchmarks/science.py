@@ -3,8 +3,9 @@
     make science                      every part, about 25 minutes on two cores
     make science ARGS="--seeds 3"     fewer replicates
 
-Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json
-(every number) and docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make test` holds one seed of each claim.
+Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json (every number) and
+docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make test` holds one seed of
+each claim.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from search.statistics import Comparison, compare
 from search.store import StudyConfig
 from search.study import TrialEvent, run_study
 from search.tracking import TrialRecord, default_tracking_uri, load_history
-from spaces.config import parse_overrides
 from spaces.library import SPACES
+from spaces.reading import parse_overrides
 
 DOCS = Path(__file__).parents[2] / "docs"
 POINTS = ("bf16", "e13h", "e13i-baseline", "e13i-v2", "e13i-v4-filter-off", "e13m-rmsnorm")
