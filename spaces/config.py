@@ -384,7 +384,7 @@ class TaskConfig(Record):
 class EvalConfig(Record):
     questions: int = Field(2048, ge=1)
     """Questions of the fixed set (standard error of an accuracy near one half: 1 point at 2,048)."""
-    every: int = Field(10, ge=0)
+    every: int = Field(15, ge=0)
     """Evaluate after every so many steps; 0 = only before the first and after the last, which always happens."""
     split: Literal["selection", "confirm"] = "selection"
     """`selection` is for choosing; `confirm` holds other questions, never used for choosing."""

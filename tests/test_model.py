@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import trainable.model
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, Tiny
 from trainable.model import Policy, block_of, deployed, load_policy, matches, unquantized
@@ -211,7 +212,10 @@ def with_random_adapters(policy: Policy) -> Policy:
 
 
 @pytest.mark.parametrize("quant", [W16A16, W4A16, W4A4, QuantConfig(skip_layers=(0,))], ids=lambda q: q.mode)
-def test_adapters_see_the_quantised_input_and_are_not_quantised(model_folder: ModelFolder, quant: QuantConfig) -> None:
+def test_adapters_see_the_quantised_input_and_are_not_quantised(
+    model_folder: ModelFolder, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
         adapted = adapted_layer(policy, name)
@@ -388,3 +392,25 @@ def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(model_folder: Mo
     assert text.startswith(f"model.name={name}: ")
     assert text.endswith("give a folder with a transformers model")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_shared_quantised_input_gives_the_bits_of_one_quantisation_per_layer(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    ids = torch.tensor([[3, 4, 12, 5, 14, 7]])
+    config = ModelConfig(name=model_folder("qwen2"), adapter=adapter)  # type: ignore[arg-type]
+    results = []
+    for kinds in (("qwen2",), ()):
+        monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", kinds)
+        policy = load_policy(config, QuantConfig(), 0)
+        shared = sum(not linear.quantize_input for linear in policy.linears.values())
+        assert shared == (15 if kinds else 0) or adapter == "lora"
+        logits = policy.model(input_ids=ids).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), {name: p.grad for name, p in policy.trainable().items()}))
+    (logits, gradients), (other_logits, other_gradients) = results
+    assert torch.equal(logits, other_logits)
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-6)

@@ -341,6 +341,26 @@ def test_a_collapse_ends_the_trial_at_once_with_its_name_and_its_results(tiny: T
         trial.step()
 
 
+@pytest.mark.parametrize(("mode", "updates"), [("enforce", 0), ("monitor", 2), ("off", 2)])
+def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tiny, mode: str, updates: int) -> None:
+    trial = Trial(tiny("grpo.filter_groups=resample", "grpo.max_gen_batches=1", f"collapse.mode={mode}"))
+    with_variance: set[str] = set()
+
+    def rarely(question: Question, text: str) -> float:
+        """Groups of two prompts differ within themselves; all others are all wrong."""
+        if len(with_variance) < 2:
+            with_variance.add(question.prompt)
+        return checksum(question, text) if question.prompt in with_variance else 0.0
+
+    trial._begin()
+    trial.task.rewards["exact"] = rarely
+    signals = trial.step().signals
+    assert 0 < signals["filter/kept_groups"] < 8
+    assert trial.so_far.updates == updates
+    assert ("grpo/loss" in signals) == (updates > 0)
+    assert trial.done == (mode == "enforce")
+
+
 def with_checksums_at_end(trial: Trial) -> Trial:
     """Checksums judge evaluations only, so that the samples stay as wrong as they are."""
     held_out = {question.prompt for question in trial.questions}

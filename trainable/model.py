@@ -26,12 +26,18 @@ from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.embedded import Progress, ensure_base
-from trainable.quantization import FORMATS, QuantLinear, ste_quantize
+from trainable.quantization import QuantLinear, ste_quantize
 from trainable.seeds import stable_hash
 
 hf_logging.disable_progress_bar()
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+# Architectures in which these norms feed these projections and nothing else.
+_NORM_FEEDS_PROJECTIONS = ("qwen2", "llama", "mistral")
+_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -84,6 +90,7 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
     _check_patterns(quant, names)
     norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
     final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
+    _share_inputs(network, linears, norms)
     if model.adapter == "lora":
         network = _with_adapters(network, linears, model, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -201,6 +208,27 @@ def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, exclud
     return wrapped
 
 
+def _share_inputs(network: Any, linears: dict[str, QuantLinear], norms: dict[str, nn.Module]) -> None:
+    """Quantise a norm's output once for all projections that read it (q, k, v; gate, up) instead of once in each: equal bits, less work."""
+    if network.config.model_type not in _NORM_FEEDS_PROJECTIONS:
+        return
+    for name, norm in norms.items():
+        block, _, kind = name.rpartition(".")
+        readers = [linears[f"{block}.{reader}"] for reader in _READERS[kind] if f"{block}.{reader}" in linears]
+        if len(readers) < len(_READERS[kind]) or len({reader.activation_format for reader in readers}) > 1:
+            continue
+        for reader in readers:
+            reader.quantize_input = False
+        norm.register_forward_hook(_quantized_output(readers[0]))
+
+
+def _quantized_output(reader: QuantLinear) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return ste_quantize(output, reader.activation_format, reader.scale_rule)
+
+    return hook
+
+
 def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelConfig, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -210,7 +238,7 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
         adapted = get_peft_model(network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets))
     for name in targets:
         linear = linears[name]
-        if FORMATS[linear.activation_format].name != "none":
+        if linear.quantize_input and linear.activation_format != "none":
             # Quantise once, in front of base and adapter together.
             linear.quantize_input = False
             adapted.base_model.model.get_submodule(name).register_forward_pre_hook(_quantized_input(linear))
