@@ -243,7 +243,10 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
             assert parameter.grad is None, name
 
 
-def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(model_folder: ModelFolder) -> None:
+def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
     adapted = adapted_layer(policy, name)
