@@ -75,6 +75,9 @@ def sweep(
         build = progress
         with sweep_view(console, study.trials * study.replicates) as view:
             result = run_study(study, view, build)
+    if result.tracking_lost:
+        print(f"{result.tracking_lost}\nwhat the trials reported is kept in {study.folder}; then: rin status {study.name}", file=sys.stderr)
+        raise typer.Exit(1)
     console.print(arm_table(arm_rows(result.records), f"sweep {study.name}"))
     where = _options(store, tracking_uri)
     if result.best is None:

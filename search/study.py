@@ -26,7 +26,7 @@ from ray import tune
 from search.export import BestConfig, choose_best, to_yaml
 from search.searchers import SEARCHERS, Arm, RinSearch
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig
-from search.tracking import MLflowCallback, TrialRecord, check_tracking, deliver_spool, load_study, strip_password
+from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study, strip_password
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
 from spaces.reading import merge, read_config
@@ -70,6 +70,8 @@ class StudyResult:
     best: BestConfig | None
     """None when no configuration completed."""
     interrupted: bool
+    tracking_lost: str = ""
+    """Why nothing could be read back; what the trials reported is then in the sweep's spool, for the next command to deliver."""
 
 
 def run_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
@@ -79,7 +81,6 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None)
     if config.folder.exists():
         raise ConfigError(f"--name {config.name}: {config.folder} exists already; choose another name or remove that folder")
     check_tracking(config.tracking_uri, config.name)
-    deliver_spool(config.folder, config.tracking_uri)
     _preflight(arms, progress)
 
     config.folder.mkdir(parents=True)
@@ -106,7 +107,10 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None)
     finally:
         tracker.close()
         _add_late_outcomes(config, tracker)
-    records = load_study(config.tracking_uri, config.name)
+    try:
+        records = load_study(config.tracking_uri, config.name)
+    except ConfigError as error:
+        return StudyResult(config=config, records=(), best=None, interrupted=interrupted, tracking_lost=str(error))
     interrupted = interrupted or len(records) < config.trials * config.replicates
     return StudyResult(config=config, records=records, best=_save_best(config, records), interrupted=interrupted)
 
