@@ -413,6 +413,8 @@ class CollapseConfig(Record):
     """repetition: share of repeated 4-grams above the baseline's by this much."""
     reward_ratio: float = Field(0.25, gt=0, lt=1)
     """reward_low: mean reward below this share of the baseline."""
+    reward_floor: float = Field(0.1, ge=0)
+    """reward_low needs at least this baseline: from fewer right answers a fall cannot be told from chance."""
     grad_norm_ratio: float = Field(5.0, gt=1)
     """grad_norm: gradient norm above this many times the median of the quiet steps, while clip_fraction is above
     grad_norm_clip."""

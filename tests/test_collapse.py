@@ -115,6 +115,7 @@ def test_every_rule_has_a_row_of_its_limit() -> None:
 FLOORS: list[tuple[str, dict[str, Any], Signals]] = [
     ("entropy below 0.2 nats is not high, however small the baseline", {"entropy": 0.19}, replace(DENSE, entropy=0.001)),
     ("gradient norms are heavy-tailed: without clipped ratios they prove nothing", {"grad_norm": 99.0, "clip_fraction": 0.1}, DENSE),
+    ("too few right answers to fall from", {"reward": 0.0}, replace(DENSE, reward=0.09)),
     ("low entropy with the reward above its baseline is learning", {"entropy": 0.001, "reward": 0.74}, DENSE),
     ("a baseline without reward cannot be undercut", {"reward": -1.0}, replace(DENSE, reward=-0.5)),
 ]

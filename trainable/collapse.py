@@ -157,7 +157,7 @@ def _grad_norm(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
 
 
 def _reward_low(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if base["reward"] > 0 and now["reward"] < limits.reward_ratio * base["reward"]:
+    if base["reward"] >= max(limits.reward_floor, 1e-9) and now["reward"] < limits.reward_ratio * base["reward"]:
         return f"reward {now['reward']:.3g}, baseline {base['reward']:.3g}"
     return ""
 
