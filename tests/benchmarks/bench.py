@@ -1,6 +1,6 @@
 """How long things take here: rivals side by side in one run, as ratios with their spread.
 
-    make bench      about 5 minutes on two quiet cores; writes docs/benchmarks.md
+    make bench      about 4 minutes on two quiet cores; writes docs/benchmarks.md
 
 Timings on shared machines are noisy, so each figure is a median with its quartiles, and what matters is a ratio within one run.
 """
@@ -54,7 +54,7 @@ def start_up() -> list[str]:
 def whole_trials() -> list[str]:
     """Trials in processes of their own, so that start-up and peak memory are theirs."""
     lines = []
-    for arguments in (["control"], ["control", "--set", "threads=1"], ["bf16"], ["e13i-v4-filter-off", "--set", "collapse.mode=monitor"]):
+    for arguments in (["control"], ["bf16"]):
         times, steps = [], []
         for _ in range(3):
             started = time.perf_counter()
