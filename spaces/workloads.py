@@ -66,8 +66,8 @@ WORKLOADS: dict[str, Workload] = {
             "model": {"name": "smollm2-135m"},
             "task": {
                 "name": "reasoning_gym:chain_sum",
-                "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-                "chat": True,
+                "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+                "prompt": "{question}",  # as a text to continue it answers sums; in its chat template it talks about them
             },
             "grpo": {
                 "steps": 5,
@@ -77,7 +77,7 @@ WORKLOADS: dict[str, Workload] = {
                 "updates_per_step": 2,
                 "micro_batch_size": 8,
             },
-            "rollout": {"max_new_tokens": 24, "max_prompt_tokens": 256, "batch_size": 64},
+            "rollout": {"max_new_tokens": 8, "max_prompt_tokens": 256, "batch_size": 64},
             "noise": {"num_stages": 5},
             "eval": {"questions": 64, "every": 0, "batch_size": 64},
         },

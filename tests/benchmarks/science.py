@@ -134,14 +134,15 @@ def false_alarms(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
 def real_model() -> tuple[list[str], dict[str, Any]]:
     """Five GRPO steps of SmolLM2-135M in W4A4 with RMSNorm noise, in a process of its own."""
     rin = Path(sys.executable).parent / "rin"
-    command = [str(rin), "trial", "e13i-v3", "--workload", "smollm2-135m", "--json"]
+    arguments = ["trial", "e13i-v3", "--workload", "smollm2-135m", "--set", "noise.sigma_start=0.01"]  # QeRL's published start
+    command = [str(rin), *arguments, "--json"]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     *steps, outcome = [json.loads(line) for line in done.stdout.splitlines()]
     lines = [
-        f"`rin trial e13i-v3 --workload smollm2-135m`: {seconds:.0f} s in all, peak memory {peak:.1f} GiB, outcome {outcome['outcome']}",
+        f"`rin {' '.join(arguments)}`: {seconds:.0f} s in all, peak memory {peak:.1f} GiB, outcome {outcome['outcome']}",
         "",
         "| step | sigma | reward | entropy | length | KL to the clean policy | gradient norm | rollout s | update s |",
         "|---|---|---|---|---|---|---|---|---|",
