@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spaces.config import ConfigError
+from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.store import StudyConfig

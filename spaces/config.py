@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from spaces.errors import ConfigError as ConfigError
+
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
 Schedule = Literal["qerl_code", "qerl_paper", "linear", "cosine", "log", "constant"]
@@ -31,13 +33,6 @@ Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
 Correction = Literal["none", "token", "sequence"]
 Scalar = bool | int | float | str
-
-
-class ConfigError(ValueError):
-    """The user's mistake, in one line (whatever the value looked like): the key, the value and the remedy."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
 
 
 def _plain(value: Any) -> Any:
