@@ -52,7 +52,9 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         if self._storage is None:  # outside of Tune
             (Path(self.logdir) / OUTCOME_FILE).write_bytes(text)
         else:  # the working folder is Tune's own and goes away; the trial's folder in the store stays
-            with self._storage.storage_filesystem.open_output_stream(f"{self._storage.trial_fs_path}/{OUTCOME_FILE}") as stream:
+            store, folder = self._storage.storage_filesystem, self._storage.trial_fs_path
+            store.create_dir(folder, recursive=True)  # Tune makes it at its first own write; a quick trial can be earlier
+            with store.open_output_stream(f"{folder}/{OUTCOME_FILE}") as stream:
                 stream.write(text)
         return outcome
 
