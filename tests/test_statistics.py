@@ -49,7 +49,7 @@ VERDICTS: list[tuple[list[float], str]] = [
     ([0.60, 0.61, 0.62], "better"),
     ([0.40, 0.39, 0.38], "worse"),
     ([0.501, 0.500, 0.499], "same"),
-    ([0.500, 0.500, 0.500], "same"),
+    ([0.500, 0.500, 0.500], "undecided"),  # copies: no spread was measured, and nothing is known of the questions
     ([0.503, 0.502, 0.503, 0.502], "better"),  # small, but outside of its own interval
     ([0.52, 0.48, 0.51], "undecided"),  # the interval is wider than the margin
     ([0.55, 0.60, 0.45, 0.50, 0.56], "undecided"),
