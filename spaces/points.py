@@ -25,6 +25,8 @@ class Point:
     """The plan's own confidence, 0 to 1."""
     recorded: str | None = None
     """The outcome that was written down, and what is known against it."""
+    collapsed_at_step: int | None = None
+    """Step of the recorded collapse; None = none was recorded."""
 
 
 # Layer error over mean error of the plan's scan, layers 0..27 (its section E13j).
@@ -86,12 +88,14 @@ POINTS: dict[str, Point] = {
             settings=_noisy(0.05, 0.0005),
             confidence=0.70,
             recorded="failed at step 3, the first noisy step: the filter rejected five batches",
+            collapsed_at_step=3,
         ),
         Point(
             name="e13i-v2",
             hypothesis="the same at a fifth of the noise",
             settings=_noisy(0.01, 0.0001),
             recorded="failed at step 4: the filter rejected five batches",
+            collapsed_at_step=4,
         ),
         Point(
             name="e13i-v3-sigma0.005",

@@ -157,6 +157,15 @@ def test_confidences_are_the_plans() -> None:
     assert {name: point.confidence for name, point in POINTS.items() if point.confidence is not None} == CONFIDENCE
 
 
+def test_the_collapses_that_the_plan_recorded_are_those_of_its_text() -> None:
+    assert {name: point.collapsed_at_step for name, point in POINTS.items() if point.collapsed_at_step is not None} == {
+        "e13i-baseline": 3,
+        "e13i-v2": 4,
+    }
+    for name, point in POINTS.items():
+        assert (point.collapsed_at_step is not None) == (f"failed at step {point.collapsed_at_step}" in (point.recorded or "")), name
+
+
 # --- workloads ----------------------------------------------------------------------------------------------------------------
 
 # facts/rin-grpo.md, section 5.1, and what its E13h left unquantised

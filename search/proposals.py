@@ -1,0 +1,380 @@
+"""Which configuration next: six methods, each a function of what is known.
+
+A proposal depends on the space, on the results so far, on the sweep's seed and on how many configurations were proposed before;
+on nothing else. So a sweep that was interrupted goes on as if nothing had happened, and there is no sampler state to save, to
+lose or to unpickle. Each number of a configuration has its own seed (a stable hash), so a resumed search never repeats the
+random draws of the first session. A method yields candidates, best first: the caller takes the first that is valid and new.
+
+Conditional spaces. Optuna's samplers model the dimensions that all trials have in common and draw the rest at random; in a space
+where sigma has one range per module kind, sigma itself would be drawn at random. So dimensions of one key share a *coordinate*:
+their relative place between low and high, which every configuration has. Where no dimension of a coordinate exists, it rests in
+the middle.
+
+Collapses. The number of collapsed replicates is a constraint: c - 1/2 is told, violated when positive. The half is a margin: a
+surrogate that has seen only 0 and 1 would otherwise call a configuration that never collapsed feasible with probability 1/2. A
+configuration whose accuracy nobody knows (a collapse out of the plan) is told with the median of the others: a Gaussian process
+fits its objective to infeasible trials too, and any other number would be an opinion; TPE and CMA-ES rank a collapse by the
+constraint alone.
+
+Non-finite values are not told at all: such a trial is failed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, product
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from cmaes import CatCMAwM
+from scipy.stats import qmc
+
+from spaces.library import Choice, Dimension, Float, Int, Space
+from trainable.seeds import stable_hash
+
+Params = Mapping[str, Any]
+"""Dimension name -> number, or label of a choice; dimensions that do not exist in this configuration are left out."""
+Point = dict[str, Any]
+"""Coordinate name -> label, or place in the range (0 = low end, 1 = high end)."""
+
+STARTUP = 5
+"""Finished configurations before a model is asked; until then the points of `sobol`."""
+GRID_LEVELS = 5
+"""Values per numeric dimension of the grid, both ends included."""
+_MODEL_DRAWS = 3  # a model that proposes what was run already is asked again this often; then chance decides
+_RANDOM_DRAWS = 100
+_CHUNK = 256
+_DIRECTIONS = {"accuracy": "maximize", "collapses": "minimize", "hours": "minimize"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a finished configuration came to.
+
+    Example: Told(params={"noise.num_stages": 4}, state="complete", values=(0.74,), collapses=0)
+    """
+
+    params: Params
+    state: Literal["complete", "pruned", "failed"]
+    values: tuple[float, ...] | None = None
+    """One per objective; None = nobody knows."""
+    collapses: int = 0
+    """Replicates that collapsed; the constraint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """All that a method may use."""
+
+    space: Space
+    objectives: tuple[str, ...]
+    """Of accuracy (more is better), collapses, hours (less is better)."""
+    seed: int
+    number: int
+    """Configurations that were proposed before this one."""
+    told: tuple[Told, ...] = ()
+    """In the order in which they were proposed, whatever the order in which they ended."""
+    running: tuple[Params, ...] = ()
+
+
+Proposer = Callable[[Known], Iterator[Params]]
+
+
+# --- coordinates -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinate:
+    """One axis of a space as a method sees it."""
+
+    name: str
+    dimensions: tuple[Dimension, ...]
+    """Of one key; their conditions differ."""
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Of a choice."""
+        domain = self.dimensions[0].domain
+        return tuple(domain.options) if isinstance(domain, Choice) else None
+
+    @property
+    def middle(self) -> Any:
+        return self.labels[0] if self.labels else 0.5
+
+
+def coordinates(space: Space) -> tuple[Coordinate, ...]:
+    """Numeric dimensions of one key share a coordinate; a choice is its own."""
+    grouped: dict[str, list[Dimension]] = {}
+    for dimension in space.dimensions:
+        grouped.setdefault(dimension.name if isinstance(dimension.domain, Choice) else f"{dimension.key}/number", []).append(dimension)
+    return tuple(Coordinate(name=", ".join(d.name for d in found), dimensions=tuple(found)) for found in grouped.values())
+
+
+def decode(space: Space, point: Mapping[str, Any]) -> Params:
+    """The configuration at a point; numbers beyond a range (the place of a known result) are moved to its end."""
+    axis = {dimension.name: coordinate.name for coordinate in coordinates(space) for dimension in coordinate.dimensions}
+    labels: dict[str, str] = {}
+    params: dict[str, Any] = {}
+    for dimension in space.dimensions:
+        when = dimension.when
+        if when is not None and labels.get(when.parent) != when.value:
+            continue
+        place = point[axis[dimension.name]]
+        if isinstance(dimension.domain, Choice):
+            labels[dimension.key] = place
+            params[dimension.name] = place
+        else:
+            params[dimension.name] = value_at(dimension.domain, min(max(place, 0.0), 1.0))
+    return params
+
+
+def encode(space: Space, params: Params) -> Point:
+    """The inverse of `decode`; coordinates without a dimension in this configuration rest in the middle."""
+    point: Point = {}
+    for coordinate in coordinates(space):
+        point[coordinate.name] = coordinate.middle
+        for dimension in coordinate.dimensions:
+            if dimension.name in params:
+                value, domain = params[dimension.name], dimension.domain
+                point[coordinate.name] = value if isinstance(domain, Choice) else place_of(domain, value)
+    return point
+
+
+def value_at(domain: Float | Int, place: float) -> float | int:
+    if isinstance(domain, Int):
+        size = domain.high - domain.low + 1
+        return domain.low + min(int(place * size), size - 1)
+    value = domain.low * (domain.high / domain.low) ** place if domain.log else domain.low + place * (domain.high - domain.low)
+    return min(max(value, domain.low), domain.high)  # rounding
+
+
+def place_of(domain: Float | Int, value: float) -> float:
+    """0 to 1 inside the range, beyond it outside."""
+    if isinstance(domain, Int):
+        return (value - domain.low + 0.5) / (domain.high - domain.low + 1)
+    if domain.log:
+        return math.log(value / domain.low) / math.log(domain.high / domain.low)
+    return (value - domain.low) / (domain.high - domain.low)
+
+
+def settings_of(space: Space, params: Params) -> dict[str, Any]:
+    """Dotted settings of a configuration."""
+    drawn = {}
+    for dimension in space.dimensions:
+        if dimension.name in params:
+            value, domain = params[dimension.name], dimension.domain
+            drawn[dimension.key] = domain.options[value] if isinstance(domain, Choice) else value
+    return drawn
+
+
+def _from_unit(space: Space, unit: Sequence[float]) -> Params:
+    """The configuration at a point of the unit cube, one number in [0, 1) per coordinate."""
+    point: Point = {}
+    for coordinate, u in zip(coordinates(space), unit, strict=True):
+        labels = coordinate.labels
+        point[coordinate.name] = labels[int(u * len(labels))] if labels else float(u)
+    return decode(space, point)
+
+
+# --- without a model ---------------------------------------------------------------------------------------------------------
+
+
+def random(known: Known) -> Iterator[Params]:
+    axes = len(coordinates(known.space))
+    for attempt in range(_RANDOM_DRAWS):
+        rng = np.random.default_rng(stable_hash("random", known.seed, known.number, attempt))
+        yield _from_unit(known.space, rng.random(axes).tolist())
+
+
+def sobol(known: Known) -> Iterator[Params]:
+    """A scrambled Sobol sequence over all coordinates (Owen 1998): the next element that was not run yet."""
+    engine = qmc.Sobol(len(coordinates(known.space)), scramble=True, rng=stable_hash("qmc", known.seed))
+    # Each configuration took at least one element, so what comes before is known to be used or useless.
+    if known.number:
+        engine.fast_forward(known.number)
+    for _ in range(_RANDOM_DRAWS):
+        yield _from_unit(known.space, engine.random(1)[0].tolist())
+
+
+def grid(known: Known) -> Iterator[Params]:
+    """All combinations: GRID_LEVELS values of each number (all, where there are fewer), every option of each choice."""
+    return islice(_lattice(known.space, GRID_LEVELS), known.number, None)
+
+
+def every(space: Space) -> Iterator[Params] | None:
+    """All configurations of a finite space, in the order of `grid`; None for a space with a real number in it."""
+    if any(isinstance(dimension.domain, Float) for dimension in space.dimensions):
+        return None
+    return _lattice(space, None)
+
+
+def _lattice(space: Space, levels: int | None) -> Iterator[Params]:
+    """Every combination once, in the order in which a Sobol sequence first comes by, so that any beginning is spread out over all
+    pairs of dimensions; what the sequence has missed follows in plain order."""
+    axes = coordinates(space)
+    values: list[list[Any]] = [_levels(axis, levels) for axis in axes]
+    engine = qmc.Sobol(len(axes), scramble=True, rng=0)
+    lengths = [len(of_axis) for of_axis in values]
+    chunks = max(1, min(8 * math.prod(lengths), 2**16) // _CHUNK)
+    spread = ([int(u * n) for u, n in zip(unit, lengths, strict=True)] for _ in range(chunks) for unit in engine.random(_CHUNK))
+    seen = set()
+    for cell in chain(spread, product(*(range(n) for n in lengths))):
+        params = decode(space, {axis.name: of_axis[i] for axis, of_axis, i in zip(axes, values, cell, strict=True)})
+        identity = tuple(params.items())  # cells that differ where no dimension exists are one configuration
+        if identity not in seen:
+            seen.add(identity)
+            yield params
+
+
+def _levels(axis: Coordinate, levels: int | None) -> list[Any]:
+    if axis.labels:
+        return list(axis.labels)
+    sizes = [d.domain.high - d.domain.low + 1 for d in axis.dimensions if isinstance(d.domain, Int)]
+    if len(sizes) == len(axis.dimensions) and (levels is None or max(sizes) <= levels):
+        return [(i + 0.5) / max(sizes) for i in range(max(sizes))]
+    assert levels is not None, "a real number has no list of all its values"
+    return [i / (levels - 1) for i in range(levels)]
+
+
+# --- with a model ------------------------------------------------------------------------------------------------------------
+
+
+def gp(known: Known) -> Iterator[Params]:
+    """Gaussian processes of the objectives and of the constraint; expected improvement times the probability to be feasible."""
+    return _modelled(known, lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=0))
+
+
+def tpe(known: Known) -> Iterator[Params]:
+    """Tree-structured Parzen estimators, all coordinates jointly; constrained as in Optuna's c-TPE."""
+    return _modelled(known, lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=0))
+
+
+def _modelled(known: Known, sampler: Callable[[int], Any]) -> Iterator[Params]:
+    if sum(told.state == "complete" for told in known.told) < STARTUP:
+        yield from sobol(known)
+        return
+    distributions = _distributions(known)
+    for attempt in range(_MODEL_DRAWS):
+        study = optuna_study(known, sampler(stable_hash("model", known.seed, known.number, attempt) % 2**32))
+        drawn = study.ask(distributions).params
+        yield decode(known.space, {axis.name: _from_optuna(axis, drawn[axis.name]) for axis in coordinates(known.space)})
+    yield from random(known)
+
+
+def cmaes(known: Known) -> Iterator[Params]:
+    """CMA-ES over numbers and categories at once (CatCMA with margin, arXiv 2504.07884), replayed from the results.
+
+    Each population of finished configurations is a generation, in the order of their proposal, ranked by collapses, then by
+    accuracy. Results of an earlier sweep are its first generations.
+    """
+    axes = coordinates(known.space)
+    numbers = [axis for axis in axes if not axis.labels]
+    choices = [axis for axis in axes if axis.labels and len(axis.labels) > 1]
+    optimizer = CatCMAwM(
+        x_space=[[0.0, 1.0]] * len(numbers) or None,
+        c_space=[len(axis.labels or ()) for axis in choices] or None,
+        sigma=2.0,  # x 1/12, its unit for a range of 1: a sixth of the range, as in Optuna
+    )
+    pending: list[tuple[tuple[int, float], Any]] = []
+    for told in known.told:
+        point = encode(known.space, told.params)
+        x = np.array([point[axis.name] for axis in numbers])
+        if told.state != "complete" or np.any((x < 0) | (x > 1)):
+            continue
+        value = told.values[0] if told.values is not None else -math.inf
+        c = np.zeros((len(choices), max((len(axis.labels or ()) for axis in choices), default=0)), dtype=bool)
+        for row, axis in enumerate(choices):
+            c[row, (axis.labels or ()).index(point[axis.name])] = True
+        pending.append(((told.collapses, -value), CatCMAwM.Solution(x if numbers else None, None, c if choices else None, x)))
+        if len(pending) == optimizer.population_size:
+            pending.sort(key=lambda ranked: ranked[0])
+            optimizer.tell([(solution, float(rank)) for rank, (_, solution) in enumerate(pending)])
+            pending = []
+    for attempt in range(_RANDOM_DRAWS):
+        optimizer.reseed_rng(stable_hash("cmaes", known.seed, known.number, attempt) % 2**32)
+        asked = optimizer.ask()
+        point = {axis.name: axis.middle for axis in axes}
+        if asked.x is not None:
+            point |= {axis.name: float(x) for axis, x in zip(numbers, asked.x, strict=True)}
+        if asked.c is not None:
+            point |= {axis.name: (axis.labels or ())[int(np.argmax(c))] for axis, c in zip(choices, asked.c, strict=True)}
+        yield decode(known.space, point)
+
+
+# --- Optuna's words ----------------------------------------------------------------------------------------------------------
+
+
+def optuna_study(known: Known, sampler: Any = None) -> Any:
+    """An Optuna study in memory that holds what is known: finished trials with their constraint, and the running ones."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces each study, and that greenlet would make it quicker
+    study = optuna.create_study(
+        storage=optuna.storages.InMemoryStorage(), sampler=sampler, directions=[_DIRECTIONS[name] for name in known.objectives]
+    )
+    distributions = _distributions(known)
+    unknown = _medians(known)
+    # A constraint that nothing has ever violated has nothing to teach.
+    constrained = any(told.collapses for told in known.told) and "collapses" not in known.objectives
+    for told in known.told:
+        complete = told.state == "complete"
+        trial = optuna.trial.create_trial(
+            state={"complete": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}.get(
+                told.state, optuna.trial.TrialState.FAIL
+            ),
+            values=(told.values or unknown) if complete else None,
+            params=_optuna_params(known.space, told.params),
+            distributions=distributions,
+        )
+        if complete and constrained:
+            trial.set_constraint("collapses", told.collapses - 0.5)
+        study.add_trial(trial)
+    for params in known.running:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING, params=_optuna_params(known.space, params), distributions=distributions
+            )
+        )
+    return study
+
+
+def _medians(known: Known) -> list[float]:
+    seen = [told.values for told in known.told if told.state == "complete" and told.values is not None]
+    return [median(of_objective) for of_objective in zip(*seen, strict=True)] if seen else [0.0] * len(known.objectives)
+
+
+def _distributions(known: Known) -> dict[str, Any]:
+    """One per coordinate; as wide as the space, and wider where a known result lies beyond it."""
+    points = [encode(known.space, params) for params in (*(told.params for told in known.told), *known.running)]
+    distributions: dict[str, Any] = {}
+    for axis in coordinates(known.space):
+        if axis.labels:
+            distributions[axis.name] = optuna.distributions.CategoricalDistribution(axis.labels)
+            continue
+        low = min(0.0, *(point[axis.name] for point in points), 0.0)
+        high = max(1.0, *(point[axis.name] for point in points), 1.0)
+        size = _size(axis)
+        distributions[axis.name] = (
+            optuna.distributions.FloatDistribution(low, high)
+            if size is None
+            else optuna.distributions.IntDistribution(math.floor(low * size), math.ceil(high * size) - 1)
+        )
+    return distributions
+
+
+def _size(axis: Coordinate) -> int | None:
+    """Number of values of a single whole number; None for anything else."""
+    domain = axis.dimensions[0].domain
+    return domain.high - domain.low + 1 if isinstance(domain, Int) and len(axis.dimensions) == 1 else None
+
+
+def _optuna_params(space: Space, params: Params) -> dict[str, Any]:
+    point = encode(space, params)
+    return {
+        axis.name: point[axis.name] if (size := _size(axis)) is None else math.floor(point[axis.name] * size) for axis in coordinates(space)
+    }
+
+
+def _from_optuna(axis: Coordinate, value: Any) -> Any:
+    size = _size(axis)
+    return value if size is None else (value + 0.5) / size
