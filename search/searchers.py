@@ -64,7 +64,7 @@ class Evidence:
 
 
 class RinSearch(OptunaSearch):  # type: ignore[misc]
-    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "origin"}."""
+    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "origin", "folder"}."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         fixed: Sequence[Arm],
         known: Sequence[Arm] = (),
         record: Callable[[Arm], None] = lambda arm: None,
+        place: Callable[[str, int], str] = lambda arm, replicate: "",
         configurations: int,
         replicates: int,
         seed: int,
@@ -83,7 +84,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
     ) -> None:
         """`base` is the tree of workload, space and overrides; `known` are the arms of earlier sessions, in their order, with the
         results of the replicates that ended; `record` is called once per new arm, before its first replicate is handed out;
-        `configurations` counts all arms, also fixed and known ones.
+        `place` says where a trial (arm, replicate) writes its files; `configurations` counts all arms, also fixed and known ones.
         """
         check_objectives(searcher, objectives)
         self.rin_space = space
@@ -95,6 +96,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         self.objectives = tuple(objectives)
         self.evidence = tuple(evidence)
         self.record = record
+        self.place = place
         self.arms: list[Arm] = list(known)
         names = {arm.name for arm in known}
         self.fixed = [arm for arm in fixed if arm.name not in names]
@@ -117,7 +119,8 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         arm, replicate = self.waiting.pop(0)
         self.running[trial_id] = (arm, replicate)
         config = read_config(merge(arm.tree, {"seed": self.first_seed + replicate}))
-        return {"config": as_tree(config), "arm": arm.name, "replicate": replicate, "origin": arm.origin}
+        folder = self.place(arm.name, replicate)
+        return {"config": as_tree(config), "arm": arm.name, "replicate": replicate, "origin": arm.origin, "folder": folder}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Intermediate accuracies are measured under different noise; the searcher hears of the end alone."""
