@@ -200,17 +200,17 @@ def sobol(known: Known) -> Iterator[Params]:
 
 def grid(known: Known) -> Iterator[Params]:
     """All combinations: GRID_LEVELS values of each number (all, where there are fewer), every option of each choice."""
-    return islice(_lattice(known.space, GRID_LEVELS), known.number, None)
+    return islice(lattice(known.space, GRID_LEVELS), known.number, None)
 
 
 def every(space: Space) -> Iterator[Params] | None:
     """All configurations of a finite space, in the order of `grid`; None for a space with a real number in it."""
     if any(isinstance(dimension.domain, Float) for dimension in space.dimensions):
         return None
-    return _lattice(space, None)
+    return lattice(space, None)
 
 
-def _lattice(space: Space, levels: int | None) -> Iterator[Params]:
+def lattice(space: Space, levels: int | None) -> Iterator[Params]:
     """Every combination once, in the order in which a Sobol sequence first comes by, so that any beginning is spread out over all
     pairs of dimensions; what the sequence has missed follows in plain order."""
     axes = coordinates(space)

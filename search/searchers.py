@@ -202,9 +202,9 @@ def check_objectives(searcher: str, objectives: Sequence[str]) -> None:
     given = ",".join(objectives)
     for name in objectives:
         if name not in OBJECTIVES:
-            raise ConfigError(f"--objectives {given}: {name} is unknown; choose from {', '.join(OBJECTIVES)}")
+            raise ConfigError(f"--objective {given}: {name} is unknown; choose from {', '.join(OBJECTIVES)}")
     if not objectives or len(set(objectives)) < len(objectives):
-        raise ConfigError(f"--objectives {given}: name each objective once; choose from {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"--objective {given}: name each objective once; choose from {', '.join(OBJECTIVES)}")
     if len(objectives) > 1 and not SEARCHERS[searcher].several:
         several = ", ".join(name for name, method in SEARCHERS.items() if method.several)
         raise ConfigError(f"--searcher {searcher}: can follow one objective, got {given}; choose one objective, or one of {several}")
