@@ -1,0 +1,392 @@
+"""Resources of a trial, a sweep as a Ray job, and the examples in docs/cluster; with real Ray clusters on this machine."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start, symmetric_run
+
+from search import cluster
+from search.cluster import check_fits, resources, submit
+from search.tracking import load_study
+from spaces.errors import ConfigError
+from spaces.reading import parse_yaml
+from spaces.workloads import WORKLOADS
+from tests.ray_nodes import Cluster, head_node
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "cluster"
+HERE = "http://127.0.0.1:1"
+
+
+# What a trial asks of a node
+
+
+@pytest.mark.parametrize(
+    ("workload", "cpus", "gpus", "bundle"),
+    [
+        ("tiny", None, None, {"CPU": 1.0}),
+        ("tiny", 3, None, {"CPU": 3.0}),
+        ("tiny", None, 0.25, {"CPU": 1.0, "GPU": 0.25}),
+        ("qwen2.5-1.5b-gsm8k", None, None, {"CPU": 8.0, "GPU": 1.0}),
+        ("qwen2.5-1.5b-gsm8k", 2, 0.5, {"CPU": 2.0, "GPU": 0.5}),
+        ("qwen2.5-1.5b-gsm8k", None, 0, {"CPU": 8.0}),
+    ],
+)
+def test_a_trial_takes_what_its_workload_names_unless_told_otherwise(
+    workload: str, cpus: int | None, gpus: float | None, bundle: dict[str, float]
+) -> None:
+    request = resources(WORKLOADS[workload], cpus, gpus)
+    assert request.bundles == [bundle]
+    assert request.head_cpus == bundle["CPU"]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "said"), [(0, None, "--cpus 0"), (None, -0.5, "--gpus -0.5"), (None, 2, "--gpus 2"), (1, 1.5, "--gpus 1.5")]
+)
+def test_what_a_trial_cannot_use_is_refused(cpus: int | None, gpus: float | None, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        resources(WORKLOADS["tiny"], cpus, gpus)
+
+
+def node(alive: bool = True, **offers: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": offers}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fits"),
+    [
+        ([node(CPU=2)], False),
+        ([node(CPU=2, GPU=1)], True),
+        ([node(CPU=2), node(CPU=1, GPU=1)], False),  # 2 CPUs and 1 GPU, but never on one node
+        ([node(CPU=1, GPU=1), node(CPU=4, GPU=0.5)], True),
+        ([node(CPU=8, GPU=8, alive=False)], False),
+        ([], False),
+    ],
+)
+def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wait(nodes: list[dict[str, Any]], fits: bool) -> None:
+    request = resources(WORKLOADS["tiny"], 2, 0.5)
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=re.escape("2 CPU and 0.5 GPU")):
+        check_fits(request, nodes)
+
+
+# What is refused before anything is sent
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tracking-uri", "http://me:canary-4711@host:5000"],
+        ["--tracking-uri=postgresql://me:canary-4711@host/mlflow"],
+        ["--store", "s3://key:canary-4711@bucket/runs"],
+        ["--store", "s3://bucket/runs?secret_key=canary-4711"],
+    ],
+)
+def test_a_password_does_not_travel_in_a_job(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        submit(["sweep", *arguments], HERE, "s")
+    assert "canary-4711" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address", "said"),
+    [
+        (["sweep"], "head:8265", "http://HEAD:8265"),
+        (["sweep", "--address", "auto"], HERE, "leave --address out"),
+        (["sweep", "--submit", HERE], HERE, "start the head"),  # nothing listens at port 1
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(arguments: list[str], address: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        submit(arguments, address, "s")
+    assert "\n" not in str(caught.value)
+
+
+def test_ray_s_own_variable_must_not_send_the_job_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
+    with pytest.raises(ConfigError, match="unset RAY_ADDRESS"):
+        submit(["sweep"], HERE, "s")
+
+
+def test_without_ray_default_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape('pip install "ray[default,tune]==2.60.*"')):
+        submit(["sweep"], HERE, "s")
+
+
+SHARED = ["--store", "/shared/runs", "--tracking-uri", "http://head:5000"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--store runs"),
+        (["--store", "runs"], "--store runs"),
+        (["--store=runs"], "--store runs"),
+        (["--store", "/shared/runs"], "--tracking-uri sqlite in the store"),
+        (["--store", "s3://bucket/runs", "--tracking-uri", "sqlite:////shared/mlflow.db"], "--tracking-uri sqlite:////shared/mlflow.db"),
+        (["--store", "/shared/runs", "--tracking-uri", "http://localhost:5000"], "http://HEAD:5000"),
+        (["--store", "/shared/runs", "--tracking-uri", "http://[::1]:5000"], "http://HEAD:5000"),
+        ([*SHARED, "--set", "task.path=questions.jsonl"], "--set task.path=questions.jsonl"),
+        ([*SHARED, "--set=model.name=model"], "--set model.name=model"),
+    ],
+)
+def test_another_machine_gets_no_place_of_this_one(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").touch()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        cluster._with_places(["sweep", *arguments], on_this_machine=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sweep", *SHARED],
+        ["sweep", "--store", "s3://bucket/runs", "--tracking-uri", "postgresql://mlflow@db/mlflow"],
+        ["sweep", *SHARED, "--set", "task.path=/shared/questions.jsonl", "--set", "model.name=Qwen/Qwen2.5-1.5B-Instruct"],
+        ["resume", "s", "--store", "/shared/runs"],  # study.json says where its runs are tracked
+    ],
+)
+def test_places_that_a_cluster_can_reach_stay_as_they_are(arguments: list[str]) -> None:
+    assert cluster._with_places(arguments, on_this_machine=False) == arguments
+
+
+def test_on_a_cluster_of_this_machine_alone_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").touch()
+    command = ["sweep", "--set", "task.path=q.jsonl", "--tracking-uri", "sqlite:///mlflow.db"]
+    placed = cluster._with_places(command, on_this_machine=True)
+    assert placed == [
+        "sweep",
+        "--set",
+        f"task.path={tmp_path}/q.jsonl",
+        "--store",
+        f"{tmp_path}/runs",
+        "--tracking-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+    ]
+
+
+def test_two_files_of_one_name_are_not_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "space.yaml").write_text(place)
+    with pytest.raises(ConfigError, match=r"b/space\.yaml"):
+        cluster._with_shipped_files(["sweep", "a/space.yaml", "b/space.yaml"], tmp_path / "work")
+
+
+# A real cluster
+
+
+@pytest.fixture
+def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a short name: Ray makes sockets below it, whose paths end at 107 characters."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def bare_python(folder: Path) -> str:
+    """An interpreter with everything that rin needs, and without rin."""
+    venv.create(folder, symlinks=True)
+    packages = next((folder / "lib").glob("python*/site-packages"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files are not followed from here
+    python = str(folder / "bin" / "python")
+    found = subprocess.run([python, "-c", "import ray, torch, mlflow, spaces"], capture_output=True, text=True, cwd=folder, check=False)
+    assert "No module named 'spaces'" in found.stderr
+    return python
+
+
+def jobs(running: Cluster) -> dict[str, Any]:
+    token = Path(running.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{running.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
+
+
+@pytest.mark.slow
+def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Path, tmp_path: Path) -> None:
+    """The program, the search space and nothing else travel; the cluster has only what rin depends on."""
+    laptop = tmp_path / "laptop"
+    laptop.mkdir()
+    (laptop / "space.yaml").write_text(
+        "name: mine\ndescription: one dimension\ndimensions:\n"
+        "  - {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}\n"
+    )
+    with head_node(short, cpus=1, python=bare_python(short / "env")) as running:
+        arguments = ["sweep", "space.yaml", "--workload", "tiny", "--trials", "2", "--submit", running.dashboard]
+        arguments += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "noise.sigma_end=0.0005"]
+        script = (
+            f"from search.cluster import submit; s = submit({arguments!r}, {running.dashboard!r}, 's'); print(s.id, s.follow[1], sep='\\n')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=dict(running.environment),
+            cwd=laptop,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        job, follow = done.stdout.split("\n")[:2]
+
+        stranger = urllib.request.Request(f"{running.dashboard}/api/jobs/")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(stranger, timeout=20)
+
+        deadline = time.monotonic() + 240
+        while (state := jobs(running)[job])["status"] in ("PENDING", "RUNNING") and time.monotonic() < deadline:
+            time.sleep(0.5)
+        log = "\n".join(path.read_text(errors="replace") for path in short.glob(f"ray/session_2*/logs/job-driver-{job}.log"))
+        assert state["status"] == "SUCCEEDED", log
+        assert state["entrypoint"].startswith("python rin.py sweep space.yaml")
+        assert state["metadata"] == {"sweep": "s"}
+    assert shlex.split(follow) == ["rin", "status", "s", "--store", str(laptop / "runs")]
+    records = load_study(f"sqlite:///{laptop}/runs/mlflow.db", "s")
+    assert [record.status for record in records] == ["completed", "completed"]
+    assert 0.001 <= float(records[1].params["noise.sigma_start"]) <= 0.002
+
+
+# The examples
+
+
+def test_the_ray_up_example_fits_ray_s_own_schema() -> None:
+    config = parse_yaml((EXAMPLES / "ray-cluster.yaml").read_text(), "ray-cluster.yaml")
+    validate_config(prepare_config(config))
+    config["available_node_types"]["gpu"]["max_worker"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(config))
+
+
+def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() -> None:
+    schema = json.loads((ROOT / "tests" / "data" / "rayjob_schema.json").read_text())
+    job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
+    jsonschema.validate(job, schema)
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    hook = head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert head["terminationGracePeriodSeconds"] > int(re.search(r"timeout (\d+)", hook[-1])[1])  # type: ignore[index]
+    for worker in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
+        trial = resources(WORKLOADS["qwen2.5-1.5b-gsm8k"]).bundles[0]
+        assert (float(limits["cpu"]), float(limits["nvidia.com/gpu"])) == (trial["CPU"], trial["GPU"])
+    job["spec"]["rayClusterSpecs"] = {}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, schema)
+
+
+def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> None:
+    """The very command of the example, on a process that is called as rin is, and on itself."""
+    job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
+    hook = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    place = f"{tmp_path.name}/bin/rin "  # of this test alone: other sweeps of this machine go on
+    hook = [word.replace("[b]in/rin ", f"{tmp_path.name}/[b]in/rin ") for word in hook]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "rin").write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(7)))\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(tmp_path / "bin" / "rin"), "sweep"], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        assert place in " ".join(Path(f"/proc/{running.pid}/cmdline").read_text().split("\0"))
+        subprocess.run(hook, timeout=30, check=True)
+        assert running.wait(10) == 7
+
+
+def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(tmp_path: Path) -> None:
+    """The script itself, with Slurm and Ray played by six shell scripts: TERM reaches rin, which gets its time, then requeue."""
+    tools = tmp_path / "rin-search" / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    played = {
+        "activate": f'export PATH="{tools}:$PATH"',
+        "scontrol": f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >>"{tmp_path}/requeued"; fi',
+        "getent": "echo '10.0.0.1 STREAM n1'",
+        "srun": 'shift; exec "$@"',
+        "ray": f'[ "$1" = symmetric-run ] || exit 0; echo "$@" >>"{tmp_path}/ray"; while [ "$1" != -- ]; do shift; done; shift; "$@"',
+        "rin": f'trap \'sleep 1; echo checkpointed >>"{tmp_path}/rin"; exit 1\' TERM; echo "$@" >>"{tmp_path}/rin"; '
+        "while :; do sleep 0.1; done",
+    }
+    for name, text in played.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    script = tmp_path / "slurm.sbatch"
+    script.write_text((EXAMPLES / "slurm.sbatch").read_text().replace("/shared", str(tmp_path)))
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+    def run_and_end() -> list[str]:
+        (tmp_path / "rin").unlink(missing_ok=True)
+        environment = {**os.environ, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "17"}
+        with subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True, stderr=subprocess.PIPE) as job:
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "rin").exists() and job.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            job.send_signal(signal.SIGTERM)
+            job.wait(30)
+        return (tmp_path / "rin").read_text().splitlines()
+
+    first = run_and_end()
+    assert first[0].startswith("sweep sigma --name sigma-1")
+    assert first[1:] == ["checkpointed"]
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert "--address 10.0.0.1:6379 --min-nodes 2" in (tmp_path / "ray").read_text()
+    (tmp_path / "runs" / "sigma-1").mkdir(parents=True)
+    (tmp_path / "runs" / "sigma-1" / "study.json").touch()
+    assert run_and_end()[0] == f"resume sigma-1 --store {tmp_path}/runs --address auto"
+
+
+def rin_lines() -> list[str]:
+    """Every rin command of the examples, as a shell would see it."""
+    found = []
+    for path in sorted(EXAMPLES.iterdir()):
+        text = path.read_text().replace("\\\n", " ").replace('"$NAME"', "NAME").replace('"$STORE"', "/STORE")
+        text = re.sub(r"(rin=\([^)]*)\n\s*", r"\1 ", text)  # a bash array over two lines
+        if path.suffix == ".yaml":
+            text = re.sub(r"\n    (?=\S)", " ", text)  # a folded scalar
+        found += re.findall(r"(?:^|[`(; ])(rin (?:sweep|resume|status|export|ui)\b[^`\n;)]*)", text, re.MULTILINE)
+    return found
+
+
+def test_the_examples_hold_command_lines() -> None:
+    assert len(rin_lines()) >= 9
+
+
+@pytest.mark.parametrize("line", sorted(set(rin_lines())))
+def test_every_rin_line_of_the_examples_is_one_that_rin_reads(line: str) -> None:
+    from dashboards.cli import app
+
+    words = [word for word in shlex.split(line.split("#")[0]) if word != "..."]
+    command = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+    command.make_context(words[1], words[2:])  # parses and checks; runs nothing
+
+
+def test_every_ray_option_of_the_examples_is_one_that_ray_knows() -> None:
+    known = {option for command in (start, symmetric_run) for parameter in command.params for option in parameter.opts}
+    used = set()
+    for path in EXAMPLES.iterdir():
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            called = re.search(r"ray (?:symmetric-run|start)\b(.*?)(?: -- |$)", line)
+            used |= set(re.findall(r"(?<!\S)(--[a-z-]+)", called[1])) if called and not line.lstrip().startswith(("#", "-" * 3)) else set()
+    assert {"--address", "--min-nodes", "--num-cpus", "--head", "--dashboard-host"} <= used
+    assert used <= known
