@@ -1,0 +1,180 @@
+"""Tracking in a real PostgreSQL, straight and behind MLflow's server; its password appears nowhere."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from spaces.reading import parse_yaml, read_config
+from tests.ray_nodes import free_port
+
+PASSWORD = "canary-4711-postgres"
+RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
+SHORT = ["--workload", "tiny", "--trials", "3", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Postgres:
+    port: int
+
+    @property
+    def uri(self) -> str:
+        return f"postgresql://rin@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def uri_with_password(self) -> str:
+        return self.uri.replace("rin@", f"rin:{PASSWORD}@")
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        with psycopg.connect(self.uri_with_password) as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            return list(cursor.fetchall())
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A server of this test alone, on localhost, that wants its password; as another user where this one is root."""
+    programs = [Path(found).parent for found in [shutil.which("initdb")] if found] + sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    assert programs, "this test needs PostgreSQL: apt-get update && apt-get install -y postgresql"
+    user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory(prefix="rin-pg-", dir="/tmp") as folder:
+        secret, data, port = Path(folder) / "password", Path(folder) / "data", free_port()
+        secret.write_text(PASSWORD)
+        if user:
+            for path in (folder, secret):
+                shutil.chown(path, **user)
+        begin = [str(programs[0] / "initdb"), "-D", str(data), "-U", "rin", "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync"]
+        subprocess.run(begin, cwd=folder, check=True, capture_output=True, **user)  # type: ignore[call-overload]
+        serve = [str(programs[0] / "postgres"), "-D", str(data), "-k", folder, "-p", str(port)]
+        serve += ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        running = subprocess.Popen(serve, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **user)  # type: ignore[call-overload]
+        try:
+            server = Postgres(port=port)
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    server.rows("select 1")
+                    break
+                except psycopg.OperationalError:
+                    assert running.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+            yield server
+        finally:
+            running.send_signal(signal.SIGINT)  # fast: connections are cut
+            running.wait(30)
+
+
+@contextmanager
+def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
+    """Its address. The database's URI reaches it by the environment: a command line is for all to see."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    switches = {"MLFLOW_BACKEND_STORE_URI": store.uri_with_password, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    switches |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "mlflow.log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **switches}, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "mlflow.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def rin(folder: Path, *arguments: str, password: bool = False) -> str:
+    """What it prints. With `password`, libpq finds it in the environment, as the documentation advises."""
+    environment = {**os.environ, **({"PGPASSWORD": PASSWORD} if password else {})}
+    with subprocess.Popen(
+        [*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        assert running.stdout is not None
+        said = ""
+        for line in running.stdout:
+            said += line
+            if PASSWORD not in " ".join(arguments):
+                assert not [words for words in command_lines(running.pid) if PASSWORD in words]
+    assert running.returncode == 0, said
+    return said
+
+
+def command_lines(pid: int) -> list[str]:
+    lines = []
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            lines.append(" ".join(process.cmdline()))
+        except psutil.Error:  # gone meanwhile
+            continue
+    return lines
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def check_sweep(postgres: Postgres, name: str) -> None:
+    """By SQL, past MLflow's client and ours."""
+    of_sweep = f"from runs r join experiments e on r.experiment_id = e.experiment_id where e.name = '{name}'"
+    assert postgres.rows(f"select r.status, r.end_time is not null {of_sweep}") == [("FINISHED", True)] * 3
+    points = f"select count(*) from metrics where key = 'grpo/reward' and run_uuid in (select r.run_uuid {of_sweep})"
+    assert postgres.rows(points) == [(9,)]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postgres: Postgres, tmp_path: Path) -> None:
+    said = rin(tmp_path, "sweep", *SHORT, "--name", "straight", "--tracking-uri", postgres.uri, password=True)
+    check_sweep(postgres, "straight")
+    # Where a password is given in the URI all the same, it is used and not repeated.
+    given = ["--tracking-uri", postgres.uri_with_password]
+    said += rin(tmp_path, "status", "straight", *given)
+    assert "3 of 3" in said
+    rows = json.loads(rin(tmp_path, "status", "straight", "--json", *given))
+    assert [row["status"] for row in rows] == ["completed"] * 3
+    exported = rin(tmp_path, "export", "straight", *given)
+    assert read_config(parse_yaml(exported, "export")).grpo.steps == 3
+    assert PASSWORD not in said + exported
+    assert files_with("straight", tmp_path), "the search below would find something"
+    assert files_with(PASSWORD, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_is_tracked_by_mlflow_s_server_over_postgresql(postgres: Postgres, tmp_path: Path) -> None:
+    with mlflow_server(postgres, tmp_path) as address:
+        rin(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", address)
+        assert "3 of 3" in rin(tmp_path, "status", "served")  # study.json knows where
+        assert read_config(parse_yaml(rin(tmp_path, "export", "served"), "export")).grpo.steps == 3
+    check_sweep(postgres, "served")
+    assert files_with(PASSWORD, tmp_path) == []
+
+
+def test_a_wrong_password_is_one_line_that_does_not_repeat_it(postgres: Postgres, tmp_path: Path) -> None:
+    wrong = postgres.uri.replace("rin@", "rin:wrong-4711@")
+    done = subprocess.run(
+        [*RIN, "sweep", *SHORT, "--name", "s", "--tracking-uri", wrong], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rin: ")]
+    assert "password authentication failed" in line
+    assert "wrong-4711" not in done.stdout + done.stderr
+    assert not (tmp_path / "runs").exists()
