@@ -1,0 +1,144 @@
+"""Which dimension of a sweep mattered: importance per dimension over the trials of an Optuna study.
+
+Two questions, two methods. PED-ANOVA (Watanabe et al. 2023): where must a dimension be for a trial to be among the best? fANOVA
+(Hutter et al. 2014): how much of the variance of the result does a dimension explain, over its whole range? A dimension that only
+breaks runs at one end matters to fANOVA and little to PED-ANOVA among the good.
+
+**Dimensions that exist in some trials only** (sigma of linear layers exists where noise goes into linear layers) are assessed among
+those trials, beside the dimensions that all of them have. Each row names its number of trials; shares of rows with
+different trials are not parts of one whole, and must not be added or ranked against each other.
+
+**Chance.** Every dimension gets some share from noise, a lot of it from few trials. So the results are dealt out to the trials at random,
+19 times, and the highest share that the dimension then reaches is told as `chance`: one without influence stays below it in 95 of
+100 cases. With fewer than MIN_TRIALS trials there is no number at all.
+
+A sampler that learns looks closely where results are good. Both methods then describe the trials that were run, not the whole space.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
+
+Method = Literal["ped-anova", "fanova"]
+
+MIN_TRIALS = 20
+MIN_BEST = 5
+"""PED-ANOVA describes the best tenth, but no fewer trials than these."""
+DEALS = 19
+TREES = 24
+"""Of fANOVA's forest: each deal grows one, in half a second with 64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Importance:
+    """Example: Importance(dimension="noise.sigma_start|linear", importance=0.81, chance=0.55, trials=34, of=60, note="")."""
+
+    dimension: str
+    importance: float | None
+    """Share among the dimensions assessed on the same trials, 0 to 1; None where it cannot be said, and `note` tells why."""
+    chance: float | None
+    """What a dimension without influence stays below, in 95 of 100 cases."""
+    trials: int
+    """Complete trials in which the dimension exists."""
+    of: int
+    """Complete trials."""
+    note: str = ""
+    """Why there is no number; or that the dimension exists in some trials only."""
+
+
+def importance(study: optuna.Study, *, method: Method = "ped-anova", objective: int = 0, seed: int = 0) -> tuple[Importance, ...]:
+    """A row per dimension: those of all trials first, then conditional ones, each group by falling importance.
+
+    `objective`: which value of a study with several. Complete trials with a finite value count; a failed one has none.
+    """
+    finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+    trials = [trial for trial in finished if math.isfinite(trial.values[objective])]
+    ranges: dict[str, set[Any]] = defaultdict(set)
+    members: dict[str, list[int]] = defaultdict(list)
+    for place, trial in enumerate(trials):
+        for name, domain in trial.distributions.items():
+            ranges[name].add(domain)
+            members[name].append(place)
+    # Dimensions that exist in the same trials are assessed together, beside those that exist in more.
+    together: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, places in members.items():
+        together[tuple(places)].append(name)
+    rows = []
+    for group, names in together.items():
+        chosen = [trials[place] for place in group]
+        steady = [name for name in members if len(ranges[name]) == 1 and set(group) <= set(members[name])]
+        shares: dict[str, float] = {}
+        chance: dict[str, float] = {}
+        reason = _reason([trial.values[objective] for trial in chosen])
+        if not reason and any(name in steady for name in names):
+            shares, chance = _assess(study.directions[objective], chosen, steady, method, objective, seed)
+        for name in names:
+            note = reason or ("" if name in steady else "not assessable: its range changed between trials")
+            if not note and len(group) < len(trials):
+                note = f"exists in {len(group)} of {len(trials)} trials; its share is among these"
+            rows.append(
+                Importance(
+                    dimension=name, importance=shares.get(name), chance=chance.get(name), trials=len(group), of=len(trials), note=note
+                )
+            )
+    return tuple(sorted(rows, key=lambda row: (row.trials < row.of, -row.trials, -(row.importance or 0.0), row.dimension)))
+
+
+def _reason(values: Sequence[float]) -> str:
+    if len(values) < MIN_TRIALS:
+        return f"not assessable: too few trials ({len(values)} of at least {MIN_TRIALS})"
+    return "not assessable: all trials had the same result" if min(values) == max(values) else ""
+
+
+def _assess(
+    direction: optuna.study.StudyDirection,
+    trials: Sequence[optuna.trial.FrozenTrial],
+    names: Sequence[str],
+    method: Method,
+    objective: int,
+    seed: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results."""
+    values = [trial.values[objective] for trial in trials]
+    rng = np.random.default_rng(seed)
+    shares = _shares(direction, trials, values, names, method, seed)
+    dealt = [_shares(direction, trials, rng.permutation(values).tolist(), names, method, seed) for _ in range(DEALS)]
+    return shares, {name: max(deal[name] for deal in dealt) for name in names}
+
+
+def _shares(
+    direction: optuna.study.StudyDirection,
+    trials: Sequence[optuna.trial.FrozenTrial],
+    values: Sequence[float],
+    names: Sequence[str],
+    method: Method,
+    seed: int,
+) -> dict[str, float]:
+    """In a study in memory that holds exactly these trials, dimensions and results."""
+    part = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=seed))
+    part.add_trials(
+        [
+            optuna.trial.create_trial(
+                params={name: trial.params[name] for name in names},
+                distributions={name: trial.distributions[name] for name in names},
+                value=value,
+            )
+            for trial, value in zip(trials, values, strict=True)
+        ]
+    )
+    evaluator = (
+        PedAnovaImportanceEvaluator(target_quantile=max(0.1, MIN_BEST / len(trials)))
+        if method == "ped-anova"
+        else FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        found: dict[str, float] = get_param_importances(part, evaluator=evaluator, params=list(names))
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,206 @@
+"""How much noise a model stands: the sigma tolerance boundary, per quantisation mode and module kind.
+
+Whether a run collapses is yes or no, and more noise is not less dangerous. So the chance of a collapse is taken as a logistic function of
+log sigma, and the boundary is the sigma at which half the runs collapse; the sigma at which one in ten does is where to stay below.
+
+A few runs per sigma often separate completely: all below some sigma held, all above broke. The maximum likelihood slope is then
+infinite and any single number would be an invention. What is known is a bracket: the largest sigma up to which every run held, the
+smallest from which on every run broke. Where all runs ended alike, one side of it is known.
+
+The interval is the profile likelihood's (Venzon & Moolgavkar 1988): all sigma_50 for which some slope of at least 0 makes the
+runs likely enough (2 log likelihood ratio within chi-square, 1 df). It needs no finite slope, so it holds under separation too, where it
+is wider than the bracket (two runs that held prove little), and it is open on the side about which the runs say nothing.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+
+Status = Literal["fitted", "bracketed", "held", "broke", "one sigma", "unordered"]
+
+STEEP = 1e8
+"""Slope per unit of log sigma that stands for a step."""
+FAR = 30.0
+"""In units of log sigma from the runs: where an interval that has not ended yet is open."""
+RARE = 0.1
+"""The collapse probability to stay below."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisyRun:
+    """Example: NoisyRun(mode="w4a4", kind="linear", sigma=0.05, collapsed=True)."""
+
+    mode: str
+    """Quantisation mode: w4a4, w4a8, ..."""
+    kind: str
+    """Module kind that the noise was added to: rmsnorm, linear."""
+    sigma: float
+    """`noise.sigma_start`, above 0: the control has no noise to tolerate."""
+    collapsed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundary:
+    """One line of the sigma lookup table.
+
+    Example: Boundary(mode="w4a4", kind="linear", runs=10, collapsed=5, status="bracketed", held=0.01, broke=0.05, sigma_50=None,
+    low_50=0.01, high_50=0.05, sigma_10=None, low_10=0.002, high_10=0.05).
+    """
+
+    mode: str
+    kind: str
+    runs: int
+    collapsed: int
+    status: Status
+    """`fitted`: outcomes overlap, a slope exists. `bracketed`: they are separated, or meet at one sigma. `held` or `broke`: all runs ended
+    alike. `one sigma`: only one was tried, and runs ended both ways. `unordered`: collapses do not grow with sigma."""
+    held: float | None
+    """Largest sigma tried up to which every run held. None: some run broke at the smallest."""
+    broke: float | None
+    """Smallest sigma tried from which on every run broke."""
+    sigma_50: float | None
+    """Half the runs collapse; only where `fitted`."""
+    low_50: float
+    high_50: float
+    """Interval of it; 0 and infinity where that side is open."""
+    sigma_10: float | None
+    """One run in ten collapses."""
+    low_10: float
+    high_10: float
+
+    def words(self) -> str:
+        """Example: `half the runs collapse at sigma 0.021 [0.014, 0.035]`."""
+        low, high = f"{self.low_50:.3g}", "..." if math.isinf(self.high_50) else f"{self.high_50:.3g}"
+        if self.status == "fitted":
+            return f"half the runs collapse at sigma {self.sigma_50:.3g} [{low}, {high}]"
+        if self.status == "held":
+            more = f"half collapse at more than {low}" if self.low_50 > 0 else "too few runs to say more"
+            return f"every run held, up to sigma {self.held:.3g}; {more}"
+        if self.status == "broke":
+            more = "too few runs to say more" if math.isinf(self.high_50) else f"half collapse at less than {high}"
+            return f"every run broke, down to sigma {self.broke:.3g}; {more}"
+        if self.status == "one sigma":
+            return f"{self.collapsed} of {self.runs} runs broke at the only sigma tried"
+        if self.status == "unordered":
+            return "collapses do not grow with sigma: no boundary in these runs"
+        below = "some broke at the smallest sigma" if self.held is None else f"every run held up to sigma {self.held:.3g}"
+        above = "some held at the largest" if self.broke is None else f"every run broke from {self.broke:.3g}"
+        known = self.low_50 > 0 or math.isfinite(self.high_50)
+        return f"{below}, {above}; {f'half collapse within [{low}, {high}]' if known else 'too few runs for an interval'}"
+
+
+def boundaries(runs: Iterable[NoisyRun], *, confidence: float = 0.95) -> tuple[Boundary, ...]:
+    """A line per mode and module kind, sorted by them. Raises ValueError for a sigma that is not above 0 and finite."""
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence is a share from 0.5 to below 1 (0.95 = 95 %), but got {confidence}")
+    groups: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
+    for run in runs:
+        if not (math.isfinite(run.sigma) and run.sigma > 0):
+            raise ValueError(f"sigma {run.sigma} has no logarithm: the boundary is about runs with noise")
+        groups[run.mode, run.kind].append((run.sigma, run.collapsed))
+    return tuple(_boundary(mode, kind, groups[mode, kind], confidence) for mode, kind in sorted(groups))
+
+
+def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: float) -> Boundary:
+    sigmas = {sigma for sigma, _ in runs}
+    first_broke = min((sigma for sigma, collapsed in runs if collapsed), default=math.inf)
+    last_held = max((sigma for sigma, collapsed in runs if not collapsed), default=0.0)
+    held = max((sigma for sigma in sigmas if sigma < first_broke), default=None)
+    broke = min((sigma for sigma in sigmas if sigma > last_held), default=None)
+    x = np.log([sigma for sigma, _ in runs])
+    y = np.array([collapsed for _, collapsed in runs], dtype=np.float64)
+    status, slope, offset = _fit(x, y, overlap=last_held > first_broke)
+    if slope == 0:
+        intervals = [(0.0, math.inf)] * 2
+    else:
+        intervals = [_interval(x, y, float(special.logit(p)), slope, offset, confidence) for p in (0.5, RARE)]
+    fitted = status == "fitted"
+    return Boundary(
+        mode=mode,
+        kind=kind,
+        runs=len(runs),
+        collapsed=int(y.sum()),
+        status=status,
+        held=held,
+        broke=broke,
+        sigma_50=math.exp(-offset / slope) if fitted else None,
+        low_50=intervals[0][0],
+        high_50=intervals[0][1],
+        sigma_10=math.exp((float(special.logit(RARE)) - offset) / slope) if fitted else None,
+        low_10=intervals[1][0],
+        high_10=intervals[1][1],
+    )
+
+
+def _fit(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> tuple[Status, float, float]:
+    """Status, slope and offset of the logit; under separation a step in the middle of the bracket, from which the interval is sought."""
+    if y.min() == y.max():
+        edge = x.max() + FAR / 2 if y.max() == 0 else x.min() - FAR / 2
+        return ("held" if y.max() == 0 else "broke"), STEEP, -STEEP * float(edge)
+    if x.min() == x.max():
+        return "one sigma", 0.0, 0.0
+    # The slope's sign is that of its score at 0: the likelihood is concave.
+    if float(((y - y.mean()) * x).sum()) <= 1e-12:
+        return "unordered", 0.0, 0.0
+    if not overlap:
+        middle = float(x[y == 0].max() + x[y == 1].min()) / 2
+        return "bracketed", STEEP, -STEEP * middle
+    scale, centre = float(x.std()), float(x.mean())
+    z = (x - centre) / scale
+    # Newton's steps from no slope, halved while they overshoot; the likelihood is concave and its maximum finite.
+    b = np.array([special.logit(y.mean()), 0.0])
+    design = np.stack([np.ones_like(z), z], axis=1)
+    for _ in range(100):
+        p = special.expit(design @ b)
+        step = np.linalg.solve((design.T * (p * (1 - p))) @ design, design.T @ (y - p))
+        while _log_likelihood(design @ (b + step), y) < _log_likelihood(design @ b, y) - 1e-12:
+            step = step / 2
+        b = b + step
+        if np.abs(step).max() < 1e-12:
+            break
+    else:
+        raise ArithmeticError("the logistic fit did not settle")
+    return "fitted", float(b[1]) / scale, float(b[0] - b[1] * centre / scale)
+
+
+def _log_likelihood(logits: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(special.log_expit(np.where(y == 1, logits, -logits)).sum())
+
+
+def _interval(
+    x: NDArray[np.float64], y: NDArray[np.float64], at: float, slope: float, offset: float, confidence: float
+) -> tuple[float, float]:
+    """All sigma at which the logit of a collapse may be `at`; slopes from 0 to a step."""
+    allowed = float(stats.chi2.ppf(confidence, 1)) / 2
+    best = _log_likelihood(offset + slope * x, y)
+
+    def missing(edge: float) -> float:
+        """How far the likelihood falls below what is allowed, if the logit is `at` at log sigma `edge`."""
+        return best - _profile(x - edge, y, at) - allowed
+
+    inside = (at - offset) / slope
+    low, high = float(x.min()) - FAR, float(x.max()) + FAR
+    lower = math.exp(optimize.brentq(missing, low, inside, xtol=1e-12)) if missing(low) > 0 else 0.0
+    upper = math.exp(optimize.brentq(missing, inside, high, xtol=1e-12)) if missing(high) > 0 else math.inf
+    return lower, upper
+
+
+def _profile(distance: NDArray[np.float64], y: NDArray[np.float64], at: float) -> float:
+    """The highest log likelihood over slopes of at least 0, the logit being `at` at distance 0; concave in the slope."""
+
+    def score(slope: float) -> float:
+        return float(((y - special.expit(at + slope * distance)) * distance).sum())
+
+    if score(0.0) <= 0:
+        slope = 0.0
+    elif score(STEEP) >= 0:
+        slope = STEEP
+    else:
+        slope = float(optimize.brentq(score, 0.0, STEEP, xtol=1e-12))
+    return _log_likelihood(at + slope * distance, y)
