@@ -1,24 +1,25 @@
 """`rin`: the command line. Thin: it reads options, calls one function, and prints.
 
 Heavy imports stay inside the commands, so that `rin --help` answers at once. Exit codes: 0 done (a collapse is a result), 2 the
-user's mistake (one line that names the key, the value and the remedy), 1 a failure.
+user's mistake (one line that names the key, the value and the remedy), 1 a failure or an interruption.
 """
 
 import json
 import logging
 import os
 import sys
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dashboards import options as given
+from dashboards.options import DEFAULT_STORE, SweepOptions, find_sweep, repeated, study_config, trial_config
 from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
-    from search.store import StudyConfig
-    from spaces.config import TrialConfig
+    from search.study import StudyResult
 
 app = typer.Typer(
     name="rin",
@@ -28,80 +29,165 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Workload = Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
-Store = Annotated[Path, typer.Option(help="Folder that holds sweeps, their MLflow database and their results.")]
-TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
-Space = Annotated[str, typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file.")]
-Points = Annotated[str, typer.Option(help="Experiments of the plan to run as well, separated by commas.")]
-Trials = Annotated[int | None, typer.Option(help="Configurations, the control included. Default: 8, or what the points need.")]
-Replicates = Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")]
-Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
-Searcher = Annotated[str, typer.Option(help="gp, tpe or random.")]
-Seed = Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster (e.g. auto, or HOST:6379). Default: a local one.")]
-Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
-DEFAULT_STORE = Path("runs")
-
 
 @app.command()
 def sweep(
-    space: Space = "sigma",
-    workload: Workload = "embedded",
-    trials: Trials = None,
-    replicates: Replicates = 1,
-    concurrent: Concurrent = None,
-    seed: Seed = 0,
-    overrides: Overrides = None,
-    points: Points = "",
-    searcher: Searcher = "gp",
+    space: given.Space = "sigma",
+    workload: given.Workload = "embedded",
+    trials: given.Trials = None,
+    replicates: given.Replicates = 1,
+    concurrent: given.Concurrent = None,
+    seed: given.Seed = 0,
+    overrides: given.Overrides = None,
+    points: given.Points = "",
+    evidence: given.Evidence = "",
+    warm_start: given.WarmStart = "",
+    ablate: given.Ablate = None,
+    searcher: given.Searcher = "gp",
+    objective: given.Objectives = None,
+    scheduler: given.Scheduler = "none",
+    budget: given.BudgetHours = None,
+    cpus: given.Cpus = None,
+    gpus: given.Gpus = None,
     name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None,
-    store: Store = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
-    address: Address = None,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    address: given.Address = None,
+    submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
-    study = _study(space, workload, trials, replicates, concurrent, seed, overrides, points, searcher, name, store, tracking_uri, address)
-    from dashboards.live import build_progress, sweep_view
-    from dashboards.tables import arm_rows, arm_table, terminal
-    from search.store import BEST_FILE
+    options = SweepOptions(
+        space=space,
+        workload=workload,
+        trials=trials,
+        replicates=replicates,
+        concurrent=concurrent,
+        seed=seed,
+        overrides=overrides,
+        points=points,
+        evidence=evidence,
+        warm_start=warm_start,
+        searcher=searcher,
+        objectives=objective,
+        scheduler=scheduler,
+        budget=budget,
+        cpus=cpus,
+        gpus=gpus,
+        name=name,
+        store=store,
+        tracking_uri=tracking_uri,
+        address=address,
+    )
+    study = study_config(options)
+    if submit is not None:
+        _submit(submit, study.name)
+        return
     from search.study import run_study
 
+    if ablate is None:
+        _run(
+            study.name,
+            study.trials * study.replicates,
+            options.store,
+            tracking_uri,
+            lambda view, progress: run_study(study, view, progress),
+        )
+        return
+    from search.ablation import ablation
+
+    parts = ablation(find_sweep(ablate, store, tracking_uri), study, named=name is not None)
+    for line in parts.skipped:
+        print(line)
+    runs = parts.config.trials * parts.config.replicates
+    _run(parts.config.name, runs, store, tracking_uri, lambda view, progress: run_study(parts.config, view, progress, parts.arms))
+
+
+@app.command()
+def resume(
+    name: given.Name,
+    budget: given.BudgetHours = None,
+    concurrent: given.Concurrent = None,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    address: given.Address = None,
+    submit: Annotated[str | None, typer.Option(help="Go on as a job of the Ray cluster with this dashboard.")] = None,
+) -> None:
+    """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
+    if submit is not None:
+        _submit(submit, name)
+        return
+    study = find_sweep(name, store, tracking_uri)
+    if study.kind == "confirm":
+        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: rin confirm {study.parent}")
+    from search.study import resume_study
+
+    changes = {"budget_hours": budget, "concurrent": concurrent}
+    study = study.model_copy(update={"address": address, **{key: value for key, value in changes.items() if value is not None}})
+    _run(study.name, study.trials * study.replicates, store, tracking_uri, lambda view, progress: resume_study(study, view, progress))
+
+
+def _submit(address: str, name: str) -> None:
+    from search.cluster import submit
+
+    job = submit(sys.argv[1:], address, name)
+    print(f"submitted as {job.id}: {job.command}")
+    for line in job.follow:
+        print(f"  {line}")
+
+
+def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]") -> None:
+    """Run a sweep with its live view, and print what it came to."""
+    from dashboards.live import build_progress, sweep_view
+    from dashboards.tables import arm_rows, arm_table, terminal
+
     console = terminal()
-    console.print(
-        f"sweep {study.name}: {study.trials * study.replicates} trials of {study.workload}, results in {study.folder}", soft_wrap=True
-    )
-    with build_progress(console) as progress:
-        build = progress
-        with sweep_view(console, study.trials * study.replicates) as view:
-            result = run_study(study, view, build)
+    console.print(f"sweep {name}: {runs} trials", soft_wrap=True, highlight=False)
+    with build_progress(console) as progress, sweep_view(console, runs) as view:
+        result = run(view, progress)
+    where = repeated(store, tracking_uri)
     if result.tracking_lost:
-        print(f"{result.tracking_lost}\nwhat the trials reported is kept in {study.folder}; then: rin status {study.name}", file=sys.stderr)
+        print(f"{result.tracking_lost}\nwhat the trials reported is kept; then: rin status {name}{where}", file=sys.stderr)
         raise typer.Exit(1)
-    console.print(arm_table(arm_rows(result.records), f"sweep {study.name}"))
-    where = _options(store, tracking_uri)
+    console.print(arm_table(arm_rows(result.records), f"sweep {name}, in {result.config.folder.uri}"))
     if result.best is None:
         console.print("no configuration completed: nothing to export. Try smaller sigmas, or --set collapse.mode=monitor", soft_wrap=True)
     else:
-        console.print(
-            f"candidate: {result.best.arm}, accuracy {result.best.accuracy:.4f} on the selection questions "
-            "(chosen and judged on the same questions: not a finding)",
-            soft_wrap=True,
-        )
-        best = study.folder / BEST_FILE
-        for line, why in (
-            (f"rin trial --config {best}", "repeat it"),
-            (f"rin export {study.name}{where} --to verl", "take it to another trainer"),
-            (f"rin ui {study.name}{where}", "look at every trial"),
-        ):
-            console.print(f"  {line}   # {why}", soft_wrap=True, highlight=False)
+        _show_candidate(console, result, where)
     failed = [record for record in result.records if record.status == "failed"]
     for record in failed:
         print(f"{record.arm}/{record.replicate} failed: {record.reason}", file=sys.stderr)
-    if result.interrupted:
-        print("interrupted: what ran is kept", file=sys.stderr)
-    if failed or result.interrupted:
-        raise typer.Exit(1)
+    if not result.unfinished:
+        return
+    what = f"{result.unfinished} of {runs} trials are not finished"
+    if result.budget_spent:
+        print(f"the budget of {result.config.budget_hours:g} hours is spent: {what}")
+        print(f"with a larger one: rin resume {name} --budget HOURS{where}")
+        return
+    why = "" if failed else "interrupted: "
+    print(f"{why}{what}; what ran is kept. Go on: rin resume {name}{where}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
+    from search.store import BEST_FILE
+
+    best, name = result.best, result.config.name
+    assert best is not None
+    console.print(
+        f"candidate: {best.arm}, accuracy {best.accuracy:.4f} on the selection questions "
+        "(chosen and judged on the same questions: not a finding)",
+        soft_wrap=True,
+    )
+    folder = result.config.folder
+    lines = [(f"rin trial --config {folder.local / BEST_FILE}", "repeat it")] if folder.local is not None else []
+    lines += [
+        (f"rin report {name}{where}", "every arm against its control"),
+        (f"rin confirm {name}{where}", "is it a finding? fresh seeds, other questions"),
+        (f"rin export {name}{where} --to verl", "take it to another trainer"),
+        (f"rin ui {name}{where}", "look at every trial"),
+    ]
+    for line, why in lines:
+        console.print(f"  {line}   # {why}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -109,11 +195,11 @@ def trial(
     point: Annotated[str | None, typer.Argument(help="A point of the plan, e.g. control, bf16, e13m-rmsnorm.")] = None,
     config: Annotated[Path | None, typer.Option(help="A trial's YAML file (rin export), in place of a point.")] = None,
     workload: Annotated[str | None, typer.Option(help="What is trained; default embedded. Not with --config.")] = None,
-    overrides: Overrides = None,
+    overrides: given.Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per step; the last one is the outcome.")] = False,
 ) -> None:
     """Run one trial in this process, without Ray."""
-    settings = _trial_config(point, config, workload, overrides or [])
+    settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
     from dashboards.tables import terminal
     from trainable.trial import Trial
@@ -149,61 +235,55 @@ def trial(
 
 @app.command()
 def plan(
-    space: Space = "sigma",
-    workload: Workload = "embedded",
-    trials: Trials = None,
-    replicates: Replicates = 1,
-    concurrent: Concurrent = None,
-    seed: Seed = 0,
-    overrides: Overrides = None,
-    points: Points = "",
-    searcher: Searcher = "gp",
-    store: Store = DEFAULT_STORE,
+    space: given.Space = "sigma",
+    workload: given.Workload = "embedded",
+    trials: given.Trials = None,
+    replicates: given.Replicates = 1,
+    concurrent: given.Concurrent = None,
+    seed: given.Seed = 0,
+    overrides: given.Overrides = None,
+    points: given.Points = "",
+    searcher: given.Searcher = "gp",
+    budget: given.BudgetHours = None,
+    cpus: given.Cpus = None,
+    gpus: given.Gpus = None,
+    store: given.Store = DEFAULT_STORE,
 ) -> None:
-    """What a sweep would run, in which order, and how long it takes. Trains nothing."""
-    study = _study(space, workload, trials, replicates, concurrent, seed, overrides, points, searcher, "plan", store, None, None)
-    from dashboards.live import text_params
-    from dashboards.tables import describe_noise, duration
-    from search.plan import plan_study
-    from spaces.reading import as_tree, read_config
-
-    known = plan_study(study, os.cpu_count() or 1)
-    print(f"space {study.space.name} ({study.space.description}) on workload {study.workload}")
-    for number, arm in enumerate(known.arms):
-        print(f"  {number:2d}  {arm.name:28s} {describe_noise(text_params(as_tree(read_config(arm.tree))))}")
-    if known.searched:
-        print(f"  {len(known.arms):2d}+ {known.searched} configurations chosen by {study.searcher} from:")
-        for dimension in study.space.dimensions:
-            domain = dimension.domain
-            values = " | ".join(domain.options) if domain.kind == "choice" else f"{domain.low:g} .. {domain.high:g}"
-            condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
-            print(f"        {dimension.key:22s} {values}{condition}")
-    config = known.config
-    print(f"runs: {known.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {seed} to {seed + replicates - 1})")
-    per_step = f"{config.grpo.prompts} x {config.grpo.group_size} completions"
-    print(f"each: {config.grpo.steps} steps of {per_step}, {config.quant.mode}, filter {config.grpo.filter_groups}")
-    print(f"time: {duration(known.trial_seconds)} per trial ({known.seconds_source}), {known.slots} at once")
-    print(f"      at most {duration(known.wall_seconds)}; a collapsed trial stops early")
-    cost = (
-        f"{known.slot_hours * known.gpus:.2f} GPU hours"
-        if known.gpus
-        else f"{known.slot_hours:.2f} trial-slot hours on {known.cpus} CPU each"
+    """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
+    options = SweepOptions(
+        space=space,
+        workload=workload,
+        trials=trials,
+        replicates=replicates,
+        concurrent=concurrent,
+        seed=seed,
+        overrides=overrides,
+        points=points,
+        searcher=searcher,
+        budget=budget,
+        cpus=cpus,
+        gpus=gpus,
+        name="plan",
+        store=store,
+        tracking_uri="sqlite:///:memory:",
     )
-    print(f"cost: {cost}")
-    print(f"one accuracy has a standard error of {100 * known.standard_error:.1f} points from its {config.eval.questions} questions alone")
-    if replicates < 3:
-        print("fewer than 3 replicates: every comparison will say undecided")
+    from dashboards.report_text import plan_lines
+    from search.plan import plan_study
+
+    for line in plan_lines(plan_study(study_config(options), os.cpu_count() or 1)):
+        print(line)
 
 
 @app.command("list")
-def list_sweeps(store: Store = DEFAULT_STORE, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = False) -> None:
     """Sweeps in the store."""
-    from search.store import load_study_config, sweeps
+    from search.store import absolute_store, load_study_config, sweeps
     from search.tracking import load_study
 
     rows: list[dict[str, Any]] = []
-    for name in sweeps(store):
-        study = load_study_config(store, name)
+    place = absolute_store(store)
+    for name in sweeps(place):
+        study = load_study_config(place, name)
         row: dict[str, Any] = {"name": study.name, "space": study.space.name, "workload": study.workload}
         try:
             records = load_study(study.tracking_uri, study.name)
@@ -225,16 +305,16 @@ def list_sweeps(store: Store = DEFAULT_STORE, as_json: Annotated[bool, typer.Opt
 
 @app.command()
 def status(
-    name: Name, store: Store = DEFAULT_STORE, tracking_uri: TrackingUri = None, as_json: Annotated[bool, typer.Option("--json")] = False
+    name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
 ) -> None:
     """Every configuration of a sweep."""
     from dataclasses import asdict
 
-    study, uri = _find(name, store, tracking_uri)
+    study = find_sweep(name, store, tracking_uri)
     from dashboards.tables import arm_rows, arm_table, terminal
     from search.tracking import load_study
 
-    records = load_study(uri, study.name)
+    records = load_study(study.tracking_uri, study.name)
     rows = arm_rows(records)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -243,21 +323,72 @@ def status(
 
 
 @app.command()
+def report(
+    name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
+) -> None:
+    """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
+    study = find_sweep(name, store, tracking_uri)
+    from dashboards.report_text import as_tree, report_lines, report_table
+    from dashboards.tables import terminal
+    from search.report import report_study
+
+    seen = report_study(study)
+    if as_json:
+        print(json.dumps(as_tree(seen), indent=1))
+        return
+    console = terminal()
+    console.print(report_table(seen))
+    for line in report_lines(seen):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def confirm(
+    name: given.Name,
+    arm: Annotated[str | None, typer.Option(help="Another arm than the winner.")] = None,
+    looks: Annotated[str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")] = None,
+    budget: given.BudgetHours = None,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    address: given.Address = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or undecided."""
+    study = find_sweep(name, store, tracking_uri)
+    from dashboards.live import build_progress, sweep_view
+    from dashboards.report_text import confirmation_lines, confirmation_tree
+    from dashboards.tables import terminal
+    from search.confirm import confirm as run_confirmation
+    from search.statistics import CONFIRM
+
+    planned = given.numbers("--looks", looks) if looks is not None else None
+    console = terminal(stderr=as_json)
+    with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[0]) as view:
+        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=address)
+    if as_json:
+        print(json.dumps(confirmation_tree(state), indent=1))
+    for line in [] if as_json else confirmation_lines(state):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if state.unfinished and not state.budget_spent:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
-    name: Name,
+    name: given.Name,
     to: Annotated[str, typer.Option(help="yaml or verl.")] = "yaml",
     output: Annotated[Path | None, typer.Option(help="File to write; default: print.")] = None,
-    store: Store = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
 ) -> None:
     """The best feasible configuration of a sweep."""
-    study, uri = _find(name, store, tracking_uri)
+    study = find_sweep(name, store, tracking_uri)
     from search.export import EXPORTS, choose_best
     from search.tracking import load_study
 
     if to not in EXPORTS:
         raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}")
-    text = EXPORTS[to](choose_best(study.name, load_study(uri, study.name), uri))
+    text = EXPORTS[to](choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri))
     if output is None:
         print(text, end="")
     else:
@@ -269,16 +400,16 @@ def export(
 
 @app.command()
 def ui(
-    name: Name,
-    store: Store = DEFAULT_STORE,
-    tracking_uri: TrackingUri = None,
+    name: given.Name,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="On localhost.")] = 5000,
 ) -> None:
     """MLflow's UI on the sweep's saved view (on localhost; Ctrl-C ends it)."""
-    study, uri = _find(name, store, tracking_uri)
+    study = find_sweep(name, store, tracking_uri)
     from dashboards.mlflow_views import serve_ui
 
-    serve_ui(uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
+    serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
 
 
 @app.command()
@@ -293,108 +424,6 @@ def doctor() -> None:
             print(f"{'':23s} -> {check.remedy}")
     if any(check.state == "broken" for check in checks):
         raise typer.Exit(1)
-
-
-def _study(
-    space: str,
-    workload: str,
-    trials: int | None,
-    replicates: int,
-    concurrent: int | None,
-    seed: int,
-    overrides: list[str] | None,
-    points: str,
-    searcher: str,
-    name: str | None,
-    store: Path,
-    tracking_uri: str | None,
-    address: str | None,
-) -> "StudyConfig":
-    """Options -> StudyConfig. Raises ConfigError."""
-    import re
-
-    from spaces.library import SPACES, load_space
-    from spaces.reading import parse_overrides
-    from spaces.workloads import WORKLOADS
-
-    if space not in SPACES and not space.endswith((".yaml", ".yml")):
-        raise ConfigError(f"SPACE={space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
-    if workload not in WORKLOADS:
-        raise ConfigError(f"--workload {workload}: unknown; choose one of {', '.join(WORKLOADS)}")
-    chosen = SPACES[space] if space in SPACES else load_space(Path(space))
-    name = name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-        raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only (it names a folder and an MLflow experiment)")
-
-    from search.searchers import SEARCHERS
-    from search.store import StudyConfig
-    from search.study import fixed_arms
-    from search.tracking import absolute_uri, default_tracking_uri
-
-    if searcher not in SEARCHERS:
-        raise ConfigError(f"--searcher {searcher}: unknown; choose one of {', '.join(SEARCHERS)}")
-    store = store.absolute()
-    study = StudyConfig(
-        name=name,
-        space=chosen,
-        workload=workload,
-        settings=_with_absolute_paths(parse_overrides(overrides or [])),
-        points=tuple(part.strip() for part in points.split(",") if part.strip()),
-        trials=trials or 1000,
-        replicates=replicates,
-        concurrent=concurrent,
-        searcher=searcher,
-        seed=seed,
-        store=str(store),
-        tracking_uri=absolute_uri(tracking_uri) if tracking_uri else default_tracking_uri(store),
-        address=address,
-    )
-    return study.model_copy(update={"trials": trials or (len(fixed_arms(study)) if points else 8)})
-
-
-def _with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Trials run in other folders than this one: a local model or data file is named from the root."""
-    for section, key in (("model", "name"), ("task", "path")):
-        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
-        if isinstance(value, str) and Path(value).exists():
-            settings[section][key] = str(Path(value).absolute())
-    return settings
-
-
-def _trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
-    from spaces.points import POINTS
-    from spaces.reading import load_yaml, merge, read_config
-    from spaces.workloads import WORKLOADS
-
-    if (point is None) == (config is None):
-        raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
-    if config is not None:
-        if workload is not None:
-            raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
-        return read_config(load_yaml(config), overrides, origin=str(config))
-    assert point is not None
-    if point not in POINTS:
-        raise ConfigError(f"POINT={point}: unknown; choose one of {', '.join(POINTS)}")
-    if (workload or "embedded") not in WORKLOADS:
-        raise ConfigError(f"--workload {workload}: unknown; choose one of {', '.join(WORKLOADS)}")
-    return read_config(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), overrides, origin=point)
-
-
-def _find(name: str, store: Path, tracking_uri: str | None) -> tuple["StudyConfig", str]:
-    """The sweep and where its runs are, with what an earlier command could not deliver delivered first."""
-    from search.store import load_study_config
-    from search.tracking import deliver_spool
-
-    study = load_study_config(store.absolute(), name)
-    uri = tracking_uri or study.tracking_uri
-    deliver_spool(study.folder, uri)
-    return study, uri
-
-
-def _options(store: Path, tracking_uri: str | None) -> str:
-    """What has to be repeated so that a next command finds the sweep."""
-    given = "" if store == DEFAULT_STORE else f" --store {store}"
-    return given + (f" --tracking-uri {tracking_uri}" if tracking_uri else "")
 
 
 def _step_line(report: Any) -> str:

@@ -110,10 +110,11 @@ def _ray() -> Check:
 
 
 def _mlflow() -> Check:
-    from search.tracking import check_tracking, default_tracking_uri
+    from search.store import default_tracking_uri
+    from search.tracking import check_tracking
 
     with tempfile.TemporaryDirectory() as folder:
-        check_tracking(default_tracking_uri(Path(folder)), "doctor")
+        check_tracking(default_tracking_uri(folder), "doctor")
     return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
 
 

@@ -1,40 +1,67 @@
 """What a sweep would run, in which order, how long, and what its answers could show. Trains nothing.
 
-Time comes from trials of the same workload that this store has seen (their median), else from the workload's own measured
-figure. The worst case is that no trial collapses: a collapsed one stops early and only saves time.
+Time and spread come from trials of the same workload that this store holds (medians), else from the workload's own measured figures.
+The worst case is that no trial collapses: a collapsed one stops early and only saves time. How much it saves is told apart, from the
+share of collapsed trials and the step at which they stopped in this store, or at which the plan recorded it for a point.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
+from typing import Any
 
+from search.budget import slots_of
+from search.journal import read_arms, trial_folder
+from search.report import replicates_of
 from search.searchers import Arm
+from search.statistics import detectable_difference
 from search.store import StudyConfig, load_study_config, sweeps
 from search.study import fixed_arms
-from search.tracking import load_study
+from search.trials import read_attempts
 from spaces.config import ConfigError, TrialConfig
+from spaces.points import POINTS
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """What earlier trials of a workload teach, each None without any."""
+
+    trial_seconds: float | None = None
+    """Of a completed trial, loading included."""
+    difference_sd: float | None = None
+    """Std from seed to seed of the accuracy difference between two arms that share the seed."""
+    searched_share: float | None = None
+    """Part of a whole trial's time that a configuration of the searcher took on average; below 1 because some collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
     """Example: StudyPlan(arms=..., searched=7, runs=8, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0"""
 
+    study: StudyConfig
     arms: tuple[Arm, ...]
     """Known beforehand, in order: controls, then points."""
     searched: int
     """Configurations that the searcher will choose after them."""
-    runs: int
     slots: int
     """Trials at once."""
     trial_seconds: float
     seconds_source: str
+    difference_sd: float | None
+    sd_source: str
+    adjusted_share: float
+    """Expected part of the worst case when collapses are counted, 0 to 1."""
     cpus: int
     gpus: float
     config: TrialConfig
     """Of the control: what every configuration starts from."""
+
+    @property
+    def runs(self) -> int:
+        return self.study.trials * self.study.replicates
 
     @property
     def wall_seconds(self) -> float:
@@ -42,41 +69,128 @@ class StudyPlan:
         return math.ceil(self.runs / self.slots) * self.trial_seconds
 
     @property
-    def slot_hours(self) -> float:
-        """Hours of trial slots (times gpus: GPU hours)."""
-        return self.runs * self.trial_seconds / 3600
+    def hours(self) -> float:
+        """Trial-slot hours, or GPU hours; worst case."""
+        return self.runs * self.trial_seconds / 3600 * slots_of(self.study)
 
     @property
-    def standard_error(self) -> float:
-        """Of one accuracy near one half from answering questions alone, as a share."""
+    def question_se(self) -> float:
+        """Standard error of one accuracy near one half from its questions alone, a share."""
         return 0.5 / math.sqrt(self.config.eval.questions)
+
+    @property
+    def affordable_replicates(self) -> int:
+        """Whole rounds of replicates that the budget pays for at the worst case; all of them without a budget."""
+        budget = self.study.budget_hours
+        if budget is None or budget >= self.hours:
+            return self.study.replicates
+        return int(budget / (self.hours / self.study.replicates))
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest true difference of one arm that would be seen with 80 % power; None where the spread is unknown."""
+        return None if self.difference_sd is None else detectable_difference(self.difference_sd, self.affordable_replicates)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What this sweep will not be able to do, a line each."""
+        lines = []
+        budget, affordable = self.study.budget_hours, self.affordable_replicates
+        if budget is not None and affordable < self.study.replicates:
+            share = budget / self.hours
+            lines.append(f"the budget of {budget:g} hours pays for {share:.0%} of the worst case: {affordable} whole rounds of replicates")
+        if affordable < 3:
+            lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
+        elif self.detectable is not None and self.detectable > 0.02:
+            lines.append(
+                f"differences below {100 * self.detectable:.1f} points will mostly stay undecided; the field argues about 1 to 2: "
+                "more replicates, or fewer configurations"
+            )
+        steps, stages = self.config.grpo.steps, self.config.noise.num_stages
+        if stages > steps:
+            lines.append(f"noise.num_stages={stages} is more than grpo.steps={steps}: stages are skipped, sigma_end may not be reached")
+        return tuple(lines)
 
 
 def plan_study(config: StudyConfig, cpus: int) -> StudyPlan:
     """Raises ConfigError for whatever `rin sweep` would refuse."""
     workload = WORKLOADS[config.workload]
     arms = fixed_arms(config)
-    measured = _measured_seconds(Path(config.store), config.workload)
+    known = experience(config.store, config.workload)
+    per_trial = config.cpus or workload.trial_cpus
+    searched = config.trials - len(arms)
+    share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
+    here = "in this store"
     return StudyPlan(
+        study=config,
         arms=tuple(arms),
-        searched=config.trials - len(arms),
-        runs=config.trials * config.replicates,
-        slots=config.concurrent or max(1, cpus // workload.trial_cpus),
-        trial_seconds=measured or workload.trial_seconds,
-        seconds_source="median of completed trials in this store" if measured else "the workload's figure (README, Measurements)",
-        cpus=workload.trial_cpus,
-        gpus=workload.trial_gpus,
+        searched=searched,
+        slots=config.concurrent or max(1, cpus // per_trial),
+        trial_seconds=known.trial_seconds or workload.trial_seconds,
+        seconds_source=f"median of completed trials {here}" if known.trial_seconds else "the workload's figure (README, Measurements)",
+        difference_sd=known.difference_sd or workload.difference_sd,
+        sd_source=f"from replicates {here}" if known.difference_sd else "the workload's figure (docs/science.md)",
+        adjusted_share=share / config.trials,
+        cpus=per_trial,
+        gpus=config.gpus if config.gpus is not None else workload.trial_gpus,
         config=read_config(arms[0].tree),
     )
 
 
-def _measured_seconds(store: Path, workload: str) -> float | None:
-    seconds = []
-    for name in sweeps(store):
+def experience(store: str, workload: str) -> Experience:
+    """From every sweep of this workload in the store; one that cannot be read is no reason not to plan a new one."""
+    seconds: list[float] = []
+    spent: list[float] = []
+    squares: list[tuple[float, int]] = []
+    for name in sweeps(store) if "://" not in store else []:
         try:
             study = load_study_config(store, name)
-            records = load_study(study.tracking_uri, study.name) if study.workload == workload else ()
+            arms = read_arms(study) if study.workload == workload else []
         except ConfigError:
-            continue  # an old sweep that cannot be read is no reason not to plan a new one
-        seconds += [r.metrics["perf/trial_seconds"] for r in records if r.status == "completed" and "perf/trial_seconds" in r.metrics]
-    return median(seconds) if seconds else None
+            continue
+        taken = {arm.name: _seconds(study, arm) for arm in arms}
+        done = [value for by_outcome in taken.values() for outcome, value in by_outcome if outcome == "completed"]
+        seconds += done
+        if done:
+            searched = [taken[arm.name] for arm in arms if arm.origin == "searcher"]
+            spent += [min(value / median(done), 1.0) for by_outcome in searched for _, value in by_outcome]
+        squares += _spread(study, arms)
+    freedom = sum(count for _, count in squares)
+    return Experience(
+        trial_seconds=median(seconds) if seconds else None,
+        difference_sd=math.sqrt(sum(total for total, _ in squares) / freedom) if freedom >= 2 else None,
+        searched_share=sum(spent) / len(spent) if len(spent) >= 5 else None,
+    )
+
+
+def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
+    """(outcome, seconds) of trials that ended in one go."""
+    found = []
+    for replicate, outcome in arm.results.items():
+        attempts = read_attempts(trial_folder(study, arm.name, replicate))
+        if outcome is not None and len(attempts) == 1:
+            found.append((str(outcome["outcome"]), attempts[0].hours * 3600))
+    return found
+
+
+def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
+    """(sum of squares, degrees of freedom) of differences from the control over seeds, for each healthy arm with 2 replicates or more."""
+    controls = {run.seed: run.accuracy for arm in arms if arm.name == "control" for run in replicates_of(study, arm)}
+    found = []
+    for arm in arms:
+        differences = [run.accuracy - controls[run.seed] for run in replicates_of(study, arm) if run.seed in controls and not run.collapsed]
+        if arm.origin != "control" and len(differences) >= 2:
+            middle = sum(differences) / len(differences)
+            found.append((sum((difference - middle) ** 2 for difference in differences), len(differences) - 1))
+    return found
+
+
+def _recorded_share(arm: Arm) -> float:
+    """Part of a trial that an arm of the plan ran until it collapsed; 1 for the others."""
+    point = POINTS.get(arm.name)
+    steps = _steps(arm.tree)
+    return 1.0 if point is None or point.collapsed_at_step is None else min((point.collapsed_at_step + 1) / steps, 1.0)
+
+
+def _steps(tree: Mapping[str, Any]) -> int:
+    return read_config(tree).grpo.steps

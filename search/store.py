@@ -1,25 +1,38 @@
-"""What a store folder holds: one database of runs, and a folder per sweep.
+"""What a store holds, file by file. The truth about a sweep is here, in plain JSON that anyone can read.
 
-    STORE/mlflow.db             every run of every sweep
-    STORE/NAME/study.json       the sweep, written down before it starts (StudyConfig)
-    STORE/NAME/optuna.db        what the searcher knows
-    STORE/NAME/trials/          Ray Tune's own files, one folder per trial
-    STORE/NAME/best.yaml        the candidate
+    STORE/mlflow.db                       every run of every sweep, for looking at
+    STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
+    STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
+    STORE/NAME/evidence.json              what the searcher was told without spending a trial
+    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/ray_trainable.py`)
+    STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
+    STORE/NAME/best.yaml                  the candidate
 
-Light on purpose: `rin list` and `rin status` read sweeps without importing ray or torch.
+So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from both. The
+store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without importing ray or torch.
 """
 
+import hashlib
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from search.lease import Lease
 from spaces.config import ConfigError
 from spaces.library import Space
+from spaces.reading import explain
+from trainable.folder import Folder
 
-STUDY_FILE, BEST_FILE = "study.json", "best.yaml"
-VERSION = 1
+STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
+VERSION = 2
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 class StudyConfig(BaseModel):
@@ -29,12 +42,21 @@ class StudyConfig(BaseModel):
 
     version: int = VERSION
     name: str
+    kind: Literal["sweep", "ablation", "confirm"] = "sweep"
+    parent: str = ""
+    """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
+    looks: tuple[int, ...] = ()
+    """Of a confirmation: numbers of replicates after which it compares."""
     space: Space
     workload: str = "embedded"
     settings: dict[str, Any] = Field(default_factory=dict)
     """Overrides of every trial, as a tree."""
     points: tuple[str, ...] = ()
     """Experiments of the plan that run beside the control."""
+    evidence: tuple[str, ...] = ()
+    """Experiments of the plan whose recorded collapse is told to the searcher without running them."""
+    warm_start: str = ""
+    """Name of an earlier sweep in the same store whose results the searcher is told."""
     trials: int = Field(8, ge=1)
     """Configurations, the control included; runs = trials x replicates."""
     replicates: int = Field(1, ge=1)
@@ -42,30 +64,119 @@ class StudyConfig(BaseModel):
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: str = "gp"
+    objectives: tuple[str, ...] = ("accuracy",)
+    scheduler: str = "none"
     seed: int = Field(0, ge=0)
+    cpus: int | None = Field(None, ge=1)
+    """CPUs of one trial; null = the workload's."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of one trial, fractions allowed; null = the workload's."""
+    budget_hours: float | None = Field(None, gt=0)
+    """Trial-slot hours (GPU hours where trials have GPUs) after which everything is stopped; null = no limit."""
     store: str
-    """Absolute path of the store folder."""
+    """Absolute path or URI of the store."""
     tracking_uri: str
+    """MLflow, without a password."""
     address: str | None = None
     """Of a running Ray cluster; null = a local one for this sweep."""
 
     @property
-    def folder(self) -> Path:
-        return Path(self.store) / self.name
+    def folder(self) -> Folder:
+        return Folder(self.store) / self.name
+
+    @property
+    def trials_folder(self) -> Folder:
+        return self.folder / "trials"
+
+    @property
+    def scratch(self) -> Path:
+        """A folder on this machine for what belongs to one driver: the tracking queue, Ray's working folder, the lock."""
+        local = self.folder.local
+        if local is not None:
+            return local
+        digest = hashlib.blake2b(self.store.encode(), digest_size=6).hexdigest()
+        return _cache_folder() / "sweeps" / f"{self.name}-{digest}"
 
 
-def load_study_config(store: Path, name: str) -> StudyConfig:
-    """What `study.json` says. Raises ConfigError for a sweep that does not exist or that another version wrote."""
-    path = store / name / STUDY_FILE
-    if not path.is_file():
+def check_name(name: str) -> str:
+    """A sweep's name is also a folder and an MLflow experiment. Raises ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only (it names a folder and an MLflow experiment)")
+    return name
+
+
+def absolute_store(store: str) -> str:
+    """A relative folder is anchored here; a URI stays as it is."""
+    return store if "://" in store else str(Path(store).absolute())
+
+
+def save_study_config(config: StudyConfig) -> None:
+    config.folder.write(STUDY_FILE, config.model_dump_json(indent=1))
+
+
+def load_study_config(store: str, name: str) -> StudyConfig:
+    """What `study.json` says; where it lies wins over where it says it was written (a store may be moved or mounted elsewhere).
+
+    Raises ConfigError for a sweep that does not exist, that another version wrote, or whose file is damaged.
+    """
+    place = Folder(store) / check_name(name)
+    text = place.read(STUDY_FILE)
+    if text is None:
         known = sweeps(store)
         raise ConfigError(f"NAME={name}: no sweep of that name in {store}; {'there are ' + ', '.join(known) if known else 'it holds none'}")
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    where = f"{place.uri}/{STUDY_FILE}"
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        raise ConfigError(f"{where}: is damaged (not JSON); restore it from a backup, or start the sweep anew under another name") from None
     if tree.get("version") != VERSION:
-        raise ConfigError(f"{path}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it")
-    return StudyConfig.model_validate(tree)
+        raise ConfigError(f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it")
+    try:
+        config = StudyConfig.model_validate({**tree, "name": name})
+    except ValidationError as error:
+        raise ConfigError(explain(error, StudyConfig, where)) from None
+    if config.store == store:
+        return config
+    moved = {"store": store}
+    if config.tracking_uri == default_tracking_uri(config.store):
+        moved["tracking_uri"] = default_tracking_uri(store)
+    return config.model_copy(update=moved)
 
 
-def sweeps(store: Path) -> list[str]:
+def default_tracking_uri(store: str) -> str:
+    """The sqlite file in the store folder. Raises ConfigError for an object store, which cannot hold a database."""
+    if "://" in store:
+        raise ConfigError(f"--store {store.partition('?')[0]}: a database cannot lie there; give --tracking-uri http://HOST:5000 as well")
+    return f"sqlite:///{Path(store) / 'mlflow.db'}"
+
+
+def sweeps(store: str) -> list[str]:
     """Names of the sweeps in a store, sorted."""
-    return sorted(path.parent.name for path in store.glob(f"*/{STUDY_FILE}"))
+    place = Folder(store)
+    names = [name for name in place.names() if _NAME.fullmatch(name)]
+    return [name for name in names if STUDY_FILE in (place / name).names()]
+
+
+@contextmanager
+def only_driver(config: StudyConfig) -> Iterator[None]:
+    """One process drives a sweep. Raises ConfigError for the second."""
+    busy = f"sweep {config.name} is being run by another process{{}}; wait for it, or stop it and then: rin resume {config.name}"
+    if config.folder.local is None:
+        with Lease(config.folder, lambda owner: ConfigError(busy.format(f" ({owner})"))):
+            yield
+        return
+    config.scratch.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(config.scratch / "driver.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(busy.format("")) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cache_folder() -> Path:
+    own = os.environ.get("RIN_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rin-search"

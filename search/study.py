@@ -1,40 +1,51 @@
-"""One sweep, from its name to its candidate. Read this first.
+"""One sweep, from its name to its candidate, and on from wherever it was cut off. Read this first.
 
     refuse what cannot work        a name that is taken, tracking that is down, a point that contradicts its workload
-    write down what will run       STORE/NAME/study.json
+    write down what will run       STORE/NAME/study.json, the fixed arms, what the searcher is told beforehand
     the arms                       control first (one per filter policy), then named points, then the searcher's own
-    run them                       Ray Tune: arms x replicates, paired by seed; collapses end trials early and are results
+    run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are results
     choose                         the best feasible configuration, as a candidate -> STORE/NAME/best.yaml
 
-What lies where: `search/store.py`. The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints
-nothing itself.
+A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a sweep can be
+killed at any moment; what lies where, and why that is enough, says `search/store.py`. Tune is the executor only: nothing is read
+back from its files, and a new Tuner is made each time. One process at a time drives a sweep.
+
+The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
 
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import ray
 from ray import tune
 
+from search.budget import Budget
+from search.cluster import resources
 from search.export import BestConfig, choose_best, to_yaml
-from search.searchers import SEARCHERS, Arm, RinSearch
-from search.store import BEST_FILE, STUDY_FILE, StudyConfig
+from search.journal import read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
+from search.schedulers import SCHEDULERS
+from search.searchers import Arm, Evidence, RinSearch, evidence_from_arms, evidence_from_points
+from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
 from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study, strip_password
+from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
-from spaces.reading import merge, read_config
-from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS, Workload
+from spaces.reading import as_tree, merge, read_config
+from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.embedded import Progress, ensure_base
 from trainable.model import load_policy
 from trainable.noise import noise_targets
-from trainable.ray_trainable import OUTCOME_FILE, RinTrainable
+from trainable.ray_trainable import RinTrainable, with_outcome
+
+RETRIES = 2
+"""Times that a trial is started again from its checkpoint after its process died, hung or raised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,56 +80,72 @@ class StudyResult:
     records: tuple[TrialRecord, ...]
     best: BestConfig | None
     """None when no configuration completed."""
-    interrupted: bool
+    unfinished: int
+    """Trials without an outcome: the sweep was interrupted, its budget is spent, or they failed."""
+    budget_spent: bool = False
     tracking_lost: str = ""
-    """Why nothing could be read back; what the trials reported is then in the sweep's spool, for the next command to deliver."""
+    """Why nothing could be read back; what the trials reported is then in the sweep's queue, for the next command to deliver."""
 
 
-def run_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
-    """Run a sweep to its end. Raises ConfigError before any training for whatever the user can mend."""
-    workload = WORKLOADS[config.workload]
-    arms = fixed_arms(config)
-    if config.folder.exists():
-        raise ConfigError(f"--name {config.name}: {config.folder} exists already; choose another name or remove that folder")
+def run_study(config: StudyConfig, view: View, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> StudyResult:
+    """Run a sweep to its end. `fixed`: its arms, for a study without a searcher; else those of `fixed_arms`.
+
+    Raises ConfigError before any training for whatever the user can mend.
+    """
+    arms = list(fixed) if fixed is not None else fixed_arms(config)
+    if STUDY_FILE in config.folder.names():
+        raise ConfigError(
+            f"--name {config.name}: {config.folder.uri} exists already; go on with it by: rin resume {config.name}, or choose another name"
+        )
+    evidence = evidence_of(config)
+    SCHEDULERS[config.scheduler](config.space, base_tree(config), config.replicates)  # refuses what cannot be ranked
     check_tracking(config.tracking_uri, config.name)
     _preflight(arms, progress)
+    with only_driver(config):
+        write_evidence(config, evidence)
+        for number, arm in enumerate(arms):
+            write_arm(config, number, arm)
+        save_study_config(config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)}))
+        return _advance(config, view)
 
-    config.folder.mkdir(parents=True)
-    shown = config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)})
-    (config.folder / STUDY_FILE).write_text(shown.model_dump_json(indent=1), encoding="utf-8")
-    tracker = MLflowCallback(uri=config.tracking_uri, experiment=config.name, sweep=config.name, spool=config.folder)
-    searcher = RinSearch(
-        space=config.space,
-        base=base_tree(config),
-        fixed=arms,
-        configurations=config.trials,
-        replicates=config.replicates,
-        seed=config.seed,
-        sampler=SEARCHERS[config.searcher](config.seed),
-        storage=_optuna_storage(config.folder),
-        study_name=config.name,
-    )
-    interrupted = False
+
+def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
+    """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it."""
+    check_tracking(config.tracking_uri, config.name)
+    with only_driver(config):
+        _preflight(read_arms(config), progress)
+        return _advance(config, view)
+
+
+def _advance(config: StudyConfig, view: View) -> StudyResult:
+    """Everything that has no outcome yet, then the candidate."""
+    arms = read_arms(config)
+    budget = Budget(config, arms)
+    tracker = MLflowCallback(uri=config.tracking_uri, experiment=config.name, sweep=config.name, spool=config.scratch)
     try:
-        with _ray(config):
-            _fit(config, workload, searcher, tracker, view)
+        _catch_up(config, arms, tracker)
+        if unfinished(config, arms) and not budget.spent:
+            with _ray(config):
+                _fit(config, arms, budget, tracker, view)
     except KeyboardInterrupt:
-        interrupted = True
+        pass  # twice Ctrl-C; what is missing says the rest
     finally:
         tracker.close()
-        _add_late_outcomes(config, tracker)
+        _add_evaluations_of_stopped(config, tracker)
+    left = unfinished(config, read_arms(config))
     try:
         records = load_study(config.tracking_uri, config.name)
     except ConfigError as error:
-        return StudyResult(config=config, records=(), best=None, interrupted=interrupted, tracking_lost=str(error))
-    interrupted = interrupted or len(records) < config.trials * config.replicates
-    return StudyResult(config=config, records=records, best=_save_best(config, records), interrupted=interrupted)
+        return StudyResult(config=config, records=(), best=None, unfinished=left, budget_spent=budget.spent, tracking_lost=str(error))
+    best = _save_best(config, records) if config.kind != "confirm" else None
+    return StudyResult(config=config, records=records, best=best, unfinished=left, budget_spent=budget.spent)
 
 
 def base_tree(config: StudyConfig) -> dict[str, Any]:
     """Settings under every configuration: workload, space, overrides; one thread per CPU of a trial."""
     workload = WORKLOADS[config.workload]
-    return merge(merge(merge({"threads": workload.trial_cpus}, workload.settings), config.space.settings), config.settings)
+    threads = {"threads": config.cpus or workload.trial_cpus}
+    return merge(merge(merge(threads, workload.settings), config.space.settings), config.settings)
 
 
 def fixed_arms(config: StudyConfig) -> list[Arm]:
@@ -153,12 +180,22 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     return arms
 
 
+def evidence_of(config: StudyConfig) -> list[Evidence]:
+    """What the searcher is told beforehand: recorded collapses of the plan, results of an earlier sweep. Raises ConfigError."""
+    base = base_tree(config)
+    evidence = evidence_from_points(config.evidence, config.space, base)
+    if config.warm_start:
+        arms = read_arms(load_study_config(config.store, config.warm_start))
+        evidence += evidence_from_arms(arms, config.space, f"sweep {config.warm_start}", base)
+    return evidence
+
+
 def _filter_policy(tree: Mapping[str, Any]) -> tuple[str, int]:
     grpo = read_config(tree).grpo
     return grpo.filter_groups, grpo.max_gen_batches
 
 
-def _preflight(arms: list[Arm], progress: Progress | None) -> None:
+def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
     """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here and not
     in each trial."""
     for arm in arms:
@@ -168,47 +205,100 @@ def _preflight(arms: list[Arm], progress: Progress | None) -> None:
             noise_targets(load_policy(trial.model, trial.quant, trial.seed), trial.noise)
 
 
-def _fit(config: StudyConfig, workload: Workload, searcher: RinSearch, tracker: MLflowCallback, view: View) -> None:
-    tune.Tuner(
-        tune.with_resources(RinTrainable, {"cpu": workload.trial_cpus, "gpu": workload.trial_gpus}),
+# --- running ----------------------------------------------------------------------------------------------------------------------
+
+
+def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLflowCallback, view: View) -> None:
+    workload = WORKLOADS[config.workload]
+    searcher = searcher_of(config, arms)
+    tuner = tune.Tuner(
+        tune.with_resources(RinTrainable, resources(workload, config.cpus, config.gpus)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=SCHEDULERS[config.scheduler](config.space, base_tree(config), config.replicates),
             num_samples=config.trials * config.replicates,
             max_concurrent_trials=config.concurrent or 0,
-            trial_dirname_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
         ),
         run_config=tune.RunConfig(
-            name="trials",
-            storage_path=str(config.folder),
-            stop={"collapsed": 1},
-            callbacks=[tracker, _Watcher(view)],
+            name="tune",
+            storage_path=config.folder.uri,
+            stop=budget,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),  # a trial saves itself
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[tracker, _Watcher(config, budget, view)],
             verbose=0,
             log_to_file=True,
         ),
-    ).fit()
+    )
+    with _sigterm_is_a_first_ctrl_c():
+        tuner.fit()
+
+
+def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
+    """Made from what is written down; a new arm is written down before it is handed out."""
+    numbers = {arm.name: number for number, arm in enumerate(arms)}
+
+    def record(arm: Arm) -> None:
+        numbers[arm.name] = len(numbers)
+        write_arm(config, numbers[arm.name], arm)
+
+    return RinSearch(
+        space=config.space,
+        base=base_tree(config),
+        fixed=(),
+        known=arms,
+        record=record,
+        place=lambda arm, replicate: trial_folder(config, arm, replicate).uri,
+        configurations=config.trials,
+        replicates=config.replicates,
+        seed=config.seed,
+        searcher=config.searcher,
+        objectives=config.objectives,
+        evidence=read_evidence(config),
+    )
 
 
 class _Watcher(tune.Callback):  # type: ignore[misc]
-    """Turns what happens to trials into events for the view. Tune pickles its callbacks; a view (a terminal) is not part of
-    that."""
+    """Turns what happens to trials into events for the view, hours for the budget, and a note beside a trial that a scheduler
+    stopped. Tune pickles its callbacks; none of that is part of this one's pickle."""
 
-    def __init__(self, view: View | None = None) -> None:
-        self._view = view or (lambda event: None)
+    def __init__(self, config: StudyConfig | None = None, budget: Budget | None = None, view: View = lambda event: None) -> None:
+        self._config, self._budget, self._view = config, budget, view
 
     def __reduce__(self) -> Any:
         return _Watcher, ()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._budget is not None:
+            self._budget.started(trial.trial_id)
         self._tell(trial, "running")
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if self._budget is not None:
+            self._budget.reported(trial.trial_id, result.get("seconds", 0.0))
         outcome = result.get("outcome")
         self._tell(trial, outcome["outcome"] if outcome else "running", result)
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trial, "failed", trial.last_result)
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._budget is None or self._config is None:
+            return
+        self._budget.ended(trial.trial_id)
+        last = trial.last_result or {}
+        if "outcome" not in last and not self._budget.spent:
+            write_decision(self._folder(trial), f"by the scheduler {self._config.scheduler} after step {last.get('step')}")
+            self._tell(trial, "stopped", last)
 
-    def _tell(self, trial: Any, status: str, result: Mapping[str, Any] | None = None) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._budget is not None:
+            self._budget.ended(trial.trial_id)
+        self._tell(trial, "failed", trial.last_result, rule=read_failure(self._folder(trial))[0])
+
+    def _folder(self, trial: Any) -> Any:
+        assert self._config is not None
+        return trial_folder(self._config, trial.config["arm"], trial.config["replicate"])
+
+    def _tell(self, trial: Any, status: str, result: Mapping[str, Any] | None = None, rule: str = "") -> None:
         result = result or {}
         setting = trial.config
         self._view(
@@ -221,15 +311,66 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
                 steps=setting["config"]["grpo"]["steps"],
                 step=int(result["step"]) + 1 if "step" in result else 0,
                 metrics={name: value for name, value in result.items() if "/" in name},
-                rule=result.get("rule", ""),
+                rule=rule or result.get("rule", ""),
             )
         )
 
 
-def _add_late_outcomes(config: StudyConfig, tracker: MLflowCallback) -> None:
-    """Trials that were stopped from outside (Ctrl-C) evaluated themselves as they left, and wrote it beside their results."""
-    for path in config.folder.glob(f"trials/*/{OUTCOME_FILE}"):
-        tracker.add_outcome(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+@contextmanager
+def _sigterm_is_a_first_ctrl_c() -> Iterator[None]:
+    """A batch system that ends a job sends SIGTERM and waits a little: every trial saves itself, as after Ctrl-C. Tune takes
+    SIGUSR1 for that, however often it comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    early = signal.signal(signal.SIGUSR1, leave)  # until Tune is ready for it
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, early or signal.SIG_DFL)
+
+
+# --- what an earlier process left -------------------------------------------------------------------------------------------------
+
+
+def _catch_up(config: StudyConfig, arms: Sequence[Arm], tracker: MLflowCallback) -> None:
+    """Tracking learns what trials wrote down and no driver passed on; what it knows already is sent again without effect. Runs
+    that a killed driver left open are taken up, so that the end of this one closes them."""
+    try:
+        known = {(record.arm, record.replicate): record for record in load_study(config.tracking_uri, config.name)}
+    except ConfigError:
+        known = {}
+    for arm in arms:
+        for replicate in range(config.replicates):
+            record, outcome = known.get((arm.name, replicate)), arm.results.get(replicate)
+            if record is not None and record.ended is not None and outcome is not None and record.status == outcome["outcome"]:
+                continue
+            reports = read_reports(trial_folder(config, arm.name, replicate))
+            if not reports and record is None:
+                continue
+            tree = merge(arm.tree, {"seed": config.seed + replicate})
+            setting = {"config": as_tree(read_config(tree)), "arm": arm.name, "replicate": replicate, "origin": arm.origin}
+            trial = SimpleNamespace(config=setting)
+            tracker.on_trial_start(trial=trial)
+            if reports and outcome is not None and "eval" in outcome:
+                reports[-1] = with_outcome(reports[-1], outcome)
+            for report in reports:
+                tracker.on_trial_result(trial=trial, result=report)
+
+
+def _add_evaluations_of_stopped(config: StudyConfig, tracker: MLflowCallback) -> None:
+    """A trial that is stopped from outside evaluates itself as it leaves, after its last report."""
+    for arm in read_arms(config):
+        for replicate in range(config.replicates):
+            outcome = read_stopped(trial_folder(config, arm.name, replicate))
+            if outcome is not None:
+                tracker.add_outcome(arm.name, replicate, outcome)
     tracker.close()
 
 
@@ -238,13 +379,11 @@ def _save_best(config: StudyConfig, records: tuple[TrialRecord, ...]) -> BestCon
         best = choose_best(config.name, records, config.tracking_uri)
     except ConfigError:
         return None
-    (config.folder / BEST_FILE).write_text(to_yaml(best), encoding="utf-8")
+    config.folder.write(BEST_FILE, to_yaml(best))
     return best
 
 
-def _optuna_storage(folder: Path) -> Any:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.storages.RDBStorage(f"sqlite:///{folder / 'optuna.db'}")
+# --- Ray --------------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -259,8 +398,8 @@ def _ray(config: StudyConfig) -> Iterator[None]:
     # Only the last result has an accuracy.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    work = config.folder / "work"
-    work.mkdir(exist_ok=True)
+    work = config.scratch / "work"
+    work.mkdir(parents=True, exist_ok=True)
     runtime_env = {"working_dir": str(work), "env_vars": {**TRIAL_ENVIRONMENT, **_cache_environment(config)}}
     if config.address is None:
         ray.init(

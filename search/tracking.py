@@ -34,8 +34,10 @@ from typing import Any
 from urllib.parse import quote
 
 from search.spool import Record, Spool, as_json, deliver
+from search.trials import read_failure
 from spaces.config import ConfigError
 from spaces.reading import dump_yaml, flatten, parse_yaml
+from trainable.folder import Folder
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +63,6 @@ SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
 
 
 # Where the tracking is
-
-
-def default_tracking_uri(store: Path) -> str:
-    """The sqlite file in the store folder."""
-    return absolute_uri(f"sqlite:///{store / 'mlflow.db'}")
 
 
 def absolute_uri(uri: str) -> str:
@@ -154,7 +151,7 @@ def _one_line(uri: str, what: str) -> Iterator[None]:
 class _Backend:
     """Applies records to MLflow; each is safe to apply twice.
 
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0/1f2e", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
     64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is
     Unix ms.
     """
@@ -251,7 +248,7 @@ _LIVE: dict[str, "MLflowCallback"] = {}
 
 def _live_callback(sweep: str) -> "MLflowCallback":
     if sweep not in _LIVE:
-        raise ConfigError(f"sweep {sweep}: make its MLflowCallback before Tuner.restore, which then takes that one")
+        raise ConfigError(f"sweep {sweep}: its MLflowCallback belongs to the process that made it; make a new one")
     return _LIVE[sweep]
 
 
@@ -263,8 +260,8 @@ def deliver_spool(folder: Path, uri: str) -> int:
 class MLflowCallback:
     """Writes one flat run per trial. Give it to Tune's RunConfig and call `close` in a `finally`.
 
-    Tune pickles its callbacks into the store. This one pickles as the name of its sweep, not as a tracking URI with a password in
-    it: on resume, make the callback first; Tuner.restore then takes that very object.
+    A run belongs to (sweep, arm, replicate): a trial that is started again, by a retry or by another driver, goes on in its run. Tune
+    pickles its callbacks into the store; this one pickles as the name of its sweep, not as a tracking URI with a password in it.
     """
 
     def __init__(self, *, uri: str, experiment: str, sweep: str, spool: Path) -> None:
@@ -286,11 +283,12 @@ class MLflowCallback:
         """Also after a retry and after a resume: the run is then found by its key and is RUNNING again."""
         setting = trial.config
         arm, replicate = str(setting["arm"]), str(setting["replicate"])
-        key = quote(f"{self._sweep}/{arm}/{replicate}/{trial.trial_id}", safe="/")
-        self._ended.discard(trial.trial_id)
-        self._open.setdefault(trial.trial_id, _OpenRun(key=key))
+        name = _name(trial)
+        key = quote(f"{self._sweep}/{name}", safe="/")
+        self._ended.discard(name)
+        self._open.setdefault(name, _OpenRun(key=key))
         tags = {"sweep": self._sweep, "arm": arm, "replicate": replicate, "origin": str(setting["origin"]), "status": "running"}
-        self._put(key, do="open", name=f"{arm}/{replicate}", tags=tags)
+        self._put(key, do="open", name=name, tags=tags)
         self._put(key, do="log", params={name: _param(value) for name, value in flatten(setting["config"]).items()})
         self._put(key, do="file", path="config.yaml", text=dump_yaml(setting["config"]))
 
@@ -308,16 +306,17 @@ class MLflowCallback:
         if rule and not run.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
             run.rule = rule
             tags |= {"collapse/rule": rule, "collapse/step": str(step), "collapse/evidence": str(result.get("evidence", ""))}
-        self._put(run.key, do="log", step=step, metrics=metrics, tags=tags)
+        when = {"time": int(result["time_ms"])} if "time_ms" in result else {}  # its own: MLflow then knows it when it comes twice
+        self._put(run.key, do="log", step=step, metrics=metrics, tags=tags, **when)
         if result.get("samples"):
             run.samples[step] = list(result["samples"])
         if outcome:
-            self._end(trial.trial_id, outcome["outcome"], outcome=outcome)
+            self._end(_name(trial), outcome["outcome"], outcome=outcome)
 
     def on_trial_complete(self, *, trial: Any, **info: Any) -> None:
         """A run that is still open here was stopped from outside: by the scheduler, a stopper or the budget."""
-        if trial.trial_id in self._open:
-            self._end(trial.trial_id, "stopped")
+        if _name(trial) in self._open:
+            self._end(_name(trial), "stopped")
 
     def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
         """Failed, and will be tried again from its checkpoint."""
@@ -325,9 +324,10 @@ class MLflowCallback:
 
     def on_trial_error(self, *, trial: Any, **info: Any) -> None:
         """Tune comes here without on_trial_start when the set-up fails."""
-        if trial.trial_id not in self._ended:  # else the result is in and something failed after it: the result counts
+        if _name(trial) not in self._ended:  # else the result is in and something failed after it: the result counts
             self._run_of(trial)
-            self._end(trial.trial_id, "failed", error=_last_line(trial))
+            rule, reason = read_failure(Folder(trial.config["folder"]))
+            self._end(_name(trial), "failed", error=reason or _last_line(trial), rule=rule)
 
     def on_experiment_end(self, **info: Any) -> None:
         self.close()
@@ -339,21 +339,21 @@ class MLflowCallback:
 
     def get_state(self) -> dict[str, Any] | None:
         """Tune saves this. Run ids need no saving: a run is found by its key, also when the state is older than the run."""
-        return {trial_id: asdict(run) for trial_id, run in self._open.items()} or None
+        return {name: asdict(run) for name, run in self._open.items()} or None
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self._open |= {trial_id: _OpenRun(**run) for trial_id, run in state.items()}
+        self._open |= {name: _OpenRun(**run) for name, run in state.items()}
 
     def close(self) -> None:
         """Runs that are still open are `stopped` and KILLED; the last delivery is tried. Safe to call twice."""
-        for trial_id in list(self._open):
-            self._end(trial_id, "stopped", run_status="KILLED")
+        for name in list(self._open):
+            self._end(name, "stopped", run_status="KILLED")
         self._spool.close()
 
-    def add_outcome(self, trial_id: str, outcome: Mapping[str, Any]) -> None:
+    def add_outcome(self, arm: str, replicate: int, outcome: Mapping[str, Any]) -> None:
         """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last
         report."""
-        key = self._unheard.pop(trial_id, None)
+        key = self._unheard.pop(f"{arm}/{replicate}", None)
         if key is None:
             return
         self._spool.start()
@@ -363,16 +363,18 @@ class MLflowCallback:
             self._put(key, do="file", path=path, text=text)
 
     def _run_of(self, trial: Any) -> _OpenRun:
-        if trial.trial_id not in self._open:
+        if _name(trial) not in self._open:
             self.on_trial_start(trial=trial)
-        return self._open[trial.trial_id]
+        return self._open[_name(trial)]
 
-    def _end(self, trial_id: str, status: str, *, run_status: str = "", error: str = "", outcome: Mapping[str, Any] | None = None) -> None:
-        run, outcome = self._open.pop(trial_id), outcome or {}
-        self._ended.add(trial_id)
+    def _end(
+        self, name: str, status: str, *, run_status: str = "", error: str = "", rule: str = "", outcome: Mapping[str, Any] | None = None
+    ) -> None:
+        run, outcome = self._open.pop(name), outcome or {}
+        self._ended.add(name)
         if status == "stopped" and not outcome:
-            self._unheard[trial_id] = run.key
-        tags = {"status": status} | ({"error": error} if error else {})
+            self._unheard[name] = run.key
+        tags = {"status": status} | ({"error": error} if error else {}) | ({"failure/rule": rule} if rule else {})
         files = _outcome_files(outcome)
         if run.samples:
             files["samples.json"] = _table([{"step": step, **row} for step, rows in sorted(run.samples.items()) for row in rows])
@@ -383,7 +385,12 @@ class MLflowCallback:
         self._put(run.key, do="end", status=run_status or RUN_STATUS[status])
 
     def _put(self, key: str, **record: Any) -> None:
-        self._spool.put({"experiment": self._experiment, "key": key, "time": int(time.time() * 1000), **record})
+        self._spool.put({"experiment": self._experiment, "key": key, "time": time.time_ns() // 1_000_000, **record})
+
+
+def _name(trial: Any) -> str:
+    """`c03/0`: what a trial is, whoever runs it and however often it is started."""
+    return f"{trial.config['arm']}/{trial.config['replicate']}"
 
 
 def _outcome_files(outcome: Mapping[str, Any]) -> dict[str, str]:
@@ -428,12 +435,11 @@ def _last_line(trial: Any) -> str:
 class TrialRecord:
     """One run, read back.
 
-    Example: TrialRecord(run_id="5d0c...", trial_id="1f2e", arm="c03", replicate=0, origin="searcher", status="collapsed",
+    Example: TrialRecord(run_id="5d0c...", arm="c03", replicate=0, origin="searcher", status="collapsed",
     rule="nonfinite", reason="grpo/loss is nan", params={"noise.sigma_start": "0.05"}, metrics={"eval/accuracy": 0.39}, ...)
     """
 
     run_id: str
-    trial_id: str
     arm: str
     replicate: int
     origin: str
@@ -441,7 +447,7 @@ class TrialRecord:
     status: str
     """`running`, `completed`, `collapsed`, `stopped` or `failed`."""
     rule: str
-    """The collapse rule that fired ("" if none); with collapse.mode=monitor also on a completed trial."""
+    """The collapse rule that fired ("" if none); with collapse.mode=monitor also on a completed trial. `hang` on a failed one."""
     reason: str
     """Of a failed trial the last line of its error, else what the rule saw ("" if none fired)."""
     params: dict[str, str]
@@ -474,12 +480,11 @@ def _record(run: Any) -> TrialRecord:
     running = run.info.status == "RUNNING"
     return TrialRecord(
         run_id=run.info.run_id,
-        trial_id=tags["trial_key"].rsplit("/", 1)[-1],
         arm=tags.get("arm", ""),
         replicate=int(tags.get("replicate", 0)),
         origin=tags.get("origin", ""),
         status=tags.get("status", ""),
-        rule=tags.get("collapse/rule", ""),
+        rule=tags.get("failure/rule", "") if tags.get("status") == "failed" else tags.get("collapse/rule", ""),
         reason=tags.get("error" if tags.get("status") == "failed" else "collapse/evidence", ""),
         params=dict(run.data.params),
         metrics={name: _number(value) for name, value in run.data.metrics.items()},

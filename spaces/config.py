@@ -446,6 +446,9 @@ class TrialConfig(Record):
     """Replicate k of every arm has the same seed, so that arms are paired."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; null = what the process was given. Recorded, because float sums depend on it."""
+    hang_seconds: float = Field(1800.0, gt=0)
+    """In a sweep: a rollout, update, evaluation or loading that takes longer is a hang; its process is ended, and the trial goes
+    on from its checkpoint."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -21,6 +21,8 @@ class Workload:
     """A tree over the defaults of TrialConfig."""
     trial_seconds: float
     """One control trial, measured on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of `rin plan`."""
+    difference_sd: float | None = None
+    """Std from seed to seed of the accuracy difference between two arms, a share, measured; null = not known."""
     trial_cpus: int = 1
     """CPU threads of one trial in a sweep on one machine."""
     trial_gpus: float = 0.0
@@ -34,6 +36,7 @@ WORKLOADS: dict[str, Workload] = {
         name="embedded",
         description="0.8 M parameters, 8 layers, three-digit sums; the base is trained here once, in about 2 minutes",
         trial_seconds=20.0,
+        difference_sd=0.017,  # e13m-rmsnorm against its control, 5 seeds (docs/science.md)
     ),
     "tiny": Workload(
         name="tiny",
@@ -118,6 +121,7 @@ WORKLOADS: dict[str, Workload] = {
             },
             "rollout": {"temperature": 1.0, "max_new_tokens": 1024, "max_prompt_tokens": 512, "batch_size": 256},
             "eval": {"questions": 1024, "every": 20, "batch_size": 256},
+            "hang_seconds": 7200.0,
         },
         trial_seconds=8400.0,
         trial_cpus=8,

@@ -1,69 +1,175 @@
 """A `Trial` inside Ray Tune: the only module here that imports ray.
 
 A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a result with
-`collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such. The last result carries
-the outcome; a trial that is stopped from outside is evaluated in `cleanup` and leaves its outcome as a file beside its results.
+`collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such.
+
+What a trial has done lies in its own folder of the store and nowhere else, in files that anyone can read:
+
+    outcome.json              how it ended, and every report; the trial is over and is never run again
+    checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume`
+    attempt-001.json          one process that worked on it: since when, last seen, how it ended
+    stopped.json              evaluation of a trial that was stopped from outside, at its last step
+
+So every start looks into the folder first, and a restarted trial continues bit for bit. Tune's own checkpoints, which it
+unpickles, are used by population schedulers alone. A checkpoint is written as often as costs 2 % of the time, at most once a step;
+when the disk is full the trial goes on without, and says so.
 """
 
 import json
-from pathlib import Path
+import logging
+import re
+import socket
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
 
 from spaces.config import TrialConfig
-from trainable.checkpoint import load_state, save_state
+from trainable.checkpoint import load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
+from trainable.folder import Folder
 from trainable.trial import Outcome, StepReport, Trial
+from trainable.watchdog import Watchdog
 
-OUTCOME_FILE = "outcome.json"
+log = logging.getLogger(__name__)
+
+OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
+VERSION = 1
+CHECKPOINT_SHARE = 0.02  # of a trial's time
 
 
 class RinTrainable(tune.Trainable):  # type: ignore[misc]
-    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str}."""
+    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str, "folder": place of the trial}."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.trial = Trial(TrialConfig.model_validate(config["config"]))
+        settings = TrialConfig.model_validate(config["config"])
+        self.folder = Folder(config["folder"])
+        self.attempt = _Attempt(self.folder)
+        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
+        self.watchdog.enter("load")
         self.ended = False
+        self.reports: list[dict[str, Any]] = []
+        self.trial = Trial(settings, on_phase=self.watchdog.enter)
+        state, passed = newest_checkpoint(self.folder)
+        for line in passed:
+            log.warning("%s: %s", self.folder.uri, line)
+        if state is not None:
+            self._load(state)
+        self.attempt.ready(first_step=self.trial.so_far.next_step, damaged=passed)
+        self.folder.remove(STOPPED_FILE)  # of an earlier step
+        self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, self.trial.so_far.next_step
         self.broken = False
+        self.watchdog.enter("")
 
     def step(self) -> dict[str, Any]:
         self.broken = True  # until the step has returned
         report = self.trial.step()
-        result = as_result(report, self._end() if self.trial.done else None)
+        self.attempt.step = report.step + 1
+        outcome = self.trial.outcome() if self.trial.done else None
+        result = as_result(report)
+        self.reports.append(result)
+        self.watchdog.enter("save")
+        if outcome is not None:
+            self.folder.write(OUTCOME_FILE, _ending(outcome, self.reports))
+            self.attempt.end("outcome")
+            self.ended = True
+            remove_checkpoints(self.folder)
+        elif time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE:
+            self._save()
+        self.watchdog.enter("")
         self.broken = False
-        return result
+        return result if outcome is None else with_outcome(result, outcome.as_tree())
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        save_state(Path(checkpoint_dir), self.trial.state_dict())
+        save_state(Folder(checkpoint_dir), self._state())
 
     def load_checkpoint(self, checkpoint_dir: str | None) -> None:
         assert checkpoint_dir is not None
-        self.trial.load_state_dict(load_state(Path(checkpoint_dir)))
+        self._load(load_state(Folder(checkpoint_dir)))
 
     def cleanup(self) -> None:
-        """Runs on every ending but a killed process; a trial that was stopped is evaluated here."""
-        if not self.ended and not self.broken and self.trial.so_far.next_step > 0:
-            self._end()
+        """Runs on every ending but a killed process. Saves first: whoever stops a trial from outside may not wait for its
+        evaluation."""
+        if self.ended:
+            pass
+        elif self.broken:
+            self.attempt.end("error")
+        else:
+            if self.trial.so_far.next_step > self.saved_step:
+                self._save()
+            self.attempt.end("stopped")
+            if self.trial.so_far.next_step > 0:
+                self.folder.write(STOPPED_FILE, _ending(self.trial.outcome(), self.reports))
+                self.attempt.end("stopped")  # the evaluation took its time too
+        self.watchdog.stop()
 
-    def _end(self) -> Outcome:
-        outcome = self.trial.outcome()
-        self.ended = True
-        text = json.dumps(outcome.as_tree()).encode()
-        if self._storage is None:  # outside of Tune
-            (Path(self.logdir) / OUTCOME_FILE).write_bytes(text)
-        else:  # the working folder is Tune's own and goes away; the trial's folder in the store stays
-            store, folder = self._storage.storage_filesystem, self._storage.trial_fs_path
-            store.create_dir(folder, recursive=True)  # Tune makes it at its first own write; a quick trial can be earlier
-            with store.open_output_stream(f"{folder}/{OUTCOME_FILE}") as stream:
-                stream.write(text)
-        return outcome
+    def _state(self) -> dict[str, Any]:
+        return {**self.trial.state_dict(), "reports": self.reports}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.trial.load_state_dict(state)
+        self.reports = list(state["reports"])
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        try:
+            save_checkpoint(self.folder, self.trial.so_far.next_step, self._state())
+        except OSError as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
+            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, self.trial.so_far.next_step, error)
+        else:
+            self.saved_step = self.trial.so_far.next_step
+        self.saved_at = time.monotonic()
+        self.saving_seconds = self.saved_at - started
+
+    def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
+        log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)
+        self.attempt.end("hang", reason=f"step {self.trial_step()}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
+
+    def trial_step(self) -> int:
+        """Steps done; 0 while the model is loading."""
+        return self.trial.so_far.next_step if hasattr(self, "trial") else 0
 
 
-def as_result(report: StepReport, outcome: Outcome | None = None) -> dict[str, Any]:
-    """A flat Tune result: metrics by tracked name, and the outcome with the last one."""
-    result: dict[str, Any] = {
+class _Attempt:
+    """attempt-K.json: one process's work on a trial. What cannot be written is only missing in the ledger."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        number = sum(bool(re.fullmatch(r"attempt-\d+\.json", name)) for name in folder.names()) + 1
+        self._name = f"attempt-{number:03d}.json"
+        self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
+        self.step = 0
+        self.beat()
+
+    def ready(self, *, first_step: int, damaged: list[str]) -> None:
+        """Loaded; `damaged`: a line for each checkpoint that had to be passed over."""
+        self.step = first_step
+        loading = time.time() - self._values["started"]
+        self._values |= {"first_step": first_step, "loading_seconds": loading, "damaged": damaged}
+        self.beat()
+
+    def end(self, how: str, **more: str) -> None:
+        self._values |= {"ended": how, **more}
+        self.beat()
+
+    def beat(self) -> None:
+        self._values |= {"seen": time.time(), "step": self.step}
+        try:
+            self._folder.write(self._name, json.dumps(self._values))
+        except OSError as error:
+            log.warning("%s: %s: %s", self._folder.uri, self._name, error)
+
+
+def _ending(outcome: Outcome, reports: list[dict[str, Any]]) -> str:
+    return json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": reports})
+
+
+def as_result(report: StepReport) -> dict[str, Any]:
+    """A flat Tune result: metrics by tracked name, and what belongs to the step."""
+    return {
         "step": report.step,
         "seconds": report.seconds,
+        "time_ms": time.time_ns() // 1_000_000,
         "collapsed": 0,
         "rule": report.verdict.rule,
         "evidence": report.verdict.evidence,
@@ -71,12 +177,14 @@ def as_result(report: StepReport, outcome: Outcome | None = None) -> dict[str, A
         **report.signals,
         "rin/steps_done": float(report.step + 1),
     }
-    if outcome is None:
-        return result
+
+
+def with_outcome(result: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """The last result of a trial: its last step, and how it ended."""
     return {
         **result,
-        "outcome": outcome.as_tree(),
-        "collapsed": int(outcome.outcome == "collapsed"),
-        "accuracy": outcome.eval["accuracy"],
+        "outcome": outcome,
+        "collapsed": int(outcome["outcome"] == "collapsed"),
+        "accuracy": outcome["eval"]["accuracy"],
         "done": True,
     }

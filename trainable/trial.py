@@ -15,7 +15,7 @@ trial restored from `state_dict` continues bit for bit.
 
 import copy
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -111,11 +111,15 @@ class Progression:
 class Trial:
     """A trial that is driven step by step; `run_trial` is the loop over it."""
 
-    def __init__(self, config: TrialConfig, progress: Progress | None = None) -> None:
-        """Raises ConfigError for whatever the configuration promises and the model does not have."""
+    def __init__(self, config: TrialConfig, progress: Progress | None = None, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """`on_phase` hears what begins: rollout, update, evaluate.
+
+        Raises ConfigError for whatever the configuration promises and the model does not have.
+        """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config.model_copy(update={"threads": torch.get_num_threads()})
+        self.on_phase = on_phase
         self.task = build_task(config.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions)
         self.policy = load_policy(config.model, config.quant, config.seed, progress)
@@ -255,6 +259,7 @@ class Trial:
 
     def _generate(self, step: int, batch: int, prompts: int) -> list[Group]:
         """Sample groups from the deployed policy, with this step's noise (none before step 0)."""
+        self.on_phase("rollout")
         config = self.config
         questions = self.task.sample(prompts, seed=config.seed, step=step, batch=batch)
         encoded = encode_prompts(self.policy, questions, config.task, config.rollout.max_prompt_tokens)
@@ -287,6 +292,7 @@ class Trial:
 
     def _batch(self, groups: list[Group] | tuple[Group, ...]) -> Batch:
         """Tensors with advantages and the clean policy's log-probs."""
+        self.on_phase("update")
         config = self.config
         rewards = shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens)
         batch = make_batch(self.policy, groups, group_advantages(rewards, config.grpo.advantage_scale))
@@ -360,6 +366,7 @@ class Trial:
             return self._evaluate_end()
         every = self.config.eval.every
         if every and (step + 1) % every == 0:
+            self.on_phase("evaluate")
             return _metrics(evaluate(self.policy, self.task, self.questions, self.config))
         return {}
 
@@ -378,6 +385,7 @@ class Trial:
 
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
         """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
+        self.on_phase("evaluate")
         arguments = (self.policy, self.task, self.questions, self.config)
         deployed_eval = evaluate(*arguments)
         return deployed_eval, evaluate_unquantized(*arguments) if self.policy.quantized else deployed_eval

@@ -1,0 +1,180 @@
+"""What the options of `rin` mean: their help, and the way from options to a StudyConfig or a TrialConfig.
+
+Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one line.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spaces.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search.store import StudyConfig
+    from spaces.config import TrialConfig
+
+Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
+Space = Annotated[str, typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file.")]
+Workload = Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need.")]
+Replicates = Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")]
+Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
+Seed = Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
+Points = Annotated[str, typer.Option(help="Experiments of the plan to run as well, separated by commas.")]
+Evidence = Annotated[str, typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them.")]
+WarmStart = Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")]
+Ablate = Annotated[str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")]
+Searcher = Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")]
+Objectives = Annotated[list[str] | None, typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front.")]
+Scheduler = Annotated[str, typer.Option(help="none, or one that stops weak trials early where that can be right.")]
+BudgetHours = Annotated[float | None, typer.Option("--budget", min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
+Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")]
+Store = Annotated[str, typer.Option(help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster (e.g. auto, or HOST:6379). Default: a local one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+DEFAULT_STORE = "runs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepOptions:
+    """What `rin sweep` and `rin plan` were given."""
+
+    space: str = "sigma"
+    workload: str = "embedded"
+    trials: int | None = None
+    replicates: int = 1
+    concurrent: int | None = None
+    seed: int = 0
+    overrides: list[str] | None = None
+    points: str = ""
+    evidence: str = ""
+    warm_start: str = ""
+    searcher: str = "gp"
+    objectives: list[str] | None = None
+    scheduler: str = "none"
+    budget: float | None = None
+    cpus: int | None = None
+    gpus: float | None = None
+    name: str | None = None
+    store: str = DEFAULT_STORE
+    tracking_uri: str | None = None
+    address: str | None = None
+
+
+def study_config(options: SweepOptions) -> "StudyConfig":
+    """Options -> StudyConfig. Raises ConfigError."""
+    from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
+    from spaces.library import SPACES, load_space
+    from spaces.reading import parse_overrides
+    from spaces.workloads import WORKLOADS
+
+    if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
+        raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
+    _known("--workload", options.workload, WORKLOADS)
+    chosen = SPACES[options.space] if options.space in SPACES else load_space(Path(options.space))
+    name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+    from search.schedulers import SCHEDULERS
+    from search.searchers import OBJECTIVES, SEARCHERS
+    from search.study import fixed_arms
+    from search.tracking import absolute_uri
+
+    _known("--searcher", options.searcher, SEARCHERS)
+    _known("--scheduler", options.scheduler, SCHEDULERS)
+    for objective in options.objectives or []:
+        _known("--objective", objective, OBJECTIVES)
+    if options.budget == 0:
+        raise ConfigError("--budget 0: nothing could run; give hours above 0, or leave it out")
+    store = absolute_store(options.store)
+    study = StudyConfig(
+        name=name,
+        space=chosen,
+        workload=options.workload,
+        settings=with_absolute_paths(parse_overrides(options.overrides or [])),
+        points=_names(options.points),
+        evidence=_names(options.evidence),
+        warm_start=options.warm_start,
+        trials=options.trials or 1000,
+        replicates=options.replicates,
+        concurrent=options.concurrent,
+        searcher=options.searcher,
+        objectives=tuple(dict.fromkeys(options.objectives or ["accuracy"])),
+        scheduler=options.scheduler,
+        seed=options.seed,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        budget_hours=options.budget,
+        store=store,
+        tracking_uri=absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
+        address=options.address,
+    )
+    return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
+
+
+def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trials run in other folders than this one: a local model or data file is named from the root."""
+    for section, key in (("model", "name"), ("task", "path")):
+        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
+        if isinstance(value, str) and Path(value).expanduser().exists():
+            settings[section][key] = str(Path(value).expanduser().absolute())
+    return settings
+
+
+def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
+    """A point of the plan on a workload, or a file. Raises ConfigError."""
+    from spaces.points import POINTS
+    from spaces.reading import load_yaml, merge, read_config
+    from spaces.workloads import WORKLOADS
+
+    if (point is None) == (config is None):
+        raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
+    if config is not None:
+        if workload is not None:
+            raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
+        return read_config(load_yaml(config), overrides, origin=str(config))
+    assert point is not None
+    _known("POINT", point, POINTS)
+    _known("--workload", workload or "embedded", WORKLOADS)
+    return read_config(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), overrides, origin=point)
+
+
+def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
+    """A sweep of the store, with its tracking where it now is, and what an earlier command could not deliver delivered."""
+    from search.store import absolute_store, load_study_config
+    from search.tracking import absolute_uri, deliver_spool
+
+    study = load_study_config(absolute_store(store), name)
+    if tracking_uri is not None:
+        study = study.model_copy(update={"tracking_uri": absolute_uri(tracking_uri)})
+    deliver_spool(study.scratch, study.tracking_uri)
+    return study
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """`5,8,12` -> (5, 8, 12). Raises ConfigError."""
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: give whole numbers separated by commas, for example 5,8,12") from None
+
+
+def repeated(store: str, tracking_uri: str | None) -> str:
+    """What has to be repeated so that a next command finds the sweep."""
+    given = "" if store == DEFAULT_STORE else f" --store '{store}'" if "&" in store else f" --store {store}"
+    return given + (f" --tracking-uri {tracking_uri}" if tracking_uri else "")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _known(option: str, value: str, table: Any) -> None:
+    if value not in table:
+        joint = "=" if option.isupper() else " "
+        raise ConfigError(f"{option}{joint}{value}: unknown; choose one of {', '.join(table)}")

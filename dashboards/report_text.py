@@ -1,0 +1,248 @@
+"""What a study says, as text: the report's table, a confirmation's sentences, a plan's lines. Pure functions from records to lines."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from rich.table import Table
+
+from dashboards.live import text_params
+from dashboards.tables import describe_noise, duration, points
+from search.confirm import Confirmation
+from search.importance import Importance
+from search.plan import StudyPlan
+from search.report import ArmReport, StudyReport
+from search.statistics import ArmComparison, CollapseRisk, Comparison
+from spaces.points import POINTS
+from spaces.reading import as_tree as config_tree
+from spaces.reading import read_config
+
+NOT_A_FINDING = (
+    "ahead, behind: on the selection questions, by which arms were also chosen; corrected for {arms} arms that share a control. "
+    "Only rin confirm says better or worse."
+)
+
+
+def report_table(report: StudyReport) -> Table:
+    table = Table(title=f"{report.config.kind} {report.config.name}", title_justify="left", header_style="bold")
+    for name in ("arm", "noise", "runs", "collapsed"):
+        table.add_column(name, overflow="fold")
+    for name in ("accuracy", "vs control", "interval", "dose", "hours"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict", overflow="fold")
+    for row in report.arms:
+        mark = " (candidate)" if row.candidate else ""
+        table.add_row(
+            row.arm + mark,
+            describe_noise(text_params(config_tree(row.config))),
+            _runs(row),
+            "" if not row.collapsed else f"{row.collapsed}: {', '.join(row.rules)}",
+            points(row.accuracy),
+            "" if row.corrected is None else f"{100 * row.corrected.difference:+.1f}",
+            "" if row.corrected is None else interval(row.corrected),
+            "-" if row.dose is None else f"{100 * row.dose:.2g} %",
+            f"{row.hours:.3f}",
+            row.verdict,
+        )
+    return table
+
+
+def report_lines(report: StudyReport) -> list[str]:
+    """What stands below the table."""
+    ledger = report.ledger
+    lines = [NOT_A_FINDING.format(arms=sum(row.corrected is not None for row in report.arms))]
+    if report.unfinished:
+        lines.append(f"{report.unfinished} trials have no outcome yet: rin resume {report.config.name}")
+    for row in report.arms:
+        risk = row.comparison
+        if risk is not None and (risk.treated_risk.collapsed or risk.control_risk.collapsed):
+            lines.append(
+                f"{row.arm}: collapse probability {_risk(risk.treated_risk)}, its control {_risk(risk.control_risk)}, "
+                f"different at p = {risk.risk_p:.2g}{_completed(row)}"
+            )
+    undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
+    if undecided:
+        lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
+    lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
+    lines += [_importance(item) for item in report.importance if item.importance is not None]
+    lines.append(
+        f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} repeated after faults, "
+        f"{ledger.filtered:.2f} generating groups that the filter threw away"
+    )
+    if report.candidate is not None and report.config.kind == "sweep":
+        lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}")
+    return lines
+
+
+def confirmation_lines(state: Confirmation) -> list[str]:
+    """The verdict, and all that it hangs on."""
+    seen, config = state.comparison, state.config
+    lines = [
+        f"{state.winner} against {state.control}: {seen.words()}",
+        f"  difference {100 * seen.difference:+.2f} points {interval(seen)} (95 % over all looks), "
+        f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
+        f"  looks after {', '.join(map(str, state.looks))} replicates; collapsed replicates count with the accuracy at their stop",
+    ]
+    if state.arms is not None:
+        risks = state.arms
+        lines.append(f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}")
+        if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
+            lines.append(f"  completed pairs alone: {100 * risks.completed.difference:+.2f} points {interval(risks.completed)}")
+    if state.unfinished:
+        lines.append(f"  {state.unfinished} trials are not finished; go on: rin confirm {config.parent}")
+    return lines
+
+
+def plan_lines(plan: StudyPlan) -> list[str]:
+    study, config = plan.study, plan.config
+    lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}"]
+    for number, arm in enumerate(plan.arms):
+        known = POINTS.get(arm.name)
+        recorded = f"   recorded: collapsed at step {known.collapsed_at_step}" if known and known.collapsed_at_step is not None else ""
+        lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(text_params(config_tree(read_config(arm.tree))))}{recorded}")
+    if plan.searched:
+        lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
+        for dimension in study.space.dimensions:
+            domain = dimension.domain
+            values = " | ".join(domain.options) if domain.kind == "choice" else f"{domain.low:g} .. {domain.high:g}"
+            condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
+            lines.append(f"        {dimension.key:22s} {values}{condition}")
+    last = study.seed + study.replicates - 1
+    unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
+    adjusted = plan.adjusted_share
+    lines += [
+        f"runs: {plan.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
+        f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, {config.quant.mode}, "
+        f"filter {config.grpo.filter_groups}",
+        f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
+        f"      at most {duration(plan.wall_seconds)}"
+        + (f", about {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected" if adjusted < 1 else ""),
+        f"cost: at most {plan.hours:.2f} {unit}" + (f", about {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
+        f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from its {config.eval.questions} questions alone",
+    ]
+    if plan.detectable is not None and plan.difference_sd is not None and plan.affordable_replicates >= 3:
+        lines.append(
+            f"smallest difference of one arm that is seen with 80 % power: {100 * plan.detectable:.1f} points "
+            f"(seed to seed {100 * plan.difference_sd:.1f}, {plan.sd_source})"
+        )
+    elif plan.difference_sd is None:
+        lines.append(
+            "how much differences vary from seed to seed is not known for this workload: what it can decide will show after 3 replicates"
+        )
+    return lines + [f"warning: {line}" for line in plan.warnings]
+
+
+def interval(comparison: Comparison) -> str:
+    """In points."""
+    if comparison.low == -float("inf"):
+        return "[unknown]"
+    return f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
+
+
+def _runs(row: ArmReport) -> str:
+    return f"{row.replicates}" if not row.missing else f"{row.replicates} of {row.replicates + row.missing}"
+
+
+def _importance(item: Importance) -> str:
+    chance = "" if item.chance is None else f"; chance alone stays below {item.chance:.0%}"
+    where = "" if item.trials == item.of else f", in the {item.trials} of {item.of} configurations that have it"
+    return f"importance of {item.dimension}: {item.importance:.0%}{where}{chance}"
+
+
+def _risk(risk: CollapseRisk) -> str:
+    return f"{risk.collapsed} of {risk.replicates} [{100 * risk.low:.0f}, {100 * risk.high:.0f} %]"
+
+
+def _completed(row: ArmReport) -> str:
+    alone = row.comparison.completed if row.comparison is not None else None
+    return "" if alone is None else f"; completed runs alone {100 * alone.difference:+.1f} points {interval(alone)}"
+
+
+def _missing(row: ArmReport) -> str:
+    assert row.corrected is not None
+    return row.corrected.words().removeprefix("undecided").lstrip(",: ") or "no estimate"
+
+
+def as_tree(report: StudyReport) -> dict[str, object]:
+    """Of `rin report --json`; accuracies and differences are shares."""
+    ledger = report.ledger
+    return {
+        "name": report.config.name,
+        "kind": report.config.kind,
+        "unfinished": report.unfinished,
+        "candidate": report.candidate.arm if report.candidate is not None else None,
+        "arms": [_row(row) for row in report.arms],
+        "tolerance": [_finite(asdict(boundary)) for boundary in report.tolerance],
+        "importance": [asdict(item) for item in report.importance],
+        "hours": {
+            "total": ledger.hours,
+            "unit": ledger.unit,
+            "collapsed": ledger.collapsed,
+            "repeated": ledger.repeated,
+            "filtered": ledger.filtered,
+        },
+    }
+
+
+def confirmation_tree(state: Confirmation) -> dict[str, object]:
+    """Of `rin confirm --json`."""
+    return {
+        "name": state.config.name,
+        "winner": state.winner,
+        "control": state.control,
+        "verdict": state.comparison.verdict,
+        "words": state.comparison.words(),
+        "comparison": _comparison(state.comparison),
+        "completed_only": None if state.arms is None or state.arms.completed is None else _comparison(state.arms.completed),
+        "collapse": None if state.arms is None else _collapse(state.arms),
+        "replicates": state.replicates,
+        "looks": list(state.looks),
+        "unfinished": state.unfinished,
+    }
+
+
+def _row(row: ArmReport) -> dict[str, object]:
+    seen = row.comparison
+    return {
+        "arm": row.arm,
+        "origin": row.origin,
+        "candidate": row.candidate,
+        "control": row.control,
+        "replicates": row.replicates,
+        "missing": row.missing,
+        "collapsed": row.collapsed,
+        "rules": list(row.rules),
+        "accuracy": row.accuracy,
+        "accuracy_start": row.start,
+        "dose": row.dose,
+        "hours": row.hours,
+        "verdict": row.verdict,
+        "comparison": None if row.corrected is None else _comparison(row.corrected),
+        "completed_only": None if seen is None or seen.completed is None else _comparison(seen.completed),
+        "collapse": None if seen is None else _collapse(seen),
+        "config": config_tree(row.config),
+    }
+
+
+def _comparison(comparison: Comparison) -> dict[str, object]:
+    return _finite(
+        {
+            "difference": comparison.difference,
+            "low": comparison.low,
+            "high": comparison.high,
+            "p": comparison.p,
+            "replicates": comparison.replicates,
+            "needs": comparison.needs,
+            "method": comparison.method,
+        }
+    )
+
+
+def _collapse(seen: ArmComparison) -> dict[str, object]:
+    arms = {"arm": seen.treated_risk, "control": seen.control_risk}
+    return {name: asdict(risk) for name, risk in arms.items()} | {"p": seen.risk_p}
+
+
+def _finite(tree: Mapping[str, object]) -> dict[str, object]:
+    """JSON has no infinity: an interval that is open on a side has null there."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in tree.items()}

@@ -1,0 +1,91 @@
+"""What makes the winner win: one change at a time from it back to the control.
+
+The arms are the control, the winner, and for each setting in which the winner differs from what the control runs with, the winner with that
+one setting taken back. A setting whose return makes a configuration impossible, or makes it the control itself, is no arm and is
+named. Noise as a whole is such a one: sigma_start = 0 is the control.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from search.journal import read_arms
+from search.report import winner_of
+from search.searchers import Arm
+from search.store import StudyConfig
+from spaces.config import ConfigError, NoiseConfig
+from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+
+_ENDS = ("noise.sigma_start", "noise.sigma_end")
+_OF_THE_RUN = ("seed", "threads", "hang_seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """What would run."""
+
+    config: StudyConfig
+    arms: tuple[Arm, ...]
+    skipped: tuple[str, ...]
+    """A line for each change that is no arm."""
+
+
+def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablation:
+    """The study that takes the winner of `parent` apart; replicates, seed, budget, resources and place are those of `options`.
+
+    Raises ConfigError when the parent has no winner, or a winner that is the control.
+    """
+    arms = read_arms(parent)
+    best, control = winner_of(parent, arms)
+    won, plain = as_tree(read_config(best.tree)), as_tree(read_config(control.tree))
+    steps, skipped = single_changes(won, plain)
+    chosen = [Arm(name=arm.name, origin=arm.origin, tree=arm.tree) for arm in (control,)]
+    chosen.append(Arm(name=best.name, origin="winner", tree=best.tree))
+    chosen += [Arm(name=f"{best.name}-without-{_short(key)}", origin="ablation", tree=tree) for key, tree in steps.items()]
+    config = options.model_copy(
+        update={
+            "name": options.name if named else f"{parent.name}-ablation",
+            "kind": "ablation",
+            "parent": parent.name,
+            "space": parent.space,
+            "workload": parent.workload,
+            "settings": parent.settings,
+            "points": (),
+            "evidence": (),
+            "warm_start": "",
+            "trials": len(chosen),
+            "scheduler": "none",
+        }
+    )
+    return Ablation(config=config, arms=tuple(chosen), skipped=tuple(skipped))
+
+
+def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Key -> the winner's tree with that key as the control has it; and a line for each difference that gives no arm.
+
+    The control's noise settings other than sigma do nothing there, so they count as the defaults of NoiseConfig.
+    """
+    defaults = flatten({"noise": as_tree(NoiseConfig())})
+    won, plain = flatten(winner), {**flatten(control), **{key: value for key, value in defaults.items() if key not in _ENDS}}
+    steps: dict[str, dict[str, Any]] = {}
+    skipped = []
+    for key, value in won.items():
+        if key in _OF_THE_RUN or key == "noise.sigma_start" or plain.get(key) == value:
+            continue
+        target = won["noise.sigma_start"] if key == "noise.sigma_end" else plain.get(key)  # the control has no sigma: no decay instead
+        if target == value:
+            continue
+        tree = merge(winner, unflatten({key: target}))
+        try:
+            read_config(tree)
+        except ConfigError as error:
+            skipped.append(f"{key}={value} cannot be taken back alone: {error}")
+            continue
+        steps[key] = tree
+    if not steps:
+        skipped.append("the winner differs from the control in noise.sigma_start alone; the control is that ablation")
+    return steps, skipped
+
+
+def _short(key: str) -> str:
+    return key.rsplit(".", 1)[-1].replace("_", "-")

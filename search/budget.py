@@ -1,0 +1,69 @@
+"""Hours: how many a sweep has used, and the limit at which everything is stopped.
+
+An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is the time of every process that worked on a trial,
+loading, evaluating and repeated steps included, as the attempts in the trials' folders tell (also those of a driver that was
+killed). The limit is hard: a stopped trial still saves itself and evaluates, so everything is stopped one such time ahead, judged by
+the longest step that each running trial has reported.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray import tune
+
+from search.journal import trial_folder
+from search.searchers import Arm
+from search.store import StudyConfig
+from search.trials import read_attempts
+from spaces.workloads import WORKLOADS
+
+
+def gpus_of(config: StudyConfig) -> float:
+    """GPUs of one trial."""
+    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus
+
+
+def slots_of(config: StudyConfig) -> float:
+    """Hours that one hour of a trial counts: its GPUs, or 1 where it has none."""
+    return gpus_of(config) or 1.0
+
+
+class Budget(tune.Stopper):  # type: ignore[misc]
+    """Tune asks it after each event whether to stop everything."""
+
+    def __init__(self, config: StudyConfig, arms: Sequence[Arm]) -> None:
+        self.limit_hours = math.inf if config.budget_hours is None else config.budget_hours
+        self.slots = slots_of(config)
+        folders = [trial_folder(config, arm.name, replicate) for arm in arms for replicate in range(config.replicates)]
+        self.earlier_hours = self.slots * sum(attempt.hours for folder in folders for attempt in read_attempts(folder))
+        self.spent = self.earlier_hours >= self.limit_hours
+        self._ended_hours = 0.0
+        self._since: dict[str, float] = {}
+        self._longest: dict[str, float] = {}
+
+    def started(self, trial: str) -> None:
+        self._since.setdefault(trial, time.monotonic())
+
+    def ended(self, trial: str) -> None:
+        since = self._since.pop(trial, None)
+        if since is not None:
+            self._ended_hours += self.slots * (time.monotonic() - since) / 3600
+
+    def reported(self, trial: str, seconds: float) -> None:
+        self._longest[trial] = max(self._longest.get(trial, 0.0), seconds)
+
+    @property
+    def hours(self) -> float:
+        """Used so far, those of running trials included."""
+        now = time.monotonic()
+        return self.earlier_hours + self._ended_hours + self.slots * sum(now - since for since in self._since.values()) / 3600
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        ahead = self.slots * sum(self._longest.get(trial, 0.0) for trial in self._since) / 3600
+        self.spent = self.spent or self.hours + ahead >= self.limit_hours
+        return self.spent

@@ -1,0 +1,168 @@
+"""Is the winner better? The only place that may say so.
+
+The winner of a sweep was chosen because it looked good, on the questions it was chosen by, with the seeds it was chosen with: its
+advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control with seeds that no arm has
+had, and is judged on questions that nobody has looked at. Replicates are added until the comparison is decided, by a rule that
+keeps the error level over all looks (`statistics.SequentialRule`); a decision stands, and what is undecided when the replicates or the
+budget end is called undecided.
+
+A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true of it, and
+calling it again goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from search.journal import read_arms
+from search.report import MARGIN, replicates_of, winner_of
+from search.searchers import Arm
+from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
+from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config
+from search.study import View, resume_study, run_study
+from spaces.config import ConfigError
+from spaces.reading import merge
+from trainable.embedded import Progress
+
+FRESH = 1000
+"""Distance between the sweep's seeds and the confirmation's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confirmation:
+    """What a confirmation came to, so far."""
+
+    config: StudyConfig
+    winner: str
+    control: str
+    comparison: Comparison
+    """By the stopping rule, collapsed replicates with the accuracy at their stop."""
+    arms: ArmComparison | None
+    """Collapse risks and the completed-only comparison, of all replicates; None before the first pair."""
+    replicates: int
+    """Pairs that have ended."""
+    unfinished: int
+    """Trials of the present look without an outcome."""
+    looks: tuple[int, ...]
+    """Replicates at which it looks."""
+    budget_spent: bool = False
+
+
+def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | None = None) -> tuple[StudyConfig, list[Arm]]:
+    """The study NAME-confirm of a sweep (NAME-confirm-ARM for an arm that is not the winner), and its two arms.
+
+    Raises ConfigError when there is nothing to confirm.
+    """
+    if parent.kind == "confirm":
+        raise ConfigError(f"NAME={parent.name}: is a confirmation itself; give the sweep: rin confirm {parent.parent}")
+    best, control = winner_of(parent, read_arms(parent), arm)
+    asked = {"eval": {"split": "confirm"}}
+    arms = [
+        Arm(name=control.name, origin="control", tree=merge(control.tree, asked)),
+        Arm(name=best.name, origin="winner", tree=merge(best.tree, asked)),
+    ]
+    config = parent.model_copy(
+        update={
+            "name": _name_of(parent, arm),
+            "kind": "confirm",
+            "parent": parent.name,
+            "looks": SequentialRule(looks=tuple(looks)).looks,
+            "seed": parent.seed + parent.replicates + FRESH,
+            "trials": 2,
+            "replicates": looks[0],
+            "scheduler": "none",
+            "points": (),
+            "evidence": (),
+            "warm_start": "",
+        }
+    )
+    return config, arms
+
+
+def confirm(
+    parent: StudyConfig,
+    view: View,
+    progress: Progress | None = None,
+    *,
+    looks: Sequence[int] | None = None,
+    arm: str | None = None,
+    budget_hours: float | None = None,
+    address: str | None = None,
+) -> Confirmation:
+    """Run until decided, or until the replicates or the budget end.
+
+    `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were planned, since
+    the error level is spent by that plan. Raises ConfigError for what the user can mend.
+    """
+    place = parent.model_copy(update={"name": _name_of(parent, arm)})
+    begun = STUDY_FILE in place.folder.names()
+    if begun:
+        config, arms = load_study_config(parent.store, place.name), None
+        if looks is not None and tuple(looks) != config.looks:
+            given, planned = (",".join(map(str, numbers)) for numbers in (looks, config.looks))
+            raise ConfigError(f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; leave --looks out")
+    else:
+        config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
+    config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "budget_hours": budget_hours, "address": address})
+    for look in [look for look in config.looks if look >= config.replicates]:
+        config = config.model_copy(update={"replicates": look})
+        if arms is None:
+            save_study_config(config)
+            result = resume_study(config, view, progress)
+        else:
+            result, arms = run_study(config, view, progress, arms), None
+        state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
+        if state.comparison.verdict != "undecided" or result.unfinished:
+            break
+    if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
+        # It has been looked at, so it is a look: whoever goes on with more budget has spent that part of the level.
+        save_study_config(config.model_copy(update={"looks": tuple(sorted({*config.looks, state.replicates}))}))
+    return state
+
+
+def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Confirmation:
+    """What the pairs that have ended say. `ends`: none will follow."""
+    rule = SequentialRule(looks=config.looks)
+    control, winner = read_arms(config)
+    treated, plain = replicates_of(config, winner), replicates_of(config, control)
+    seeds = _in_order(config, {run.seed for run in treated} & {run.seed for run in plain})
+    by_seed = {run.seed: run for run in treated}, {run.seed: run for run in plain}
+    a, b = ([runs[seed] for seed in seeds] for runs in by_seed)
+    if not seeds:
+        comparison = Comparison(verdict="undecided", difference=0.0, low=-float("inf"), high=float("inf"), replicates=0, margin=MARGIN)
+    else:
+        correct = None
+        if all(run.correct is not None for run in (*a, *b)):
+            correct = [run.correct or () for run in a], [run.correct or () for run in b]
+        comparison = sequential_compare(
+            [run.accuracy for run in a],
+            [run.accuracy for run in b],
+            rule=rule,
+            final=ends or len(seeds) >= rule.looks[-1],
+            margin=MARGIN,
+            correct=correct,
+        )
+    return Confirmation(
+        config=config,
+        winner=winner.name,
+        control=control.name,
+        comparison=comparison,
+        arms=compare_arms(a, b, margin=MARGIN) if seeds else None,
+        replicates=len(seeds),
+        unfinished=unfinished,
+        looks=rule.looks,
+        budget_spent=ends,
+    )
+
+
+def _name_of(parent: StudyConfig, arm: str | None) -> str:
+    return f"{parent.name}-confirm" if arm is None else f"{parent.name}-confirm-{arm}"
+
+
+def _in_order(config: StudyConfig, seeds: set[int]) -> list[int]:
+    """As they were planned, up to the first that is missing: which one failed must not choose what is looked at."""
+    ordered = []
+    for seed in range(config.seed, config.seed + config.replicates):
+        if seed not in seeds:
+            break
+        ordered.append(seed)
+    return ordered

@@ -1,0 +1,55 @@
+"""What a sweep decided and what came of it, read from and written to its folder.
+
+An arm is written before its first replicate runs, an outcome by the trial itself when it ends. Whatever was killed in between is
+found here by the next start: an arm without all its outcomes has runs to go, a trial folder without an outcome has a checkpoint.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from search.searchers import Arm, Evidence
+from search.store import EVIDENCE_FILE, StudyConfig
+from search.trials import read_outcome
+from spaces.config import ConfigError
+from trainable.folder import Folder
+
+
+def trial_folder(config: StudyConfig, arm: str, replicate: int) -> Folder:
+    return config.trials_folder / f"{arm}-{replicate}"
+
+
+def write_arm(config: StudyConfig, number: int, arm: Arm) -> None:
+    tree = {"name": arm.name, "origin": arm.origin, "tree": dict(arm.tree), "params": dict(arm.params)}
+    (config.folder / "arms").write(f"{number:04d}.json", json.dumps(tree, indent=1))
+
+
+def read_arms(config: StudyConfig) -> list[Arm]:
+    """In their order, with the outcome of every trial that is over. Raises ConfigError for a damaged file."""
+    folder = config.folder / "arms"
+    arms = []
+    for name in folder.names():
+        try:
+            tree = json.loads(folder.read(name) or b"")
+        except ValueError:
+            raise ConfigError(f"{folder.uri}/{name}: is damaged (not JSON); restore it from a backup") from None
+        arm = Arm(name=tree["name"], origin=tree["origin"], tree=tree["tree"], params=tree["params"])
+        for replicate in range(config.replicates):
+            outcome = read_outcome(trial_folder(config, arm.name, replicate))
+            if outcome is not None:
+                arm.results[replicate] = outcome
+        arms.append(arm)
+    return arms
+
+
+def write_evidence(config: StudyConfig, evidence: Sequence[Evidence]) -> None:
+    config.folder.write(EVIDENCE_FILE, json.dumps([asdict(item) for item in evidence], indent=1))
+
+
+def read_evidence(config: StudyConfig) -> list[Evidence]:
+    return [Evidence(**tree) for tree in json.loads(config.folder.read(EVIDENCE_FILE) or b"[]")]
+
+
+def unfinished(config: StudyConfig, arms: Sequence[Arm]) -> int:
+    """Runs that are still to be made, of arms that are known and of those to come."""
+    return config.trials * config.replicates - sum(len(arm.results) for arm in arms)

@@ -1,0 +1,63 @@
+"""Where a sweep's hours went.
+
+An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is every process that worked on a trial, from its
+start to its last sign of life: loading, evaluating, and steps that were done again after a fault. Three kinds of hours bought no
+answer by themselves and are named apart: those of collapsed trials, those of repeated steps, and the share of generation whose
+groups the filter threw away.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from search.budget import gpus_of, slots_of
+from search.journal import trial_folder
+from search.searchers import Arm
+from search.store import StudyConfig
+from search.trials import Attempt, read_attempts, read_reports
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Example: Ledger(hours=0.11, collapsed=0.02, repeated=0.0, filtered=0.004, arms={"control": 0.03, "c01": 0.08}, gpu=False)."""
+
+    hours: float
+    """Trial-slot hours, or GPU hours."""
+    collapsed: float
+    """Of trials that collapsed."""
+    repeated: float
+    """Of steps that were done again, and of starts after the first."""
+    filtered: float
+    """Of generating groups that were not trained on."""
+    arms: Mapping[str, float]
+    gpu: bool
+    """Whether these are GPU hours."""
+
+    @property
+    def unit(self) -> str:
+        return "GPU hours" if self.gpu else "trial-slot hours"
+
+
+def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
+    slots = slots_of(config)
+    by_arm: dict[str, float] = {}
+    collapsed = repeated = filtered = 0.0
+    for arm in arms:
+        for replicate in range(config.replicates):
+            folder = trial_folder(config, arm.name, replicate)
+            attempts, reports = read_attempts(folder), read_reports(folder)
+            hours = slots * sum(attempt.hours for attempt in attempts)
+            by_arm[arm.name] = by_arm.get(arm.name, 0.0) + hours
+            outcome = arm.results.get(replicate)
+            if outcome is not None and outcome["outcome"] == "collapsed":
+                collapsed += hours
+            useful = sum(report["seconds"] for report in reports) / 3600 * slots
+            repeated += max(hours - useful - slots * _first_start_hours(attempts), 0.0) if len(attempts) > 1 else 0.0
+            filtered += slots * sum(report["perf/rollout_seconds"] * report["filter/wasted"] for report in reports) / 3600
+    return Ledger(
+        hours=sum(by_arm.values()), collapsed=collapsed, repeated=repeated, filtered=filtered, arms=by_arm, gpu=gpus_of(config) > 0
+    )
+
+
+def _first_start_hours(attempts: Sequence[Attempt]) -> float:
+    """Loading before the first step: every trial has it once."""
+    return attempts[0].loading_seconds / 3600 if attempts else 0.0
