@@ -1,4 +1,4 @@
-"""A sweep on other machines: what a trial asks of a node, and a sweep as a Ray job that outlives the laptop.
+"""Where a sweep runs: what a trial asks of a node, a Ray for this machine alone, and a Ray job that outlives the laptop.
 
 `rin sweep ... --submit http://HEAD:8265` runs the very same command on the cluster's head node, as a Ray job: `--submit` goes,
 `--address auto` comes. Three things do not travel by themselves.
@@ -34,6 +34,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ray import tune
+from ray._private import ray_constants
 
 from search.tracking import absolute_uri, strip_password
 from spaces.errors import ConfigError
@@ -90,6 +91,27 @@ def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str,
     wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
     largest = ", ".join(f"{max((offer.get(kind, 0.0) for offer in offers), default=0.0):g} {kind}" for kind in need)
     raise ConfigError(f"a trial asks for {wanted}, which no node has (at most {largest}); give smaller --cpus or --gpus, or --address")
+
+
+@contextmanager
+def on_localhost() -> Iterator[None]:
+    """`ray.init` within this listens on the loopback interface alone.
+
+    On Linux Ray otherwise takes the machine's own address, also for a Ray that only this process uses, and listens on every
+    interface; a token is then all that stands between the network and whoever may run code here. Ray has no option for it, but
+    the switch with which it spares Windows and macOS their firewall's question does it everywhere.
+    """
+    before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read it already
+    try:
+        yield
+    finally:
+        variable, ray_constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        else:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = variable
 
 
 # A sweep as a Ray job
