@@ -163,8 +163,6 @@ def compare_by_seed(
     if questions is not None and count >= 2:
         floors = _copies(se * math.sqrt(count), count - 1, a, b, questions)
         se, df = max([(se, df), *floors], key=lambda error: _half_width(error[0], error[1], level))
-    # With equal numbers in each arm, n more pairs would shrink the standard error about as n more pairs of a paired test would.
-    needs = _needs(difference, se * math.sqrt(count), 0.0, level, margin, count) if se > 0 else None
     return _judge(
         Comparison(
             verdict="undecided",
@@ -176,7 +174,6 @@ def compare_by_seed(
             level=level,
             se=se if se > 0 else None,
             df=df if se > 0 else None,
-            needs=needs,
             method="mixed model" if mixed else "Welch",
         )
     )
@@ -304,7 +301,7 @@ def adjust(comparisons: Mapping[str, Comparison], *, method: Literal["holm", "bo
         adjusted[name] = largest
     result = {}
     for name, before in comparisons.items():
-        after = _judge(replace(before, level=level / count, needs=_needs_at(before, level / count)))
+        after = _judge(replace(before, level=level / count))
         if before.p is not None:
             after = replace(after, p=adjusted[name], level=level)
             if method == "holm" and adjusted[name] < level and before.replicates >= MIN_REPLICATES:
@@ -458,11 +455,11 @@ def replicates_needed(
 # Below: how the numbers come about.
 
 
-def _judge(comparison: Comparison) -> Comparison:
-    """Interval, p value and verdict from difference, standard error, degrees of freedom and level."""
+def _judge(comparison: Comparison, later_level: float | None = None) -> Comparison:
+    """Interval, p value, verdict and need from difference, standard error, degrees of freedom and level."""
     difference, se, df, margin, level = comparison.difference, comparison.se, comparison.df, comparison.margin, comparison.level
     if se is None or df is None:
-        return replace(comparison, verdict="undecided", low=-math.inf, high=math.inf, p=None)
+        return replace(comparison, verdict="undecided", low=-math.inf, high=math.inf, p=None, needs=None)
     half = _half_width(se, df, level)
     low, high = difference - half, difference + half
     verdict: Verdict = "undecided"
@@ -474,7 +471,8 @@ def _judge(comparison: Comparison) -> Comparison:
         elif -margin <= low and high <= margin:
             verdict = "same"
     p = 2 * float(special.stdtr(df, -abs(difference) / se))
-    return replace(comparison, verdict=verdict, low=low, high=high, p=p, needs=comparison.needs if verdict == "undecided" else None)
+    needs = _needs(comparison, se, later_level or level) if verdict == "undecided" else None
+    return replace(comparison, verdict=verdict, low=low, high=high, p=p, needs=needs)
 
 
 def _paired(
@@ -503,7 +501,6 @@ def _paired(
     elif questions is not None:
         errors += _copies(spread, count - 1, a, b, questions)
     se, df = max(errors, key=lambda error: _half_width(error[0], error[1], level or 0.05))
-    shared = max(0.0, se**2 - spread**2 / count)
     return _judge(
         Comparison(
             verdict="undecided",
@@ -518,8 +515,8 @@ def _paired(
             sd=spread,
             question_se=question_se,
             question_share=question_share,
-            needs=_needs(mean, spread, shared, later_level or level, margin, count) if se > 0 else None,
-        )
+        ),
+        later_level,
     )
 
 
@@ -691,8 +688,12 @@ def _chance_of_same(difference: float, sd: float, shared: float, count: int, lev
     return float(special.ndtr((room - difference) / se) - special.ndtr((-room - difference) / se)) if room > 0 else 0.0
 
 
-def _needs(difference: float, sd: float, shared: float, level: float, margin: float, count: int) -> int | None:
+def _needs(comparison: Comparison, se: float, level: float) -> int | None:
     """More replicates until `better`, `worse` or `same` has a chance of 80 %, were this difference and this spread the true ones."""
+    difference, margin, count = comparison.difference, comparison.margin, comparison.replicates
+    # Unpaired arms have no such spread: n more of each shrink the standard error about as n more pairs of a paired test would.
+    sd = se * math.sqrt(count) if comparison.sd is None else comparison.sd
+    shared = max(0.0, se**2 - sd**2 / count)
 
     def enough(total: int) -> bool:
         return (
@@ -701,16 +702,6 @@ def _needs(difference: float, sd: float, shared: float, level: float, margin: fl
 
     total = _first(enough, max(count + 1, MIN_REPLICATES))
     return None if total is None else total - count
-
-
-def _needs_at(comparison: Comparison, level: float) -> int | None:
-    """The same for a comparison at another level."""
-    if comparison.se is None:
-        return None
-    count = comparison.replicates
-    sd = comparison.se * math.sqrt(count) if comparison.sd is None else comparison.sd
-    shared = max(0.0, comparison.se**2 - sd**2 / count)
-    return _needs(comparison.difference, sd, shared, level, comparison.margin, count)
 
 
 def _first(enough: Callable[[int], bool], least: int) -> int | None:
@@ -747,7 +738,7 @@ def _accuracies(values: Sequence[float]) -> NDArray[np.float64]:
 
 def _booleans(values: ArrayLike) -> NDArray[np.bool_]:
     array = np.asarray(values)
-    if not np.isin(array, (0, 1)).all():
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
         raise ValueError("an answer is right (1) or wrong (0); something else was given")
     return array.astype(np.bool_)
 
