@@ -31,6 +31,7 @@ from search.statistics import (
     compare_arms,
     compare_by_seed,
     detectable_difference,
+    mixed_model,
     replicates_needed,
     sequential_compare,
 )
@@ -326,11 +327,21 @@ RECORDED: list[tuple[dict[int, float], dict[int, float], tuple[float, float, flo
 def test_the_mixed_model_is_lmertests(
     treated: dict[int, float], control: dict[int, float], recorded: tuple[float, float, float, float]
 ) -> None:
+    fit = mixed_model(treated, control)
+    p = 2 * stats.t.sf(abs(fit.difference) / fit.se, fit.df)
+    assert (fit.difference, fit.se, fit.df, p) == pytest.approx(recorded, rel=1e-6)
+
+
+@pytest.mark.parametrize(("treated", "control", "recorded"), RECORDED)
+def test_unmatched_arms_are_judged_by_the_mixed_model_with_no_more_certainty_than_its_pairs(
+    treated: dict[int, float], control: dict[int, float], recorded: tuple[float, float, float, float]
+) -> None:
     result = compare_by_seed(treated, control)
     assert result.method == "mixed model"
-    assert (result.difference, result.se, result.df, result.p) == pytest.approx(recorded, rel=1e-6)
-    half = stats.t.ppf(0.975, result.df) * (result.se or 0)
-    assert (result.low, result.high) == pytest.approx((result.difference - half, result.difference + half))
+    assert (result.difference, result.se) == pytest.approx(recorded[:2], rel=1e-6)
+    df = min(recorded[2], len(treated.keys() & control.keys()) - 1)
+    half = stats.t.ppf(0.975, df) * recorded[1]
+    assert (result.low, result.high) == pytest.approx((recorded[0] - half, recorded[0] + half), abs=1e-7)
 
 
 @pytest.mark.parametrize(("treated", "control", "recorded"), RECORDED)
@@ -342,7 +353,7 @@ def test_the_mixed_models_estimate_is_statsmodels_too(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = smf.mixedlm("accuracy ~ arm", data, groups=np.array(data["seed"])).fit(reml=True, method="powell")
-    result = compare_by_seed(treated, control)
+    result = mixed_model(treated, control)
     assert result.difference == pytest.approx(fit.params["arm"], abs=2e-5)
     assert result.se == pytest.approx(fit.bse["arm"], rel=0.03)  # its Hessian is another one: it counts the variances in
 
@@ -391,6 +402,8 @@ def test_mixed_intervals_hold_the_truth_in_about_95_of_100() -> None:
 
 
 def test_few_or_identical_unmatched_runs_decide_nothing() -> None:
+    with pytest.raises(ValueError, match="two seeds"):
+        mixed_model({1: 0.9, 2: 0.8}, {2: 0.1, 3: 0.2})
     assert compare_by_seed({1: 0.9}, {2: 0.1}).words() == "undecided, needs at least 2 more replicates"
     assert compare_by_seed({1: 0.9, 2: 0.91}, {2: 0.1, 3: 0.11, 4: 0.1}).verdict == "undecided"
     assert compare_by_seed(by_seed([0.9] * 3, range(3)), by_seed([0.5] * 4, range(4))).verdict == "undecided"
