@@ -3,10 +3,10 @@
     python -m tests.benchmarks.calibration                         2,000 simulations per cell -> docs/calibration.md
     python -m tests.benchmarks.calibration --simulations 200 --out /tmp/calibration.md
 
-A world has questions of different difficulty (chance of a right answer 0.15 to 0.85, mean 0.75, the same questions for all arms and seeds of
-a test), run-to-run luck (half of its variance belongs to the seed and is shared by arms, half to the run alone, so that the paired
-difference spreads by the run-to-run sd), and answers drawn from the resulting chances. A test set has 2,048 questions; confirmation
-uses fresh seeds and other questions than the sweep. What is asked of `search.statistics` is exactly what `rin confirm` asks.
+A world has questions of different difficulty (chance of a right answer 0.15 to 0.85, mean 0.75, the same questions for all arms and
+seeds of a test), run-to-run luck (half of its variance belongs to the seed and is shared by arms, half to the run alone, so that the
+paired difference spreads by the run-to-run sd), and answers drawn from the resulting chances. A test set has 2,048 questions;
+confirmation uses fresh seeds and other questions than the sweep, and asks `search.statistics` what `rin confirm` asks.
 Nothing here asserts: docs/calibration.md says what is required and what was found.
 """
 
@@ -115,9 +115,8 @@ class Tally:
 
     @property
     def false(self) -> float:
-        """Better or worse where there is no difference; the wrong one of them where there is one; same where it lies outside."""
-        wrong = {True: ("better", "worse"), False: ("worse",)}[self.truth == 0]
-        return self.share(*wrong)
+        """Better or worse where there is no difference; worse where there is a gain."""
+        return self.share("better", "worse") if self.truth == 0 else self.share("worse")
 
     @property
     def coverage(self) -> float:
@@ -177,20 +176,19 @@ def whole_way(count: int, rng: np.random.Generator) -> Iterator[str]:
                     tallies[1].add(confirmed(world.answers(rng, replicates), SequentialRule(looks=(replicates,))))
                 by_rule["sequential"].append(tallies[0])
                 by_rule["once"].append(tallies[1])
-                rows.append(
-                    [points(sd), replicates, arms]
-                    + [percent(tallies[0].false), percent(tallies[0].coverage), percent(tallies[0].share("same"))]
-                    + [f"{tallies[0].replicates / count:.1f}", percent(tallies[1].false), percent(tallies[1].coverage)]
-                )
+                looking, once = tallies
+                cells = [looking.false, looking.coverage, looking.share("same")]
+                ends = [f"{looking.replicates / count:.1f}", percent(once.false), percent(once.coverage)]
+                rows.append([points(sd), replicates, arms, *map(percent, cells), *ends])
                 gain = float(np.mean([c.difference for c in promised]))
                 claims = float(np.mean([c.verdict == "better" for c in promised]))
                 flattered.append([points(sd), replicates, arms, f"{100 * gain:+.2f}", percent(claims)])
     yield "## The whole way, without a true difference"
     yield ""
-    yield "A sweep of so many arms with so many replicates; its winner by median accuracy; confirmation with fresh seeds on other questions,"
-    yield f"by the default rule (looks at {', '.join(map(str, CONFIRM.looks))} replicates) and, apart, with the sweep's number of replicates looked at"
-    yield "once. *False*: better or worse. Required: at most 6 % from confirmation. The rule's interval holds for all looks"
-    yield "together, so that at the look where it ends it holds the truth more often than 95 %."
+    yield "A sweep of so many arms with so many replicates; its winner by median accuracy; confirmation with fresh seeds on other"
+    yield f"questions, by the default rule (looks at {', '.join(map(str, CONFIRM.looks))} replicates) and, apart, with the sweep's number"
+    yield "of replicates looked at once. *False*: better or worse. Required: at most 6 % from confirmation. The rule's interval holds for all"
+    yield "looks together, so at the look where it ends it may hold the truth more often than in 95 %."
     yield ""
     head = [
         "sd, points",
@@ -209,8 +207,8 @@ def whole_way(count: int, rng: np.random.Generator) -> Iterator[str]:
         everything = pooled(cells)
         worst, least, most = max(t.false for t in cells), min(t.coverage for t in cells), max(t.coverage for t in cells)
         yield (
-            f"- {text}: {percent(everything.false)} % false over all {everything.simulations:,}, at most {percent(worst)} % in a cell; intervals "
-            f"hold the truth in {percent(everything.coverage)} % ({percent(least)} to {percent(most)} in a cell)"
+            f"- {text}: {percent(everything.false)} % false over all {everything.simulations:,}, at most {percent(worst)} % in a cell; "
+            f"intervals hold the truth in {percent(everything.coverage)} % ({percent(least)} to {percent(most)} in a cell)"
         )
     chance = 100 * math.sqrt(0.05 * 0.95 / count)
     yield f"- a cell that is wrong in exactly 5 % comes out as 5 ± {chance:.1f} (one standard error of {count:,} simulations)"
@@ -250,8 +248,10 @@ def known_differences(count: int, rng: np.random.Generator) -> Iterator[str]:
     yield "Required: coverage 93 to 97 %."
     yield ""
     yield from table(["sd, points", "replicates", "true difference, points", "found %", "theory %", "interval holds %"], rows)
-    yield f"- found minus theory: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f} points of per cent, mean {100 * float(np.mean(gaps)):+.1f}"
-    yield f"- intervals hold the truth in {percent(float(np.mean(coverages)))} % ({percent(min(coverages))} to {percent(max(coverages))} in a cell)"
+    extremes = percent(min(coverages)), percent(max(coverages))
+    mean = 100 * float(np.mean(gaps))
+    yield f"- found minus theory: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f} percentage points, mean {mean:+.1f}"
+    yield f"- intervals hold the truth in {percent(float(np.mean(coverages)))} % ({extremes[0]} to {extremes[1]} in a cell)"
     yield ""
 
 
@@ -267,7 +267,8 @@ def confirmation_finds(count: int, rng: np.random.Generator) -> Iterator[str]:
             rows.append([points(sd), points(effect), *verdicts, f"{found.replicates / count:.1f}", percent(found.coverage)])
     yield "## What confirmation finds"
     yield ""
-    yield f"The default rule. With a true difference of {points(MARGIN)} point, the margin itself, `same` is false: its level is 2.5 % (only one side can err)."
+    yield f"The default rule. With a true difference of {points(MARGIN)} point, the margin itself, `same` is false; only one side of the"
+    yield "interval can err so, hence at most 2.5 %."
     yield ""
     head = ["sd, points", "true difference, points", "better %", "worse %", "same %", "undecided %", "replicates used", "interval holds %"]
     yield from table(head, rows)
@@ -294,8 +295,8 @@ def hard_worlds(count: int, rng: np.random.Generator) -> Iterator[str]:
             rows.append([name, replicates, *cells])
     yield "## Worlds in which replicates do not see everything"
     yield ""
-    yield "No difference over all questions there are, looked at once; what an arm's liking for these 2,048 questions does, replicates repeat."
-    yield "With the answers the interval knows it; with the number of questions alone only copies are recognised (and then widely hedged)."
+    yield "No difference over all questions there are, looked at once; what an arm owes to these 2,048 questions, its replicates repeat."
+    yield "With the answers the interval knows it; with the number of questions alone only copies are recognised."
     yield ""
     head = ["world", "replicates", "false %", "interval holds %", "number of questions alone: false %", "holds %"]
     yield from table(head, rows)
@@ -360,7 +361,7 @@ def naive_ways(count: int, rng: np.random.Generator) -> Iterator[str]:
         "sd, points",
         "McNemar pooled over 3 seeds %",
         "McNemar on a single seed %",
-        f"95 % interval looked at {looks} times replicates %",
+        f"95 % interval looked at with {looks} replicates %",
     ]
     yield from table(head, rows)
 
@@ -378,10 +379,10 @@ def main() -> None:
     lines = [
         "# Calibration: can the verdicts be believed?",
         "",
-        f"Made by `python -m tests.benchmarks.calibration --simulations {options.simulations} --seed {options.seed}`: simulated sweeps with a",
-        f"known truth, {options.simulations:,} per row, {QUESTIONS:,} questions, accuracies near 75 %. *sd*: run-to-run, of one accuracy, in",
-        "points; answering the questions adds "
-        f"{100 * math.sqrt(ANSWERING):.2f} points to every paired difference. How the worlds are made: `tests/benchmarks/calibration.py`.",
+        f"Made by `python -m tests.benchmarks.calibration --simulations {options.simulations} --seed {options.seed}`: simulated sweeps",
+        f"with a known truth, {options.simulations:,} per row, {QUESTIONS:,} questions, accuracies near 75 %. *sd*: run-to-run, of one",
+        f"accuracy, in points; the chance in answering adds an sd of {100 * math.sqrt(ANSWERING):.2f} points to every paired difference.",
+        "How the worlds are made: `tests/benchmarks/calibration.py`.",
         "",
     ]
     for part, stream in zip(PARTS, np.random.SeedSequence(options.seed).spawn(len(PARTS)), strict=True):
