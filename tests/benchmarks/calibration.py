@@ -187,8 +187,8 @@ def whole_way(count: int, rng: np.random.Generator) -> Iterator[str]:
     yield ""
     yield "A sweep of so many arms with so many replicates; its winner by median accuracy; confirmation with fresh seeds on other"
     yield f"questions, by the default rule (looks at {', '.join(map(str, CONFIRM.looks))} replicates) and, apart, with the sweep's number"
-    yield "of replicates looked at once. *False*: better or worse. Required: at most 6 % from confirmation. The rule's interval holds for all"
-    yield "looks together, so at the look where it ends it may hold the truth more often than in 95 %."
+    yield "of replicates looked at once. *False*: better or worse. Required: at most 6 % from confirmation. The rule's interval holds for"
+    yield "all looks together, so at the look where it ends it may hold the truth more often than in 95 %."
     yield ""
     head = [
         "sd, points",
