@@ -24,15 +24,17 @@ from ray.scripts.scripts import start, symmetric_run
 
 from search import cluster
 from search.cluster import check_fits, resources, submit
-from search.tracking import load_study
+from search.tracking import load_config, load_study
 from spaces.errors import ConfigError
-from spaces.reading import parse_yaml
+from spaces.reading import parse_yaml, read_config
 from spaces.workloads import WORKLOADS
-from tests.ray_nodes import Cluster, head_node
+from tests.ray_nodes import Cluster, head_node, kill_raylet, worker_node
+from trainable.trial import run_trial
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "cluster"
 HERE = "http://127.0.0.1:1"
+RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 
 
 # What a trial asks of a node
@@ -235,22 +237,14 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         "  - {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}\n"
     )
     with head_node(short, cpus=1, python=bare_python(short / "env")) as running:
-        arguments = ["sweep", "space.yaml", "--workload", "tiny", "--trials", "2", "--submit", running.dashboard]
+        arguments = ["sweep", "space.yaml", "--workload", "tiny", "--trials", "2", "--name", "s", "--submit", running.dashboard]
         arguments += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "noise.sigma_end=0.0005"]
-        script = (
-            f"from search.cluster import submit; s = submit({arguments!r}, {running.dashboard!r}, 's'); print(s.id, s.follow[1], sep='\\n')"
-        )
         done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=dict(running.environment),
-            cwd=laptop,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+            [*RIN, *arguments], env=dict(running.environment), cwd=laptop, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
-        job, follow = done.stdout.split("\n")[:2]
+        (job,) = re.findall(r"submitted as (\w+):", done.stdout)
+        assert f"rin status s --store {laptop}/runs" in done.stdout
 
         stranger = urllib.request.Request(f"{running.dashboard}/api/jobs/")
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -263,10 +257,47 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         assert state["status"] == "SUCCEEDED", log
         assert state["entrypoint"].startswith("python rin.py sweep space.yaml")
         assert state["metadata"] == {"sweep": "s"}
-    assert shlex.split(follow) == ["rin", "status", "s", "--store", str(laptop / "runs")]
     records = load_study(f"sqlite:///{laptop}/runs/mlflow.db", "s")
     assert [record.status for record in records] == ["completed", "completed"]
     assert 0.001 <= float(records[1].params["noise.sigma_start"]) <= 0.002
+
+
+@pytest.mark.slow
+def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_path: Path) -> None:
+    """Three raylets, tokens on: a head without CPUs, a node that dies in the middle of a trial, and one that comes instead."""
+    trials = tmp_path / "s" / "trials"
+    arguments = ["--workload", "tiny", "--trials", "2", "--name", "s", "--store", str(tmp_path)]
+    arguments += ["--set", "grpo.steps=40", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
+    with head_node(short, cpus=0) as running, worker_node(running, short, cpus=1) as first:
+        with subprocess.Popen(
+            [*RIN, "sweep", *arguments, "--address", running.address],
+            env=dict(running.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as sweep:
+            deadline = time.monotonic() + 120
+            while not any(path.parent.name > "checkpoint-000003" for path in trials.glob("*/*/progress.json")):
+                assert sweep.poll() is None, sweep.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            kill_raylet(first)
+            assert not list(trials.glob("*/outcome.json")), "the first trial was under way"
+            with worker_node(running, short, cpus=2):
+                said, _ = sweep.communicate(timeout=300)
+        assert sweep.returncode == 0, said
+
+    records = load_study(f"sqlite:///{tmp_path}/mlflow.db", "s")
+    assert [(record.arm, record.replicate, record.status) for record in records] == [("control", 0, "completed"), ("c01", 0, "completed")]
+    assert all(record.ended is not None for record in records)
+    assert {folder.name: len(list(folder.glob("attempt-*.json"))) for folder in trials.iterdir()} == {"control-0": 2, "c01-0": 1}
+    killed, went_on = (json.loads((trials / "control-0" / f"attempt-00{number}.json").read_text()) for number in (1, 2))
+    assert (killed["ended"], went_on["ended"]) == ("", "outcome")
+    assert went_on["first_step"] > 0, "it did not begin again"
+    reports = json.loads((trials / "control-0" / "outcome.json").read_text())["reports"]
+    undisturbed = list(run_trial(read_config(load_config(f"sqlite:///{tmp_path}/mlflow.db", records[0].run_id))))
+    for name in ("grpo/reward", "gen/entropy", "grpo/grad_norm"):
+        assert [report[name] for report in reports] == [report.signals[name] for report in undisturbed]
 
 
 # The examples
