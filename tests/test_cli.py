@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dashboards.doctor import Check, examine
-from search.tracking import default_tracking_uri, load_study
+from search.store import default_tracking_uri
+from search.tracking import load_study
 from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
 
@@ -106,7 +107,7 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert TrialConfig.model_validate(tree).threads == 1
     repeated = rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
     outcome = json.loads(repeated.stdout.splitlines()[-1])
-    records = load_study(default_tracking_uri(tmp_path / "runs"), "first")
+    records = load_study(default_tracking_uri(str(tmp_path / "runs")), "first")
     assert any(r.metrics["eval/accuracy"] == outcome["eval"]["accuracy"] for r in records)
     assert rin("export", "first", "--to", "verl", cwd=tmp_path).stdout.startswith("++trainer.noise_injection.enabled=")
     refused = rin("export", "first", "--to", "toml", cwd=tmp_path)

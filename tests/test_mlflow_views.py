@@ -25,7 +25,8 @@ import pytest
 from dashboards import mlflow_views
 from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state
 from search import tracking
-from search.tracking import MLflowCallback, check_tracking, default_tracking_uri, load_study
+from search.store import default_tracking_uri
+from search.tracking import MLflowCallback, check_tracking, load_study
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import as_tree, flatten_fields
 from trainable.signals import NAMES
@@ -41,7 +42,7 @@ ARMS = (  # sigma_start, modules, step of its collapse
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store with the experiment of a sweep."""
-    uri = default_tracking_uri(tmp_path_factory.mktemp("store"))
+    uri = default_tracking_uri(str(tmp_path_factory.mktemp("store")))
     check_tracking(uri, EXPERIMENT)
     return uri
 

@@ -18,7 +18,6 @@ def record(arm: str, replicate: int = 0, accuracy: float | None = 0.5, status: s
     metrics = {} if accuracy is None else {"eval/accuracy": accuracy, "eval/accuracy_start": 0.1, "rin/steps_done": 29.0}
     given: dict[str, Any] = {
         "run_id": f"{arm}{replicate}",
-        "trial_id": f"{arm}{replicate}",
         "arm": arm,
         "replicate": replicate,
         "origin": "control" if arm.startswith("control") else "searcher",

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,10 +25,10 @@ import pytest
 
 from search import spool as spool_module
 from search import tracking
+from search.store import default_tracking_uri
 from search.tracking import (
     MLflowCallback,
     check_tracking,
-    default_tracking_uri,
     deliver_spool,
     load_config,
     load_correct,
@@ -44,7 +45,7 @@ SAMPLES = [{"step": 0, "prompt": "1+2=", "completion": "3", "answer": "3", "rewa
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return default_tracking_uri(tmp_path_factory.mktemp("my store"))
+    return default_tracking_uri(str(tmp_path_factory.mktemp("my store")))
 
 
 @pytest.fixture
@@ -63,9 +64,10 @@ def make_callback(uri: str, experiment: str, folder: Path) -> MLflowCallback:
     return MLflowCallback(uri=uri, experiment=experiment, sweep="it's a sweep", spool=folder / "spool")
 
 
-def make_trial(trial_id: str = "t1", arm: str = "c03", config: dict[str, Any] | None = None, error_file: str | None = None) -> Any:
-    setting = {"config": CONFIG if config is None else config, "arm": arm, "replicate": 2, "origin": "searcher"}
-    return SimpleNamespace(trial_id=trial_id, config=setting, error_file=error_file, num_failures=1)
+def make_trial(arm: str = "c03", config: dict[str, Any] | None = None, error_file: str | None = None, folder: str = "/nowhere") -> Any:
+    """As Tune hands it over; its own id differs at each start."""
+    setting = {"config": CONFIG if config is None else config, "arm": arm, "replicate": 2, "origin": "searcher", "folder": folder}
+    return SimpleNamespace(trial_id=uuid.uuid4().hex, config=setting, error_file=error_file, num_failures=1)
 
 
 def result(step: int, **more: Any) -> dict[str, Any]:
@@ -172,12 +174,16 @@ def test_a_relative_sqlite_path_is_made_absolute(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     experiment_id = check_tracking("sqlite:///sub/mlflow.db", "x")
     assert (tmp_path / "sub" / "mlflow.db").exists()
-    assert tracking.absolute_uri("sqlite:///sub/mlflow.db") == f"sqlite:///{tmp_path}/sub/mlflow.db" == default_tracking_uri(Path("sub"))
+    assert (
+        tracking.absolute_uri("sqlite:///sub/mlflow.db")
+        == f"sqlite:///{tmp_path}/sub/mlflow.db"
+        == default_tracking_uri(str(tmp_path / "sub"))
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert check_tracking(f"sqlite:///{tmp_path}/sub/mlflow.db", "x") == experiment_id
     check_tracking("sqlite:///sub/mlflow.db", "x")  # MLflow itself remembers the store of this text
-    assert load_study(default_tracking_uri(tmp_path / "elsewhere" / "sub"), "x") == ()
+    assert load_study(default_tracking_uri(str(tmp_path / "elsewhere" / "sub")), "x") == ()
 
 
 def free_port() -> int:
@@ -218,7 +224,7 @@ def test_a_deleted_experiment_is_refused_with_the_remedy(uri: str, experiment: s
 
 
 def test_a_store_that_can_be_read_but_not_written_is_refused(tmp_path: Path) -> None:
-    uri = default_tracking_uri(tmp_path)
+    uri = default_tracking_uri(str(tmp_path))
     check_tracking(uri, "x")
     with sqlite3.connect(tmp_path / "mlflow.db") as database:  # file permissions do not stop root
         database.execute("CREATE TRIGGER t BEFORE INSERT ON experiment_tags BEGIN SELECT RAISE(ABORT, 'read only'); END")
@@ -229,7 +235,7 @@ def test_a_store_that_can_be_read_but_not_written_is_refused(tmp_path: Path) -> 
 
 def test_reading_makes_no_database(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        load_study(default_tracking_uri(tmp_path), "x")
+        load_study(default_tracking_uri(str(tmp_path)), "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,7 +247,7 @@ def test_a_completed_trial_reads_back_as_it_was(callback: MLflowCallback, uri: s
     run_one(callback)
     callback.close()
     (record,) = load_study(uri, experiment)
-    assert (record.trial_id, record.arm, record.replicate, record.origin) == ("t1", "c03", 2, "searcher")
+    assert (record.arm, record.replicate, record.origin) == ("c03", 2, "searcher")
     assert (record.status, record.rule, record.reason) == ("completed", "", "")
     assert record.params.keys() == flatten(CONFIG).keys()
     assert (record.params["noise.sigma_start"], record.params["noise.modules"], record.params["quant.scale_rule"]) == (
@@ -334,14 +340,46 @@ def test_a_trial_that_fails_in_its_setup_has_a_run_with_the_error(
 ) -> None:
     (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\n  File x\n\x1b[36mRuntimeError: no GPU\x1b[39m\n\n")
     callback.on_trial_error(trial=make_trial(error_file=str(tmp_path / "error.txt")))
-    callback.on_trial_error(trial=make_trial(trial_id="t2", error_file=None))
+    callback.on_trial_error(trial=make_trial(arm="c04", error_file=None))
     callback.close()
-    first, second = sorted(load_study(uri, experiment), key=lambda record: record.trial_id)
+    first, second = sorted(load_study(uri, experiment), key=lambda record: record.arm)
     assert (first.status, first.reason) == ("failed", "RuntimeError: no GPU")
     assert (second.status, second.reason) == ("failed", "unknown")
     assert mlflow_run(uri, first.run_id).info.status == "FAILED"
     with pytest.raises(ConfigError, match=r"has no correct\.json"):
         load_correct(uri, first.run_id)
+
+
+def test_a_trial_that_hung_until_its_retries_were_used_up_failed_by_rule_hang(
+    callback: MLflowCallback, uri: str, experiment: str, tmp_path: Path
+) -> None:
+    attempt = {"started": 1.0, "seen": 2.0, "step": 3, "ended": "hang", "reason": "step 3: phase rollout took over 900 s"}
+    for number in (1, 2, 3):
+        (tmp_path / f"attempt-{number:03d}.json").write_text(json.dumps(attempt))
+    (tmp_path / "error.txt").write_text("ray.exceptions.ActorDiedError: the actor died")
+    callback.on_trial_error(trial=make_trial(error_file=str(tmp_path / "error.txt"), folder=str(tmp_path)))
+    callback.close()
+    (record,) = load_study(uri, experiment)
+    assert (record.status, record.rule) == ("failed", "hang")
+    assert record.reason == "step 3: phase rollout took over 900 s (3 attempts)"
+
+
+def test_a_stopped_trial_s_evaluation_arrives_after_its_end_and_only_there(callback: MLflowCallback, uri: str, experiment: str) -> None:
+    callback.on_trial_start(trial=make_trial())
+    callback.on_trial_result(trial=make_trial(), result=result(0))
+    callback.on_trial_complete(trial=make_trial())
+    completed = make_trial(arm="c04")
+    callback.on_trial_result(trial=completed, result=result(0, outcome=outcome("completed", 0)))
+    callback.close()
+    changed = outcome("stopped", 1)
+    changed["eval"] = changed["eval"] | {"accuracy": 0.5}
+    for arm, replicate in (("c03", 2), ("c04", 2), ("nobody", 0)):
+        callback.add_outcome(arm, replicate, changed)
+    callback.close()
+    stopped, done = sorted(load_study(uri, experiment), key=lambda record: record.arm)
+    assert (stopped.status, stopped.metrics["eval/accuracy"]) == ("stopped", 0.5)
+    assert (done.status, done.metrics["eval/accuracy"]) == ("completed", 0.75)
+    assert load_correct(uri, stopped.run_id) == [1, 1, 0, 1]
 
 
 def test_an_error_that_a_retry_mended_is_not_the_reason_of_the_outcome(
@@ -379,15 +417,15 @@ def test_a_trial_stopped_by_the_scheduler_is_stopped_and_finished(callback: MLfl
     callback.on_trial_start(trial=trial)
     callback.on_trial_result(trial=trial, result=result(0, done=True, **{"eval/accuracy": 0.3}))
     callback.on_trial_complete(trial=trial)
-    callback.on_trial_complete(trial=make_trial(trial_id="never started"))
+    callback.on_trial_complete(trial=make_trial(arm="c09"))
     callback.close()
     (record,) = load_study(uri, experiment)
     assert (record.status, record.metrics["eval/accuracy"], mlflow_run(uri, record.run_id).info.status) == ("stopped", 0.3, "FINISHED")
 
 
 def test_close_without_completion_closes_every_run_with_what_it_has(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    for trial_id in ("t1", "t2"):
-        callback.on_trial_start(trial=make_trial(trial_id=trial_id))
+    for arm in ("c03", "c04"):
+        callback.on_trial_start(trial=make_trial(arm=arm))
     callback.on_trial_result(trial=make_trial(), result=result(0, samples=SAMPLES, **{"grpo/reward": 0.1}))
     callback.close()
     callback.close()
@@ -395,7 +433,7 @@ def test_close_without_completion_closes_every_run_with_what_it_has(callback: ML
     assert [record.status for record in records] == ["stopped", "stopped"]
     assert [mlflow_run(uri, record.run_id).info.status for record in records] == ["KILLED", "KILLED"]
     assert all(record.ended for record in records)
-    (sampled,) = [record for record in records if record.trial_id == "t1"]
+    (sampled,) = [record for record in records if record.arm == "c03"]
     assert json.loads(tracking._read_file(uri, sampled.run_id, "samples.json"))["data"][0][2] == "3"
 
 
@@ -454,7 +492,7 @@ def test_a_pickled_callback_is_the_live_one_and_holds_no_password(tmp_path: Path
     assert b"secret" not in pickled
     assert pickle.loads(pickled) is callback
     tracking._LIVE.pop("s")
-    with pytest.raises(ConfigError, match=r"before Tuner\.restore"):
+    with pytest.raises(ConfigError, match="belongs to the process that made it; make a new one"):
         pickle.loads(pickled)
 
 
@@ -462,12 +500,12 @@ def test_a_study_is_read_page_by_page_in_order_of_start_without_the_runs_of_othe
     callback: MLflowCallback, uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking._client(uri).create_run(check_tracking(uri, experiment), tags={"status": "somebody's own run"})
-    for trial_id in ("t3", "t1", "t2"):
-        callback.on_trial_start(trial=make_trial(trial_id=trial_id))
+    for arm in ("c03", "c01", "c02"):
+        callback.on_trial_start(trial=make_trial(arm=arm))
         time.sleep(0.002)
     callback.close()
     monkeypatch.setattr(tracking, "RUNS_PER_PAGE", 2)
-    assert [record.trial_id for record in load_study(uri, experiment)] == ["t3", "t1", "t2"]
+    assert [record.arm for record in load_study(uri, experiment)] == ["c03", "c01", "c02"]
 
 
 def test_study_that_does_not_exist_is_the_users_mistake(uri: str) -> None:
@@ -697,12 +735,14 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
 
     class Toy(tune.Trainable):  # type: ignore[misc]
         def setup(self, config: dict[str, Any]) -> None:
-            self.arm, self.steps_done = config["arm"], 0
+            self.arm, self.own = config["arm"], Path(config["folder"]) / config["arm"]
+            self.steps_done = int(self.own.read_text()) if self.own.exists() else 0
             if self.arm == "bad-setup" and not repaired.exists():
                 raise RuntimeError("no GPU in setup")
 
         def step(self) -> dict[str, Any]:
             step, self.steps_done = self.steps_done, self.steps_done + 1
+            self.own.write_text(str(step))
             if self.arm == "bad-step" and step == 1 and not repaired.exists():
                 raise ValueError("boom in step")
             report = {"step": step, "seconds": 0.1, "collapsed": 0, "rule": "", "evidence": "", "grpo/reward": step / 10}
@@ -716,13 +756,10 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
             return report
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
-            (Path(checkpoint_dir) / "step").write_text(str(self.steps_done))
-
-        def load_checkpoint(self, checkpoint_dir: str) -> None:
-            self.steps_done = int((Path(checkpoint_dir) / "step").read_text())
+            raise AssertionError("nothing here is saved by Tune")
 
     arms = ["completes", "collapses", "bad-step", "bad-setup", "endless"]
-    space = {"config": {"seed": 1, "noise": {"sigma_start": 0.05}}, "arm": tune.grid_search(arms), "replicate": 0, "origin": "point"}
+    setting = {"config": {"seed": 1, "noise": {"sigma_start": 0.05}}, "replicate": 0, "origin": "point", "folder": str(tmp_path)}
     calls: list[tuple[str, str]] = []
 
     class Watched(MLflowCallback):
@@ -745,17 +782,15 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
     home = tmp_path / "workers"
     home.mkdir()
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"working_dir": str(home)}, log_to_driver=False)
-    try:
+
+    def run(arms: list[str], name: str) -> Any:
         callback = Watched(uri=uri, experiment=experiment, sweep="toy", spool=tmp_path / "spool")
-        config = tune.RunConfig(
-            name="toy",
-            storage_path=str(tmp_path),
-            callbacks=[callback],
-            stop={"training_iteration": 4},
-            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-            verbose=0,
-        )
-        grid = tune.Tuner(Toy, param_space=space, run_config=config).fit()
+        stop = {"training_iteration": 4}
+        config = tune.RunConfig(name=name, storage_path=str(tmp_path), callbacks=[callback], stop=stop, verbose=0)
+        return tune.Tuner(Toy, param_space={**setting, "arm": tune.grid_search(arms)}, run_config=config).fit()
+
+    try:
+        grid = run(arms, "first")
         assert len(grid) == 5
         assert grid.num_errors == 2
         records = {record.arm: record for record in load_study(uri, experiment)}
@@ -786,11 +821,7 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
         assert next(call for arm, call in calls if arm == "bad-setup") == "error"
 
         repaired.touch()
-        again = Watched(uri=uri, experiment=experiment, sweep="toy", spool=tmp_path / "spool")
-        tuner = tune.Tuner.restore(str(tmp_path / "toy"), Toy, resume_errored=True)
-        grid = tuner.fit()
-        assert grid.num_errors == 0
-        assert again._ended  # Tuner.restore took this very object
+        assert run(["bad-step", "bad-setup"], "again").num_errors == 0  # another Tuner, other ids of Tune's
         resumed = {record.arm: record for record in load_study(uri, experiment)}
         assert {arm: record.run_id for arm, record in resumed.items()} == {arm: record.run_id for arm, record in records.items()}
         assert [resumed[arm].status for arm in arms] == ["completed", "collapsed", "completed", "completed", "stopped"]

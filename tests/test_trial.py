@@ -21,6 +21,7 @@ from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
 from trainable.checkpoint import load_state, save_state
+from trainable.folder import Folder
 from trainable.evaluation import evaluate, evaluate_unquantized
 from trainable.model import block_of
 from trainable.noise import sigma_at
@@ -121,16 +122,14 @@ def test_a_restored_trial_continues_bit_for_bit(tiny: Tiny, tmp_path: Path, over
     undisturbed = Trial(config)
     reports = []
     while True:
-        folder = tmp_path / str(undisturbed.so_far.next_step)
-        folder.mkdir()
-        save_state(folder, undisturbed.state_dict())
+        save_state(Folder(str(tmp_path)) / str(undisturbed.so_far.next_step), undisturbed.state_dict())
         if undisturbed.done:
             break
         reports.append(comparable(undisturbed.step()))
     outcome, weights = comparable_outcome(undisturbed.outcome()), weights_of(undisturbed)
     for step in range(6):
         restored = Trial(config)
-        restored.load_state_dict(load_state(tmp_path / str(step)))
+        restored.load_state_dict(load_state(Folder(str(tmp_path)) / str(step)))
         assert [comparable(r) for r in finish(restored)] == reports[step:]
         assert same_weights(weights_of(restored), weights)
         assert comparable_outcome(restored.outcome()) == outcome
@@ -153,11 +152,11 @@ def test_a_checkpoint_is_not_touched_by_what_follows(tiny: Tiny) -> None:
 
 
 def test_a_checkpoint_of_another_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    save_state(tmp_path, Trial(tiny()).state_dict())
+    save_state(Folder(str(tmp_path)), Trial(tiny()).state_dict())
     file = tmp_path / "progress.json"
-    file.write_text(file.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(ConfigError, match=r"checkpoint version 99, this program writes 1; use the program that wrote it"):
-        load_state(tmp_path)
+    file.write_text(file.read_text().replace('"version": 2', '"version": 99', 1))
+    with pytest.raises(ConfigError, match=r"checkpoint version 99, this program reads 2; use the program that wrote it"):
+        load_state(Folder(str(tmp_path)))
 
 
 def test_the_recorded_configuration_is_the_one_that_ran(tiny: Tiny) -> None:
