@@ -21,8 +21,8 @@ from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
 from trainable.checkpoint import load_state, save_state
-from trainable.folder import Folder
 from trainable.evaluation import evaluate, evaluate_unquantized
+from trainable.folder import Folder
 from trainable.model import block_of
 from trainable.noise import sigma_at
 from trainable.seeds import generator
