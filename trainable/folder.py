@@ -111,4 +111,6 @@ def _store(uri: str) -> tuple[Any, str]:
         store, root = FileSystem.from_uri(uri)
     except Exception as error:  # pyarrow.lib's errors, ImportError of a build without that store
         raise ConfigError(f"--store {uri.partition('?')[0]}: {str(error).splitlines()[0]}; give a folder or an s3:// URI") from None
+    if not root.strip("/"):
+        raise ConfigError(f"--store {uri.partition('?')[0]}: names no bucket; give a folder or an s3:// URI such as s3://bucket/runs")
     return store, root.rstrip("/")
