@@ -9,7 +9,8 @@ one (a character is a token) and a byte-level one with a chat template, so that 
 import getpass
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def tiny() -> Tiny:
         return read_config(WORKLOADS["tiny"].settings, ["task.digits=1", *overrides])
 
     return config
+
+
+@pytest.fixture(scope="session")
+def s3_store() -> Iterator[Callable[[str], str]]:
+    """s3_store("runs"): the URI of that folder on a local S3 server. Credentials come by the environment, as on a real machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(name, value)
+        server.start()
+        address = "{}:{}".format(*server.get_host_and_port())
+        urllib.request.urlopen(urllib.request.Request(f"http://{address}/bucket", method="PUT")).close()
+        yield lambda folder: f"s3://bucket/{folder}?scheme=http&endpoint_override={address}"
+        server.stop()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
