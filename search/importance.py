@@ -8,9 +8,9 @@ breaks runs at one end matters to fANOVA and little to PED-ANOVA among the good.
 those trials, beside the dimensions that all of them have. Each row names its number of trials; shares of rows with
 different trials are not parts of one whole, and must not be added or ranked against each other.
 
-**Chance.** Every dimension gets some share from noise, a lot of it from few trials. So the results are dealt out to the trials at random,
-19 times, and the highest share that the dimension then reaches is told as `chance`: one without influence stays below it in 95 of
-100 cases. With fewer than MIN_TRIALS trials there is no number at all.
+**Chance.** Every dimension gets some importance from noise, a lot of it from few trials. So the results are dealt out to the trials at
+random, 19 times, and the highest importance that the dimension then reaches is told as `chance`, on the same scale: one without
+influence stays below it in 95 of 100 cases. With fewer than MIN_TRIALS trials there is no number at all.
 
 A sampler that learns looks closely where results are good. Both methods then describe the trials that were run, not the whole space.
 """
@@ -44,7 +44,7 @@ class Importance:
     importance: float | None
     """Share among the dimensions assessed on the same trials, 0 to 1; None where it cannot be said, and `note` tells why."""
     chance: float | None
-    """What a dimension without influence stays below, in 95 of 100 cases."""
+    """What it would stay below without any influence, in 95 of 100 cases; 0 to 1."""
     trials: int
     """Complete trials in which the dimension exists."""
     of: int
@@ -105,15 +105,20 @@ def _assess(
     objective: int,
     seed: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results."""
+    """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results, as a share of the same
+    whole: among dealt results shares would say nothing, since they add up to 1 there too."""
     values = [trial.values[objective] for trial in trials]
     rng = np.random.default_rng(seed)
-    shares = _shares(direction, trials, values, names, method, seed)
-    dealt = [_shares(direction, trials, rng.permutation(values).tolist(), names, method, seed) for _ in range(DEALS)]
-    return shares, {name: max(deal[name] for deal in dealt) for name in names}
+    found = _raw(direction, trials, values, names, method, seed)
+    dealt = [_raw(direction, trials, rng.permutation(values).tolist(), names, method, seed) for _ in range(DEALS)]
+    whole = sum(found.values()) or 1.0
+    return (
+        {name: value / whole for name, value in found.items()},
+        {name: min(1.0, max(deal[name] for deal in dealt) / whole) for name in names},
+    )
 
 
-def _shares(
+def _raw(
     direction: optuna.study.StudyDirection,
     trials: Sequence[optuna.trial.FrozenTrial],
     values: Sequence[float],
@@ -121,7 +126,7 @@ def _shares(
     method: Method,
     seed: int,
 ) -> dict[str, float]:
-    """In a study in memory that holds exactly these trials, dimensions and results."""
+    """Before it is made a share; from a study in memory that holds exactly these trials, dimensions and results."""
     part = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=seed))
     part.add_trials(
         [
@@ -140,5 +145,5 @@ def _shares(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        found: dict[str, float] = get_param_importances(part, evaluator=evaluator, params=list(names))
+        found: dict[str, float] = get_param_importances(part, evaluator=evaluator, params=list(names), normalize=False)
     return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,187 @@
+"""The boundary is statsmodels' where outcomes overlap, a bracket where they are separated, one-sided where all runs ended alike."""
+
+import math
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from scipy import optimize, special, stats
+
+from search.tolerance import Boundary, NoisyRun, boundaries
+
+
+def runs(outcomes: dict[float, list[int]], mode: str = "w4a4", kind: str = "linear") -> list[NoisyRun]:
+    """{sigma: [1 for a collapse, 0 for none]}"""
+    return [NoisyRun(mode=mode, kind=kind, sigma=sigma, collapsed=bool(c)) for sigma, ends in outcomes.items() for c in ends]
+
+
+def one(outcomes: dict[float, list[int]], confidence: float = 0.95) -> Boundary:
+    (boundary,) = boundaries(runs(outcomes), confidence=confidence)
+    return boundary
+
+
+OVERLAPPING: list[dict[float, list[int]]] = [
+    {0.01: [0, 0, 0, 1], 0.02: [0, 1, 0, 1, 1], 0.05: [1, 1, 0, 1], 0.1: [1, 1, 1]},
+    {0.01: [0] * 20 + [1], 0.02: [0] * 10 + [1] * 10, 0.05: [1] * 20 + [0]},
+    {0.001: [0, 0, 0], 0.003: [0, 0, 1, 0, 0], 0.004: [1, 0, 1], 0.02: [1, 1, 1, 0, 1, 1, 1]},
+]
+
+
+@pytest.mark.parametrize("outcomes", OVERLAPPING)
+def test_the_fit_is_statsmodels_logit(outcomes: dict[float, list[int]]) -> None:
+    rows = runs(outcomes)
+    x, y = np.log([run.sigma for run in rows]), np.array([float(run.collapsed) for run in rows])
+    offset, slope = sm.Logit(y, sm.add_constant(x)).fit(disp=0).params
+    boundary = one(outcomes)
+    assert boundary.status == "fitted"
+    assert boundary.sigma_50 == pytest.approx(math.exp(-offset / slope), rel=1e-6)
+    assert boundary.sigma_10 == pytest.approx(math.exp((math.log(0.1 / 0.9) - offset) / slope), rel=1e-6)
+
+
+@pytest.mark.parametrize("outcomes", OVERLAPPING[1:])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_ends_where_the_likelihood_has_fallen_by_chi_square(outcomes: dict[float, list[int]], confidence: float) -> None:
+    """By statsmodels: the best fit with the boundary held at the interval's end, against the best of all."""
+    rows = runs(outcomes)
+    x, y = np.log([run.sigma for run in rows]), np.array([float(run.collapsed) for run in rows])
+    best = sm.Logit(y, sm.add_constant(x)).fit(disp=0).llf
+    boundary = one(outcomes, confidence)
+    for low, high, p, at in (
+        (boundary.low_50, boundary.high_50, 0.5, boundary.sigma_50),
+        (boundary.low_10, boundary.high_10, 0.1, boundary.sigma_10),
+    ):
+        assert at is not None
+        assert 0 < low < at < high < math.inf
+        for end in (low, high):
+            distance = (x - math.log(end))[:, None]
+            held = sm.GLM(y, distance, family=sm.families.Binomial(), offset=np.full(len(y), special.logit(p))).fit()
+            assert 2 * (best - held.llf) == pytest.approx(stats.chi2.ppf(confidence, 1), rel=1e-5)
+
+
+def test_separated_outcomes_are_a_bracket_and_no_number() -> None:
+    boundary = one({0.001: [0], 0.01: [0] * 5, 0.05: [1] * 5, 0.1: [1]})
+    assert (boundary.status, boundary.held, boundary.broke) == ("bracketed", 0.01, 0.05)
+    assert (boundary.sigma_50, boundary.sigma_10) == (None, None)
+    assert (boundary.low_50, boundary.high_50) == (pytest.approx(0.01, rel=1e-3), pytest.approx(0.05, rel=1e-3))
+    assert "held up to sigma 0.01, every run broke from 0.05" in boundary.words()
+
+
+def test_the_interval_of_few_separated_runs_is_wider_than_their_bracket() -> None:
+    """Of two runs that held, half could have collapsed: 0.25 is not below 5 %. From three on 2 log 2 per run exceeds 3.84."""
+    assert (one({0.01: [0], 0.05: [1]}).low_50, one({0.01: [0], 0.05: [1]}).high_50) == (0.0, math.inf)
+    few = one({0.005: [0], 0.01: [0], 0.05: [1], 0.1: [1]})
+    assert few.low_50 < 0.01
+    assert few.high_50 > 0.05
+    assert one({0.01: [0], 0.05: [1]}).words().endswith("too few runs for an interval")
+
+
+def test_a_separated_interval_is_the_steep_limit_of_the_profile_likelihood() -> None:
+    """Against a brute-force grid of slopes for a boundary inside and outside of the interval."""
+    outcomes = {0.005: [0, 0], 0.01: [0], 0.05: [1, 1], 0.1: [1]}
+    rows = runs(outcomes)
+    x, y = np.log([run.sigma for run in rows]), np.array([run.collapsed for run in rows])
+    boundary = one(outcomes)
+
+    def missing(sigma: float) -> float:
+        logits = np.concatenate([[0.0], np.geomspace(1e-4, 1e6, 4000)])[:, None] * (x - math.log(sigma))
+        return -2 * float(special.log_expit(np.where(y, logits, -logits)).sum(axis=1).max())
+
+    allowed = stats.chi2.ppf(0.95, 1)
+    for end, outward in ((boundary.low_50, 0.98), (boundary.high_50, 1.02)):
+        assert missing(end * outward) > allowed
+        assert missing(end / outward) < allowed
+
+
+def test_outcomes_that_meet_at_one_sigma_are_a_bracket_of_its_neighbours() -> None:
+    boundary = one({0.01: [0, 0, 0], 0.02: [0, 1], 0.05: [1, 1, 1]})
+    assert (boundary.status, boundary.held, boundary.broke, boundary.sigma_50) == ("bracketed", 0.01, 0.05, None)
+    ends = one({0.02: [0, 1], 0.05: [1, 1, 1]})
+    assert (ends.held, ends.broke) == (None, 0.05)
+    assert "some broke at the smallest sigma" in ends.words()
+    assert "some held at the largest" in one({0.01: [0, 0, 0], 0.02: [0, 1]}).words()
+
+
+def test_outcomes_of_one_kind_bound_one_side() -> None:
+    held = one({0.01: [0] * 5, 0.02: [0] * 3})
+    assert (held.status, held.held, held.broke, held.sigma_50, held.high_50) == ("held", 0.02, None, None, math.inf)
+    assert held.low_50 == pytest.approx(0.02, rel=1e-6)
+    assert held.words() == "every run held, up to sigma 0.02; half collapse at more than 0.02"
+    broke = one({0.05: [1] * 3})
+    assert (broke.status, broke.held, broke.broke, broke.low_50) == ("broke", None, 0.05, 0.0)
+    assert broke.high_50 == pytest.approx(0.05, rel=1e-6)
+    assert broke.words() == "every run broke, down to sigma 0.05; half collapse at less than 0.05"
+
+
+def test_a_run_or_two_say_what_they_did_and_no_more() -> None:
+    assert one({0.01: [0, 0]}).words() == "every run held, up to sigma 0.01; too few runs to say more"
+    assert one({0.01: [1, 1]}).words() == "every run broke, down to sigma 0.01; too few runs to say more"
+    lone = one({0.02: [0, 1, 1]})
+    assert (lone.status, lone.sigma_50, lone.low_50, lone.high_50) == ("one sigma", None, 0.0, math.inf)
+    assert lone.words() == "2 of 3 runs broke at the only sigma tried"
+
+
+@pytest.mark.parametrize("outcomes", [{0.01: [1, 1], 0.05: [0, 0]}, {0.01: [0, 1], 0.05: [0, 1]}, {0.01: [1, 0, 1], 0.05: [0, 1, 0]}])
+def test_collapses_that_do_not_grow_with_sigma_have_no_boundary(outcomes: dict[float, list[int]]) -> None:
+    boundary = one(outcomes)
+    assert (boundary.status, boundary.sigma_50, boundary.low_50, boundary.high_50) == ("unordered", None, 0.0, math.inf)
+    assert "no boundary" in boundary.words()
+
+
+def test_a_flat_fit_has_an_open_interval() -> None:
+    """The slope could be 0, so the boundary could be anywhere on one side."""
+    boundary = one({0.01: [0, 0, 1], 0.02: [0, 1, 0], 0.05: [1, 1, 0], 0.1: [1, 1, 1]})
+    assert boundary.status == "fitted"
+    assert boundary.low_50 == 0.0
+
+
+def test_the_interval_holds_the_true_boundary_in_about_95_of_100() -> None:
+    """Six runs at each of five sigmas, true boundary 0.02; separated and open outcomes count too."""
+    rng = np.random.default_rng(0)
+    sigmas = np.array([0.005, 0.01, 0.02, 0.04, 0.08])
+    for steepness in (1.5, 4.0):
+        chances = special.expit(steepness * np.log(sigmas / 0.02))
+        found = [
+            one({sigma: (rng.random(6) < chance).astype(int).tolist() for sigma, chance in zip(sigmas.tolist(), chances, strict=True)})
+            for _ in range(250)
+        ]
+        held = np.mean([boundary.low_50 <= 0.02 <= boundary.high_50 for boundary in found])
+        assert 0.92 <= held <= 0.985
+
+
+def test_every_mode_and_kind_has_a_line_of_its_own() -> None:
+    rows = runs({0.05: [1, 1, 1], 0.01: [0, 0, 0]}) + runs({0.05: [0, 0]}, kind="rmsnorm") + runs({0.1: [1]}, mode="w16a16")
+    table = boundaries(rows)
+    assert [(line.mode, line.kind, line.runs, line.collapsed) for line in table] == [
+        ("w16a16", "linear", 1, 1),
+        ("w4a4", "linear", 6, 3),
+        ("w4a4", "rmsnorm", 2, 0),
+    ]
+    assert boundaries([]) == ()
+
+
+def test_the_order_of_runs_does_not_matter() -> None:
+    rows = runs(OVERLAPPING[0])
+    forward, backward = boundaries(rows)[0], boundaries(rows[::-1])[0]
+    assert forward.sigma_50 == pytest.approx(backward.sigma_50)
+    assert (forward.low_50, forward.high_50) == pytest.approx((backward.low_50, backward.high_50))
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.01, math.nan, math.inf])
+def test_a_sigma_without_logarithm_is_an_error(sigma: float) -> None:
+    with pytest.raises(ValueError, match="no logarithm"):
+        one({sigma: [0]})
+
+
+def test_a_nearly_separated_fit_settles() -> None:
+    """One early collapse among many runs: a steep but finite slope, found also by a general optimiser."""
+    outcomes = {0.01: [0] * 9, 0.0199: [1], 0.02: [0] * 3, 0.0201: [1] * 9, 0.05: [1] * 9}
+    rows = runs(outcomes)
+    x, y = np.log([run.sigma for run in rows]), np.array([run.collapsed for run in rows])
+    centre = math.log(0.02)
+
+    def loss(b: np.ndarray) -> float:
+        logits = b[0] + b[1] * (x - centre)
+        return -float(special.log_expit(np.where(y, logits, -logits)).sum())
+
+    best = optimize.minimize(loss, [0.0, 1.0], method="Nelder-Mead", options={"maxiter": 20000, "xatol": 1e-10, "fatol": 1e-13})
+    assert one(outcomes).sigma_50 == pytest.approx(math.exp(centre - best.x[0] / best.x[1]), rel=1e-4)
