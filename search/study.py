@@ -218,6 +218,7 @@ def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLfl
             scheduler=SCHEDULERS[config.scheduler](config.space, base_tree(config), config.replicates),
             num_samples=config.trials * config.replicates,
             max_concurrent_trials=config.concurrent or 0,
+            reuse_actors=True,  # imports take longer than many a trial
             trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
         ),
         run_config=tune.RunConfig(

@@ -14,9 +14,10 @@ import pytest
 
 from search.export import choose_best, to_verl, to_yaml
 from search.plan import plan_study
-from search.store import StudyConfig, load_study_config, sweeps
-from search.study import StudyResult, TrialEvent, fixed_arms, run_study
-from search.tracking import default_tracking_uri, load_config, load_correct, load_history, load_study
+from search.report import report_study
+from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
+from search.study import StudyResult, TrialEvent, fixed_arms, resume_study, run_study
+from search.tracking import load_config, load_correct, load_history, load_study
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.reading import load_yaml, parse_yaml, read_config
@@ -26,8 +27,20 @@ CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.
 
 
 def study(store: Path, **changes: Any) -> StudyConfig:
-    given = {"name": "s", "space": SPACES["sigma"], "workload": "tiny", "store": str(store), "tracking_uri": default_tracking_uri(store)}
+    given = {
+        "name": "s",
+        "space": SPACES["sigma"],
+        "workload": "tiny",
+        "store": str(store),
+        "tracking_uri": default_tracking_uri(str(store)),
+    }
     return StudyConfig(**{**given, **changes})
+
+
+def folder(config: StudyConfig) -> Path:
+    place = config.folder.local
+    assert place is not None
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +64,7 @@ def test_every_trial_is_one_closed_run_and_the_control_comes_first(finished: tup
     assert len(result.records) == 8
     assert {r.status for r in result.records} <= {"completed", "collapsed"}
     assert all(r.ended is not None for r in result.records)
-    assert not result.interrupted
+    assert result.unfinished == 0
 
 
 @pytest.mark.slow
@@ -99,7 +112,7 @@ def test_the_exported_trial_repeats_its_evaluation_exactly(finished: tuple[Study
     result, _ = finished
     best = result.best
     assert best is not None
-    exported = read_config(load_yaml(result.config.folder / "best.yaml"))
+    exported = read_config(load_yaml(folder(result.config) / "best.yaml"))
     assert exported == best.config
     trial = Trial(exported)
     while not trial.done:
@@ -124,14 +137,14 @@ def test_the_best_configuration_is_feasible_and_called_a_candidate(finished: tup
 @pytest.mark.slow
 def test_a_store_remembers_its_sweeps(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    store = Path(result.config.store)
+    store = result.config.store
     assert sweeps(store) == ["s"]
     assert load_study_config(store, "s") == result.config
     with pytest.raises(ConfigError, match=r"NAME=other: no sweep of that name.*there are s"):
         load_study_config(store, "other")
     with pytest.raises(ConfigError, match=r"--name s: .*exists already"):
         run_study(result.config, lambda event: None)
-    planned = plan_study(study(store, name="next", trials=5, replicates=3), cpus=2)
+    planned = plan_study(study(Path(store), name="next", trials=5, replicates=3), cpus=2)
     assert (planned.runs, planned.searched, planned.slots) == (15, 4, 2)
     assert "median" in planned.seconds_source
 
@@ -147,7 +160,7 @@ def test_a_setting_that_touches_nothing_is_refused_before_anything_runs(tmp_path
     config = study(tmp_path, points=("e13i-v3",), settings={"noise": {"layers": [7]}})
     with pytest.raises(ConfigError, match=r"noise.layers=7: the model has blocks 0 to 1"):
         run_study(config, lambda event: None)
-    assert not config.folder.exists()
+    assert not folder(config).exists()
 
 
 def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -155,7 +168,7 @@ def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9") as caught:
         run_study(config, lambda event: None)
     assert "secret" not in str(caught.value)
-    assert not config.folder.exists()
+    assert not folder(config).exists()
 
 
 @pytest.mark.slow
@@ -209,10 +222,11 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
     _, err = running.communicate(timeout=120)
     assert running.returncode == 1, err
     assert "interrupted" in err
-    records = load_study(default_tracking_uri(tmp_path), "s")
+    records = load_study(default_tracking_uri(str(tmp_path)), "s")
     assert {r.status for r in records} == {"stopped"}
     assert all(r.ended is not None for r in records)
-    assert len(load_correct(default_tracking_uri(tmp_path), records[0].run_id)) == 128, "evaluated as it left, and that was kept"
+    assert list((tmp_path / "s" / "trials").glob("*/checkpoint-*")), "saved before it evaluated itself"
+    assert len(load_correct(default_tracking_uri(str(tmp_path)), records[0].run_id)) == 128, "evaluated as it left, and that was kept"
     deadline = time.monotonic() + 30
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children) and time.monotonic() < deadline:
         time.sleep(0)
@@ -222,3 +236,34 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
 def test_study_json_is_plain_data(tmp_path: Path) -> None:
     config = study(tmp_path, settings={"noise": {"modules": ["linear"]}})
     assert StudyConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
+    finished: tuple[StudyResult, list[TrialEvent]],
+) -> None:
+    result, _ = finished
+    events: list[TrialEvent] = []
+    again = resume_study(load_study_config(result.config.store, "s"), events.append)
+    assert events == []
+    assert again.records == result.records
+    report = report_study(result.config)
+    for row in report.arms:
+        tracked = [r.metrics["eval/accuracy"] for r in result.records if r.arm == row.arm]
+        assert row.accuracy == pytest.approx(sum(tracked) / len(tracked))
+    baseline = next(row for row in report.arms if row.arm == "e13i-baseline")
+    assert (baseline.collapsed, baseline.control, baseline.verdict.split(",")[0]) == (2, "control-resample", "undecided")
+    assert report.ledger.hours > 0
+
+
+@pytest.mark.slow
+def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=3, searcher="random", settings={"eval": {"questions": 16}, "grpo": {"steps": 12}}, budget_hours=1e-5)
+    stopped = run_study(config, lambda event: None)
+    assert stopped.budget_spent
+    assert stopped.unfinished == 3
+    assert {r.status for r in stopped.records} == {"stopped"}
+    assert all(r.ended is not None for r in stopped.records)
+    finished = resume_study(config.model_copy(update={"budget_hours": 1.0}), lambda event: None)
+    assert (finished.unfinished, finished.budget_spent) == (0, False)
+    assert [(r.arm, r.status) for r in finished.records] == [("control", "completed"), ("c01", "completed"), ("c02", "completed")]

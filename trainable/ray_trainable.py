@@ -15,6 +15,7 @@ unpickles, are used by population schedulers alone. A checkpoint is written as o
 when the disk is full the trial goes on without, and says so.
 """
 
+import gc
 import json
 import logging
 import re
@@ -79,6 +80,15 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         self.watchdog.enter("")
         self.broken = False
         return result if outcome is None else with_outcome(result, outcome.as_tree())
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial in this process, which saves it the imports. It is built from its configuration alone, like the first one; of
+        the last trial nothing is kept."""
+        self.cleanup()
+        del self.trial, self.reports
+        gc.collect()  # a model and its hooks refer to each other
+        self.setup(new_config)
+        return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         save_state(Folder(checkpoint_dir), self._state())

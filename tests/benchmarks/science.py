@@ -25,9 +25,9 @@ from typing import Any
 
 from search.export import by_arm
 from search.statistics import Comparison, compare
-from search.store import StudyConfig
+from search.store import StudyConfig, default_tracking_uri
 from search.study import TrialEvent, run_study
-from search.tracking import TrialRecord, default_tracking_uri, load_history
+from search.tracking import TrialRecord, load_history
 from spaces.library import SPACES
 from spaces.reading import parse_overrides
 
@@ -48,7 +48,7 @@ def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides:
         seed=seed,
         settings=parse_overrides(overrides),
         store=str(store),
-        tracking_uri=default_tracking_uri(store),
+        tracking_uri=default_tracking_uri(str(store)),
     )
 
     def view(event: TrialEvent) -> None:
@@ -178,7 +178,7 @@ def draw(store: Path, records: Sequence[TrialRecord], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    uri = default_tracking_uri(store)
+    uri = default_tracking_uri(str(store))
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
     colors = pyplot.get_cmap("tab10").colors
     for color, (arm, runs) in zip(colors, ((a, r) for a, r in by_arm(records).items() if a in CURVES), strict=False):
