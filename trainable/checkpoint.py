@@ -67,11 +67,16 @@ def save_checkpoint(trial: Folder, step: int, state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(trial: Folder) -> tuple[dict[str, Any] | None, list[str]]:
-    """State of the newest checkpoint that is whole (None: there is none), and a line for each that had to be passed over."""
+    """State of the newest checkpoint that is whole (None: there is none), and a line for each that had to be passed over.
+
+    Raises ConfigError for one of another version: it is not damaged, and starting anew would throw its steps away.
+    """
     passed: list[str] = []
     for name in _checkpoints(trial):
         try:
             return load_state(trial / name), passed
+        except ConfigError:  # which is a ValueError, too
+            raise
         except ValueError as error:
             passed.append(f"{name} is damaged ({error}); the one before it is taken")
     return None, passed
