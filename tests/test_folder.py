@@ -131,7 +131,7 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_scratch_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(*((Path, "write_bytes", full) if broken == "write" else (os, "replace", refused)))
-        with pytest.raises(OSError, match="No space|Input/output"):
+        with pytest.raises(OSError, match=r"No space|Input/output"):
             folder.write("a.json", "new")
     assert folder.read("a.json") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -161,7 +161,7 @@ def test_a_place_on_this_disk_is_local_and_an_object_store_is_not() -> None:
 
 @pytest.mark.parametrize("uri", ["nonsense://bucket/runs", "s3://", "s3://bucket/runs?password=secret&scheme=http"])
 def test_a_store_that_nobody_knows_is_the_users_mistake_in_one_line(uri: str) -> None:
-    with pytest.raises(ConfigError, match="--store .*give a folder or an s3:// URI") as caught:
+    with pytest.raises(ConfigError, match=r"--store .*give a folder or an s3:// URI") as caught:
         Folder(uri).read("a.json")
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)

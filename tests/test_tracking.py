@@ -785,8 +785,14 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
 
     def run(arms: list[str], name: str) -> Any:
         callback = Watched(uri=uri, experiment=experiment, sweep="toy", spool=tmp_path / "spool")
-        stop = {"training_iteration": 4}
-        config = tune.RunConfig(name=name, storage_path=str(tmp_path), callbacks=[callback], stop=stop, verbose=0)
+        config = tune.RunConfig(
+            name=name,
+            storage_path=str(tmp_path),
+            callbacks=[callback],
+            stop={"training_iteration": 4},
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            verbose=0,
+        )
         return tune.Tuner(Toy, param_space={**setting, "arm": tune.grid_search(arms)}, run_config=config).fit()
 
     try:
