@@ -382,7 +382,7 @@ Spending = Literal["pocock", "obrien-fleming"]
 class SequentialRule:
     """When arms are compared while replicates are still being added, and how much of the error level each look may use.
 
-    To look at an ordinary 95 % interval five times is wrong in 14 % of null cases. Alpha spending (Lan & DeMets 1983) gives each look
+    To look at an ordinary 95 % interval five times is wrong in 15 % of null cases. Alpha spending (Lan & DeMets 1983) gives each look
     the part of the level that its share of the last look's replicates has earned, so a look that was not planned (the budget ended) has its
     part too. What a look may use is turned into a level for its t test under the joint distribution of the t statistics of all looks. That
     distribution is the same for any spread and is drawn here, with a fixed seed: the normal approximation (Jennison & Turnbull 2000,
