@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -393,7 +394,7 @@ def _wait_until_gone(session: int) -> None:
 
 def _is_trial(process: psutil.Process, session: int) -> bool:
     try:
-        return os.getsid(process.pid) == session and "ray::RinTrainable" in " ".join(process.cmdline())
+        return os.getsid(process.pid) == session and re.match(r"ray::\w*Trainable", " ".join(process.cmdline())) is not None
     except (OSError, psutil.Error):
         return False
 

@@ -1,0 +1,191 @@
+"""What the sweep itself costs: beside a plain loop over the same trials, and in memory over many trials.
+
+    python -m tests.benchmarks.overhead               both, about 25 minutes on two quiet cores; writes docs/overhead.md
+    python -m tests.benchmarks.overhead loop          16 embedded trials, two at a time: sweep against two plain loops
+    python -m tests.benchmarks.overhead memory        1,000 trials of `tiny`: the driver's memory
+
+The plain loop is as bare as it gets: two processes, each with half of the sweep's own configurations, `run_trial` one after the other,
+one thread each; no Ray, no MLflow, no checkpoints. Both are timed from process start to process end.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from search import tracking
+from search.journal import read_arms
+from search.store import StudyConfig, default_tracking_uri
+from search.study import run_study
+from spaces.library import SPACES
+from spaces.reading import merge, read_config
+from spaces.workloads import TRIAL_ENVIRONMENT
+from tests.benchmarks.bench import DOCS
+from trainable.trial import run_trial
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def study(store: Path, **changes: Any) -> StudyConfig:
+    places = {"store": str(store), "tracking_uri": default_tracking_uri(str(store))}
+    return StudyConfig(**{"name": "s", "space": SPACES["sigma"], "searcher": "random", **places, **changes})
+
+
+# --- beside a plain loop ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Seconds in MLflow: those that Tune's own thread waits, and the processor time of the thread that delivers."""
+
+    waiting: float = 0.0
+    delivering: float = 0.0
+
+
+def _measured(meter: _Meter) -> None:
+    """Put clocks around tracking, in this process."""
+
+    def clocked(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*arguments, **options)
+            finally:
+                meter.waiting += time.perf_counter() - started
+
+        return run
+
+    for name in ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error"):
+        setattr(tracking.MLflowCallback, name, clocked(getattr(tracking.MLflowCallback, name)))
+    send = tracking._Backend.send
+
+    def sending(self: Any, *arguments: Any) -> Any:
+        started = time.thread_time()
+        try:
+            return send(self, *arguments)
+        finally:
+            meter.delivering += time.thread_time() - started
+
+    tracking._Backend.send = sending
+
+
+def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> None:
+    meter = _Meter()
+    _measured(meter)
+    result = run_study(study(Path(store), trials=trials, workload=workload, settings=settings), lambda event: None)
+    assert result.unfinished == 0
+    (Path(store) / "mlflow.json").write_text(json.dumps([meter.waiting, meter.delivering]))
+
+
+def _loop(trees: list[Any]) -> None:
+    for tree in trees:
+        for _ in run_trial(read_config(tree)):
+            pass
+
+
+def _timed(*processes: Any) -> float:
+    started = time.perf_counter()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return time.perf_counter() - started
+
+
+def loop(trials: int, rounds: int, workload: str) -> list[str]:
+    ratios, shares = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as store:
+            sweep = _timed(SPAWN.Process(target=_sweep, args=(store, trials, {}, workload)))
+            config = study(Path(store), trials=trials, workload=workload)
+            trees = [merge(arm.tree, {"seed": 0}) for arm in read_arms(config)]
+            plain = _timed(*(SPAWN.Process(target=_loop, args=(trees[half::2],)) for half in range(2)))
+            waiting, delivering = json.loads((Path(store) / "mlflow.json").read_text())
+        ratios.append(sweep / plain)
+        shares.append((waiting / sweep, delivering / (2 * sweep)))
+        told = f"sweep {sweep:.1f} s, plain loops {plain:.1f} s, ratio {sweep / plain:.3f}"
+        print(f"{told}, MLflow {waiting:.2f} s and {delivering:.2f} s", flush=True)
+    listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    waits, delivers = (100 * max(column) for column in zip(*shares, strict=True))
+    return [
+        f"- {trials} {workload} trials, two at a time: the sweep takes {listed} times as long as two plain loops over the same",
+        f"  trials (last round: {sweep:.0f} s against {plain:.0f} s).",
+        f"- MLflow's part of it: the thread that drives the trials waits {waits:.2f} % of the time for tracking; the thread that",
+        f"  delivers takes {delivers:.2f} % of the two cores.",
+    ]
+
+
+# --- memory over many trials ------------------------------------------------------------------------------------------------------
+
+
+def memory(trials: int) -> list[str]:
+    settings = {"grpo": {"steps": 1}, "eval": {"questions": 8, "every": 0}, "task": {"digits": 1}}
+    samples: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as store:
+        driver = SPAWN.Process(target=_sweep, args=(store, trials, settings, "tiny"))
+        started = time.perf_counter()
+        driver.start()
+        assert driver.pid is not None
+        watched = psutil.Process(driver.pid)
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(2.0):
+                ended = len(list(Path(store).glob("s/trials/*/outcome.json")))
+                if ended:
+                    samples.append((ended, watched.memory_info().rss / 2**20))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        driver.join()
+        done.set()
+        seconds = time.perf_counter() - started
+        assert driver.exitcode == 0
+    first, early = next((ended, mib) for ended, mib in samples if ended >= trials // 10)
+    last, late = samples[-1]
+    return [
+        f"- {trials} trials of `tiny` (one step each) in one sweep, {seconds:.0f} s: the driver has {early:.0f} MiB after {first} trials",
+        f"  and {late:.0f} MiB after {last}: {1024 * (late - early) / (last - first):.0f} KiB more per trial. Its peak was "
+        f"{max(mib for _, mib in samples):.0f} MiB.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="loop, memory; default: both")
+    parser.add_argument("--trials", type=int, help="default: 16 for loop, 1,000 for memory")
+    parser.add_argument("--rounds", type=int, default=1, help="of loop")
+    parser.add_argument("--workload", default="embedded", help="of loop")
+    arguments = parser.parse_args()
+    os.environ.update(TRIAL_ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+    page = DOCS / "overhead.json"
+    results: dict[str, list[str]] = json.loads(page.read_text()) if page.exists() else {}
+    if not arguments.parts or "loop" in arguments.parts:
+        results["loop"] = loop(arguments.trials or 16, arguments.rounds, arguments.workload)
+    if not arguments.parts or "memory" in arguments.parts:
+        results["memory"] = memory(arguments.trials or 1000)
+    page.write_text(json.dumps(results, indent=1))
+    lines = [
+        "# What the sweep itself costs",
+        "",
+        f"`python -m tests.benchmarks.overhead`, {os.cpu_count()} cores, {platform.processor() or platform.machine()}.",
+        "",
+    ]
+    lines += [line for part in ("loop", "memory") for line in results.get(part, [])]
+    (DOCS / "overhead.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
