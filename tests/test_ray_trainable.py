@@ -1,37 +1,90 @@
-"""The Tune trainable, driven as Tune drives it, without a cluster."""
+"""The Tune trainable, driven as Tune drives it, without a cluster: what a trial leaves in its folder, and what it goes on from."""
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import trainable.ray_trainable
+from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
+from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.ray_trainable import OUTCOME_FILE, RinTrainable
+from trainable.folder import Folder
+from trainable.ray_trainable import OUTCOME_FILE, STOPPED_FILE, RinTrainable
 from trainable.trial import run_trial
 
 
-def setting(point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
+def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
     config = read_config(merge(WORKLOADS["tiny"].settings, POINTS[point].settings), ("eval.questions=16", "threads=1", *overrides))
-    return {"config": as_tree(config), "arm": "a", "replicate": 0, "origin": "point"}
+    return {"config": as_tree(config), "arm": "a", "replicate": 0, "origin": "point", "folder": str(folder)}
 
 
 def start(config: dict[str, Any]) -> RinTrainable:
     return RinTrainable(config=config)
 
 
-def outcome_file(trainable: RinTrainable) -> Path:
-    return Path(trainable.logdir) / OUTCOME_FILE
+@pytest.fixture(autouse=True)
+def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it took to write the last one."""
+    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e9)
+
+
+def read(folder: Path, name: str = OUTCOME_FILE) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((folder / name).read_text())
+    return tree
 
 
 def numbers(result: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if "/" in name and not name.startswith("perf/")}
 
 
-def test_its_results_are_those_of_the_plain_trial_and_the_last_one_holds_the_outcome() -> None:
-    config = setting()
+def comparable(report: dict[str, Any]) -> dict[str, Any]:
+    """All that a step reported, without clocks."""
+    return {name: value for name, value in report.items() if name not in ("seconds", "time_ms") and not name.startswith("perf/")}
+
+
+def comparable_outcome(folder: Path) -> dict[str, Any]:
+    return {name: value for name, value in read(folder)["outcome"].items() if name != "seconds"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def finish(trainable: RinTrainable) -> list[dict[str, Any]]:
+    results = [trainable.train()]
+    while not results[-1]["done"]:
+        results.append(trainable.train())
+    trainable.stop()
+    return results
+
+
+def abandon(trainable: RinTrainable) -> None:
+    """What a kill leaves of it in this process: nothing but its thread."""
+    trainable.watchdog.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a trial that ran from its start to its end in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(setting(folder)))
+    return folder
+
+
+# One start
+
+
+def test_its_results_are_those_of_the_plain_trial_and_the_last_one_holds_the_outcome(tmp_path: Path) -> None:
+    config = setting(tmp_path)
     reports = list(run_trial(read_config(config["config"])))
     trainable = start(config)
     for report in reports:
@@ -42,42 +95,89 @@ def test_its_results_are_those_of_the_plain_trial_and_the_last_one_holds_the_out
     assert result["outcome"]["outcome"] == "completed"
     assert result["accuracy"] == result["outcome"]["eval"]["accuracy"]
     trainable.stop()
-    assert json.loads(outcome_file(trainable).read_text())["outcome"] == "completed"
+    tree = read(tmp_path)
+    assert set(tree) == {"version", "outcome", "reports"}
+    assert tree["outcome"]["outcome"] == "completed"
+    assert [comparable(report) for report in tree["reports"]] == [comparable(report) for report in read_reports(Folder(str(tmp_path)))]
+    assert [report["step"] for report in tree["reports"]] == list(range(len(reports)))
 
 
-def test_a_restored_trainable_continues_bit_for_bit(tmp_path: Path) -> None:
-    config = setting()
-    first = start(config)
-    for _ in range(3):
-        first.train()
-    first.save(str(tmp_path / "checkpoint"))
-    undisturbed = [numbers(first.train()) for _ in range(3)]
-    second = start(config)
-    second.restore(str(tmp_path / "checkpoint"))
-    assert [numbers(second.train()) for _ in range(3)] == undisturbed
-
-
-def test_a_collapse_ends_it_as_a_result() -> None:
-    trainable = start(setting("e13i-baseline", "noise.sigma_start=5", "noise.sigma_end=5"))
+def test_a_collapse_ends_it_as_a_result(tmp_path: Path) -> None:
+    trainable = start(setting(tmp_path, "e13i-baseline", "noise.sigma_start=5", "noise.sigma_end=5"))
     for _ in range(6):
         result = trainable.train()
         if result["done"]:
             break
     assert (result["collapsed"], result["outcome"]["outcome"]) == (1, "collapsed")
     assert result["rule"] == result["outcome"]["rule"] == "filter_rejection"
+    trainable.stop()
+    assert read(tmp_path)["outcome"]["outcome"] == "collapsed"
+    assert names(tmp_path) == ["attempt-001.json", OUTCOME_FILE]
 
 
-def test_a_trial_that_is_stopped_is_evaluated_as_it_leaves() -> None:
-    trainable = start(setting())
+def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome(tmp_path: Path) -> None:
+    trainable = start(setting(tmp_path))
+    seen = []
+    while not trainable.train()["done"]:
+        seen.append([name for name in names(tmp_path) if name.startswith("checkpoint-")])
+    assert seen == [[f"checkpoint-{step:06d}" for step in range(max(1, last - 1), last + 1)] for last in range(1, 6)]
+    trainable.stop()
+    assert names(tmp_path) == ["attempt-001.json", OUTCOME_FILE]
+    (attempt,) = read_attempts(Folder(str(tmp_path)))
+    assert (attempt.ended, attempt.first_step, attempt.step) == ("outcome", 0, 6)
+    assert attempt.seen >= attempt.started + attempt.loading_seconds > attempt.started
+
+
+def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
+    running = start(setting(tmp_path))
+    for _ in range(3):
+        running.train()
+    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001"], "one, to know what it costs"
+    running.stop()
+    assert "checkpoint-000003" in names(tmp_path), "a trial that is stopped in good order loses nothing"
+
+
+def test_a_trial_that_is_stopped_saves_itself_and_is_evaluated_as_it_leaves(tmp_path: Path) -> None:
+    trainable = start(setting(tmp_path))
     trainable.train()
     trainable.stop()
-    outcome = json.loads(outcome_file(trainable).read_text())
-    assert outcome["outcome"] == "stopped"
-    assert outcome["eval"]["n"] == 16
+    assert names(tmp_path) == ["attempt-001.json", "checkpoint-000001", STOPPED_FILE]
+    tree = read(tmp_path, STOPPED_FILE)
+    assert tree["outcome"]["outcome"] == "stopped"
+    assert tree["outcome"]["eval"]["n"] == 16
+    assert len(tree["reports"]) == 1
+    folder = Folder(str(tmp_path))
+    assert read_outcome(folder) is None, "it has steps to go"
+    assert read_stopped(folder) == tree["outcome"]
+    assert [attempt.ended for attempt in read_attempts(folder)] == ["stopped"]
 
 
-def test_a_bug_in_a_step_propagates_and_is_not_evaluated() -> None:
-    trainable = start(setting())
+def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stops it may not wait for the evaluation."""
+    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
+    running = start(setting(tmp_path))
+    for _ in range(2):
+        running.train()
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running.trial, "outcome", killed)
+    with pytest.raises(KeyboardInterrupt):
+        running.stop()
+    abandon(running)
+    assert "checkpoint-000002" in names(tmp_path)
+    assert [attempt.ended for attempt in read_attempts(Folder(str(tmp_path)))] == ["stopped"]
+
+
+def test_a_trial_that_is_stopped_before_its_first_step_leaves_only_its_attempt(tmp_path: Path) -> None:
+    start(setting(tmp_path)).stop()
+    assert names(tmp_path) == ["attempt-001.json"]
+
+
+def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None:
+    trainable = start(setting(tmp_path))
     trainable.train()
 
     def broken(question: object, completion: str) -> float:
@@ -88,4 +188,168 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated() -> None:
     with pytest.raises(ZeroDivisionError):
         trainable.train()
     trainable.stop()
-    assert not outcome_file(trainable).exists()
+    assert names(tmp_path) == ["attempt-001.json", "checkpoint-000001"]
+    (attempt,) = read_attempts(Folder(str(tmp_path)))
+    assert (attempt.ended, attempt.step) == ("error", 1)
+
+
+# Started again
+
+
+@pytest.mark.parametrize("ended", ["killed", "stopped"])
+@pytest.mark.parametrize("after", range(6))
+def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
+    tmp_path: Path, undisturbed: Path, after: int, ended: str
+) -> None:
+    first = start(setting(tmp_path))
+    for _ in range(after):
+        first.train()
+    abandon(first) if ended == "killed" else first.stop()
+    results = finish(start(setting(tmp_path)))
+    assert [result["step"] for result in results] == list(range(after, 6))
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+    attempts = read_attempts(Folder(str(tmp_path)))
+    assert [attempt.ended for attempt in attempts] == ["" if ended == "killed" else "stopped", "outcome"]
+    assert [attempt.first_step for attempt in attempts] == [0, after]
+    assert names(tmp_path) == ["attempt-001.json", "attempt-002.json", OUTCOME_FILE]
+
+
+def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_path: Path, undisturbed: Path) -> None:
+    done = False
+    while not done:
+        running = start(setting(tmp_path))
+        done = running.train()["done"]
+        abandon(running)
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+    attempts = read_attempts(Folder(str(tmp_path)))
+    assert [attempt.first_step for attempt in attempts] == list(range(6))
+
+
+def test_a_population_scheduler_s_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
+    """Tune's own way, through its folder, into another trial."""
+    first = start(setting(tmp_path / "one"))
+    for _ in range(3):
+        first.train()
+    first.save(str(tmp_path / "checkpoint"))
+    undisturbed = [numbers(first.train()) for _ in range(3)]
+    second = start(setting(tmp_path / "two"))
+    second.restore(str(tmp_path / "checkpoint"))
+    assert [numbers(second.train()) for _ in range(3)] == undisturbed
+    assert [report["step"] for report in read(tmp_path / "two")["reports"]] == list(range(6))
+
+
+def test_what_a_stop_had_said_is_gone_once_the_trial_goes_on(tmp_path: Path) -> None:
+    first = start(setting(tmp_path))
+    first.train()
+    first.stop()
+    second = start(setting(tmp_path))
+    assert STOPPED_FILE not in names(tmp_path)
+    abandon(second)
+
+
+def test_a_damaged_newest_checkpoint_costs_one_step_and_is_told_in_the_attempt(tmp_path: Path, undisturbed: Path) -> None:
+    first = start(setting(tmp_path))
+    for _ in range(3):
+        first.train()
+    abandon(first)
+    tensors = tmp_path / "checkpoint-000003" / "tensors.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[len(data) // 2] ^= 1
+    tensors.write_bytes(data)
+    results = finish(start(setting(tmp_path)))
+    assert [result["step"] for result in results] == [2, 3, 4, 5]
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    (told,) = read(tmp_path, "attempt-002.json")["damaged"]
+    assert "checkpoint-000003 is damaged" in told
+
+
+def test_a_checkpoint_of_another_version_stops_the_trial_and_stays(tmp_path: Path) -> None:
+    first = start(setting(tmp_path))
+    first.train()
+    abandon(first)
+    values = tmp_path / "checkpoint-000001" / "progress.json"
+    values.write_text(values.read_text().replace('"version": 2', '"version": 3', 1))
+    with pytest.raises(ConfigError, match="checkpoint version 3"):
+        start(setting(tmp_path))
+    assert values.exists()
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = Folder.write
+    full = [False]
+
+    def limited(folder: Folder, name: str, data: bytes | str) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "write", limited)
+    running = start(setting(tmp_path))
+    running.train()
+    running.train()
+    full[0] = True
+    running.train()
+    running.train()
+    assert "no checkpoint of step 3" in caplog.text
+    assert "No space left" in caplog.text
+    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001", "checkpoint-000002"]
+    full[0] = False
+    running.train()
+    assert "checkpoint-000005" in names(tmp_path)
+    abandon(running)
+    finish(start(setting(tmp_path)))
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+
+
+def test_after_a_disk_was_full_a_restart_goes_on_from_the_last_checkpoint_that_fitted(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start(setting(tmp_path))
+    running.train()
+
+    def full(folder: Folder, name: str, data: bytes | str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", full)
+        running.train()
+        abandon(running)
+    results = finish(start(setting(tmp_path)))
+    assert results[0]["step"] == 1
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+
+
+HANGS = """
+import json, sys, time
+from pathlib import Path
+import trainable.ray_trainable as module
+
+config = json.loads(sys.argv[1])
+running = module.RinTrainable(config=config)
+running.train()
+def a_reward_server_that_stopped_answering(question, completion):
+    time.sleep(3600)
+running.trial.task.rewards["stuck"] = a_reward_server_that_stopped_answering
+running.trial.task.weights["stuck"] = 0.0
+running.watchdog.limit = 0.5
+running.train()
+"""
+
+
+def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: Path, undisturbed: Path) -> None:
+    command = [sys.executable, "-c", HANGS, json.dumps(setting(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    tree = read(tmp_path, "attempt-001.json")
+    assert tree["ended"] == "hang"
+    assert "a_reward_server_that_stopped_answering" in tree["stacks"]
+    rule, reason = read_failure(Folder(str(tmp_path)))
+    assert rule == "hang"
+    assert reason.startswith("step 1: phase ")
+    assert "took over" in reason
+    finish(start(setting(tmp_path)))
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
