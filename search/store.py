@@ -24,7 +24,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search.lease import Lease
+from search.lease import Lease, holder
 from spaces.config import ConfigError
 from spaces.library import Space
 from spaces.reading import explain
@@ -128,6 +128,8 @@ def load_study_config(store: str, name: str) -> StudyConfig:
     try:
         tree = json.loads(text)
     except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
         raise ConfigError(f"{where}: is damaged (not JSON); restore it from a backup, or start the sweep anew under another name") from None
     if tree.get("version") != VERSION:
         raise ConfigError(f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it")
@@ -175,6 +177,22 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_driven(config: StudyConfig) -> bool:
+    """Whether a process runs this sweep now."""
+    if config.folder.local is None:
+        return bool(holder(config.folder))
+    path = config.scratch / "driver.lock"
+    if not path.exists():
+        return False
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _cache_folder() -> Path:
