@@ -1,0 +1,208 @@
+"""A sweep's own file: found where it lies, refused when it is not ours, driven by one process at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.store import (
+    STUDY_FILE,
+    VERSION,
+    absolute_store,
+    check_name,
+    default_tracking_uri,
+    load_study_config,
+    only_driver,
+    save_study_config,
+    sweeps,
+)
+from spaces.config import ConfigError
+from tests.written_sweeps import study
+
+
+def changed(place: Path, /, **changes: Any) -> None:
+    path = place / "s" / STUDY_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_study_comes_back_as_it_was(tmp_path: Path) -> None:
+    config = study(tmp_path, kind="confirm", parent="p", looks=(5, 8), points=("e12",), budget_hours=1.5, seed=7, gpus=0.5)
+    save_study_config(config)
+    assert load_study_config(str(tmp_path), "s") == config
+
+
+def test_a_study_comes_back_as_it_was_from_an_object_store(s3_store: Callable[[str], str], tmp_path: Path) -> None:
+    config = study(s3_store(tmp_path.name))
+    save_study_config(config)
+    assert load_study_config(config.store, "s") == config
+    assert sweeps(config.store) == ["s"]
+    assert config.scratch.is_absolute()
+    assert "://" not in str(config.scratch)
+
+
+def test_where_a_store_lies_now_wins_over_where_it_says_it_was_and_its_database_follows(tmp_path: Path) -> None:
+    save_study_config(study(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = load_study_config(str(tmp_path / "there"), "s")
+    assert (moved.store, moved.folder.local) == (str(tmp_path / "there"), tmp_path / "there" / "s")
+    assert moved.tracking_uri == default_tracking_uri(str(tmp_path / "there"))
+
+
+def test_a_tracking_server_stays_where_it_is_when_the_store_moves(tmp_path: Path) -> None:
+    save_study_config(study(tmp_path / "here", tracking_uri="http://host:5000"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load_study_config(str(tmp_path / "there"), "s").tracking_uri == "http://host:5000"
+
+
+def test_a_file_cannot_say_that_it_lies_elsewhere(tmp_path: Path) -> None:
+    """A sweep that somebody sent: neither its name nor its store leads out of the folder in which it lies."""
+    save_study_config(study(tmp_path / "store"))
+    changed(tmp_path / "store", name="../../victim", store="/etc")
+    config = load_study_config(str(tmp_path / "store"), "s")
+    assert config.folder.local == tmp_path / "store" / "s"
+    assert config.scratch == tmp_path / "store" / "s"
+    assert config.trials_folder.local == tmp_path / "store" / "s" / "trials"
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "", ".", "..", "a/b", "-x", "a b", "x" * 101, "a\n"])
+def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use letters, digits"):
+        check_name(name)
+    with pytest.raises(ConfigError, match="use letters, digits"):
+        load_study_config(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("version", [1, VERSION + 1, None, "x"])
+def test_another_version_is_refused_by_number(tmp_path: Path, version: Any) -> None:
+    save_study_config(study(tmp_path))
+    changed(tmp_path, version=version)
+    with pytest.raises(ConfigError, match=rf"written by version {version}, this program reads {VERSION}; use the program that wrote it"):
+        load_study_config(str(tmp_path), "s")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 2, "name"', "\x00\x00\x00", "not json"])
+def test_a_damaged_file_is_one_line_with_what_to_do(tmp_path: Path, text: str) -> None:
+    save_study_config(study(tmp_path))
+    (tmp_path / "s" / STUDY_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=r"study\.json: is damaged \(not JSON\); restore it from a backup") as caught:
+        load_study_config(str(tmp_path), "s")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"text"'])
+def test_json_that_is_no_study_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    save_study_config(study(tmp_path))
+    (tmp_path / "s" / STUDY_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=r"study\.json"):
+        load_study_config(str(tmp_path), "s")
+
+
+@pytest.mark.parametrize(("key", "value"), [("replicates", 0), ("trials", "many"), ("colour", "red"), ("budget_hours", -1)])
+def test_a_value_that_cannot_be_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    save_study_config(study(tmp_path))
+    changed(tmp_path, **{key: value})
+    with pytest.raises(ConfigError, match=key) as caught:
+        load_study_config(str(tmp_path), "s")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_that_does_not_exist_names_those_that_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"NAME=x: no sweep of that name .*; it holds none"):
+        load_study_config(str(tmp_path), "x")
+    save_study_config(study(tmp_path, name="b"))
+    save_study_config(study(tmp_path, name="a"))
+    with pytest.raises(ConfigError, match="there are a, b"):
+        load_study_config(str(tmp_path), "x")
+
+
+def test_sweeps_are_folders_with_a_study_in_them_sorted(tmp_path: Path) -> None:
+    assert sweeps(str(tmp_path / "none")) == []
+    for name in ("b", "a"):
+        save_study_config(study(tmp_path, name=name))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "mlflow.db").write_text("")
+    (tmp_path / ".hidden").mkdir()
+    assert sweeps(str(tmp_path)) == ["a", "b"]
+
+
+def test_a_relative_store_is_anchored_and_a_uri_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_store("runs") == str(tmp_path / "runs")
+    assert absolute_store("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_an_object_store_holds_no_database(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--store s3://bucket/runs: .*give --tracking-uri") as caught:
+        default_tracking_uri("s3://bucket/runs?secret_key=canary")
+    assert "canary" not in str(caught.value)
+
+
+def test_reading_sweeps_imports_neither_ray_nor_torch() -> None:
+    code = "import sys, search.store; print([name for name in ('ray', 'torch', 'mlflow', 'optuna') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# One driver
+
+HOLD = """
+import sys
+from search.store import load_study_config, only_driver
+with only_driver(load_study_config(sys.argv[1], "s")):
+    print("holds it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def driver(store: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds it\n"
+    return process
+
+
+def test_a_second_driver_is_refused_until_the_first_has_ended_however_it_ended(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    save_study_config(config)
+    for ending in (signal.SIGKILL, None):
+        first = driver(str(tmp_path))
+        try:
+            with pytest.raises(ConfigError, match=r"sweep s is being run by another process; .*rin resume s"), only_driver(config):
+                pytest.fail("two drivers")
+        finally:
+            if ending is None:
+                first.communicate("")
+            else:
+                first.send_signal(ending)
+                first.wait()
+        with only_driver(config):
+            pass
+
+
+def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_is_free(
+    s3_store: Callable[[str], str], tmp_path: Path
+) -> None:
+    config = study(s3_store(tmp_path.name))
+    save_study_config(config)
+    first = driver(config.store)
+    try:
+        with pytest.raises(ConfigError, match=rf"being run by another process \(process {first.pid} on "), only_driver(config):
+            pytest.fail("two drivers")
+    finally:
+        first.kill()
+        first.wait()
+    with only_driver(config):
+        assert "driver.json" in config.folder.names()
+    assert "driver.json" not in config.folder.names()
+
+
+def test_two_sweeps_of_a_store_are_driven_side_by_side(tmp_path: Path) -> None:
+    with only_driver(study(tmp_path, name="a")), only_driver(study(tmp_path, name="b")):
+        pass
