@@ -4,6 +4,7 @@ Heavy imports stay inside the commands, so that `rin --help` answers at once. Ex
 user's mistake (one line that names the key, the value and the remedy), 1 a failure or an interruption.
 """
 
+import errno
 import json
 import logging
 import os
@@ -283,7 +284,11 @@ def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = Fals
     rows: list[dict[str, Any]] = []
     place = absolute_store(store)
     for name in sweeps(place):
-        study = load_study_config(place, name)
+        try:
+            study = load_study_config(place, name)
+        except ConfigError as error:  # of another version, or damaged: the others are still to be seen
+            rows.append({"name": name, "space": "", "workload": "", "runs": 0, "of": 0, "status": {}, "problem": str(error)})
+            continue
         row: dict[str, Any] = {"name": study.name, "space": study.space.name, "workload": study.workload}
         try:
             records = load_study(study.tracking_uri, study.name)
@@ -312,6 +317,7 @@ def status(
 
     study = find_sweep(name, store, tracking_uri)
     from dashboards.tables import arm_rows, arm_table, terminal
+    from search.store import is_driven
     from search.tracking import load_study
 
     records = load_study(study.tracking_uri, study.name)
@@ -319,7 +325,13 @@ def status(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {study.trials * study.replicates} trials"))
+    runs = study.trials * study.replicates
+    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {runs} trials"))
+    ended = sum(record.status in ("completed", "collapsed") for record in records)
+    if is_driven(study):
+        print("it is running")
+    elif ended < runs and study.scheduler == "none":
+        print(f"{runs - ended} trials are not finished and nobody is running them; go on: rin resume {name}{repeated(store, tracking_uri)}")
 
 
 @app.command()
@@ -454,6 +466,21 @@ def main() -> None:
     except ConfigError as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        full = _full_disk(error)
+        if full is None:
+            raise
+        print(f"rin: no space left for {full.filename or 'a file of the sweep'}; free some, then: rin resume NAME", file=sys.stderr)
+        sys.exit(1)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk among the causes of an error: Tune wraps what goes wrong in it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _with_allocator_settings() -> None:

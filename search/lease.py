@@ -68,6 +68,11 @@ class Lease:
                 continue
 
 
+def holder(folder: Folder) -> str:
+    """Who holds the lease; empty when nobody does, or nobody alive."""
+    return Lease(folder, RuntimeError)._other()
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
