@@ -43,7 +43,7 @@ def read_reports(trial: Folder) -> list[dict[str, Any]]:
     if OUTCOME_FILE in names:
         reports: list[dict[str, Any]] = _read(trial, OUTCOME_FILE)["reports"]
         return reports
-    for name in sorted((name for name in names if name.startswith("checkpoint-")), reverse=True):
+    for name in sorted((name for name in names if name.startswith("checkpoint-")), key=lambda name: (len(name), name), reverse=True):
         text = (trial / name).read("progress.json") or b""
         try:
             reports = json.loads(text.split(b"\n")[1])["reports"]
