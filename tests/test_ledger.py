@@ -1,0 +1,67 @@
+"""Hours by where they went, added up by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from search.journal import read_arms, write_arm
+from search.ledger import read_ledger
+from search.searchers import Arm
+from search.store import StudyConfig
+from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_trial
+
+
+def written(config: StudyConfig) -> list[Arm]:
+    """360 s are a tenth of an hour."""
+    control, noisy = make_arm(config, "control"), make_arm(config, "c01")
+    for number, arm in enumerate((control, noisy)):
+        write_arm(config, number, arm)
+    # completed in one go: 360 s, 60 s of them loading; 5 steps of 60 s, of which half of 20 s generation was thrown away
+    reports = [report(step, seconds=60.0, rollout=20.0, wasted=0.5) for step in range(5)]
+    write_trial(config, control, 0, outcome(control, 0, 300), reports=reports, attempts=[attempt(0, 360, loading_seconds=60.0)])
+    # killed after 3 of 5 steps and started again from step 2: 60 + 180 s, then 60 + 180 s; 300 s are useful
+    attempts = [attempt(0, 240, loading_seconds=60.0, ended=""), attempt(1000, 1240, loading_seconds=60.0, first_step=2)]
+    reports = [report(step, seconds=60.0, rollout=20.0, wasted=0.0) for step in range(5)]
+    write_trial(config, control, 1, outcome(control, 1, 300), reports=reports, attempts=attempts)
+    # collapsed after two steps
+    reports = [report(step, seconds=60.0, rollout=20.0, wasted=1.0) for step in range(2)]
+    write_trial(config, noisy, 0, outcome(noisy, 0, 100, "collapsed"), reports=reports, attempts=[attempt(0, 180, loading_seconds=60.0)])
+    # running: nothing reported yet
+    write_trial(config, noisy, 1, None, attempts=[attempt(0, 36, ended="")])
+    return read_arms(config)
+
+
+def test_hours_are_those_of_every_process_by_arm_and_kind(tmp_path: Path) -> None:
+    config = study(tmp_path, replicates=2)
+    ledger = read_ledger(config, written(config))
+    assert ledger.arms == pytest.approx({"control": (360 + 480) / 3600, "c01": (180 + 36) / 3600})
+    assert ledger.hours == pytest.approx(sum(ledger.arms.values()))
+    assert ledger.collapsed == pytest.approx(180 / 3600)
+    assert ledger.repeated == pytest.approx((480 - 300 - 60) / 3600), "one repeated step and one more loading"
+    assert ledger.filtered == pytest.approx((5 * 10 + 2 * 20) / 3600)
+    assert (ledger.unit, ledger.gpu) == ("trial-slot hours", False)
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2.0])
+def test_with_gpus_every_figure_is_in_gpu_hours(tmp_path: Path, gpus: float) -> None:
+    config = study(tmp_path, replicates=2, gpus=gpus)
+    arms = written(config)
+    plain, ledger = read_ledger(config.model_copy(update={"gpus": None}), arms), read_ledger(config, arms)
+    for name in ("hours", "collapsed", "repeated", "filtered"):
+        assert getattr(ledger, name) == pytest.approx(gpus * getattr(plain, name))
+    assert ledger.unit == "GPU hours"
+
+
+def test_a_sweep_without_trials_has_no_hours(tmp_path: Path) -> None:
+    ledger = read_ledger(study(tmp_path), [])
+    assert (ledger.hours, ledger.collapsed, ledger.repeated, ledger.filtered, dict(ledger.arms)) == (0, 0, 0, 0, {})
+
+
+def test_an_attempt_s_time_that_no_report_explains_is_not_negative(tmp_path: Path) -> None:
+    """A killed process is seen up to ten seconds before its end, so reports may add up to more than its attempts."""
+    config = study(tmp_path)
+    arm = make_arm(config, "control")
+    write_arm(config, 0, arm)
+    reports = [report(step, seconds=60.0) for step in range(5)]
+    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=reports, attempts=[attempt(0, 100, ended=""), attempt(0, 150)])
+    assert read_ledger(config, read_arms(config)).repeated == 0.0
