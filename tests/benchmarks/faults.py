@@ -487,9 +487,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     page = DOCS / "faults.json"
-    results: dict[str, Tally] = {name: Tally(**tree) for name, tree in json.loads(page.read_text()).items()} if page.exists() else {}
     for name in arguments.faults or FAULTS:
-        results[name] = run_fault(name, FAULTS[name], arguments.seed, arguments.moments)
+        tally = run_fault(name, FAULTS[name], arguments.seed, arguments.moments)
+        results = {key: Tally(**tree) for key, tree in json.loads(page.read_text()).items()} if page.exists() else {}
+        results[name] = tally
         print("\n".join(table({name: results[name]})), flush=True)
         page.write_text(json.dumps({key: asdict(tally) for key, tally in results.items()}, indent=1))
         text = [
