@@ -38,9 +38,10 @@ def make_arm(config: StudyConfig, name: str, *overrides: str, origin: str = "") 
 def outcome(
     arm: Arm, replicate: int, right: int, how: str = "completed", *, rule: str = "", dose: float | None = None, seconds: float = 60.0
 ) -> dict[str, Any]:
-    """Of a trial that answered `right` of its questions; which ones differs from replicate to replicate."""
+    """Of a trial that answered `right` of its questions. Which ones goes round with the replicates, so that no question is easy or
+    hard, and a comparison is a plain paired t test."""
     asked = read_config(arm.tree).eval.questions
-    correct = [int((number * 7 + replicate) % asked < right) for number in range(asked)]
+    correct = [int((number + replicate * asked // 5) % asked < right) for number in range(asked)]
     assert sum(correct) == right
     scores = {"accuracy": right / asked, "accuracy_bf16": right / asked, "n": asked, "correct": correct}
     scores |= {"accuracy_start": 0.25, "accuracy_bf16_start": 0.25}
