@@ -31,7 +31,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from search.tracking import ENVIRONMENT, _client, _one_line, absolute_uri, strip_password
+from search.secrets import strip_password
+from search.tracking import ENVIRONMENT, _client, _one_line, absolute_uri
 from spaces.config import ConfigError
 
 KEY = "rin-sweep"

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.lease import Lease, holder
+from search.secrets import strip_password
 from spaces.config import ConfigError
 from spaces.library import Space
 from spaces.reading import explain
@@ -111,7 +112,9 @@ def absolute_store(store: str) -> str:
 
 
 def save_study_config(config: StudyConfig) -> None:
-    config.folder.write(STUDY_FILE, config.model_dump_json(indent=1))
+    """Without the password of its tracking."""
+    shown = config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)})
+    config.folder.write(STUDY_FILE, shown.model_dump_json(indent=1))
 
 
 def load_study_config(store: str, name: str) -> StudyConfig:

@@ -33,7 +33,7 @@ from search.journal import read_arms, read_evidence, trial_folder, unfinished, w
 from search.schedulers import SCHEDULERS
 from search.searchers import Arm, Evidence, RinSearch, evidence_from_arms, evidence_from_points
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
-from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study, strip_password
+from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study
 from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
@@ -105,7 +105,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
         write_evidence(config, evidence)
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
-        save_study_config(config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)}))
+        save_study_config(config)
         return _advance(config, view)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from search.secrets import strip_password
 from search.spool import Record, Spool, as_json, deliver
 from search.trials import read_failure
 from spaces.config import ConfigError
@@ -69,12 +70,6 @@ def absolute_uri(uri: str) -> str:
     """A relative sqlite path is anchored here: a resumed sweep may start in another folder."""
     prefix = "sqlite:///"
     return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
-
-
-def strip_password(text: str) -> str:
-    """`http://user:secret@host` -> `http://user@host`, in a URI or anywhere in a message."""
-    text = re.sub(r"(\w://[^\s:@/?#]*):\S*@", r"\1@", text)
-    return re.sub(r"(?i)([?&][^\s=&]*(?:password|token|secret)[^\s=&]*)=[^\s&]*", r"\1=", text)
 
 
 def check_tracking(uri: str, experiment: str) -> str:

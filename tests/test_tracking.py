@@ -25,6 +25,7 @@ import pytest
 
 from search import spool as spool_module
 from search import tracking
+from search.secrets import strip_password
 from search.store import default_tracking_uri
 from search.tracking import (
     MLflowCallback,
@@ -34,7 +35,6 @@ from search.tracking import (
     load_correct,
     load_history,
     load_study,
-    strip_password,
 )
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import as_tree, flatten
