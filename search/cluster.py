@@ -25,6 +25,7 @@ import os
 import shlex
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,16 +34,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import ray
 from ray import tune
 from ray._private import ray_constants
+from ray.exceptions import AuthenticationError
+from ray.tune.execution import class_cache
 
-from search.tracking import absolute_uri, strip_password
+from search.secrets import strip_password
+from search.tracking import absolute_uri
 from spaces.errors import ConfigError
 from spaces.workloads import Workload
 
 PACKAGES = ("spaces", "trainable", "search", "dashboards")
 STOP_SECONDS = 120
 """`ray job stop` sends SIGTERM, waits this long (Ray's own default: 3 s) for trials to be checkpointed, then kills."""
+TOKEN_REMEDY = (
+    "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into RAY_AUTH_TOKEN, or "
+    "into the file that RAY_AUTH_TOKEN_PATH names"
+)
+CLOUD_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 READ_BY_TRIALS = ("model.name", "task.path")
 """Settings that may name a file or folder."""
 
@@ -93,8 +103,38 @@ def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str,
     raise ConfigError(f"a trial asks for {wanted}, which no node has (at most {largest}); give smaller --cpus or --gpus, or --address")
 
 
+# The Ray that a sweep runs on
+
+
 @contextmanager
-def on_localhost() -> Iterator[None]:
+def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[None]:
+    """The cluster at `address`, or with None a Ray of this process alone; left, or ended, on leaving.
+
+    Raises ConfigError when no cluster answers, or does not take this machine's token, or would show a password.
+    """
+    # Tune hands the driver's cloud keys to its trials as part of their runtime environment, which the dashboard shows and Ray
+    # writes into a log that everyone on the machine can read. The processes of a local Ray inherit them unseen; nodes have their own.
+    class_cache.ENV_VARS_TO_PROPAGATE = class_cache.ENV_VARS_TO_PROPAGATE - CLOUD_KEYS
+    quiet: dict[str, Any] = {"runtime_env": dict(runtime_env), "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        with _on_localhost():
+            ray.init(num_cpus=os.cpu_count(), include_dashboard=False, configure_logging=True, **quiet)
+    else:
+        refuse_secrets(sys.argv[1:])  # Ray keeps the command line of every driver
+        try:
+            ray.init(address=address, **quiet)
+        except AuthenticationError:
+            raise ConfigError(f"--address {address}: {TOKEN_REMEDY}") from None
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _on_localhost() -> Iterator[None]:
     """`ray.init` within this listens on the loopback interface alone.
 
     On Linux Ray otherwise takes the machine's own address, also for a Ray that only this process uses, and listens on every
@@ -112,6 +152,18 @@ def on_localhost() -> Iterator[None]:
             del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         else:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = variable
+
+
+def refuse_secrets(words: Sequence[str]) -> None:
+    """Raises ConfigError for a password in a command that a cluster gets to see."""
+    for word in words:
+        shown = strip_password(word)
+        if shown != word:
+            raise ConfigError(
+                f"{shown}: holds a password, and Ray shows a job's command to whoever sees its dashboard; leave the password out and set "
+                "it where the sweep's process finds it, for --submit where `ray start` runs on the head node (MLFLOW_TRACKING_USERNAME "
+                "and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
 
 
 # A sweep as a Ray job
@@ -139,7 +191,7 @@ def submit(arguments: Sequence[str], address: str, name: str) -> Submission:
     when Ray has taken the job. Raises ConfigError for whatever the user can mend, before anything is sent.
     """
     command = _without(arguments, "--submit")
-    _refuse_secrets([*command, address])
+    refuse_secrets([*command, address])
     if _value(command, "--address") is not None:
         raise ConfigError("--address: --submit names the cluster already; leave --address out")
     client = _client(address)
@@ -196,16 +248,12 @@ def _client(address: str) -> Any:
 @contextmanager
 def _told_by_the_cluster(address: str) -> Iterator[None]:
     """What the cluster refuses becomes one line with the remedy."""
-    from ray.exceptions import AuthenticationError
     from requests import RequestException
 
     try:
         yield
     except AuthenticationError:
-        raise ConfigError(
-            f"--submit {address}: the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head "
-            "node into RAY_AUTH_TOKEN, or into the file that RAY_AUTH_TOKEN_PATH names"
-        ) from None
+        raise ConfigError(f"--submit {address}: {TOKEN_REMEDY}") from None
     except (ConnectionError, RequestException, RuntimeError) as error:  # Ray raises RuntimeError for every answer but 200
         lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
@@ -223,17 +271,6 @@ def _is_this_machine(client: Any) -> bool:
 
 
 # What the command names
-
-
-def _refuse_secrets(words: Sequence[str]) -> None:
-    for word in words:
-        shown = strip_password(word)
-        if shown != word:
-            raise ConfigError(
-                f"{shown}: holds a password, and Ray shows a job's command to whoever sees its dashboard; leave the password out and set "
-                "it where `ray start` runs on the head node (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-            )
 
 
 def _with_places(command: Sequence[str], *, on_this_machine: bool) -> list[str]:
