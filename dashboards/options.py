@@ -24,7 +24,7 @@ Replicates = Annotated[int, typer.Option(min=1, help="Runs per configuration, wi
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
 Seed = Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
-Points = Annotated[str, typer.Option(help="Experiments of the plan to run as well, separated by commas.")]
+Points = Annotated[str, typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas.")]
 Evidence = Annotated[str, typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them.")]
 WarmStart = Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")]
 Ablate = Annotated[str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")]

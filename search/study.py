@@ -15,11 +15,13 @@ The sweep reports what happens to a view (a live table, plain lines, or nothing)
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +39,7 @@ from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_st
 from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
-from spaces.reading import as_tree, merge, read_config
+from spaces.reading import as_tree, load_yaml, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.embedded import Progress, ensure_base
 from trainable.model import load_policy
@@ -158,13 +160,12 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     arms = [Arm(name="control", origin="control", tree=merge(base, quiet))]
     policies = {_filter_policy(arms[0].tree)}
     points = []
-    for name in config.points:
-        if name not in POINTS:
-            raise ConfigError(f"--points {name}: unknown point; choose from {', '.join(POINTS)}")
+    for named in config.points:
+        name, settings = _point(named)
         if name == "control":
             continue
         # A point says what it changes; what the user sets himself wins.
-        tree = merge(merge(base, POINTS[name].settings), config.settings)
+        tree = merge(merge(base, settings), config.settings)
         points.append(Arm(name=name, origin="point", tree=tree))
         policy = _filter_policy(tree)
         if policy not in policies:
@@ -178,6 +179,21 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
         names = ", ".join(arm.name for arm in arms)
         raise ConfigError(f"--trials {config.trials}: the control and the points are {len(arms)} ({names}); raise --trials to that")
     return arms
+
+
+def _point(named: str) -> tuple[str, Mapping[str, Any]]:
+    """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such files)."""
+    path = Path(named)
+    if path.suffix not in (".yaml", ".yml"):
+        if named not in POINTS:
+            raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
+        return named, POINTS[named].settings
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in POINTS:
+        raise ConfigError(
+            f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no point of the plan)"
+        )
+    settings = load_yaml(path)
+    return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}
 
 
 def evidence_of(config: StudyConfig) -> list[Evidence]:

@@ -156,6 +156,20 @@ def test_points_need_room_and_must_exist(tmp_path: Path) -> None:
         fixed_arms(study(tmp_path, trials=2, points=("e13m-rmsnorm",)))
 
 
+def test_a_user_s_own_point_is_a_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("noise: {sigma_start: 0.03, sigma_end: 0.003}\nseed: 7\n")
+    control, point = fixed_arms(study(tmp_path, points=(str(mine),)))
+    assert (point.name, point.origin) == ("mine", "point")
+    assert point.tree["noise"]["sigma_start"] == 0.03
+    assert "seed" not in point.tree, "replicates have the sweep's seeds"
+    assert {**point.tree, "noise": control.tree["noise"]} == control.tree
+    taken = tmp_path / "e13h.yaml"
+    taken.write_text("{}")
+    with pytest.raises(ConfigError, match="e13h would name an arm; rename the file"):
+        fixed_arms(study(tmp_path, points=(str(taken),)))
+
+
 def test_a_setting_that_touches_nothing_is_refused_before_anything_runs(tmp_path: Path) -> None:
     config = study(tmp_path, points=("e13i-v3",), settings={"noise": {"layers": [7]}})
     with pytest.raises(ConfigError, match=r"noise.layers=7: the model has blocks 0 to 1"):
