@@ -123,7 +123,8 @@ def resume(
     from search.study import resume_study
 
     changes = {"budget_hours": budget, "concurrent": concurrent}
-    study = study.model_copy(update={"address": address, **{key: value for key, value in changes.items() if value is not None}})
+    study = study.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    study = study.model_copy(update={"address": given.ray_address(address, study.address)})
     _run(study.name, study.trials * study.replicates, store, tracking_uri, lambda view, progress: resume_study(study, view, progress))
 
 
@@ -376,7 +377,8 @@ def confirm(
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
     with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[0]) as view:
-        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=address)
+        place = given.ray_address(address, study.address)
+        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=place)
     if as_json:
         print(json.dumps(confirmation_tree(state), indent=1))
     for line in [] if as_json else confirmation_lines(state):

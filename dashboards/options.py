@@ -36,7 +36,9 @@ Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Defaul
 Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")]
 Store = Annotated[str, typer.Option(help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database.")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster (e.g. auto, or HOST:6379). Default: a local one.")]
+Address = Annotated[
+    str | None, typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
 
@@ -112,7 +114,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         budget_hours=options.budget,
         store=store,
         tracking_uri=absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
-        address=options.address,
+        address=ray_address(options.address, None),
     )
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
@@ -162,6 +164,11 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _names(text))
     except ValueError:
         raise ConfigError(f"{option} {text}: give whole numbers separated by commas, for example 5,8,12") from None
+
+
+def ray_address(address: str | None, before: str | None) -> str | None:
+    """Where a study goes on: where it ran before, unless another address is given; `local` is a Ray of its own."""
+    return before if address is None else None if address == "local" else address
 
 
 def repeated(store: str, tracking_uri: str | None) -> str:

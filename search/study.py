@@ -173,6 +173,10 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             changes = {"grpo": {"filter_groups": policy[0], "max_gen_batches": policy[1]}}
             arms.append(Arm(name=f"control-{policy[0]}", origin="control", tree=merge(merge(base, quiet), changes)))
     arms += points
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--points {','.join(config.points)}: {name} would be there twice; name each point once")
     for arm in arms:
         read_config(arm.tree, origin=arm.name)
     if config.trials < len(arms):
