@@ -160,8 +160,8 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     arms = [Arm(name="control", origin="control", tree=merge(base, quiet))]
     policies = {_filter_policy(arms[0].tree)}
     points = []
-    for named in config.points:
-        name, settings = _point(named)
+    for given in config.points:
+        name, settings = _point(given)
         if name == "control":
             continue
         # A point says what it changes; what the user sets himself wins.
@@ -171,7 +171,9 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
         if policy not in policies:
             policies.add(policy)
             changes = {"grpo": {"filter_groups": policy[0], "max_gen_batches": policy[1]}}
-            arms.append(Arm(name=f"control-{policy[0]}", origin="control", tree=merge(merge(base, quiet), changes)))
+            known = f"control-{policy[0]}" in [arm.name for arm in arms]
+            control = f"control-{policy[0]}-{policy[1]}" if known else f"control-{policy[0]}"
+            arms.append(Arm(name=control, origin="control", tree=merge(merge(base, quiet), changes)))
     arms += points
     names = [arm.name for arm in arms]
     for name in names:
@@ -180,8 +182,9 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     for arm in arms:
         read_config(arm.tree, origin=arm.name)
     if config.trials < len(arms):
-        names = ", ".join(arm.name for arm in arms)
-        raise ConfigError(f"--trials {config.trials}: the control and the points are {len(arms)} ({names}); raise --trials to that")
+        raise ConfigError(
+            f"--trials {config.trials}: the control and the points are {len(arms)} ({', '.join(names)}); raise --trials to that"
+        )
     return arms
 
 
