@@ -120,12 +120,15 @@ def resume(
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
         raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: rin confirm {study.parent}")
+    from search.journal import read_arms, unfinished
     from search.study import resume_study
 
     changes = {"budget_hours": budget, "concurrent": concurrent}
     study = study.model_copy(update={key: value for key, value in changes.items() if value is not None})
     study = study.model_copy(update={"address": given.ray_address(address, study.address)})
-    _run(study.name, study.trials * study.replicates, store, tracking_uri, lambda view, progress: resume_study(study, view, progress))
+    runs = study.trials * study.replicates
+    to_go = unfinished(study, read_arms(study))
+    _run(study.name, runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
 def _submit(address: str, name: str) -> None:
@@ -137,14 +140,15 @@ def _submit(address: str, name: str) -> None:
         print(f"  {line}")
 
 
-def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]") -> None:
-    """Run a sweep with its live view, and print what it came to."""
+def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
+    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that goes on."""
     from dashboards.live import build_progress, sweep_view
     from dashboards.tables import arm_rows, arm_table, terminal
 
     console = terminal()
-    console.print(f"sweep {name}: {runs} trials", soft_wrap=True, highlight=False)
-    with build_progress(console) as progress, sweep_view(console, runs) as view:
+    left = f", {to_go} to go" if to_go is not None else ""
+    console.print(f"sweep {name}: {runs} trials{left}", soft_wrap=True, highlight=False)
+    with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
         result = run(view, progress)
     where = repeated(store, tracking_uri)
     if result.tracking_lost:
@@ -180,6 +184,10 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
         "(chosen and judged on the same questions: not a finding)",
         soft_wrap=True,
     )
+    if best.origin == "control":
+        console.print("that is the control itself: no configuration with noise did better here", soft_wrap=True)
+    if len(result.config.objectives) > 1:
+        _show_front(console, result)
     folder = result.config.folder
     lines = [(f"rin trial --config {folder.local / BEST_FILE}", "repeat it")] if folder.local is not None else []
     lines += [
@@ -190,6 +198,15 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
     ]
     for line, why in lines:
         console.print(f"  {line}   # {why}", soft_wrap=True, highlight=False)
+
+
+def _show_front(console: Any, result: "StudyResult") -> None:
+    from search.journal import read_arms
+    from search.searchers import pareto_front
+
+    front = pareto_front([arm for arm in read_arms(result.config) if arm.origin != "control"], result.config.objectives)
+    names = ", ".join(arm.name for arm in front) or "empty"
+    console.print(f"Pareto front of {', '.join(result.config.objectives)}: {names}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -376,7 +393,7 @@ def confirm(
 
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
-    with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[0]) as view:
+    with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[-1]) as view:
         place = given.ray_address(address, study.address)
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=place)
     if as_json:

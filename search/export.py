@@ -23,6 +23,8 @@ class BestConfig:
 
     sweep: str
     arm: str
+    origin: str
+    """control | point | searcher | ..."""
     run_ids: tuple[str, ...]
     accuracy: float
     """Median over replicates, on the selection questions."""
@@ -68,6 +70,7 @@ def choose_best(sweep: str, records: Sequence[TrialRecord], uri: str) -> BestCon
     return BestConfig(
         sweep=sweep,
         arm=arm,
+        origin=runs[0].origin,
         run_ids=tuple(run.run_id for run in runs),
         accuracy=scores[arm],
         accuracies=tuple(run.metrics[ACCURACY] for run in runs),
