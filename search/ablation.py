@@ -5,7 +5,8 @@ one setting taken back. A setting whose return makes a configuration impossible,
 named. Noise as a whole is such a one: sigma_start = 0 is the control.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,8 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
     steps, skipped = single_changes(won, plain)
     chosen = [Arm(name=arm.name, origin=arm.origin, tree=arm.tree) for arm in (control,)]
     chosen.append(Arm(name=best.name, origin="winner", tree=best.tree))
-    chosen += [Arm(name=f"{best.name}-without-{_short(key)}", origin="ablation", tree=tree) for key, tree in steps.items()]
+    short = _short_names(steps)
+    chosen += [Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", tree=tree) for key, tree in steps.items()]
     config = options.model_copy(
         update={
             "name": options.name if named else f"{parent.name}-ablation",
@@ -87,5 +89,8 @@ def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tup
     return steps, skipped
 
 
-def _short(key: str) -> str:
-    return key.rsplit(".", 1)[-1].replace("_", "-")
+def _short_names(keys: Collection[str]) -> dict[str, str]:
+    """The last word of each key, or the whole key where two end alike; a name is also a folder."""
+    words = {key: key.rsplit(".", 1)[-1] for key in keys}
+    last = Counter(words.values())
+    return {key: (word if last[word] == 1 else key.replace(".", "-")).replace("_", "-") for key, word in words.items()}
