@@ -122,10 +122,11 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     else:
         refuse_secrets(sys.argv[1:])  # Ray keeps the command line of every driver
         try:
+            _knock(address)  # Ray would go on trying for more than ten minutes
             ray.init(address=address, **quiet)
         except AuthenticationError:
             raise ConfigError(f"--address {address}: {TOKEN_REMEDY}") from None
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
     try:
         yield
@@ -152,6 +153,13 @@ def _on_localhost() -> Iterator[None]:
             del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         else:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = variable
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nothing listens at HOST:PORT; what has no port (`auto`) Ray finds, or not, at once."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def refuse_secrets(words: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
 from search import cluster
-from search.cluster import check_fits, resources, submit
+from search.cluster import check_fits, connected, resources, submit
 from search.tracking import load_config, load_study
 from spaces.errors import ConfigError
 from spaces.reading import parse_yaml, read_config
@@ -118,6 +118,21 @@ def test_what_the_user_can_mend_is_one_line(arguments: list[str], address: str, 
     with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         submit(arguments, address, "s")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_an_error_at_once(address: str) -> None:
+    """Ray itself goes on trying for more than ten minutes."""
+    with pytest.raises(ConfigError, match="no Ray cluster answers there"), connected(address, {}):
+        pass
+
+
+def test_a_password_does_not_become_the_name_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray keeps the command line of every process that drives a cluster."""
+    monkeypatch.setattr("sys.argv", ["rin", "sweep", "--tracking-uri", "http://me:canary-4711@host:5000"])
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught, connected("127.0.0.1:1", {}):
+        pass
+    assert "canary-4711" not in str(caught.value)
 
 
 def test_ray_s_own_variable_must_not_send_the_job_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
