@@ -221,10 +221,10 @@ def mixed_model(treated: Mapping[int, float], control: Mapping[int, float]) -> M
         deviance = (len(z) - 2) * math.log(residual) + float(np.log(parts @ [1.0, ratio]).sum()) - float(np.linalg.slogdet(inverse)[1])
         return deviance, residual * np.array([1.0, ratio])
 
-    grid = np.linspace(math.log(1e-6), math.log(1e8), 57)
+    grid = np.linspace(math.log(1e-6), math.log(1e8), 29)
     start = int(np.argmin([scaled(math.exp(point))[0] for point in grid]))
     bounds = (grid[max(0, start - 1)], grid[min(len(grid) - 1, start + 1)])
-    best = optimize.minimize_scalar(lambda point: scaled(math.exp(point))[0], bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    best = optimize.minimize_scalar(lambda point: scaled(math.exp(point))[0], bounds=bounds, method="bounded", options={"xatol": 1e-8})
     on_boundary = scaled(0.0)[0] <= scaled(math.exp(best.x))[0] + 1e-9
     variances = scaled(0.0 if on_boundary else math.exp(best.x))[1]
     inverse, coefficients, p = fit(variances)

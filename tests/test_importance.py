@@ -127,6 +127,14 @@ def test_each_objective_has_its_own_ranking() -> None:
     assert importance(made, objective=1)[0].dimension == "b"
 
 
+def test_what_the_best_trials_have_in_common_counts_and_not_the_worst() -> None:
+    """The lowest are best here: `a` makes them, `b` makes the highest."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    made = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=2))
+    made.optimize(lambda t: -float(t.suggest_float("a", 0, 1) > 0.75) + float(t.suggest_float("b", 0, 1) > 0.75), n_trials=80)
+    assert importance(made)[0].dimension == "a"
+
+
 def test_the_same_study_gives_the_same_rows() -> None:
     made = study(30, two_dimensions)
     assert importance(made) == importance(made)

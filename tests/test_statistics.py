@@ -448,6 +448,22 @@ def test_equal_risks_are_not_tested_into_a_difference() -> None:
     assert compare_arms(runs([0.5, 0.6, 0.7], (0,)), runs([0.5, 0.6, 0.8])).risk_p > 0.3
 
 
+@pytest.mark.parametrize(("collapsed", "of"), [((4, 1), (5, 5)), ((3, 0), (8, 8)), ((2, 1), (3, 8))])
+def test_the_risk_test_is_boschloos(collapsed: tuple[int, int], of: tuple[int, int]) -> None:
+    """The largest probability, over the common risk, of tables that Fisher's test finds at least as extreme."""
+
+    def fisher(a: int, b: int) -> float:
+        """One-sided; Boschloo's two-sided value is twice the smaller one."""
+        return float(stats.hypergeom.sf(a - 1, sum(of), of[0], a + b))
+
+    seen = fisher(*collapsed)
+    tables = [(a, b) for a in range(of[0] + 1) for b in range(of[1] + 1) if fisher(a, b) <= seen * (1 + 1e-9)]
+    risks = np.linspace(0, 1, 20001)
+    chance = sum(stats.binom.pmf(a, of[0], risks) * stats.binom.pmf(b, of[1], risks) for a, b in tables)
+    arms_ = [runs([0.5 + 0.01 * k for k in range(n)], range(c)) for c, n in zip(collapsed, of, strict=True)]
+    assert compare_arms(*arms_).risk_p == pytest.approx(2 * chance.max(), rel=1e-5)
+
+
 def test_the_risk_test_never_rejects_more_often_than_its_level() -> None:
     """Every pair of outcomes of 5 against 5 runs, for every common probability on a grid: the exact size."""
     p = {}
@@ -586,6 +602,16 @@ def test_a_decision_at_a_look_stands() -> None:
     first = sequential_compare(treated[:5], [0.5] * 5)
     assert first.verdict == "better"
     assert sequential_compare(treated, [0.5] * 8) == first
+
+
+def test_what_a_look_needs_is_counted_at_the_level_of_the_last() -> None:
+    treated = [0.52, 0.48, 0.53, 0.51, 0.53]
+    rule = SequentialRule(looks=(5, 8, 12), level=0.1, spending="obrien-fleming")
+    result = sequential_compare(treated, [0.5] * 5, rule=rule, margin=0.0)
+    first, *_, last = rule.levels(rule.looks)
+    assert result.level == first
+    total = TTestPower().solve_power(effect_size=result.difference / np.std(treated, ddof=1), alpha=last, power=0.8)
+    assert result.needs == math.ceil(total) - 5
 
 
 def test_between_looks_only_an_end_is_judged() -> None:
