@@ -3,6 +3,7 @@
 Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one line.
 """
 
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -173,8 +174,8 @@ def ray_address(address: str | None, before: str | None) -> str | None:
 
 def repeated(store: str, tracking_uri: str | None) -> str:
     """What has to be repeated so that a next command finds the sweep."""
-    given = "" if store == DEFAULT_STORE else f" --store '{store}'" if "&" in store else f" --store {store}"
-    return given + (f" --tracking-uri {tracking_uri}" if tracking_uri else "")
+    given = ([] if store == DEFAULT_STORE else ["--store", store]) + (["--tracking-uri", tracking_uri] if tracking_uri else [])
+    return f" {shlex.join(given)}" if given else ""
 
 
 def _names(text: str) -> tuple[str, ...]:
