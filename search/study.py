@@ -267,7 +267,7 @@ def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
         numbers[arm.name] = len(numbers)
         write_arm(config, numbers[arm.name], arm)
 
-    return RinSearch(
+    searcher = RinSearch(
         space=config.space,
         base=base_tree(config),
         fixed=(),
@@ -281,6 +281,9 @@ def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
         objectives=config.objectives,
         evidence=read_evidence(config),
     )
+    if config.kind == "confirm":
+        searcher.waiting.sort(key=lambda run: run[1])  # pair by pair: a budget that ends leaves whole pairs
+    return searcher
 
 
 class _Watcher(tune.Callback):  # type: ignore[misc]
