@@ -687,8 +687,12 @@ def _power(ratio: float, df: float, level: float) -> float:
     critical = float(special.stdtrit(df, 1 - level / 2))
     if ratio > SURELY * critical + 8:
         return 1.0
-    below = float(special.nctdtr(df, ratio, -critical)) if ratio < 4 else 0.0  # below 1e-7, and scipy has no number there
-    return 1 - float(special.nctdtr(df, ratio, critical)) + below
+    # Rejecting on the wrong side: below 1e-7 or half the level where it is left out, since scipy has no number for some of these.
+    below = float(special.nctdtr(df, ratio, -critical)) if ratio < 4 and level > 1e-4 else 0.0
+    power = 1 - float(special.nctdtr(df, ratio, critical)) + below
+    if not math.isfinite(power):
+        raise ArithmeticError(f"the noncentral t distribution has no number at df {df}, noncentrality {ratio}, level {level}")
+    return power
 
 
 def _power_of(difference: float, sd: float, shared: float, count: int, level: float) -> float:
@@ -775,8 +779,8 @@ def _answers(a: NDArray[np.float64], b: NDArray[np.float64], correct: tuple[Arra
 
 
 def _level(confidence: float) -> float:
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence is a share from 0.5 to below 1 (0.95 = 95 %), but got {confidence}")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence is a share between 0.5 and 1 (0.95 = 95 %), but got {confidence}")
     return round(1 - confidence, 12)
 
 

@@ -97,8 +97,8 @@ class Boundary:
 
 def boundaries(runs: Iterable[NoisyRun], *, confidence: float = 0.95) -> tuple[Boundary, ...]:
     """A line per mode and module kind, sorted by them. Raises ValueError for a sigma that is not above 0 and finite."""
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence is a share from 0.5 to below 1 (0.95 = 95 %), but got {confidence}")
+    if not 0.5 < confidence < 1:
+        raise ValueError(f"confidence is a share between 0.5 and 1 (0.95 = 95 %), but got {confidence}")
     groups: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     for run in runs:
         if not (math.isfinite(run.sigma) and run.sigma > 0):

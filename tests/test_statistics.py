@@ -247,7 +247,7 @@ def test_answers_that_do_not_belong_to_the_accuracies_are_an_error() -> None:
         compare(*accuracies, correct=(sides[0] * 0.5, sides[1]))
 
 
-@pytest.mark.parametrize("confidence", [0.0, 0.3, 1.0, 95.0])
+@pytest.mark.parametrize("confidence", [0.0, 0.3, 0.5, 1.0, 95.0])
 def test_a_confidence_that_is_no_share_is_an_error(confidence: float) -> None:
     with pytest.raises(ValueError, match="confidence"):
         compare([0.5, 0.6, 0.7], [0.5, 0.6, 0.6], confidence=confidence)
@@ -720,3 +720,12 @@ def test_what_no_number_of_replicates_can_show_is_said() -> None:
 def test_impossible_plans_are_an_error(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="but got"):
         detectable_difference(**{"sd": 0.02, "replicates": 5, **bad})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [0.4, 0.05, 0.001, 1e-5, 1e-7])
+def test_power_is_a_number_everywhere_and_grows_with_the_difference(level: float) -> None:
+    """At degrees of freedom and levels where scipy's noncentral t has none for a tail: plans must not stumble over it."""
+    for replicates in (3, 4, 5, 9, 20, 41, 101, 401, 10_000):
+        found = [detectable_difference(0.02, replicates, power=power, confidence=1 - level) for power in (0.5, 0.8, 0.9, 0.99)]
+        assert found == sorted(found)
+        assert all(0 <= difference < math.inf for difference in found)

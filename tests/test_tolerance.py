@@ -185,3 +185,9 @@ def test_a_nearly_separated_fit_settles() -> None:
 
     best = optimize.minimize(loss, [0.0, 1.0], method="Nelder-Mead", options={"maxiter": 20000, "xatol": 1e-10, "fatol": 1e-13})
     assert one(outcomes).sigma_50 == pytest.approx(math.exp(centre - best.x[0] / best.x[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0, 95.0])
+def test_a_confidence_that_is_no_share_is_an_error(confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        one({0.01: [0]}, confidence)
