@@ -167,7 +167,7 @@ class StopWeak(FIFOScheduler):  # type: ignore[misc]
         proceed: str = TrialScheduler.CONTINUE
         stop: str = TrialScheduler.STOP
         arm, replicate = trial.config["arm"], trial.config["replicate"]
-        if trial.config["origin"] != "searcher" or "outcome" in result or "eval/accuracy" not in result:
+        if trial.config["origin"] != "searcher" or result.get("done") or "eval/accuracy" not in result:
             return proceed
         if arm in self._stopped:
             return stop

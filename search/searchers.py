@@ -22,6 +22,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.utils.util import unflatten_dict
 
 from search.proposals import Known, Params, Proposer, Told, cmaes, every, gp, grid, optuna_study, random, settings_of, sobol, tpe
 from spaces.config import ConfigError
@@ -127,11 +128,10 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         arm, replicate = self.running.pop(trial_id)
-        if error or not result:
-            arm.results[replicate] = None
-        else:
-            # A trial that a scheduler or a budget ends has no outcome in its last result: it says so itself as it leaves, too late.
-            arm.results[replicate] = result.get("outcome", {"outcome": "stopped"})
+        # Tune hands results over flattened: {"outcome/eval/accuracy": 0.7}.
+        tree = unflatten_dict({key: value for key, value in (result or {}).items() if key.split("/")[0] == "outcome"})
+        # A trial that a scheduler or a budget ends has no outcome in its last result: it says so itself as it leaves, too late.
+        arm.results[replicate] = None if error else tree.get("outcome", {"outcome": "stopped"})
 
     def study(self) -> Any:
         """What is known, as an Optuna study."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
+from ray.tune.utils.util import flatten_dict
 from scipy.stats import qmc
 
 from search.proposals import GRID_LEVELS, STARTUP, coordinates, decode, encode, every, lattice
@@ -60,7 +61,7 @@ def drive(search: RinSearch, results: Callable[[Any], Any], trials: int = 1000) 
         if suggestion == Searcher.FINISHED:
             return given
         result = results(suggestion)
-        search.on_trial_complete(f"t{len(given)}", result, error=result is None)
+        search.on_trial_complete(f"t{len(given)}", result and flatten_dict(result), error=result is None)  # flattened: as Tune does
         given.append(suggestion)
     return given
 
@@ -197,6 +198,21 @@ def test_optuna_is_told_the_median_of_all_replicates_once() -> None:
     (told,) = search.study().trials
     assert told.value == 0.4
     assert told.state.name == "COMPLETE"
+
+
+def test_an_outcome_arrives_whole_flattened_or_not() -> None:
+    for hand_over in (flatten_dict, dict):
+        search = searcher(configurations=1)
+        search.suggest("t")
+        search.on_trial_complete("t", hand_over(outcome(0.25, "collapsed", seconds=7.0)))
+        assert search.arms[0].results == {0: {"outcome": "collapsed", "eval": {"accuracy": 0.25}, "seconds": 7.0}}
+
+
+def test_a_trial_that_was_stopped_before_its_first_result_has_not_failed() -> None:
+    search = searcher(configurations=1)
+    search.suggest("t")
+    search.on_trial_complete("t")
+    assert search.arms[0].results == {0: {"outcome": "stopped"}}
 
 
 def test_a_configuration_with_replicates_to_go_is_running() -> None:
