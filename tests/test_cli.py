@@ -1,18 +1,25 @@
 """`rin` as its users meet it: real processes, exit codes, one-line errors."""
 
+import errno
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from dashboards import cli
 from dashboards.doctor import Check, examine
-from search.store import default_tracking_uri
+from search.store import StudyConfig, default_tracking_uri, save_study_config, sweeps
 from search.tracking import load_study
 from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
+from tests.written_sweeps import make_arm, study, write_sweep
 
 RIN = Path(sys.executable).parent / "rin"
 
@@ -51,6 +58,185 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(argumen
     assert said in lines[0]
     assert "secret" not in done.stderr
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+COMMANDS = ("sweep", "resume", "trial", "plan", "list", "status", "report", "confirm", "export", "ui", "doctor")
+Said = tuple[int, str, str]
+"""Exit code, stdout, stderr."""
+
+
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> Said:
+    """`rin` in this process, for what needs no process of its own."""
+    monkeypatch.setattr(sys, "argv", ["rin", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else `rin trial` starts its process again with it
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_commands_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {command.name or getattr(command.callback, "__name__", "") for command in cli.app.registered_commands} == set(COMMANDS)
+    _, out, _ = here(monkeypatch, capsys, "--help")
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_its_options(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = here(monkeypatch, capsys, command, "--help")
+    assert code == 0
+    assert "Usage:" in out
+    group: Any = typer.main.get_command(cli.app)
+    unexplained = [
+        parameter.name for parameter in group.commands[command].params if not getattr(parameter, "help", "") and parameter.name != "help"
+    ]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resume", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["report", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["confirm", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["ui", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["report", "../up"], "--name ../up: use letters"),
+        (["sweep", "--ablate", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["sweep", "--warm-start", "nobody", "--workload", "tiny"], "NAME=nobody: no sweep of that name"),
+        (["sweep", "--evidence", "e99", "--workload", "tiny"], "--evidence e99"),
+        (["sweep", "--scheduler", "magic"], "--scheduler magic: unknown"),
+        (["sweep", "--objective", "fun"], "--objective fun: unknown"),
+        (["sweep", "--budget", "0"], "--budget 0: nothing could run"),
+        (["sweep", "--store", "s3://bucket/runs"], "a database cannot lie there; give --tracking-uri"),
+        (["sweep", "--submit", "head:8265"], "--submit head:8265: give the address of the cluster's dashboard"),
+        (["resume", "s", "--submit", "head:8265"], "--submit head:8265: give the address of the cluster's dashboard"),
+    ],
+)
+def test_a_mistake_with_the_newer_commands_is_one_line_too(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = here(monkeypatch, capsys, *arguments)
+    assert code == 2, err
+    assert len(out.splitlines()) <= 2
+    (line,) = [line for line in err.splitlines() if line.strip()]
+    assert line.startswith("rin: ")
+    assert said in line
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_submitting_without_ray_s_job_client_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aiohttp_cors" else find(name, *rest))
+    code, _, err = here(monkeypatch, capsys, "sweep", "--workload", "tiny", "--submit", "http://127.0.0.1:9")
+    assert code == 2
+    assert 'pip install "ray[default,tune]' in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
+    """A sweep in ./runs, c01 ahead of the control, c02 collapsed once."""
+    config = study(tmp_path / "runs", trials=3, replicates=3)
+    arms = [make_arm(config, "control"), make_arm(config, "c01"), make_arm(config, "c02")]
+    write_sweep(config, arms, {"control": [280, 285, 283], "c01": [330, 336, 332], "c02": [300, ("collapsed", 50), None]})
+    monkeypatch.chdir(tmp_path)
+    return config
+
+
+def test_report_prints_every_arm_and_what_to_do_next(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = here(monkeypatch, capsys, "report", "s")
+    assert code == 0
+    for said in ("control", "c01 (candidate)", "ahead", "1: filter_rejection", "undecided: c02", "rin confirm s", "rin resume s"):
+        assert said in out
+    assert not re.search("better|worse", out.replace("Only rin confirm says better or worse.", ""), re.IGNORECASE)
+
+
+def test_report_as_json_is_strict_json_and_nothing_else(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = here(monkeypatch, capsys, "report", "s", "--json")
+    tree = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, [arm["arm"] for arm in tree["arms"]], tree["candidate"]) == (0, ["control", "c01", "c02"], "c01")
+
+
+def test_report_needs_no_tracking(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert here(monkeypatch, capsys, "report", "s")[0] == 0
+    assert not (swept.folder.local or Path()).parent.joinpath("mlflow.db").exists()
+
+
+def test_a_store_with_a_sweep_of_another_version_still_shows_the_others(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (swept.folder.local or Path()).parent.joinpath("old").mkdir()
+    (swept.folder.local or Path()).parent.joinpath("old", "study.json").write_text('{"version": 1}')
+    code, out, _ = here(monkeypatch, capsys, "list")
+    assert code == 0
+    assert re.search(r"^old .*written by version 1", out, re.MULTILINE)
+    assert re.search("^s .*tiny", out, re.MULTILINE)
+    assert here(monkeypatch, capsys, "report", "old")[0] == 2
+
+
+def test_a_confirmation_is_gone_on_with_by_confirm(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_study_config(swept.model_copy(update={"name": "s-confirm", "kind": "confirm", "parent": "s"}))
+    code, _, err = here(monkeypatch, capsys, "resume", "s-confirm")
+    assert (code, err) == (2, "rin: NAME=s-confirm: is a confirmation; go on with it by: rin confirm s\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--looks", "5;8"], "--looks 5;8: give whole numbers separated by commas"),
+        (["--looks", "2,5"], "looks 2,5: name growing numbers of replicates from 3 on"),
+        (["--arm", "c09"], "--arm c09: no such arm in s; it has c01, c02"),
+    ],
+)
+def test_a_confirmation_s_mistakes_are_told_before_anything_runs(
+    arguments: list[str], said: str, swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = here(monkeypatch, capsys, "confirm", "s", *arguments)
+    assert code == 2
+    assert said in err
+    assert sweeps(swept.store) == ["s"]
+
+
+def test_a_full_disk_is_told_as_such(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import search.report
+
+    def full(config: StudyConfig) -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/runs/s/arms/0003.json")
+        except OSError as error:
+            raise RuntimeError("what Tune says about it") from error
+
+    monkeypatch.setattr(search.report, "report_study", full)
+    code, _, err = here(monkeypatch, capsys, "report", "s")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "no space left for /data/runs/s/arms/0003.json" in err
+
+
+def test_a_bug_is_not_hidden(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import search.report
+
+    def broken(config: StudyConfig) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(search.report, "report_study", broken)
+    with pytest.raises(ZeroDivisionError):
+        here(monkeypatch, capsys, "report", "s")
 
 
 def test_help_imports_nothing_heavy() -> None:
