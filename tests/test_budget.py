@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from search import budget as module
 from search.budget import Budget, gpus_of, slots_of
 from search.journal import trial_folder
 from tests.written_sweeps import attempt, make_arm, study, write_trial
@@ -23,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr("search.budget.time.monotonic", lambda: clock.now)
     return clock
 
 

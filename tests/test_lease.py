@@ -94,7 +94,7 @@ def test_the_limit_between_alive_and_stale(folder: Folder, age: float, free: boo
 
 def test_of_two_that_start_in_the_same_instant_only_the_later_writer_goes_on(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one writes while this one waits."""
-    monkeypatch.setattr(lease.time, "sleep", lambda seconds: held(folder))
+    monkeypatch.setattr("search.lease.time.sleep", lambda seconds: held(folder))
     with pytest.raises(Busy), Lease(folder, Busy):
         pytest.fail("two owners")
     assert token(folder) == "other", "who withdraws leaves the other's name"

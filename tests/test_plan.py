@@ -117,7 +117,7 @@ def test_the_spread_is_that_of_differences_from_the_control_over_seeds(tmp_path:
 
 def test_a_collapsed_replicate_teaches_no_spread(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=4)
-    right = {"control": [280, 281, 282, 283], "c01": [290, 292, 294, ("collapsed", 10)]}
+    right: dict[str, list[Any]] = {"control": [280, 281, 282, 283], "c01": [290, 292, 294, ("collapsed", 10)]}
     write_sweep(config, [make_arm(config, name) for name in right], right)
     differences = [(a - b) / QUESTIONS for a, b in ((290, 280), (292, 281), (294, 282))]
     assert experience(str(tmp_path), "tiny").difference_sd == pytest.approx(statistics.stdev(differences))

@@ -270,7 +270,7 @@ def test_what_could_not_be_decided_says_what_it_would_take(tmp_path: Path) -> No
 @pytest.mark.parametrize("replicates", [0, 1, 2, 3, 5])
 def test_the_json_is_strict_and_complete_however_little_has_ended(tmp_path: Path, replicates: int) -> None:
     config = study(tmp_path, trials=4, replicates=5)
-    right = {"control": CONTROL[:replicates], "c01": [("collapsed", 10)] * replicates}
+    right: dict[str, list[Any]] = {"control": CONTROL[:replicates], "c01": [("collapsed", 10)] * replicates}
     write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01"), make_arm(config, "c02")], right)
     report = report_study(config)
     tree = strict(report)
