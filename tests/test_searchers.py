@@ -417,6 +417,12 @@ def test_dimensions_of_one_key_share_a_coordinate() -> None:
     assert decode(CONDITIONAL, place)["noise.sigma_start|linear"] == pytest.approx(math.sqrt(0.002 * 0.02))
 
 
+@pytest.mark.parametrize(("beyond", "end"), [(1.4, 0.02), (-0.3, 0.002)])
+def test_a_proposal_beyond_a_range_is_moved_to_its_end(beyond: float, end: float) -> None:
+    place = {c.name: c.middle for c in coordinates(CONDITIONAL)} | {"noise.modules": "linear", coordinates(CONDITIONAL)[3].name: beyond}
+    assert decode(CONDITIONAL, place)["noise.sigma_start|linear"] == end
+
+
 @pytest.mark.parametrize("space", [*SPACES.values(), CONDITIONAL], ids=lambda space: space.name)
 def test_every_configuration_survives_the_way_to_coordinates_and_back(space: Space) -> None:
     search = searcher(space, searcher="random", configurations=30)
@@ -472,6 +478,11 @@ def test_quasi_random_points_are_more_even_than_random_ones() -> None:
         return float(qmc.discrepancy([list(encode(space, arm.params).values()) for arm in search.arms[1:]]))
 
     assert discrepancy("qmc") < discrepancy("random") / 3
+
+
+@pytest.mark.parametrize("name", ["random", "qmc"])
+def test_a_long_search_does_not_run_dry(name: str) -> None:
+    assert len(drive(searcher(searcher=name, configurations=130), lambda s: outcome(0.5))) == 130
 
 
 def test_another_seed_draws_other_configurations() -> None:
