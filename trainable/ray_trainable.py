@@ -45,6 +45,9 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         settings = TrialConfig.model_validate(config["config"])
         self.folder = Folder(config["folder"])
+        self.over = self.folder.read(OUTCOME_FILE)
+        if self.over is not None:  # by a process that died before Tune heard of it
+            return
         self.attempt = _Attempt(self.folder)
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
         self.watchdog.enter("load")
@@ -63,6 +66,9 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         self.watchdog.enter("")
 
     def step(self) -> dict[str, Any]:
+        if self.over is not None:
+            ended = json.loads(self.over)
+            return with_outcome(ended["reports"][-1], ended["outcome"])
         self.broken = True  # until the step has returned
         report = self.trial.step()
         self.attempt.step = report.step + 1
@@ -85,7 +91,8 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         """The next trial in this process, which saves it the imports. It is built from its configuration alone, like the first one; of
         the last trial nothing is kept."""
         self.cleanup()
-        del self.trial, self.reports
+        if self.over is None:
+            del self.trial, self.reports
         gc.collect()  # a model and its hooks refer to each other
         self.setup(new_config)
         return True
@@ -95,11 +102,14 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint_dir: str | None) -> None:
         assert checkpoint_dir is not None
-        self._load(load_state(Folder(checkpoint_dir)))
+        if self.over is None:
+            self._load(load_state(Folder(checkpoint_dir)))
 
     def cleanup(self) -> None:
         """Runs on every ending but a killed process. Saves first: whoever stops a trial from outside may not wait for its
         evaluation."""
+        if self.over is not None:
+            return
         if self.ended:
             pass
         elif self.broken:
