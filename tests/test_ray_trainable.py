@@ -240,6 +240,34 @@ def test_a_population_scheduler_s_checkpoint_continues_bit_for_bit(tmp_path: Pat
     assert [report["step"] for report in read(tmp_path / "two")["reports"]] == list(range(6))
 
 
+def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune_heard_of_it(tmp_path: Path, undisturbed: Path) -> None:
+    first = start(setting(tmp_path))
+    for _ in range(6):
+        last = first.train()
+    abandon(first)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = start(setting(tmp_path))
+    (again,) = finish(second)
+    assert again["done"]
+    assert again["outcome"] == json.loads(json.dumps(last["outcome"]))
+    assert (again["step"], again["accuracy"], again["time_ms"]) == (5, last["accuracy"], last["time_ms"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "nor is it another attempt"
+
+
+def test_the_next_trial_in_the_same_process_is_like_one_in_a_process_of_its_own(tmp_path: Path, undisturbed: Path) -> None:
+    """After one that was stopped, and after one that was over before it began."""
+    reused = start(setting(tmp_path / "stopped", "control"))
+    reused.train()
+    assert reused.reset_config(setting(undisturbed))
+    assert reused.train()["done"]
+    assert reused.reset_config(setting(tmp_path / "next"))
+    finish(reused)
+    assert names(tmp_path / "stopped") == ["attempt-001.json", "checkpoint-000001", STOPPED_FILE]
+    assert [comparable(row) for row in read(tmp_path / "next")["reports"]] == [comparable(row) for row in read(undisturbed)["reports"]]
+    assert comparable_outcome(tmp_path / "next") == comparable_outcome(undisturbed)
+    assert [attempt.ended for attempt in read_attempts(Folder(str(tmp_path / "next")))] == ["outcome"]
+
+
 def test_what_a_stop_had_said_is_gone_once_the_trial_goes_on(tmp_path: Path) -> None:
     first = start(setting(tmp_path))
     first.train()
