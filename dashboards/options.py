@@ -173,8 +173,12 @@ def ray_address(address: str | None, before: str | None) -> str | None:
 
 
 def repeated(store: str, tracking_uri: str | None) -> str:
-    """What has to be repeated so that a next command finds the sweep."""
-    given = ([] if store == DEFAULT_STORE else ["--store", store]) + (["--tracking-uri", tracking_uri] if tracking_uri else [])
+    """What has to be repeated so that a next command finds the sweep, without a password."""
+    from search.secrets import strip_password
+
+    given = ([] if store == DEFAULT_STORE else ["--store", store]) + (
+        ["--tracking-uri", strip_password(tracking_uri)] if tracking_uri else []
+    )
     return f" {shlex.join(given)}" if given else ""
 
 

@@ -107,7 +107,12 @@ def check_name(name: str) -> str:
 
 
 def absolute_store(store: str) -> str:
-    """A relative folder is anchored here; a URI stays as it is."""
+    """A relative folder is anchored here; a URI stays as it is. Raises ConfigError for one that holds a secret: it is written down."""
+    if strip_password(store) != store:
+        raise ConfigError(
+            f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many files; leave it out and "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     return store if "://" in store else str(Path(store).absolute())
 
 

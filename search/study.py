@@ -13,7 +13,6 @@ back from its files, and a new Tuner is made each time. One process at a time dr
 The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
 
-import logging
 import os
 import re
 import signal
@@ -29,7 +28,7 @@ import ray
 from ray import tune
 
 from search.budget import Budget
-from search.cluster import resources
+from search.cluster import check_fits, connected, resources
 from search.export import BestConfig, choose_best, to_yaml
 from search.journal import read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
 from search.schedulers import SCHEDULERS
@@ -233,7 +232,8 @@ def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
 
 def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLflowCallback, view: View) -> None:
     workload = WORKLOADS[config.workload]
-    searcher = searcher_of(config, arms)
+    # Tune pickles the searcher into the store, and a tracking URI may hold a password.
+    searcher = searcher_of(config.model_copy(update={"tracking_uri": ""}), arms)
     tuner = tune.Tuner(
         tune.with_resources(RinTrainable, resources(workload, config.cpus, config.gpus)),
         tune_config=tune.TuneConfig(
@@ -415,7 +415,7 @@ def _save_best(config: StudyConfig, records: tuple[TrialRecord, ...]) -> BestCon
 
 @contextmanager
 def _ray(config: StudyConfig) -> Iterator[None]:
-    """A local Ray for this sweep (bound to localhost), or the cluster at `address`.
+    """A local Ray for this sweep, or the cluster at `address`.
 
     Workers get a small working folder of our own: Ray would put the driver's current folder ahead of site-packages.
     """
@@ -428,24 +428,10 @@ def _ray(config: StudyConfig) -> Iterator[None]:
     work = config.scratch / "work"
     work.mkdir(parents=True, exist_ok=True)
     runtime_env = {"working_dir": str(work), "env_vars": {**TRIAL_ENVIRONMENT, **_cache_environment(config)}}
-    if config.address is None:
-        ray.init(
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-        )
-    else:
-        try:
-            ray.init(address=config.address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--address {config.address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
-    try:
+    with connected(config.address, runtime_env):
+        if config.address is None:  # a cluster may grow when it is asked to
+            check_fits(resources(WORKLOADS[config.workload], config.cpus, config.gpus), ray.nodes())
         yield
-    finally:
-        ray.shutdown()
 
 
 def _cache_environment(config: StudyConfig) -> dict[str, str]:

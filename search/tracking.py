@@ -151,8 +151,8 @@ class _Backend:
     Unix ms.
     """
 
-    def __init__(self, uri: str, folder: Path) -> None:
-        self._uri, self._refused = uri, folder / "mlflow-refused.jsonl"
+    def __init__(self, uri: str, folder: Path, create: bool = True) -> None:
+        self._uri, self._refused, self._create = uri, folder / "mlflow-refused.jsonl", create
         self._mlflow: Any = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
@@ -183,7 +183,7 @@ class _Backend:
 
     def _apply(self, record: Record) -> None:
         if self._mlflow is None:
-            self._mlflow = _client(self._uri, create=True)
+            self._mlflow = _client(self._uri, create=self._create)
         from mlflow.entities import Metric, Param, RunTag
 
         client, run_id = self._mlflow, self._run_id(record)
@@ -248,8 +248,11 @@ def _live_callback(sweep: str) -> "MLflowCallback":
 
 
 def deliver_spool(folder: Path, uri: str) -> int:
-    """Deliver what an earlier process could not; how many records are still undelivered."""
-    return deliver(folder / SPOOL, _Backend(uri, folder).send, f"tracking at {strip_password(uri)}")
+    """Deliver what an earlier process could not; how many records are still undelivered.
+
+    Makes no database: `uri` may be what a study.json of somebody else says, and a look at a sweep writes nowhere else.
+    """
+    return deliver(folder / SPOOL, _Backend(uri, folder, create=False).send, f"tracking at {strip_password(uri)}")
 
 
 class MLflowCallback:

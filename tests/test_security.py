@@ -31,7 +31,6 @@ RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 SHORT = ["--workload", "tiny", "--trials", "2", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
 IN_URI, IN_ENVIRONMENT = "canary-4711-in-the-uri", "canary-4711-in-the-environment"
 
-WIRED = pytest.mark.xfail(strict=True, reason="known; mended in another place")
 
 # What the program is made of
 
@@ -191,7 +190,6 @@ def holding(text: str, folder: Path) -> list[str]:
     return sorted(found)
 
 
-@WIRED
 @pytest.mark.slow
 def test_no_secret_is_written_into_the_store_or_into_mlflow(swept: dict[str, Any]) -> None:
     """study.json, Tune's pickles, outcomes, params, tags, artifacts, the database itself."""
@@ -200,7 +198,6 @@ def test_no_secret_is_written_into_the_store_or_into_mlflow(swept: dict[str, Any
         assert holding(secret, swept["folder"]) == []
 
 
-@WIRED
 @pytest.mark.slow
 def test_no_secret_is_printed(swept: dict[str, Any]) -> None:
     assert "2 of 2" in swept["said"]
@@ -208,7 +205,6 @@ def test_no_secret_is_printed(swept: dict[str, Any]) -> None:
         assert [line for line in swept["said"].splitlines() if secret in line] == []
 
 
-@WIRED
 @pytest.mark.slow
 def test_no_secret_is_in_ray_s_logs(swept: dict[str, Any]) -> None:
     assert holding("raylet", swept["ray"]), "the search reads Ray's session"
@@ -223,7 +219,6 @@ def test_no_process_that_a_sweep_starts_carries_a_secret_in_its_command_line(swe
         assert [words for words in swept["called"] if secret in words] == []
 
 
-@WIRED
 @pytest.mark.slow
 def test_a_sweep_on_this_machine_listens_to_this_machine_alone(swept: dict[str, Any]) -> None:
     assert swept["listening"]
@@ -326,7 +321,6 @@ def test_no_name_of_an_arm_leads_out_of_the_store(foreign: StudyConfig, name: st
         read_arms(foreign)
 
 
-@WIRED
 def test_delivering_what_somebody_else_left_writes_nothing_outside_of_the_store(foreign: StudyConfig, tmp_path: Path) -> None:
     """Neither a new database where study.json names one, nor an artifact by a path that climbs."""
     record = {"do": "file", "experiment": "e", "key": "e/control/0", "time": 1, "path": "../../../../climbed.txt", "text": "hello"}
@@ -335,7 +329,6 @@ def test_delivering_what_somebody_else_left_writes_nothing_outside_of_the_store(
     assert outside(tmp_path) == []
 
 
-@WIRED
 def test_a_store_s_name_holds_no_secret_since_a_sweep_writes_it_down() -> None:
     with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
         absolute_store("s3://key:canary-4711@bucket/runs")

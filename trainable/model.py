@@ -157,8 +157,8 @@ def _load(model: ModelConfig, progress: Progress | None) -> tuple[Any, PreTraine
         source = model.name
     tokenizer_options = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **tokenizer_options)
-        network = AutoModelForCausalLM.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **tokenizer_options)
+        network = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # runs no code of a folder
     except (OSError, ValueError, SafetensorError) as error:
         # Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off.
         raise ConfigError(
