@@ -16,7 +16,7 @@ ui: $(READY)
 	$(BIN)/rin ui $(NAME) $(ARGS)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
