@@ -363,6 +363,7 @@ def a_reward_server_that_stopped_answering(question, completion):
     time.sleep(3600)
 running.trial.task.rewards["stuck"] = a_reward_server_that_stopped_answering
 running.trial.task.weights["stuck"] = 0.0
+assert running.watchdog.limit == config["config"]["hang_seconds"]
 running.watchdog.limit = 0.5
 running.train()
 """

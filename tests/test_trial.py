@@ -151,6 +151,16 @@ def test_a_checkpoint_is_not_touched_by_what_follows(tiny: Tiny) -> None:
     assert json.dumps(state["progress"]) == progress
 
 
+def test_each_phase_is_announced_as_it_begins(tiny: Tiny) -> None:
+    """For whoever watches that none of them hangs."""
+    phases: list[str] = []
+    trial = Trial(tiny("grpo.steps=2", "grpo.filter_groups=off", "eval.every=0"), on_phase=phases.append)
+    finish(trial)
+    trial.outcome()
+    announced = [phase for before, phase in zip(["", *phases], phases, strict=False) if phase != before]
+    assert announced == ["evaluate", *("rollout", "update") * 3, "evaluate"], "the baseline and two steps"
+
+
 def test_a_checkpoint_of_another_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     save_state(Folder(str(tmp_path)), Trial(tiny()).state_dict())
     file = tmp_path / "progress.json"
