@@ -99,7 +99,9 @@ def test_times_of_the_same_workload_in_this_store_replace_the_workload_s_figure(
 def test_trials_that_collapsed_or_were_interrupted_teach_no_time(tmp_path: Path) -> None:
     config, arms = finished(tmp_path, [10.0, 10.0, 10.0])
     write_trial(config, arms[0], 0, outcome(arms[0], 0, 100, "collapsed"), attempts=[attempt(0, 1)])
-    write_trial(config, arms[0], 1, outcome(arms[0], 1, 280), attempts=[attempt(0, 500, ended=""), attempt(0, 500)])
+    for replicate in range(3):
+        attempts = [attempt(0, 500, ended=""), attempt(0, 500)]
+        write_trial(config, arms[1], replicate, outcome(arms[1], replicate, 280), attempts=attempts)
     assert experience(str(tmp_path), "tiny").trial_seconds == 10.0
 
 

@@ -134,6 +134,8 @@ def test_importing_tracking_imports_neither_mlflow_nor_ray() -> None:
 @pytest.mark.parametrize("first_use", ["check_tracking(uri, 'x')", "deliver_spool(folder, uri)"])
 def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) -> None:
     (tmp_path / tracking.SPOOL).write_text('{"do": "log", "experiment": "x", "key": "k", "time": 1, "tags": {"arm": "a"}}\n')
+    if first_use.startswith("deliver"):  # which makes no database
+        check_tracking(f"sqlite:///{tmp_path}/m.db", "x")
     code = (
         "import os; [os.environ.pop(name, None) for name in ('CI', 'DO_NOT_TRACK', 'MLFLOW_DISABLE_TELEMETRY')]\n"
         "from search.tracking import check_tracking, deliver_spool; from pathlib import Path\n"
@@ -543,6 +545,15 @@ def test_an_outage_costs_nothing_but_a_line_and_is_delivered_once(
     assert deliver_spool(folder, uri) == 0
     assert deliver_spool(tmp_path / "killed before the file was emptied", uri) == 0
     assert repr(whole_experiment(uri, experiment)) == repr(once)
+
+
+def test_delivering_what_was_left_makes_no_database_and_keeps_the_records(tmp_path: Path) -> None:
+    """A study.json of somebody else may name any file of this machine."""
+    record = '{"do": "log", "experiment": "x", "key": "k", "time": 1, "tags": {"arm": "a"}}\n'
+    (tmp_path / tracking.SPOOL).write_text(record)
+    assert deliver_spool(tmp_path, default_tracking_uri(str(tmp_path / "elsewhere"))) == 1
+    assert (tmp_path / tracking.SPOOL).read_text() == record
+    assert [path.name for path in tmp_path.iterdir() if path.name == "elsewhere"] == []
 
 
 @pytest.mark.parametrize("delivered", [1, 2, 4, 9, 11])
