@@ -80,8 +80,10 @@ def sweep(
         address=address,
     )
     study = study_config(options)
+    if ablate is not None:
+        _refuse_with_ablate(options)
     if submit is not None:
-        _submit(submit, study.name)
+        _submit(submit, study.name if ablate is None or name is not None else f"{ablate}-ablation")
         return
     from search.study import run_study
 
@@ -101,6 +103,15 @@ def sweep(
         print(line)
     runs = parts.config.trials * parts.config.replicates
     _run(parts.config.name, runs, store, tracking_uri, lambda view, progress: run_study(parts.config, view, progress, parts.arms))
+
+
+def _refuse_with_ablate(options: SweepOptions) -> None:
+    """An ablation's arms come from its sweep alone."""
+    plain = SweepOptions()
+    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start", "scheduler"):
+        if getattr(options, option) != getattr(plain, option):
+            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
+            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
 
 
 @app.command()
@@ -156,12 +167,15 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
         raise typer.Exit(1)
     console.print(arm_table(arm_rows(result.records), f"sweep {name}, in {result.config.folder.uri}"))
     if result.best is None:
-        console.print("no configuration completed: nothing to export. Try smaller sigmas, or --set collapse.mode=monitor", soft_wrap=True)
+        hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
+        console.print(f"no configuration has completed all its replicates: nothing to export{hint}", soft_wrap=True)
     else:
         _show_candidate(console, result, where)
     failed = [record for record in result.records if record.status == "failed"]
     for record in failed:
         print(f"{record.arm}/{record.replicate} failed: {record.reason}", file=sys.stderr)
+    if result.config.trials * result.config.replicates < runs:
+        console.print(f"the space has no further configuration: {result.config.trials} were all", soft_wrap=True)
     if not result.unfinished:
         return
     what = f"{result.unfinished} of {runs} trials are not finished"
@@ -286,10 +300,12 @@ def plan(
         store=store,
         tracking_uri="sqlite:///:memory:",
     )
+    import torch
+
     from dashboards.report_text import plan_lines
     from search.plan import plan_study
 
-    for line in plan_lines(plan_study(study_config(options), os.cpu_count() or 1)):
+    for line in plan_lines(plan_study(study_config(options), os.cpu_count() or 1, torch.cuda.device_count())):
         print(line)
 
 
@@ -349,7 +365,9 @@ def status(
     if is_driven(study):
         print("it is running")
     elif ended < runs and study.scheduler == "none":
-        print(f"{runs - ended} trials are not finished and nobody is running them; go on: rin resume {name}{repeated(store, tracking_uri)}")
+        again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
+        where = repeated(store, tracking_uri)
+        print(f"{runs - ended} trials are not finished and nobody is running them; go on: {again}{where}")
 
 
 @app.command()
@@ -358,17 +376,25 @@ def report(
 ) -> None:
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
     study = find_sweep(name, store, tracking_uri)
-    from dashboards.report_text import as_tree, report_lines, report_table
+    from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import terminal
+    from search.confirm import judge
+    from search.journal import read_arms, unfinished
     from search.report import report_study
 
-    seen = report_study(study)
+    if study.kind == "confirm":
+        state = judge(study, unfinished=unfinished(study, read_arms(study)))
+        tree, lines = confirmation_tree(state), confirmation_lines(state, repeated(store, tracking_uri))
+    else:
+        seen = report_study(study)
+        tree, lines = as_tree(seen), report_lines(seen, repeated(store, tracking_uri))
     if as_json:
-        print(json.dumps(as_tree(seen), indent=1))
+        print(json.dumps(tree, indent=1))
         return
     console = terminal()
-    console.print(report_table(seen))
-    for line in report_lines(seen):
+    if study.kind != "confirm":
+        console.print(report_table(seen))
+    for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -398,7 +424,7 @@ def confirm(
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=place)
     if as_json:
         print(json.dumps(confirmation_tree(state), indent=1))
-    for line in [] if as_json else confirmation_lines(state):
+    for line in [] if as_json else confirmation_lines(state, repeated(store, tracking_uri)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if state.unfinished and not state.budget_spent:
         raise typer.Exit(1)
@@ -419,7 +445,7 @@ def export(
 
     if to not in EXPORTS:
         raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}")
-    text = EXPORTS[to](choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri))
+    text = EXPORTS[to](choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri, study.replicates))
     if output is None:
         print(text, end="")
     else:
@@ -489,7 +515,7 @@ def main() -> None:
         full = _full_disk(error)
         if full is None:
             raise
-        print(f"rin: no space left for {full.filename or 'a file of the sweep'}; free some, then: rin resume NAME", file=sys.stderr)
+        print(f"rin: no space left for {full.filename or 'a file of the sweep'}; free some, then go on by: rin resume", file=sys.stderr)
         sys.exit(1)
 
 

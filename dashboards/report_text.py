@@ -47,12 +47,12 @@ def report_table(report: StudyReport) -> Table:
     return table
 
 
-def report_lines(report: StudyReport) -> list[str]:
-    """What stands below the table."""
+def report_lines(report: StudyReport, where: str = "") -> list[str]:
+    """What stands below the table; `where`: options that find the sweep again."""
     ledger = report.ledger
     lines = [NOT_A_FINDING.format(arms=sum(row.corrected is not None for row in report.arms))]
     if report.unfinished:
-        lines.append(f"{report.unfinished} trials have no outcome yet: rin resume {report.config.name}")
+        lines.append(f"{report.unfinished} trials have no outcome yet: rin resume {report.config.name}{where}")
     for row in report.arms:
         risk = row.comparison
         if risk is not None and (risk.treated_risk.collapsed or risk.control_risk.collapsed):
@@ -70,12 +70,12 @@ def report_lines(report: StudyReport) -> list[str]:
         f"{ledger.filtered:.2f} generating groups that the filter threw away"
     )
     if report.candidate is not None and report.config.kind == "sweep":
-        lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}")
+        lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
     return lines
 
 
-def confirmation_lines(state: Confirmation) -> list[str]:
-    """The verdict, and all that it hangs on."""
+def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
+    """The verdict, with all that it hangs on; `where`: options that find the sweep again."""
     seen, config = state.comparison, state.config
     lines = [
         f"{state.winner} against {state.control}: {seen.words()}",
@@ -88,8 +88,11 @@ def confirmation_lines(state: Confirmation) -> list[str]:
         lines.append(f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}")
         if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
             lines.append(f"  completed pairs alone: {100 * risks.completed.difference:+.2f} points {interval(risks.completed)}")
+    lines += [f"  {note}" for note in state.notes]
     if state.unfinished:
-        lines.append(f"  {state.unfinished} trials are not finished; go on: rin confirm {config.parent}")
+        arm = config.name.removeprefix(f"{config.parent}-confirm").removeprefix("-")
+        named = f" --arm {arm}" if arm else ""
+        lines.append(f"  {state.unfinished} trials are not finished; go on: rin confirm {config.parent}{named}{where}")
     return lines
 
 
@@ -115,12 +118,13 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, {config.quant.mode}, "
         f"filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
-        f"      at most {duration(plan.wall_seconds)}"
-        + (f", about {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected" if adjusted < 1 else ""),
-        f"cost: at most {plan.hours:.2f} {unit}" + (f", about {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
+        f"      about {duration(plan.wall_seconds)} if nothing collapses"
+        + (f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected" if adjusted < 1 else ""),
+        f"cost: about {plan.hours:.2f} {unit} if nothing collapses"
+        + (f", {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
         f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from its {config.eval.questions} questions alone",
     ]
-    if plan.detectable is not None and plan.difference_sd is not None and plan.affordable_replicates >= 3:
+    if plan.detectable is not None and plan.difference_sd is not None and plan.study.replicates >= 3:
         lines.append(
             f"smallest difference of one arm that is seen with 80 % power: {100 * plan.detectable:.1f} points "
             f"(seed to seed {100 * plan.difference_sd:.1f}, {plan.sd_source})"
@@ -198,6 +202,7 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
         "replicates": state.replicates,
         "looks": list(state.looks),
         "unfinished": state.unfinished,
+        "notes": list(state.notes),
     }
 
 

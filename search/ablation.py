@@ -14,8 +14,9 @@ from search.journal import read_arms
 from search.report import winner_of
 from search.searchers import Arm
 from search.store import StudyConfig
-from spaces.config import ConfigError, NoiseConfig
+from spaces.config import ConfigError
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from spaces.workloads import WORKLOADS
 
 _ENDS = ("noise.sigma_start", "noise.sigma_end")
 _OF_THE_RUN = ("seed", "threads", "hang_seconds")
@@ -36,12 +37,14 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
 
     Raises ConfigError when the parent has no winner, or a winner that is the control.
     """
+    if parent.kind == "confirm":
+        raise ConfigError(f"--ablate {parent.name}: is a confirmation; give the sweep: --ablate {parent.parent}")
     arms = read_arms(parent)
     best, control = winner_of(parent, arms)
-    won, plain = as_tree(read_config(best.tree)), as_tree(read_config(control.tree))
+    threads = {"threads": options.cpus or WORKLOADS[parent.workload].trial_cpus}
+    won, plain = (as_tree(read_config(merge(arm.tree, threads))) for arm in (best, control))
     steps, skipped = single_changes(won, plain)
-    chosen = [Arm(name=arm.name, origin=arm.origin, tree=arm.tree) for arm in (control,)]
-    chosen.append(Arm(name=best.name, origin="winner", tree=best.tree))
+    chosen = [Arm(name=control.name, origin="control", tree=plain), Arm(name=best.name, origin="winner", tree=won)]
     short = _short_names(steps)
     chosen += [Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", tree=tree) for key, tree in steps.items()]
     config = options.model_copy(
@@ -63,21 +66,14 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
 
 
 def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Key -> the winner's tree with that key as the control has it; and a line for each difference that gives no arm.
-
-    The control's noise settings other than sigma do nothing there, so they count as the defaults of NoiseConfig.
-    """
-    defaults = flatten({"noise": as_tree(NoiseConfig())})
-    won, plain = flatten(winner), {**flatten(control), **{key: value for key, value in defaults.items() if key not in _ENDS}}
+    """Key -> the winner's tree with that key as the control has it; then a line for each difference that gives no arm."""
+    won, plain = flatten(winner), flatten(control)
     steps: dict[str, dict[str, Any]] = {}
     skipped = []
     for key, value in won.items():
         if key in _OF_THE_RUN or key == "noise.sigma_start" or plain.get(key) == value:
             continue
-        target = won["noise.sigma_start"] if key == "noise.sigma_end" else plain.get(key)  # the control has no sigma: no decay instead
-        if target == value:
-            continue
-        tree = merge(winner, unflatten({key: target}))
+        tree = merge(winner, unflatten({key: plain.get(key)}))
         try:
             read_config(tree)
         except ConfigError as error:

@@ -3,7 +3,7 @@
 An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is the time of every process that worked on a trial,
 loading, evaluating and repeated steps included, as the attempts in the trials' folders tell (also those of a driver that was
 killed). The limit is hard: a stopped trial still saves itself and evaluates, so everything is stopped one such time ahead, judged by
-the longest step that each running trial has reported.
+the longest step that any trial has reported.
 """
 
 import math
@@ -16,7 +16,7 @@ from ray import tune
 from search.journal import trial_folder
 from search.searchers import Arm
 from search.store import StudyConfig
-from search.trials import read_attempts
+from search.trials import read_attempts, read_reports
 from spaces.workloads import WORKLOADS
 
 
@@ -41,7 +41,8 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0
         self._since: dict[str, float] = {}
-        self._longest: dict[str, float] = {}
+        reported = [report["seconds"] for folder in folders for report in read_reports(folder)] if config.budget_hours else []
+        self._longest = max(reported, default=0.0)  # the first step of a trial, which evaluates
 
     def started(self, trial: str) -> None:
         self._since.setdefault(trial, time.monotonic())
@@ -51,8 +52,8 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         if since is not None:
             self._ended_hours += self.slots * (time.monotonic() - since) / 3600
 
-    def reported(self, trial: str, seconds: float) -> None:
-        self._longest[trial] = max(self._longest.get(trial, 0.0), seconds)
+    def reported(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
 
     @property
     def hours(self) -> float:
@@ -64,6 +65,6 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        ahead = self.slots * sum(self._longest.get(trial, 0.0) for trial in self._since) / 3600
+        ahead = self.slots * len(self._since) * self._longest / 3600
         self.spent = self.spent or self.hours + ahead >= self.limit_hours
         return self.spent

@@ -11,13 +11,13 @@ calling it again goes on where it stopped.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from search.journal import read_arms
 from search.report import MARGIN, replicates_of, winner_of
 from search.searchers import Arm
 from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
-from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config
+from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config, sweeps
 from search.study import View, resume_study, run_study
 from spaces.config import ConfigError
 from spaces.reading import merge
@@ -45,6 +45,8 @@ class Confirmation:
     looks: tuple[int, ...]
     """Replicates at which it looks."""
     budget_spent: bool = False
+    notes: tuple[str, ...] = ()
+    """What else must be known: trials that failed, a winner that has changed, other confirmations of this sweep."""
 
 
 def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | None = None) -> tuple[StudyConfig, list[Arm]]:
@@ -102,21 +104,38 @@ def confirm(
             raise ConfigError(f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; leave --looks out")
     else:
         config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
-    config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "budget_hours": budget_hours, "address": address})
+    config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "address": address})
+    if budget_hours is not None or not begun:
+        config = config.model_copy(update={"budget_hours": budget_hours})
     for look in [look for look in config.looks if look >= config.replicates]:
         config = config.model_copy(update={"replicates": look})
         if arms is None:
-            save_study_config(config)
             result = resume_study(config, view, progress)
         else:
             result, arms = run_study(config, view, progress, arms), None
+        failed = [f"{run.arm}/{run.replicate} failed: {run.reason}" for run in result.records if run.status == "failed"]
+        lost = [result.tracking_lost] if result.tracking_lost else []
         state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
+        state = replace(state, notes=(*failed, *lost, *_cautions(parent, state, arm)))
         if state.comparison.verdict != "undecided" or result.unfinished:
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
         # It has been looked at, so it is a look: whoever goes on with more budget has spent that part of the level.
         save_study_config(config.model_copy(update={"looks": tuple(sorted({*config.looks, state.replicates}))}))
     return state
+
+
+def _cautions(parent: StudyConfig, state: Confirmation, arm: str | None) -> list[str]:
+    """Whatever makes this answer another one than it seems."""
+    cautions = []
+    now = winner_of(parent, read_arms(parent))[0].name if arm is None else arm
+    if now != state.winner:
+        again = f"rin confirm {parent.name} --arm {now}"
+        cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}: {again}")
+    others = [name for name in sweeps(parent.store) if name.startswith(f"{parent.name}-confirm") and name != state.config.name]
+    if others:
+        cautions.append(f"{', '.join(others)} asks the same questions: the error level holds for each alone and not for all together")
+    return cautions
 
 
 def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Confirmation:

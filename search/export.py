@@ -45,22 +45,27 @@ def by_arm(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
 
 def control_of(record: TrialRecord, arms: Mapping[str, Sequence[TrialRecord]]) -> Sequence[TrialRecord]:
     """The control's replicates with the record's own filter policy: the policy alone moves an accuracy by points."""
-    policy = record.params.get("grpo.filter_groups")
+    policy = _policy(record)
     for runs in arms.values():
-        if runs[0].origin == "control" and runs[0].params.get("grpo.filter_groups") == policy:
+        if runs[0].origin == "control" and _policy(runs[0]) == policy:
             return runs
     return ()
 
 
-def feasible(runs: Sequence[TrialRecord]) -> bool:
-    """Every replicate ran to its end."""
-    return all(run.status == "completed" and ACCURACY in run.metrics for run in runs)
+def _policy(record: TrialRecord) -> tuple[str | None, str | None]:
+    filter_groups = record.params.get("grpo.filter_groups")
+    return filter_groups, record.params.get("grpo.max_gen_batches") if filter_groups == "resample" else None
 
 
-def choose_best(sweep: str, records: Sequence[TrialRecord], uri: str) -> BestConfig:
-    """The best feasible configuration of a sweep. Raises ConfigError when there is none."""
+def feasible(runs: Sequence[TrialRecord], replicates: int = 1) -> bool:
+    """Every replicate ran to its end, and `replicates` of them did."""
+    return len(runs) >= replicates and all(run.status == "completed" and ACCURACY in run.metrics for run in runs)
+
+
+def choose_best(sweep: str, records: Sequence[TrialRecord], uri: str, replicates: int = 1) -> BestConfig:
+    """The best feasible configuration of a sweep of so many replicates. Raises ConfigError when there is none."""
     arms = by_arm(records)
-    scores = {arm: median(run.metrics[ACCURACY] for run in runs) for arm, runs in arms.items() if feasible(runs)}
+    scores = {arm: median(run.metrics[ACCURACY] for run in runs) for arm, runs in arms.items() if feasible(runs, replicates)}
     if not scores:
         ended = ", ".join(f"{arm} {runs[0].status}" for arm, runs in arms.items()) or "no trial ran"
         raise ConfigError(f"sweep {sweep}: no configuration completed ({ended}); try smaller sigmas, or collapse.mode=monitor")

@@ -5,13 +5,15 @@ found here by the next start: an arm without all its outcomes has runs to go, a 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from search.searchers import Arm, Evidence
 from search.store import EVIDENCE_FILE, StudyConfig
 from search.trials import read_outcome
 from spaces.config import ConfigError
+from spaces.reading import read_config
 from trainable.folder import Folder
 
 
@@ -40,6 +42,12 @@ def read_arms(config: StudyConfig) -> list[Arm]:
                 arm.results[replicate] = outcome
         arms.append(arm)
     return arms
+
+
+def filter_policy(tree: Mapping[str, Any]) -> tuple[str, int]:
+    """What a control must share with the arms that are compared with it: the filter, and for `resample` how long it tries."""
+    grpo = read_config(tree).grpo
+    return grpo.filter_groups, grpo.max_gen_batches if grpo.filter_groups == "resample" else 0
 
 
 def write_evidence(config: StudyConfig, evidence: Sequence[Evidence]) -> None:

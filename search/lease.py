@@ -2,11 +2,13 @@
 
 The owner writes its name with the time, and again every few seconds; whoever finds a fresh name that is not its own stays away,
 and a name that has not been renewed for a minute belongs to a dead process. Two that start in the same instant both write, wait, and
-read again: the later writer's name is there, and the other one withdraws. Clocks of the machines must agree within half a minute.
+read again: the later writer's name is there, and the other one withdraws. An owner that finds that it has lost the lease interrupts itself
+as Ctrl-C would. Clocks of the machines must agree within half a minute.
 """
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -34,10 +36,12 @@ class Lease:
         self._write()
         time.sleep(SETTLE_SECONDS)
         self._refuse_other()
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
+        self._thread.join()
         if self._other() == "":
             self._folder.remove(FILE)
 
@@ -61,11 +65,18 @@ class Lease:
         self._folder.write(FILE, json.dumps(held))
 
     def _renew(self) -> None:
+        renewed = time.monotonic()
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                self._write()
-            except OSError:  # the store is away for a moment; a minute of that and the lease is lost, as it should be
-                continue
+                taken = bool(self._other())
+                if not taken:
+                    self._write()
+                    renewed = time.monotonic()
+            except OSError:  # the store is away for a moment
+                taken = False
+            if taken or time.monotonic() - renewed > STALE_SECONDS:  # a suspended machine, a minute without the store
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
 
 def holder(folder: Folder) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from search.budget import slots_of
+from search.budget import gpus_of, slots_of
 from search.journal import read_arms, trial_folder
-from search.report import replicates_of
+from search.report import control_for, replicates_of
 from search.searchers import Arm
 from search.statistics import detectable_difference
 from search.store import StudyConfig, load_study_config, sweeps
@@ -79,27 +79,28 @@ class StudyPlan:
         return 0.5 / math.sqrt(self.config.eval.questions)
 
     @property
-    def affordable_replicates(self) -> int:
-        """Whole rounds of replicates that the budget pays for at the worst case; all of them without a budget."""
+    def affordable(self) -> int:
+        """Configurations, with all their replicates, that the budget pays for if nothing collapses; all of them without a budget."""
         budget = self.study.budget_hours
         if budget is None or budget >= self.hours:
-            return self.study.replicates
-        return int(budget / (self.hours / self.study.replicates))
+            return self.study.trials
+        return int(budget / (self.hours / self.study.trials))
 
     @property
     def detectable(self) -> float | None:
         """Smallest true difference of one arm that would be seen with 80 % power; None where the spread is unknown."""
-        return None if self.difference_sd is None else detectable_difference(self.difference_sd, self.affordable_replicates)
+        return None if self.difference_sd is None else detectable_difference(self.difference_sd, self.study.replicates)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What this sweep will not be able to do, a line each."""
         lines = []
-        budget, affordable = self.study.budget_hours, self.affordable_replicates
-        if budget is not None and affordable < self.study.replicates:
-            share = budget / self.hours
-            lines.append(f"the budget of {budget:g} hours pays for {share:.0%} of the worst case: {affordable} whole rounds of replicates")
-        if affordable < 3:
+        budget = self.study.budget_hours
+        if budget is not None and self.affordable < self.study.trials:
+            lines.append(f"the budget of {budget:g} hours pays for about {self.affordable} of {self.study.trials} configurations")
+        if budget is not None and self.affordable < 2:
+            lines.append("so it cannot decide anything: no configuration would have a control to be compared with")
+        if self.study.replicates < 3:
             lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
         elif self.detectable is not None and self.detectable > 0.02:
             lines.append(
@@ -112,12 +113,12 @@ class StudyPlan:
         return tuple(lines)
 
 
-def plan_study(config: StudyConfig, cpus: int) -> StudyPlan:
-    """Raises ConfigError for whatever `rin sweep` would refuse."""
+def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
+    """For a machine with so many CPUs and GPUs. Raises ConfigError for whatever `rin sweep` would refuse."""
     workload = WORKLOADS[config.workload]
     arms = fixed_arms(config)
     known = experience(config.store, config.workload)
-    per_trial = config.cpus or workload.trial_cpus
+    per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
     searched = config.trials - len(arms)
     share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
     here = "in this store"
@@ -125,14 +126,14 @@ def plan_study(config: StudyConfig, cpus: int) -> StudyPlan:
         study=config,
         arms=tuple(arms),
         searched=searched,
-        slots=config.concurrent or max(1, cpus // per_trial),
+        slots=config.concurrent or max(1, min(cpus // per_trial, int(gpus_here / gpus)) if gpus else cpus // per_trial),
         trial_seconds=known.trial_seconds or workload.trial_seconds,
         seconds_source=f"median of completed trials {here}" if known.trial_seconds else "the workload's figure (README, Measurements)",
         difference_sd=known.difference_sd or workload.difference_sd,
         sd_source=f"from replicates {here}" if known.difference_sd else "the workload's figure (docs/science.md)",
         adjusted_share=share / config.trials,
         cpus=per_trial,
-        gpus=config.gpus if config.gpus is not None else workload.trial_gpus,
+        gpus=gpus,
         config=read_config(arms[0].tree),
     )
 
@@ -175,10 +176,11 @@ def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
 
 def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
     """(sum of squares, degrees of freedom) of differences from the control over seeds, for each healthy arm with 2 replicates or more."""
-    controls = {run.seed: run.accuracy for arm in arms if arm.name == "control" for run in replicates_of(study, arm)}
     found = []
     for arm in arms:
-        differences = [run.accuracy - controls[run.seed] for run in replicates_of(study, arm) if run.seed in controls and not run.collapsed]
+        control = control_for(arm, arms)
+        plain = {} if control is None else {run.seed: run.accuracy for run in replicates_of(study, control)}
+        differences = [run.accuracy - plain[run.seed] for run in replicates_of(study, arm) if run.seed in plain and not run.collapsed]
         if arm.origin != "control" and len(differences) >= 2:
             middle = sum(differences) / len(differences)
             found.append((sum((difference - middle) ** 2 for difference in differences), len(differences) - 1))

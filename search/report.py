@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from search.importance import Importance, importance
-from search.journal import read_arms, unfinished
+from search.journal import filter_policy, read_arms, unfinished
 from search.ledger import Ledger, read_ledger
 from search.searchers import Arm
 from search.statistics import ArmComparison, Comparison, Replicate, adjust, compare_arms
@@ -123,9 +123,12 @@ def replicates_of(config: StudyConfig, arm: Arm) -> list[Replicate]:
 
 
 def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The control with the arm's own filter policy, which alone moves an accuracy by points."""
-    policy = _filter_policy(arm)
-    return next((other for other in arms if other.origin == "control" and _filter_policy(other) == policy), None)
+    """The control with the arm's own filter policy, which alone moves an accuracy by points; else one with the same filter."""
+    policy = filter_policy(arm.tree)
+    controls = [(filter_policy(other.tree), other) for other in arms if other.origin == "control"]
+    exact = [control for other, control in controls if other == policy]
+    near = [control for other, control in controls if other[0] == policy[0]]
+    return next(iter(exact + near), None)
 
 
 def winner_of(config: StudyConfig, arms: Sequence[Arm], named: str | None = None) -> tuple[Arm, Arm]:
@@ -151,7 +154,9 @@ def winner_of(config: StudyConfig, arms: Sequence[Arm], named: str | None = None
     best = next(arm for arm in arms if arm.name == name)
     control = control_for(best, arms)
     if control is None:
-        raise ConfigError(f"NAME={config.name}: {best.name} has no control with grpo.filter_groups={_filter_policy(best)[0]}")
+        raise ConfigError(
+            f"NAME={config.name}: {best.name} has no control with grpo.filter_groups={filter_policy(best.tree)[0]}; name another arm: --arm"
+        )
     return best, control
 
 
@@ -167,11 +172,12 @@ def dose_of(receipt: dict[str, Any]) -> float | None:
 
 
 def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
-    """Every noisy replicate that ended by itself."""
+    """Every replicate that ended by itself with one absolute sigma on all layers: other doses share no axis with it."""
     runs = []
     for arm in arms:
         config = read_config(arm.tree)
-        if config.noise.sigma_start == 0:
+        noise = config.noise
+        if noise.sigma_start == 0 or noise.scale != "absolute" or noise.zones or noise.layer_multipliers or noise.layers != "all":
             continue
         kind = "+".join(config.noise.modules)
         ended = [o for o in arm.results.values() if o is not None and o["outcome"] in ("completed", "collapsed")]
@@ -220,8 +226,3 @@ def _row(
         hours=ledger.arms.get(arm.name, 0.0),
         candidate=arm.name == best,
     )
-
-
-def _filter_policy(arm: Arm) -> tuple[str, int]:
-    grpo = read_config(arm.tree).grpo
-    return grpo.filter_groups, grpo.max_gen_batches

@@ -97,6 +97,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         self.objectives = tuple(objectives)
         self.evidence = tuple(evidence)
         self.record = record
+        self.exhausted = False  # a finite space came to its end before `configurations`
         self.place = place
         self.arms: list[Arm] = list(known)
         names = {arm.name for arm in known}
@@ -111,6 +112,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         if not self.waiting:
             arm = self._next_arm()
             if arm is None:
+                self.exhausted = len(self.arms) < self.configurations
                 finished: str = Searcher.FINISHED
                 return finished
             self.record(arm)

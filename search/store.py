@@ -178,7 +178,7 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
     config.scratch.mkdir(parents=True, exist_ok=True)
     lock = FileLock(config.scratch / "driver.lock", thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # `rin status` holds it for a moment
     except Timeout:
         raise ConfigError(busy.format("")) from None
     try:

@@ -30,13 +30,14 @@ from ray import tune
 from search.budget import Budget
 from search.cluster import check_fits, connected, resources
 from search.export import BestConfig, choose_best, to_yaml
-from search.journal import read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
+from search.journal import filter_policy, read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
 from search.schedulers import SCHEDULERS
 from search.searchers import Arm, Evidence, RinSearch, evidence_from_arms, evidence_from_points
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
 from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study
 from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
+from spaces.library import Choice
 from spaces.points import POINTS
 from spaces.reading import as_tree, load_yaml, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
@@ -103,6 +104,9 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
     check_tracking(config.tracking_uri, config.name)
     _preflight(arms, progress)
     with only_driver(config):
+        if STUDY_FILE in config.folder.names():  # since then
+            raise ConfigError(f"--name {config.name}: another process has begun a sweep of that name; choose another name")
+        config.folder.remove("arms")  # of a start that was killed before it wrote its study.json
         write_evidence(config, evidence)
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
@@ -115,6 +119,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_tracking(config.tracking_uri, config.name)
     with only_driver(config):
         _preflight(read_arms(config), progress)
+        save_study_config(config)  # a new budget holds for the next resume, too
         return _advance(config, view)
 
 
@@ -127,12 +132,15 @@ def _advance(config: StudyConfig, view: View) -> StudyResult:
         _catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
             with _ray(config):
-                _fit(config, arms, budget, tracker, view)
+                exhausted = _fit(config, arms, budget, tracker, view)
+            if exhausted:  # a finite space: what there is has been run
+                config = config.model_copy(update={"trials": len(read_arms(config))})
+                save_study_config(config)
     except KeyboardInterrupt:
         pass  # twice Ctrl-C; what is missing says the rest
     finally:
         tracker.close()
-        _add_evaluations_of_stopped(config, tracker)
+        _tell_late_endings(config, tracker)
     left = unfinished(config, read_arms(config))
     try:
         records = load_study(config.tracking_uri, config.name)
@@ -150,30 +158,20 @@ def base_tree(config: StudyConfig) -> dict[str, Any]:
 
 
 def fixed_arms(config: StudyConfig) -> list[Arm]:
-    """The control first, a further control for each other filter policy that a point brings, then the points.
+    """The control first, a further control for each other filter policy that a point or the space brings, then the points.
 
     Raises ConfigError for an unknown point and for settings that contradict each other.
     """
     base = base_tree(config)
-    quiet = {"noise": {"sigma_start": 0.0, "zones": []}}
-    arms = [Arm(name="control", origin="control", tree=merge(base, quiet))]
-    policies = {_filter_policy(arms[0].tree)}
+    if read_config(base).eval.split != "selection":
+        raise ConfigError("--set eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out")
     points = []
     for given in config.points:
         name, settings = _point(given)
-        if name == "control":
-            continue
-        # A point says what it changes; what the user sets himself wins.
-        tree = merge(merge(base, settings), config.settings)
-        points.append(Arm(name=name, origin="point", tree=tree))
-        policy = _filter_policy(tree)
-        if policy not in policies:
-            policies.add(policy)
-            changes = {"grpo": {"filter_groups": policy[0], "max_gen_batches": policy[1]}}
-            known = f"control-{policy[0]}" in [arm.name for arm in arms]
-            control = f"control-{policy[0]}-{policy[1]}" if known else f"control-{policy[0]}"
-            arms.append(Arm(name=control, origin="control", tree=merge(merge(base, quiet), changes)))
-    arms += points
+        if name != "control":
+            # A point says what it changes; what the user sets himself wins.
+            points.append(Arm(name=name, origin="point", tree=merge(merge(base, settings), config.settings)))
+    arms = [*_controls(config, base, points), *points]
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
@@ -187,6 +185,24 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     return arms
 
 
+def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
+    """One per filter policy: the policy alone moves an accuracy by points."""
+    quiet = merge(base, {"noise": {"sigma_start": 0.0, "zones": []}})
+    searched = [d.domain for d in config.space.dimensions if d.key == "grpo.filter_groups"]
+    options = [value for domain in searched if isinstance(domain, Choice) for value in domain.options.values()]
+    trees = [point.tree for point in points] + [merge(base, {"grpo": {"filter_groups": option}}) for option in options]
+    controls = {filter_policy(quiet): Arm(name="control", origin="control", tree=quiet)}
+    for tree in trees:
+        policy = filter_policy(tree)
+        if policy not in controls:
+            taken = f"control-{policy[0]}" in [arm.name for arm in controls.values()]
+            name = f"control-{policy[0]}-{policy[1]}" if taken else f"control-{policy[0]}"
+            grpo = read_config(tree).grpo
+            changes = {"grpo": {"filter_groups": grpo.filter_groups, "max_gen_batches": grpo.max_gen_batches}}
+            controls[policy] = Arm(name=name, origin="control", tree=merge(quiet, changes))
+    return list(controls.values())
+
+
 def _point(named: str) -> tuple[str, Mapping[str, Any]]:
     """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such files)."""
     path = Path(named)
@@ -194,9 +210,9 @@ def _point(named: str) -> tuple[str, Mapping[str, Any]]:
         if named not in POINTS:
             raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
         return named, POINTS[named].settings
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in POINTS:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in POINTS or re.fullmatch(r"c\d+|control.*", path.stem):
         raise ConfigError(
-            f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no point of the plan)"
+            f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )
     settings = load_yaml(path)
     return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}
@@ -207,14 +223,12 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
     base = base_tree(config)
     evidence = evidence_from_points(config.evidence, config.space, base)
     if config.warm_start:
-        arms = read_arms(load_study_config(config.store, config.warm_start))
+        earlier = load_study_config(config.store, config.warm_start)
+        if earlier.kind == "confirm":
+            raise ConfigError(f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep")
+        arms = read_arms(earlier)
         evidence += evidence_from_arms(arms, config.space, f"sweep {config.warm_start}", base)
     return evidence
-
-
-def _filter_policy(tree: Mapping[str, Any]) -> tuple[str, int]:
-    grpo = read_config(tree).grpo
-    return grpo.filter_groups, grpo.max_gen_batches
 
 
 def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
@@ -230,7 +244,8 @@ def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
 # --- running ----------------------------------------------------------------------------------------------------------------------
 
 
-def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLflowCallback, view: View) -> None:
+def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLflowCallback, view: View) -> bool:
+    """Whether the space came to its end before the configurations that were asked for."""
     workload = WORKLOADS[config.workload]
     # Tune pickles the searcher into the store, and a tracking URI may hold a password.
     searcher = searcher_of(config.model_copy(update={"tracking_uri": ""}), arms)
@@ -257,6 +272,7 @@ def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLfl
     )
     with _sigterm_is_a_first_ctrl_c():
         tuner.fit()
+    return searcher.exhausted
 
 
 def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
@@ -264,6 +280,7 @@ def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
     numbers = {arm.name: number for number, arm in enumerate(arms)}
 
     def record(arm: Arm) -> None:
+        assert arm.name not in numbers, arm.name
         numbers[arm.name] = len(numbers)
         write_arm(config, numbers[arm.name], arm)
 
@@ -303,7 +320,7 @@ class _Watcher(tune.Callback):  # type: ignore[misc]
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if self._budget is not None:
-            self._budget.reported(trial.trial_id, result.get("seconds", 0.0))
+            self._budget.reported(result.get("seconds", 0.0))
         outcome = result.get("outcome")
         self._tell(trial, outcome["outcome"] if outcome else "running", result)
 
@@ -354,11 +371,13 @@ def _sigterm_is_a_first_ctrl_c() -> Iterator[None]:
     def leave(*_: object) -> None:
         raise KeyboardInterrupt
 
+    ctrl_c = signal.getsignal(signal.SIGINT)  # Tune puts its own in place, and leaves it there
     early = signal.signal(signal.SIGUSR1, leave)  # until Tune is ready for it
     before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, ctrl_c or signal.SIG_DFL)
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, early or signal.SIG_DFL)
 
@@ -378,32 +397,45 @@ def _catch_up(config: StudyConfig, arms: Sequence[Arm], tracker: MLflowCallback)
             record, outcome = known.get((arm.name, replicate)), arm.results.get(replicate)
             if record is not None and record.ended is not None and outcome is not None and record.status == outcome["outcome"]:
                 continue
-            reports = read_reports(trial_folder(config, arm.name, replicate))
-            if not reports and record is None:
-                continue
-            tree = merge(arm.tree, {"seed": config.seed + replicate})
-            setting = {"config": as_tree(read_config(tree)), "arm": arm.name, "replicate": replicate, "origin": arm.origin}
-            trial = SimpleNamespace(config=setting)
-            tracker.on_trial_start(trial=trial)
-            if reports and outcome is not None and "eval" in outcome:
-                reports[-1] = with_outcome(reports[-1], outcome)
-            for report in reports:
-                tracker.on_trial_result(trial=trial, result=report)
+            if record is not None and record.status == "failed":
+                continue  # stays so until it is started again
+            _pass_on(config, arm, replicate, tracker, known=record is not None)
 
 
-def _add_evaluations_of_stopped(config: StudyConfig, tracker: MLflowCallback) -> None:
-    """A trial that is stopped from outside evaluates itself as it leaves, after its last report."""
+def _pass_on(config: StudyConfig, arm: Arm, replicate: int, tracker: MLflowCallback, *, known: bool) -> None:
+    """All that a trial wrote down; `known`: it has a run already, also without any report."""
+    reports, outcome = read_reports(trial_folder(config, arm.name, replicate)), arm.results.get(replicate)
+    if not reports and not known:
+        return
+    tree = merge(arm.tree, {"seed": config.seed + replicate})
+    setting = {"config": as_tree(read_config(tree)), "arm": arm.name, "replicate": replicate, "origin": arm.origin}
+    trial = SimpleNamespace(config=setting)
+    tracker.on_trial_start(trial=trial)
+    if reports and outcome is not None and outcome["outcome"] != "stopped":
+        reports[-1] = with_outcome(reports[-1], outcome)
+    for report in reports:
+        tracker.on_trial_result(trial=trial, result=report)
+
+
+def _tell_late_endings(config: StudyConfig, tracker: MLflowCallback) -> None:
+    """What came after a trial's last word to Tune: one that is stopped from outside evaluates itself as it leaves, or ends in the
+    very step in which everything is stopped."""
     for arm in read_arms(config):
         for replicate in range(config.replicates):
-            outcome = read_stopped(trial_folder(config, arm.name, replicate))
-            if outcome is not None:
-                tracker.add_outcome(arm.name, replicate, outcome)
+            if not tracker.called_stopped(arm.name, replicate):
+                continue
+            evaluation = read_stopped(trial_folder(config, arm.name, replicate))
+            outcome = arm.results.get(replicate)
+            if outcome is not None and outcome["outcome"] != "stopped":
+                _pass_on(config, arm, replicate, tracker, known=True)
+            elif evaluation is not None:
+                tracker.add_outcome(arm.name, replicate, evaluation)
     tracker.close()
 
 
 def _save_best(config: StudyConfig, records: tuple[TrialRecord, ...]) -> BestConfig | None:
     try:
-        best = choose_best(config.name, records, config.tracking_uri)
+        best = choose_best(config.name, records, config.tracking_uri, config.replicates)
     except ConfigError:
         return None
     config.folder.write(BEST_FILE, to_yaml(best))

@@ -268,6 +268,7 @@ class MLflowCallback:
         self._open: dict[str, _OpenRun] = {}
         self._ended: set[str] = set()
         self._unheard: dict[str, str] = {}
+        self._failed: set[str] = set()
         _LIVE[sweep] = self
 
     def __reduce__(self) -> Any:
@@ -348,6 +349,10 @@ class MLflowCallback:
             self._end(name, "stopped", run_status="KILLED")
         self._spool.close()
 
+    def called_stopped(self, arm: str, replicate: int) -> bool:
+        """Whether this trial was closed without an outcome."""
+        return f"{arm}/{replicate}" in self._unheard
+
     def add_outcome(self, arm: str, replicate: int, outcome: Mapping[str, Any]) -> None:
         """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last
         report."""
@@ -372,7 +377,10 @@ class MLflowCallback:
         self._ended.add(name)
         if status == "stopped" and not outcome:
             self._unheard[name] = run.key
-        tags = {"status": status} | ({"error": error} if error else {}) | ({"failure/rule": rule} if rule else {})
+        tags = {"status": status}
+        if status == "failed" or name in self._failed:  # empty once a trial that failed has ended well
+            tags |= {"error": error, "failure/rule": rule}
+            self._failed.add(name)
         files = _outcome_files(outcome)
         if run.samples:
             files["samples.json"] = _table([{"step": step, **row} for step, rows in sorted(run.samples.items()) for row in rows])

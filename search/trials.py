@@ -67,6 +67,8 @@ class Attempt:
     ended: str
     """outcome | stopped | error | hang, or empty: it was killed, or runs."""
     reason: str
+    damaged: tuple[str, ...]
+    """A line for each checkpoint that it had to pass over."""
     loading_seconds: float
     """Until it was ready for its first step."""
 
@@ -93,6 +95,7 @@ def read_attempts(trial: Folder) -> list[Attempt]:
                 step=tree["step"],
                 ended=tree["ended"],
                 reason=tree.get("reason", ""),
+                damaged=tuple(tree.get("damaged", ())),
                 loading_seconds=tree.get("loading_seconds", 0.0),
             )
         )
@@ -116,5 +119,5 @@ def _read(trial: Folder, name: str) -> dict[str, Any]:
     try:
         tree: dict[str, Any] = json.loads(trial.read(name) or b"")
     except ValueError:
-        raise ConfigError(f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume goes on from the checkpoint") from None
+        raise ConfigError(f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume runs the trial again") from None
     return tree

@@ -45,6 +45,7 @@ def load_state(folder: Folder) -> dict[str, Any]:
         head = json.loads(first)
     except ValueError:
         head = {}
+    head = head if isinstance(head, dict) else {}
     if head.get("version", VERSION) != VERSION:
         raise ConfigError(
             f"{folder.uri}: checkpoint version {head['version']}, this program reads {VERSION}; use the program that wrote it"
@@ -78,7 +79,8 @@ def newest_checkpoint(trial: Folder) -> tuple[dict[str, Any] | None, list[str]]:
         except ConfigError:  # which is a ValueError, too
             raise
         except ValueError as error:
-            passed.append(f"{name} is damaged ({error}); the one before it is taken")
+            passed.append(f"{name} is damaged ({error}) and passed over")
+            trial.remove(name)  # it would be kept in the place of a whole one
     return None, passed
 
 

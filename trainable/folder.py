@@ -10,6 +10,7 @@ Left out: fsync. A power cut may tear the last files; who cannot afford that wri
 
 import os
 import re
+import uuid
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,7 +59,7 @@ class Folder:
                 stream.write(data)
             return
         self.local.mkdir(parents=True, exist_ok=True)
-        scratch = self.local / f".{_checked(name)}.{os.getpid()}.part"
+        scratch = self.local / f".{_checked(name)}.{uuid.uuid4().hex[:12]}.part"
         try:
             scratch.write_bytes(data)
             os.replace(scratch, self.local / name)

@@ -10,8 +10,8 @@ What a trial has done lies in its own folder of the store and nowhere else, in f
     attempt-001.json          one process that worked on it: since when, last seen, how it ended
     stopped.json              evaluation of a trial that was stopped from outside, at its last step
 
-So every start looks into the folder first, and a restarted trial continues bit for bit. Tune's own checkpoints, which it
-unpickles, are used by population schedulers alone. A checkpoint is written as often as costs 2 % of the time, at most once a step;
+So every start looks into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles,
+are not used. A checkpoint is written as often as costs 2 % of the time, at most once a step;
 when the disk is full the trial goes on without, and says so.
 """
 
@@ -20,6 +20,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from ray import tune
 
 from spaces.config import TrialConfig
-from trainable.checkpoint import load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
+from trainable.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint
 from trainable.folder import Folder
 from trainable.trial import Outcome, StepReport, Trial
 from trainable.watchdog import Watchdog
@@ -43,36 +44,54 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
     """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str, "folder": place of the trial}."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        settings = TrialConfig.model_validate(config["config"])
+        """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process not."""
+        self.settings = TrialConfig.model_validate(config["config"])
         self.folder = Folder(config["folder"])
-        self.over = self.folder.read(OUTCOME_FILE)
-        if self.over is not None:  # by a process that died before Tune heard of it
-            return
-        self.attempt = _Attempt(self.folder)
-        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
-        self.watchdog.enter("load")
-        self.ended = False
-        self.reports: list[dict[str, Any]] = []
-        self.trial = Trial(settings, on_phase=self.watchdog.enter)
-        state, passed = newest_checkpoint(self.folder)
-        for line in passed:
-            log.warning("%s: %s", self.folder.uri, line)
-        if state is not None:
-            self._load(state)
-        self.attempt.ready(first_step=self.trial.so_far.next_step, damaged=passed)
-        self.folder.remove(STOPPED_FILE)  # of an earlier step
-        self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, self.trial.so_far.next_step
-        self.broken = False
-        self.watchdog.enter("")
+        self.work: _Work | None = None
+        self.over: bytes | None = None
 
     def step(self) -> dict[str, Any]:
-        if self.over is not None:
-            ended = json.loads(self.over)
-            return with_outcome(ended["reports"][-1], ended["outcome"])
+        if self.work is None:
+            self.over = self.folder.read(OUTCOME_FILE)
+            if self.over is not None:  # by a process that died before Tune heard of it
+                ended = json.loads(self.over)
+                return with_outcome(ended["reports"][-1], ended["outcome"])
+            self.work = _Work(self.folder, self.settings)
+        return self.work.step()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial in this process, which saves it the imports. It is built from its configuration alone, like the first one; of
+        the last trial nothing is kept."""
+        self.cleanup()
+        self.work = None
+        gc.collect()  # a model and its hooks refer to each other
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Runs on every ending but a killed process."""
+        if self.work is not None:
+            self.work.leave()
+
+
+class _Work:
+    """One process's work on one trial, from wherever the last one left it."""
+
+    def __init__(self, folder: Folder, settings: TrialConfig) -> None:
+        self.folder, self.settings = folder, settings
+        self.attempt = _Attempt(folder)
+        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
+        self.broken, self.ended = False, False
+        self.reports: list[dict[str, Any]] = []
+        self.trial: Trial | None = None
+
+    def step(self) -> dict[str, Any]:
+        """Load where nothing is loaded yet, then one step of the trial."""
         self.broken = True  # until the step has returned
-        report = self.trial.step()
+        trial = self.trial = self.trial or self._load()
+        report = trial.step()
         self.attempt.step = report.step + 1
-        outcome = self.trial.outcome() if self.trial.done else None
+        outcome = trial.outcome() if trial.done else None
         result = as_result(report)
         self.reports.append(result)
         self.watchdog.enter("save")
@@ -80,74 +99,59 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
             self.folder.write(OUTCOME_FILE, _ending(outcome, self.reports))
             self.attempt.end("outcome")
             self.ended = True
+            self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
             remove_checkpoints(self.folder)
         elif time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE:
-            self._save()
+            self._save(trial)
         self.watchdog.enter("")
         self.broken = False
         return result if outcome is None else with_outcome(result, outcome.as_tree())
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial in this process, which saves it the imports. It is built from its configuration alone, like the first one; of
-        the last trial nothing is kept."""
-        self.cleanup()
-        if self.over is None:
-            del self.trial, self.reports
-        gc.collect()  # a model and its hooks refer to each other
-        self.setup(new_config)
-        return True
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        save_state(Folder(checkpoint_dir), self._state())
-
-    def load_checkpoint(self, checkpoint_dir: str | None) -> None:
-        assert checkpoint_dir is not None
-        if self.over is None:
-            self._load(load_state(Folder(checkpoint_dir)))
-
-    def cleanup(self) -> None:
-        """Runs on every ending but a killed process. Saves first: whoever stops a trial from outside may not wait for its
-        evaluation."""
-        if self.over is not None:
-            return
-        if self.ended:
-            pass
-        elif self.broken:
-            self.attempt.end("error")
-        else:
-            if self.trial.so_far.next_step > self.saved_step:
-                self._save()
-            self.attempt.end("stopped")
-            if self.trial.so_far.next_step > 0:
+    def leave(self) -> None:
+        """Stopped from outside. Saves first: whoever stops a trial may not wait for its evaluation."""
+        try:
+            if self.broken:
+                self.attempt.end("error")
+            elif self.trial is not None and not self.ended:
+                if self.trial.so_far.next_step > self.saved_step:
+                    self._save(self.trial)
+                self.attempt.end("stopped")
                 self.folder.write(STOPPED_FILE, _ending(self.trial.outcome(), self.reports))
                 self.attempt.end("stopped")  # the evaluation took its time too
-        self.watchdog.stop()
+        except OSError as error:  # a full disk must not cost the next trial in this process
+            log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)
+        finally:
+            self.watchdog.stop()
 
-    def _state(self) -> dict[str, Any]:
-        return {**self.trial.state_dict(), "reports": self.reports}
+    def _load(self) -> Trial:
+        self.watchdog.enter("load")
+        trial = Trial(self.settings, on_phase=self.watchdog.enter)
+        state, passed = newest_checkpoint(self.folder)
+        for line in passed:
+            log.warning("%s: %s", self.folder.uri, line)
+        if state is not None:
+            trial.load_state_dict(state)
+            self.reports = list(state["reports"])
+        self.attempt.ready(first_step=trial.so_far.next_step, damaged=passed)
+        self.folder.remove(STOPPED_FILE)  # of an earlier step
+        self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
+        return trial
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.trial.load_state_dict(state)
-        self.reports = list(state["reports"])
-
-    def _save(self) -> None:
+    def _save(self, trial: Trial) -> None:
         started = time.monotonic()
         try:
-            save_checkpoint(self.folder, self.trial.so_far.next_step, self._state())
+            save_checkpoint(self.folder, trial.so_far.next_step, {**trial.state_dict(), "reports": self.reports})
         except OSError as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
-            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, self.trial.so_far.next_step, error)
+            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, trial.so_far.next_step, error)
         else:
-            self.saved_step = self.trial.so_far.next_step
+            self.saved_step = trial.so_far.next_step
         self.saved_at = time.monotonic()
         self.saving_seconds = self.saved_at - started
 
     def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
         log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)
-        self.attempt.end("hang", reason=f"step {self.trial_step()}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
-
-    def trial_step(self) -> int:
-        """Steps done; 0 while the model is loading."""
-        return self.trial.so_far.next_step if hasattr(self, "trial") else 0
+        step = self.trial.so_far.next_step if self.trial is not None else 0
+        self.attempt.end("hang", reason=f"step {step}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
 
 
 class _Attempt:
@@ -159,6 +163,7 @@ class _Attempt:
         self._name = f"attempt-{number:03d}.json"
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
         self.step = 0
+        self._lock = threading.Lock()  # the watchdog's thread beats too
         self.beat()
 
     def ready(self, *, first_step: int, damaged: list[str]) -> None:
@@ -173,11 +178,12 @@ class _Attempt:
         self.beat()
 
     def beat(self) -> None:
-        self._values |= {"seen": time.time(), "step": self.step}
-        try:
-            self._folder.write(self._name, json.dumps(self._values))
-        except OSError as error:
-            log.warning("%s: %s: %s", self._folder.uri, self._name, error)
+        with self._lock:
+            self._values |= {"seen": time.time(), "step": self.step}
+            try:
+                self._folder.write(self._name, json.dumps(self._values))
+            except OSError as error:
+                log.warning("%s: %s: %s", self._folder.uri, self._name, error)
 
 
 def _ending(outcome: Outcome, reports: list[dict[str, Any]]) -> str:

@@ -32,15 +32,15 @@ class Watchdog:
     def __init__(self, limit_seconds: float, on_hang: Callable[[str, float, str], None], on_beat: Callable[[], None]) -> None:
         self.limit = limit_seconds
         self._on_hang, self._on_beat = on_hang, on_beat
-        self._phase, self._since = "", time.monotonic()
+        self._now = ("", time.monotonic())  # phase and its begin, replaced in one go
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def enter(self, phase: str) -> None:
         """A new phase begins; an empty name means that nobody waits for anything."""
-        self._phase, self._since = phase, time.monotonic()
-        if phase:
+        self._now = (phase, time.monotonic())
+        if phase and not self._stopped.is_set():
             faulthandler.dump_traceback_later(self.limit + BACKSTOP_SECONDS, exit=True, file=_stderr())
         else:
             faulthandler.cancel_dump_traceback_later()
@@ -54,8 +54,9 @@ class Watchdog:
         beaten = time.monotonic()
         while not self._stopped.wait(min(1.0, self.limit / 4)):
             now = time.monotonic()
-            if self._phase and now - self._since > self.limit:
-                self._on_hang(self._phase, now - self._since, _stacks())
+            phase, since = self._now
+            if phase and now - since > self.limit:
+                self._on_hang(phase, now - since, _stacks())
                 os.kill(os.getpid(), signal.SIGKILL)
             if now - beaten > BEAT_SECONDS:
                 beaten = now
