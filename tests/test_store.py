@@ -17,6 +17,7 @@ from search.store import (
     absolute_store,
     check_name,
     default_tracking_uri,
+    is_driven,
     load_study_config,
     only_driver,
     save_study_config,
@@ -201,6 +202,24 @@ def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_
     with only_driver(config):
         assert "driver.json" in config.folder.names()
     assert "driver.json" not in config.folder.names()
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    store = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_store")(tmp_path.name)
+    config = study(store)
+    save_study_config(config)
+    assert not is_driven(config)
+    first = driver(store)
+    try:
+        assert is_driven(config)
+    finally:
+        first.kill()
+        first.wait()
+    assert not is_driven(config)
+    second = driver(store)  # whoever only looked holds nothing
+    second.kill()
+    second.wait()
 
 
 def test_two_sweeps_of_a_store_are_driven_side_by_side(tmp_path: Path) -> None:
