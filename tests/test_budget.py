@@ -8,7 +8,7 @@ import pytest
 
 from search.budget import Budget, gpus_of, slots_of
 from search.journal import trial_folder
-from tests.written_sweeps import attempt, make_arm, study, write_trial
+from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_trial
 
 
 class Clock:
@@ -77,18 +77,28 @@ def test_at_the_limit_everything_is_stopped_and_stays_stopped(tmp_path: Path, cl
     assert budget.spent
 
 
-def test_it_stops_the_longest_step_of_each_running_trial_ahead(tmp_path: Path, clock: Clock) -> None:
+def test_it_stops_the_longest_step_ahead_for_each_running_trial(tmp_path: Path, clock: Clock) -> None:
     budget = make_budget(tmp_path, 2.0)
     for trial in ("a", "b", "c"):
         budget.started(trial)
-    budget.reported("a", 360.0)
-    budget.reported("a", 36.0)  # the longest counts, not the last
-    budget.reported("b", 360.0)
-    budget.reported("c", 3600.0)
+    budget.reported(360.0)
+    budget.reported(36.0)  # the longest counts, not the last
     budget.ended("c")  # ended: nothing of it is to come
     clock.hours(0.85)
     assert not budget.stop_all()  # 1.7 used, 0.2 to come
-    clock.hours(0.05)
+    clock.hours(0.06)
+    assert budget.stop_all()
+
+
+def test_the_longest_step_of_earlier_drivers_is_known(tmp_path: Path, clock: Clock) -> None:
+    config = study(tmp_path, budget_hours=2.0)
+    arm = make_arm(config, "control")
+    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=[report(0, seconds=1800.0), report(1, seconds=1.0)], attempts=[attempt(0, 0)])
+    budget = Budget(config, [arm])
+    budget.started("a")
+    clock.hours(1.4)
+    assert not budget.stop_all()
+    clock.hours(0.11)
     assert budget.stop_all()
 
 

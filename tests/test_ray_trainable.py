@@ -19,7 +19,7 @@ from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.folder import Folder
 from trainable.ray_trainable import OUTCOME_FILE, STOPPED_FILE, RinTrainable
-from trainable.trial import run_trial
+from trainable.trial import Trial, run_trial
 
 
 def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
@@ -69,7 +69,14 @@ def finish(trainable: RinTrainable) -> list[dict[str, Any]]:
 
 def abandon(trainable: RinTrainable) -> None:
     """What a kill leaves of it in this process: nothing but its thread."""
-    trainable.watchdog.stop()
+    if trainable.work is not None:
+        trainable.work.watchdog.stop()
+
+
+def trial_of(trainable: RinTrainable) -> Trial:
+    assert trainable.work is not None
+    assert trainable.work.trial is not None
+    return trainable.work.trial
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +170,7 @@ def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(tmp_path: Path
     def killed() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running.trial, "outcome", killed)
+    monkeypatch.setattr(running.work.trial, "outcome", killed)
     with pytest.raises(KeyboardInterrupt):
         running.stop()
     abandon(running)
@@ -171,9 +178,9 @@ def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(tmp_path: Path
     assert [attempt.ended for attempt in read_attempts(Folder(str(tmp_path)))] == ["stopped"]
 
 
-def test_a_trial_that_is_stopped_before_its_first_step_leaves_only_its_attempt(tmp_path: Path) -> None:
+def test_a_trial_that_is_stopped_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
     start(setting(tmp_path)).stop()
-    assert names(tmp_path) == ["attempt-001.json"]
+    assert names(tmp_path) == []
 
 
 def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None:
@@ -183,8 +190,8 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None
     def broken(question: object, completion: str) -> float:
         raise ZeroDivisionError("a reward function with a bug")
 
-    trainable.trial.task.rewards["broken"] = broken
-    trainable.trial.task.weights["broken"] = 0.0
+    trainable.work.trial.task.rewards["broken"] = broken
+    trainable.work.trial.task.weights["broken"] = 0.0
     with pytest.raises(ZeroDivisionError):
         trainable.train()
     trainable.stop()
@@ -210,9 +217,10 @@ def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
     assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
     attempts = read_attempts(Folder(str(tmp_path)))
-    assert [attempt.ended for attempt in attempts] == ["" if ended == "killed" else "stopped", "outcome"]
-    assert [attempt.first_step for attempt in attempts] == [0, after]
-    assert names(tmp_path) == ["attempt-001.json", "attempt-002.json", OUTCOME_FILE]
+    first_ended = "" if ended == "killed" else "stopped"
+    assert [attempt.ended for attempt in attempts] == ([first_ended, "outcome"] if after else ["outcome"])
+    assert [attempt.first_step for attempt in attempts] == ([0, after] if after else [0])
+    assert names(tmp_path) == [*(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)), OUTCOME_FILE]
 
 
 def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_path: Path, undisturbed: Path) -> None:
@@ -225,19 +233,6 @@ def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_pat
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
     attempts = read_attempts(Folder(str(tmp_path)))
     assert [attempt.first_step for attempt in attempts] == list(range(6))
-
-
-def test_a_population_scheduler_s_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
-    """Tune's own way, through its folder, into another trial."""
-    first = start(setting(tmp_path / "one"))
-    for _ in range(3):
-        first.train()
-    first.save(str(tmp_path / "checkpoint"))
-    undisturbed = [numbers(first.train()) for _ in range(3)]
-    second = start(setting(tmp_path / "two"))
-    second.restore(str(tmp_path / "checkpoint"))
-    assert [numbers(second.train()) for _ in range(3)] == undisturbed
-    assert [report["step"] for report in read(tmp_path / "two")["reports"]] == list(range(6))
 
 
 def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune_heard_of_it(tmp_path: Path, undisturbed: Path) -> None:
@@ -273,6 +268,7 @@ def test_what_a_stop_had_said_is_gone_once_the_trial_goes_on(tmp_path: Path) -> 
     first.train()
     first.stop()
     second = start(setting(tmp_path))
+    second.train()
     assert STOPPED_FILE not in names(tmp_path)
     abandon(second)
 
@@ -299,8 +295,10 @@ def test_a_checkpoint_of_another_version_stops_the_trial_and_stays(tmp_path: Pat
     abandon(first)
     values = tmp_path / "checkpoint-000001" / "progress.json"
     values.write_text(values.read_text().replace('"version": 2', '"version": 3', 1))
+    second = start(setting(tmp_path))
     with pytest.raises(ConfigError, match="checkpoint version 3"):
-        start(setting(tmp_path))
+        second.train()
+    abandon(second)
     assert values.exists()
 
 
@@ -361,10 +359,10 @@ running = module.RinTrainable(config=config)
 running.train()
 def a_reward_server_that_stopped_answering(question, completion):
     time.sleep(3600)
-running.trial.task.rewards["stuck"] = a_reward_server_that_stopped_answering
-running.trial.task.weights["stuck"] = 0.0
-assert running.watchdog.limit == config["config"]["hang_seconds"]
-running.watchdog.limit = 0.5
+running.work.trial.task.rewards["stuck"] = a_reward_server_that_stopped_answering
+running.work.trial.task.weights["stuck"] = 0.0
+assert running.work.watchdog.limit == config["config"]["hang_seconds"]
+running.work.watchdog.limit = 0.5
 running.train()
 """
 

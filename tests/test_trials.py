@@ -119,5 +119,5 @@ def test_a_failure_is_a_hang_only_when_the_last_attempt_hung(trial: Folder) -> N
 @pytest.mark.parametrize("text", ["", "{", "\x00\x00"])
 def test_a_damaged_ending_is_named_with_the_remedy(trial: Folder, name: str, text: str) -> None:
     trial.write(name, text)
-    with pytest.raises(ConfigError, match=rf"{name}: is damaged \(not JSON\); remove it, and rin resume goes on"):
+    with pytest.raises(ConfigError, match=rf"{name}: is damaged \(not JSON\); remove it, and rin resume runs the trial again"):
         read_outcome(trial) if name == "outcome.json" else read_stopped(trial)
