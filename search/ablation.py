@@ -18,7 +18,6 @@ from spaces.config import ConfigError
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.workloads import WORKLOADS
 
-_ENDS = ("noise.sigma_start", "noise.sigma_end")
 _OF_THE_RUN = ("seed", "threads", "hang_seconds")
 
 
@@ -71,9 +70,11 @@ def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tup
     steps: dict[str, dict[str, Any]] = {}
     skipped = []
     for key, value in won.items():
-        if key in _OF_THE_RUN or key == "noise.sigma_start" or plain.get(key) == value:
+        # Without noise there is no decay either: what the control has for sigma_end is none.
+        target = won["noise.sigma_start"] if key == "noise.sigma_end" else plain.get(key)
+        if key in _OF_THE_RUN or key == "noise.sigma_start" or target == value:
             continue
-        tree = merge(winner, unflatten({key: plain.get(key)}))
+        tree = merge(winner, unflatten({key: target}))
         try:
             read_config(tree)
         except ConfigError as error:

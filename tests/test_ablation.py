@@ -54,11 +54,12 @@ def test_noise_that_does_not_decay_and_nothing_else_is_the_control_s_own_ablatio
     assert skipped == ["the winner differs from the control in noise.sigma_start alone; the control is that ablation"]
 
 
-def test_what_a_control_says_about_noise_that_it_does_not_have_counts_for_nothing() -> None:
-    """Its modules and stages do nothing at sigma 0: what matters is the default."""
-    winner = tree(*NOISE, "noise.modules=[linear]")
-    same_words = tree("noise.modules=[linear]", "noise.num_stages=3")
-    assert set(single_changes(winner, same_words)[0]) == {"noise.sigma_end", "noise.modules"}
+def test_what_the_sweep_sets_for_its_control_too_is_no_change_of_the_winner() -> None:
+    """A workload's stages and modules are under every arm."""
+    winner = tree(*NOISE, "noise.modules=[linear]", "noise.num_stages=3")
+    control = tree("noise.modules=[linear]", "noise.num_stages=3", "noise.sigma_start=0")
+    assert set(single_changes(winner, control)[0]) == {"noise.sigma_end"}
+    assert single_changes(winner, control)[0]["noise.sigma_end"]["noise"]["sigma_end"] == winner["noise"]["sigma_start"], "no decay"
 
 
 @pytest.mark.parametrize("key", ["seed=3", "threads=2", "hang_seconds=60"])

@@ -171,13 +171,13 @@ def test_one_accuracy_s_standard_error_is_the_binomial_one(tmp_path: Path) -> No
     assert planned(tmp_path).question_se == pytest.approx(stats.binom(QUESTIONS, 0.5).std() / QUESTIONS)
 
 
-def test_a_budget_pays_for_whole_rounds_and_a_plan_warns_when_they_cannot_decide(tmp_path: Path) -> None:
-    whole = planned(tmp_path, trials=4, replicates=5)
-    for share, rounds in ((0.1, 0), (0.39, 1), (0.41, 2), (0.61, 3), (1.0, 5), (3.0, 5)):
-        plan = planned(tmp_path, trials=4, replicates=5, budget_hours=share * whole.hours)
-        assert plan.affordable_replicates == rounds
+def test_a_budget_pays_for_whole_configurations_and_a_plan_warns_when_it_cannot_decide(tmp_path: Path) -> None:
+    whole = planned(tmp_path, trials=5, replicates=3)
+    for share, arms in ((0.1, 0), (0.39, 1), (0.41, 2), (0.61, 3), (1.0, 5), (3.0, 5)):
+        plan = planned(tmp_path, trials=5, replicates=3, budget_hours=share * whole.hours)
+        assert plan.affordable == arms
         assert any("the budget of" in line for line in plan.warnings) == (share < 1)
-        assert any("fewer than 3 replicates" in line for line in plan.warnings) == (rounds < 3)
+        assert any("cannot decide anything" in line for line in plan.warnings) == (arms < 2)
         assert all(f"warning: {line}" in text(plan) for line in plan.warnings)
 
 
