@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: sweep test science bench lint ui clean
+.PHONY: sweep test science bench calibration faults search-quality overhead lint ui clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -28,6 +28,9 @@ science: $(READY_DEV)
 
 bench: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+calibration faults search-quality overhead: $(READY_DEV)
+	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
