@@ -199,7 +199,7 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
         soft_wrap=True,
     )
     if best.origin == "control":
-        console.print("that is the control itself: no configuration with noise did better here", soft_wrap=True)
+        console.print("that is the control itself: no configuration with noise came out ahead of it", soft_wrap=True)
     if len(result.config.objectives) > 1:
         _show_front(console, result)
     folder = result.config.folder
