@@ -85,9 +85,11 @@ def sweep(
     if submit is not None:
         _submit(submit, study.name if ablate is None or name is not None else f"{ablate}-ablation")
         return
-    from search.study import run_study
+    from search.study import evidence_of, run_study
 
     if ablate is None:
+        for known in evidence_of(study):
+            print(f"the searcher is told: {known.source}")
         _run(
             study.name,
             study.trials * study.replicates,
