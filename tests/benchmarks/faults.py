@@ -116,7 +116,7 @@ class Sweep:
             command = ["resume", self.name, *self.options()]
         else:
             command = ["sweep", "--workload", "tiny", "--searcher", "random", "--trials", str(TRIALS), "--name", self.name]
-            command += [*self.options(), *self.more, *(part for setting in SETTINGS for part in ("--set", setting))]
+            command += [*self.options(), *(part for setting in SETTINGS for part in ("--set", setting)), *self.more]
         log = (self.store / f"{self.name}.log").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         return subprocess.Popen([str(RIN), *command], stdout=log, stderr=log, text=True, start_new_session=True, env=environment)
@@ -256,6 +256,8 @@ def second_driver(sweep: Sweep) -> None:
             command = [str(RIN), "resume", sweep.name, *sweep.options()]
             second = subprocess.run(command, capture_output=True, text=True, check=False)
             if running.poll() is None:
+                if sweep.outcomes() == TRIALS:  # it was over, and the first is on its way out
+                    break
                 sweep.tally.faults += 1
                 if second.returncode != 2 or "another process" not in second.stderr:
                     sweep.tally.notes.append(f"{sweep.name}: a second driver was not refused: {second.stderr[-200:]}")
@@ -446,6 +448,8 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
             sweep = Sweep(f"{name}{number}", store, draw, tally)
             if name == "mlflow":
                 sweep.tracking = f"http://127.0.0.1:{_free_port()}"
+            if name == "second":
+                sweep.more = ("--set", "grpo.steps=150")  # long enough for a second program to start beside it
             if name == "hang":
                 (store / "sitecustomize.py").write_text(FREEZE)
                 sweep.environment = {"RIN_FREEZE": str(store / "freeze"), "PYTHONPATH": str(store)}
