@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def worker_node(cluster: Cluster, folder: Path, *, cpus: int) -> Iterator[subpro
 def kill_raylet(node: subprocess.Popen[bytes]) -> None:
     """As a power cut: the raylet and all its workers at once, without a word to the head."""
     for process in reversed(_family(node.pid)):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # died of its parent's death
+            process.kill()
 
 
 @contextmanager
