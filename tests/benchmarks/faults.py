@@ -411,7 +411,7 @@ def _store(fault: str) -> Iterator[Path]:
         yield folder
     finally:
         if fault == "disk":
-            subprocess.run(["umount", str(folder)], check=True)
+            subprocess.run(["umount", "-l", str(folder)], check=True)  # Ray's helpers hold its log files for a minute more
         shutil.rmtree(folder, ignore_errors=True)
 
 
