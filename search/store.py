@@ -14,7 +14,6 @@ store may be a folder, an NFS mount or an object store. Light on purpose: `rin l
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.lease import Lease, holder
 from search.secrets import strip_password
+from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
 from spaces.reading import explain
@@ -96,7 +96,7 @@ class StudyConfig(BaseModel):
         if local is not None:
             return local
         digest = hashlib.blake2b(self.store.encode(), digest_size=6).hexdigest()
-        return _cache_folder() / "sweeps" / f"{self.name}-{digest}"
+        return cache_folder() / "sweeps" / f"{self.name}-{digest}"
 
 
 def check_name(name: str) -> str:
@@ -201,8 +201,3 @@ def is_driven(config: StudyConfig) -> bool:
         return True
     lock.release()
     return False
-
-
-def _cache_folder() -> Path:
-    own = os.environ.get("RIN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rin-search"

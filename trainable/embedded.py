@@ -11,7 +11,6 @@ the build runs on a fixed number of threads, because float sums depend on it: sa
 
 import hashlib
 import math
-import os
 import random
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as hf_logging
 
+from spaces.cache import cache_folder
 from spaces.config import BaseRecipe
 from trainable.seeds import stable_hash
 from trainable.tasks import addition_question
@@ -39,12 +39,6 @@ _WARMUP_STEPS = 50
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is going on)."""
-
-
-def cache_folder() -> Path:
-    """$RIN_CACHE, else $XDG_CACHE_HOME/rin-search, else ~/.cache/rin-search."""
-    own = os.environ.get("RIN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rin-search"
 
 
 def base_folder(recipe: BaseRecipe) -> Path:
