@@ -30,8 +30,9 @@ Choices, each of which some library makes differently:
 - A result is Inf only where the dtype ends: `even`, `rceil` and `ceil` may round fp32's largest values to 2^128.
 - bf16 and fp16 are computed in fp32. MX results are exact in them, NVFP4 results are rounded once more.
 
-Speed. Eager torch in few passes, in place: chunks that stay in the L2 cache, and rounding by adding and subtracting
-1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
+Speed. On a CPU a fused kernel does all of it in one pass (`trainable/kernels/`); other devices and a machine without a compiler
+take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and rounding by adding and
+subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
 
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
 of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
@@ -48,6 +49,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainable.kernels import cpu
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
 _EXPONENT = 0x7F800000
@@ -110,9 +113,21 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
 
     Raises ValueError if the block does not divide the last dimension.
     """
-    form = FORMATS[fmt]
-    if form.element is None:
+    if fmt == "none":
         return x
+    if x.is_cpu:
+        if torch.compiler.is_compiling():  # which cannot look into the kernel
+            return _operator(x, fmt, scale_rule, per_tensor)
+        fused = cpu.load()
+        if fused is not None:
+            return fused(x, *_CODES[fmt, scale_rule], per_tensor)
+    return fake_quantize_eager(x, fmt, scale_rule, per_tensor=per_tensor)
+
+
+def fake_quantize_eager(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, per_tensor: bool = False) -> Tensor:
+    """`fake_quantize` in plain torch, for any device and dtype: the definition that the fused kernels must equal in every value."""
+    form = FORMATS[fmt]
+    assert form.element is not None
     with torch.no_grad():
         rows = _blocks(x, form)  # [R, B, K]
         out = torch.empty_like(rows)
@@ -140,6 +155,11 @@ def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
         bits = rows.to(torch.float32).view(torch.int32) & _MAGNITUDE
         scale, _ = _scales(bits.amax(-1, keepdim=True), form, scale_rule, per_tensor)
         return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
+
+
+def _operator(x: Tensor, fmt: str, scale_rule: str, per_tensor: bool) -> Tensor:
+    quantized: Tensor = torch.ops.rin.fake_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
+    return quantized
 
 
 def _blocks(x: Tensor, form: Format) -> Tensor:
@@ -297,3 +317,6 @@ SCALE_RULES: dict[str, Callable[[Element], int]] = {
     "rceil": lambda element: _FRACTION - element.largest_fraction,
     "ceil": lambda element: _FRACTION,
 }
+
+_CODES = {(fmt, rule): (code, SCALE_RULES[rule](FORMATS[fmt].element or E2M1)) for fmt, code in cpu.FORMATS.items() for rule in SCALE_RULES}
+"""What the fused kernel takes for a format and a scale rule."""

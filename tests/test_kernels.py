@@ -1,0 +1,172 @@
+"""The fused kernel against its reference, eager torch, in each of its three builds; and what happens without a compiler.
+
+The values themselves are checked against exact oracles in test_quantization.py, for both implementations.
+"""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
+from trainable import quantization
+from trainable.kernels import cpu
+from trainable.quantization import fake_quantize, fake_quantize_eager
+
+COMPARE = """
+import torch
+from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
+from trainable.kernels import cpu
+from trainable.quantization import fake_quantize, fake_quantize_eager
+
+assert cpu.load() is not None
+for fmt, rule in ALL:
+    for kind in CLASSES:
+        for dtype in DTYPES:
+            x = sample(kind, fmt, dtype)
+            assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+@pytest.mark.parametrize("vectors", ["default", "avx2", "avx512"])
+def test_each_build_equals_eager_torch(vectors: str) -> None:
+    if vectors == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this machine has no AVX-512")
+    done = run(COMPARE, ATEN_CPU_CAPABILITY=vectors)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == vectors.upper()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("fmt", "rule"), ALL)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 32), (32,), (3, 5, 7, 96), (1000, 1056)], ids=str)
+def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for per_tensor in (False, True) if x.numel() else (False,):
+                expected = fake_quantize_eager(x, fmt, rule, per_tensor=per_tensor)
+                assert_same(fake_quantize(x, fmt, rule, per_tensor=per_tensor), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
+    """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner left."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    tops = torch.arange(0x0000, 0x7F80, 0x20, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # each binade at 4 mantissas
+    values = every[every.isfinite()]
+    values = torch.cat([values, values[: -len(values) % 31]]).reshape(-1, 31)
+    for top in tops:
+        x = torch.cat([top.expand(len(values), 1), values.where(values.abs() <= top, 0.0)], 1).contiguous()
+        for rule in ("floor", "even", "rceil", "ceil"):
+            assert_same(fake_quantize(x, "mxfp4", rule), fake_quantize_eager(x, "mxfp4", rule))
+
+
+def test_views_are_quantised_as_their_copies() -> None:
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for view in (x.t(), x[::2], x[:, 32:], x.expand(2, 64, 64)):
+        assert torch.equal(fake_quantize(view), fake_quantize(view.clone()))
+
+
+def test_the_operator_has_no_gradient_and_a_fake_for_the_compiler() -> None:
+    assert cpu.load() is not None
+    x = torch.randn(4, 64, requires_grad=True)
+    assert not torch.ops.rin.fake_quantize(x, cpu.FORMATS["mxfp4"], 0, False).requires_grad
+    assert not fake_quantize(x).requires_grad
+    torch.library.opcheck(torch.ops.rin.fake_quantize.default, (x.detach(), 0, 0, False))
+
+
+def test_it_can_be_compiled_around() -> None:
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x) @ fake_quantize(weight).t()
+
+    x, weight = torch.randn(8, 64), torch.randn(32, 64)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), layer(x, weight))
+
+
+# --- building it -----------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_one_line_says_so_and_the_values_stay(tmp_path: Path) -> None:
+    code = (
+        "import logging; logging.basicConfig(format='%(message)s')\n"
+        "import torch\n"
+        "from trainable.quantization import fake_quantize, fake_quantize_eager\n"
+        "x = torch.randn(4, 64)\n"
+        "assert torch.equal(fake_quantize(x), fake_quantize_eager(x))\n"
+        "fake_quantize(x)\n"
+    )
+    done = run(code, RIN_CACHE=str(tmp_path), PATH="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "no C++ compiler" in done.stderr
+    assert "install g++" in done.stderr
+
+
+def test_a_compiler_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text('#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "x.cpp:1: error: no luck" >&2; exit 1;; esac\n')
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path))
+    with pytest.raises(cpu.CannotCompile, match=r"broken-c\+\+: x.cpp:1: error: no luck"):
+        cpu.build()
+    assert not list(tmp_path.glob("kernels/*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(cpu.CannotCompile, match="cannot be written"):
+        cpu.build()
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    """The compiler is wrapped in a script that counts its runs."""
+    log, wrapper = tmp_path / "log", tmp_path / "c++"
+    wrapper.write_text(f'#!/bin/sh\ncase "$1" in --version) ;; *) echo run >> {log};; esac\nexec c++ "$@"\n')
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"CXX": str(wrapper), "RIN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", "from trainable.kernels import cpu; assert cpu.load() is not None"]
+    started = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert log.read_text() == "run\n"
+
+
+def test_other_sources_and_flags_are_other_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = cpu.build()
+    assert cpu.build() == first
+    changed = tmp_path / "fake_quantize.cpp"
+    changed.write_text(cpu.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(cpu, "SOURCE", changed)
+    monkeypatch.setattr(cpu, "_compile", lambda compiler, flags, library: None)
+    assert cpu.build() != first
+
+
+def test_the_kernel_is_what_runs_here(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the comparisons above compare eager torch with itself."""
+    with caplog.at_level(logging.WARNING):
+        assert cpu.load() is not None
+    assert not caplog.records
+    monkeypatch.setattr(quantization, "fake_quantize_eager", None)
+    fake_quantize(torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_eager_and_fused_agree_with_one_scale_per_tensor(kind: str) -> None:
+    x = sample(kind, "nvfp4")
+    assert_same(fake_quantize(x, "nvfp4", per_tensor=True), fake_quantize_eager(x, "nvfp4", per_tensor=True))

@@ -1,0 +1,107 @@
+"""Compile the fused CPU kernel at first use, keep it, and register it as the torch operator `rin::fake_quantize`.
+
+One compiler run of about 15 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or plain C++;
+ATEN_CPU_CAPABILITY chooses a lesser one). The library lies in the cache folder under a name made of all that it depends on, so another
+Python, torch, compiler or machine type that shares the folder gets its own; a file lock keeps two processes from compiling it twice. Without a
+compiler one line says so and eager torch computes the same values, more slowly.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from spaces.cache import cache_folder
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
+"""Codes of the operator's argument `format`."""
+SOURCE = Path(__file__).with_name("fake_quantize.cpp")
+_VECTORS = {
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3",),
+}
+# Contraction of a * b + c would skip a rounding on which the kernel rests.
+_FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+
+Kernel = Callable[[Tensor, int, int, bool], Tensor]
+"""(x, code of the format, addend of the scale rule, one outer scale for all of x) -> x on the grid, without gradient.
+
+Raises ValueError if the block does not divide the last dimension.
+"""
+
+
+class CannotCompile(Exception):
+    """No compiler, or one that fails; the reason in one line."""
+
+
+@functools.cache
+def load() -> Kernel | None:
+    """The kernel, compiled where nobody has yet; None where that cannot be done, which is logged once."""
+    try:
+        library = build()
+    except CannotCompile as reason:
+        log.warning("4-bit arithmetic without its fused kernel, some 20 times slower: %s; install g++ to have it", reason)
+        return None
+    spec = importlib.util.spec_from_file_location("rin_fake_quantize", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)  # which registers the operator
+    torch.library.register_fake("rin::fake_quantize", lambda x, code, addend, per_tensor: torch.empty_like(x))
+    kernel: Kernel = module.fake_quantize
+    return kernel
+
+
+def build() -> Path:
+    """The compiled library. Raises CannotCompile."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or shutil.which(compiler) is None:
+        raise CannotCompile(f"no C++ compiler ({compiler or 'c++, g++, clang++'})")
+    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    version = _run([compiler, "--version"])
+    key = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, version, torch.__version__, sys.version))
+    folder = cache_folder() / "kernels"
+    library = folder / f"fake_quantize-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
+            if not library.exists():
+                _compile(compiler, flags, library)
+    except OSError as error:
+        raise CannotCompile(f"{folder} cannot be written ({error.strerror})") from error
+    return library
+
+
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths  # half a second, and rarely needed
+
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        headers = [*include_paths(), sysconfig.get_path("include")]
+        places = [*(f"-I{path}" for path in headers), *(f"-L{path}" for path in library_paths())]
+        _run([compiler, *flags, *places, str(SOURCE), "-o", str(made), "-ltorch_cpu", "-ltorch_python", "-lc10"])
+        made.replace(library)  # whole or not at all
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}")
+        raise CannotCompile(f"{command[0]}: {said.strip()}")
+    return done.stdout
