@@ -274,7 +274,7 @@ class GRPOConfig(Record):
     steps: int = Field(29, ge=1)
     """Rollouts, each followed by all its updates."""
     updates_per_step: int = Field(4, ge=1)
-    """Optimizer steps per rollout (mini-batches times epochs)."""
+    """Optimizer steps per rollout (mini-batches, made of whole groups, times epochs)."""
     epochs: int = Field(1, ge=1)
     """Passes over each rollout's episodes; divides updates_per_step."""
     prompts: int = Field(32, ge=1)
@@ -313,16 +313,16 @@ class GRPOConfig(Record):
     max_gen_batches: int = Field(5, ge=1)
     """With resample: batches generated before the step counts as collapsed (filter_rejection)."""
     micro_batch_size: int = Field(1024, ge=1)
-    """Completions per forward and backward pass; changes memory, not the loss."""
+    """Completions per forward and backward pass, rounded down to whole groups or equal parts of one; changes memory, not the loss."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.updates_per_step % self.epochs:
             raise ValueError(f"epochs must divide updates_per_step, but got epochs={self.epochs} updates_per_step={self.updates_per_step}")
-        minibatches = self.updates_per_step // self.epochs
-        if minibatches > self.prompts * self.group_size:
+        if self.minibatches > self.prompts:
             raise ValueError(
-                f"updates_per_step={self.updates_per_step} needs at least as many completions as mini-batches; raise prompts or group_size"
+                f"updates_per_step={self.updates_per_step} in {self.epochs} epochs needs a prompt for each of {self.minibatches} "
+                f"mini-batches, but got prompts={self.prompts}; raise prompts or epochs"
             )
         return self
 

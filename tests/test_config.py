@@ -282,7 +282,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["task.prompt=Q"], ["task", "prompt=Q", "name=addition", "remove"]),
     # parts that do not fit together
     (["grpo.epochs=3"], ["grpo", "epochs=3", "updates_per_step=4", "divide"]),
-    (["grpo.updates_per_step=999"], ["grpo", "updates_per_step=999", "raise prompts or group_size"]),
+    (["grpo.updates_per_step=999"], ["grpo", "updates_per_step=999", "prompts=32", "raise prompts or epochs"]),
     (["grpo.overlong_buffer=6"], ["grpo.overlong_buffer", "6", "below rollout.max_new_tokens"]),
     (["task.digits=4"], ["task.digits=4", "model.recipe.digits=3"]),
     (["task.name=gsm8k"], ["task.name=gsm8k", "model.name"]),

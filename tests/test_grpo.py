@@ -539,7 +539,9 @@ def test_warm_up(update: int, warmup: int, factor: float) -> None:
 
 
 def test_warm_up_counts_updates_over_steps(policy: Policy) -> None:
-    optimizer, _ = run_update(policy, ready_batch(policy), first_update=6, updates_per_step=4, warmup_updates=8, learning_rate=0.8)
+    optimizer, _ = run_update(
+        policy, ready_batch(policy, prompts=4), first_update=6, updates_per_step=4, warmup_updates=8, learning_rate=0.8
+    )
     assert optimizer.rates == pytest.approx([0.7, 0.8, 0.8, 0.8])
 
 

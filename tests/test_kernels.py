@@ -5,6 +5,7 @@ The values themselves are checked against exact oracles in test_quantization.py,
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -150,9 +151,10 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
 def test_other_sources_and_flags_are_other_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first = cpu.build()
     assert cpu.build() == first
-    changed = tmp_path / "fake_quantize.cpp"
-    changed.write_text(cpu.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(cpu, "SOURCE", changed)
+    changed = tmp_path / "kernels"
+    shutil.copytree(cpu.SOURCES, changed)
+    (changed / "blocks.h").write_text((changed / "blocks.h").read_text() + "// changed\n")
+    monkeypatch.setattr(cpu, "SOURCES", changed)
     monkeypatch.setattr(cpu, "_compile", lambda compiler, flags, library: None)
     assert cpu.build() != first
 

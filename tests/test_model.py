@@ -404,11 +404,12 @@ def test_a_shared_quantised_input_gives_the_bits_of_one_quantisation_per_layer(
     ids = torch.tensor([[3, 4, 12, 5, 14, 7]])
     config = ModelConfig(name=model_folder("qwen2"), adapter=adapter)  # type: ignore[arg-type]
     results = []
-    for kinds in (("qwen2",), ()):
-        monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", kinds)
+    for sharing in (True, False):
+        if not sharing:
+            monkeypatch.setattr(trainable.model, "_share_inputs", lambda network, linears, norms: None)
         policy = load_policy(config, QuantConfig(), 0)
         shared = sum(not linear.quantize_input for linear in policy.linears.values())
-        assert shared == (15 if kinds else 0) or adapter == "lora"
+        assert shared == (15 if sharing else 0) or adapter == "lora"
         logits = policy.model(input_ids=ids).logits
         logits.square().sum().backward()
         results.append((logits.detach(), {name: p.grad for name, p in policy.trainable().items()}))

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import trainable.rollout
 from spaces.config import ConfigError, ModelConfig, QuantConfig, TaskConfig
 from tests.conftest import ModelFolder, Tiny, episode, ragged_prompts, sampled_groups
+from trainable.forward import positions
 from trainable.grpo import completion_logps, make_batch
 from trainable.model import Policy, deployed, load_policy, unquantized
 from trainable.noise import injected, noise_targets
-from trainable.rollout import Completion, _completions, encode_prompts, generate, judge, left_padded, positions, sample
+from trainable.rollout import Completion, _completions, encode_prompts, generate, judge, left_padded, sample
 from trainable.seeds import generator
 from trainable.tasks import Question, build_task
 
@@ -164,7 +166,9 @@ def test_greedy_takes_the_likeliest_token() -> None:
     [*MODES, QuantConfig(weights="nvfp4", activations="nvfp4"), QuantConfig(activations="mxfp8")],
     ids=["W16A16", "W4A16", "W4A4", "nvfp4", "W4A8"],
 )
-def test_a_row_does_not_depend_on_its_companions(model_folder: ModelFolder, quant: QuantConfig) -> None:
+def test_a_row_does_not_depend_on_its_companions(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, quant: QuantConfig) -> None:
+    """But for those that end: a smaller batch may add up in another order."""
+    monkeypatch.setattr(trainable.rollout, "_WORTH_RETIRING", 2.0)
     policy = load_policy(ModelConfig(name=model_folder()), quant, seed=0)
     prompts = ragged_prompts(8)
     others = [[(token - 2 + 5) % 13 + 2 for token in prompt] for prompt in prompts]

@@ -571,6 +571,7 @@ def plan(model_folder: ModelFolder) -> Plan:
         f"task.path={GSM8K}",
         "grpo.steps=2",
         "grpo.prompts=2",
+        "grpo.updates_per_step=2",
         "grpo.generation_prompts=4",
         "grpo.overlong_buffer=4",
         "rollout.max_new_tokens=12",

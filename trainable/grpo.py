@@ -10,7 +10,10 @@ What a group without variance means is a policy with a typed outcome, not an exc
 were once taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running out of the
 latter is success.
 
-Shapes: B = completions, T = completion tokens (right-padded), L = prompt tokens (left-padded).
+Mini-batches are made of whole groups, as in verl: a group's completions share its prompt, which is then computed once for all of them,
+in training as in generation.
+
+Shapes: B = completions, G = completions of a prompt, T = completion tokens (right-padded), L = prompt tokens (left-padded).
 """
 
 from collections.abc import Sequence
@@ -19,10 +22,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from spaces.config import Correction, FilterPolicy, GRPOConfig, Loss, RolloutConfig
+from trainable.forward import forward_of, positions
 from trainable.model import Policy
-from trainable.rollout import Group, left_padded, positions
+from trainable.rollout import Group, left_padded
 
 _EPSILON = 1e-4  # added to the std of a group, as in TRL
+_PACKED_TOKENS = 512
+"""Longest row of a prompt with several completions. Up to here attention is a small part of the work, also the part that is masked."""
 
 
 # --- groups ------------------------------------------------------------------------------------------------------------------
@@ -104,12 +110,14 @@ class Batch:
     advantages: torch.Tensor  # [B]
     old_logps: torch.Tensor  # [B, T], of the clean policy when the step began
     reference_logps: torch.Tensor | None = None  # [B, T]
+    group_size: int = 1
+    """G: so many rows side by side continue one prompt."""
 
     def __len__(self) -> int:
         return len(self.completion_ids)
 
-    def rows(self, index: torch.Tensor | slice) -> "Batch":
-        """A sub-batch."""
+    def rows(self, index: torch.Tensor | slice, group_size: int = 1) -> "Batch":
+        """A sub-batch, whose rows continue one prompt each, or `group_size` of them side by side the same one."""
         reference = self.reference_logps
         return Batch(
             prompt_ids=self.prompt_ids[index],
@@ -120,7 +128,20 @@ class Batch:
             advantages=self.advantages[index],
             old_logps=self.old_logps[index],
             reference_logps=None if reference is None else reference[index],
+            group_size=group_size,
         )
+
+    def rows_of(self, groups: torch.Tensor) -> torch.Tensor:
+        """Indices of all rows of these groups."""
+        return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+
+    def slices(self, size: int) -> list[slice]:
+        """Consecutive rows, at most `size`: whole groups, or equal parts of a group that is larger."""
+        if size >= self.group_size:
+            size -= size % self.group_size
+        while size < self.group_size and self.group_size % size:
+            size -= 1
+        return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 
 
 def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor) -> Batch:
@@ -142,31 +163,72 @@ def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor
         rollout_logps=padded([e.completion.logps for e in episodes], 0.0),
         advantages=advantages.flatten().to(device),
         old_logps=torch.zeros_like(mask),
+        group_size=advantages.shape[1],
     )
 
 
 def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [B, T] of the completions' tokens and entropies [B, T] (no gradient), fp32, at the sampling temperature."""
-    ids = torch.cat([batch.prompt_ids, batch.completion_ids], 1)  # [B, L+T]
-    mask = torch.cat([batch.prompt_mask, batch.mask.long()], 1)  # [B, L+T]
-    tokens = batch.completion_ids.shape[1]
-    out = policy.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=tokens + 1)
-    distribution = torch.log_softmax(out.logits[:, :-1].float() / temperature, dim=-1)  # [B, T, V]
-    logps = distribution.gather(-1, batch.completion_ids[..., None])[..., 0]
+    """Log-probs [B, T] of the completions' tokens and entropies [B, T] (no gradient), fp32, at the sampling temperature.
+
+    A prompt is computed once for several of its completions: they follow it in one row and do not see each other. The longer the row,
+    the more of its attention is masked away, so there is a limit to it; from there on each completion has a row of its own.
+    """
+    length, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
+    fitting = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0 and length + k * tokens <= _PACKED_TOKENS]
+    return _logps_packed(policy, batch, temperature, max(fitting, default=1))
+
+
+def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T."""
+    (_, tokens), device = batch.completion_ids.shape, batch.mask.device
+    prompt_mask = batch.prompt_mask[::side_by_side]  # [R, L]
+    rows, length = prompt_mask.shape
+    completions = batch.completion_ids.view(rows, -1)  # [R, K * T]
+    ids = torch.cat([batch.prompt_ids[::side_by_side], completions], 1)  # [R, S]
+    step = torch.arange(tokens, device=device).repeat(side_by_side)  # [K * T]: 0, 1, .., T - 1, 0, 1, ..
+    position_ids = torch.cat([positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + step], 1)  # [R, S]
+    owner = torch.cat([torch.zeros(length, device=device), 1 + torch.arange(side_by_side, device=device).repeat_interleave(tokens)])  # [S]
+    related = (owner[:, None] == owner) | (owner == 0)  # [S, S]: the same completion, or the prompt
+    real = torch.cat([prompt_mask, batch.mask.view(rows, -1)], 1) > 0  # [R, S]
+    visible = related.tril() & real[:, None]  # [R, S, S]
+    visible |= torch.eye(len(owner), dtype=torch.bool, device=device)  # padding sees itself: a row that sees nothing would become NaN
+    dtype = next(policy.model.parameters()).dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]  # [R, 1, S, S]
+    logits = _logits(policy, ids, position_ids, mask, keep=side_by_side * tokens + 1)
+    distribution = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, 1 + K * T, V]
+    # A completion's first token follows the prompt's last one, which comes first here; any other follows the one before it.
+    before = torch.arange(side_by_side * tokens, device=device).where(step > 0, 0)  # [K * T]
+    logps = distribution[torch.arange(rows, device=device)[:, None], before, completions]  # [R, K * T]
+    return logps.view(-1, tokens), _entropies(distribution)[:, before].view(-1, tokens)
+
+
+def _logits(policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S]."""
+    forward = forward_of(policy)
+    if forward is not None:
+        return forward.logits(forward.hidden(ids, position_ids, forward.masked(mask))[:, -keep:])
+    out = policy.model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=keep)
+    logits: torch.Tensor = out.logits
+    return logits
+
+
+def _entropies(distribution: torch.Tensor) -> torch.Tensor:
+    """In nats, without gradient, from log-probs on the last axis; a token of probability 0 counts nothing."""
     detached = distribution.detach()
-    entropies = -(detached.exp() * detached.clamp(min=-1e30)).sum(-1)
-    return logps, entropies
+    return -(detached.exp() * detached.clamp(min=-1e30)).sum(-1)
 
 
 @torch.no_grad()
 def clean_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
     """Log-probs [B, T] without gradient, some rows at a time."""
-    parts = [completion_logps(policy, batch.rows(rows), temperature)[0] for rows in _slices(len(batch), micro_batch)]
-    return torch.cat(parts)
+    slices = batch.slices(micro_batch)
+    return torch.cat([completion_logps(policy, batch.rows(rows, _together(batch, rows)), temperature)[0] for rows in slices])
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _together(batch: Batch, rows: slice) -> int:
+    """Rows with one prompt, of those that `Batch.slices` gave."""
+    count: int = rows.stop - rows.start
+    return min(batch.group_size, count)
 
 
 # --- loss --------------------------------------------------------------------------------------------------------------------
@@ -294,7 +356,7 @@ def update(
     first_update: int,
     shuffle: torch.Generator,
 ) -> UpdateMetrics:
-    """All updates of a step: epochs over shuffled mini-batches, each in micro-batches whose gradients add up."""
+    """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add up."""
     correction = importance_weights(rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, norms, sums = [], [], [0.0, 0.0, 0.0]
@@ -302,16 +364,16 @@ def update(
     for number in range(grpo.updates_per_step):
         part = number % grpo.minibatches
         if part == 0:
-            order = torch.randperm(len(batch), generator=shuffle).to(batch.mask.device)
-        chosen = order.tensor_split(grpo.minibatches)[part]
-        if len(chosen) == 0:  # a filter left fewer completions than mini-batches
+            order = torch.randperm(len(batch) // batch.group_size, generator=shuffle).to(batch.mask.device)
+        chosen = batch.rows_of(order.tensor_split(grpo.minibatches)[part])
+        if len(chosen) == 0:  # a filter left fewer groups than mini-batches
             continue
-        mini, weights = batch.rows(chosen), correction.weights[chosen]
+        mini, weights = batch.rows(chosen, batch.group_size), correction.weights[chosen]
         normalizer = loss_normalizer(grpo.loss, mini, batch, grpo.minibatches, rollout.max_new_tokens)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for rows in _slices(len(mini), grpo.micro_batch_size):
-            micro = mini.rows(rows)
+        for rows in mini.slices(grpo.micro_batch_size):
+            micro = mini.rows(rows, _together(mini, rows))
             logps, _ = completion_logps(policy, micro, rollout.temperature)
             loss, metrics = grpo_loss(
                 logps,

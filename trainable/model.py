@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.embedded import Progress, ensure_base
+from trainable.norm import RMSNorm
 from trainable.quantization import QuantLinear, ste_quantize
 from trainable.seeds import stable_hash
 
@@ -88,6 +89,7 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
             continue
         linears[name] = _wrap(network, name, linear, quant, excluded)
     _check_patterns(quant, names)
+    _own_norms(network)
     norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
     final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
     _share_inputs(network, linears, norms)
@@ -208,25 +210,25 @@ def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, exclud
     return wrapped
 
 
-def _share_inputs(network: Any, linears: dict[str, QuantLinear], norms: dict[str, nn.Module]) -> None:
-    """Quantise a norm's output once for all projections that read it (q, k, v; gate, up) instead of once in each: equal bits, less work."""
+def _own_norms(network: Any) -> None:
+    """Every norm as ours, on its own weight."""
     if network.config.model_type not in _NORM_FEEDS_PROJECTIONS:
         return
+    for name, module in list(network.named_modules()):
+        if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
+            network.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
+
+
+def _share_inputs(network: Any, linears: dict[str, QuantLinear], norms: dict[str, nn.Module]) -> None:
+    """Quantise a norm's output once for all projections that read it (q, k, v; gate, up) instead of once in each: equal bits, less work."""
     for name, norm in norms.items():
         block, _, kind = name.rpartition(".")
         readers = [linears[f"{block}.{reader}"] for reader in _READERS[kind] if f"{block}.{reader}" in linears]
-        if len(readers) < len(_READERS[kind]) or len({reader.activation_format for reader in readers}) > 1:
+        if not isinstance(norm, RMSNorm) or len(readers) < len(_READERS[kind]) or len({reader.activation_format for reader in readers}) > 1:
             continue
         for reader in readers:
             reader.quantize_input = False
-        norm.register_forward_hook(_quantized_output(readers[0]))
-
-
-def _quantized_output(reader: QuantLinear) -> Any:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return ste_quantize(output, reader.activation_format, reader.scale_rule)
-
-    return hook
+        norm.readers = tuple(readers)
 
 
 def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelConfig, seed: int) -> Any:

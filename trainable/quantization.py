@@ -157,6 +157,11 @@ def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
         return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
 
 
+def kernel_codes(fmt: str, scale_rule: str) -> tuple[int, int]:
+    """What fused kernels take for a format and a scale rule; (-1, 0) for `none`."""
+    return _CODES.get((fmt, scale_rule), (-1, 0))
+
+
 def _operator(x: Tensor, fmt: str, scale_rule: str, per_tensor: bool) -> Tensor:
     quantized: Tensor = torch.ops.rin.fake_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
     return quantized

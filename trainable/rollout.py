@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from spaces.config import ConfigError, TaskConfig
+from trainable.decoder import decoder
 from trainable.model import Policy
 from trainable.tasks import Question, Score, Task
 
@@ -51,6 +51,9 @@ class Episode:
 Group = tuple[Episode, ...]
 """All completions of one question."""
 
+_WORTH_RETIRING = 0.25
+"""Share of the rows in work that have ended, from which it pays to copy the cache of the others."""
+
 
 def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConfig, limit: int) -> list[list[int]]:
     """Token ids per prompt, in the chat template where the task wants it.
@@ -78,11 +81,6 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)  # [rows, L]
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [rows, L]
     return ids, mask
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
@@ -113,31 +111,27 @@ def _generate_chunk(
     temperature: float,
     generator: torch.Generator | None,
 ) -> list[list[Completion]]:
-    tokenizer, model = policy.tokenizer, policy.model
+    tokenizer = policy.tokenizer
     end: int = tokenizer.eos_token_id
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, policy.device)  # [P, L]
-    cache = DynamicCache(config=model.config)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-    logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # [B, V]
-    mask = mask.repeat_interleave(group_size, 0)  # [B, L]
-    position = mask.sum(-1, keepdim=True)  # [B, 1], of the next token
-    done = torch.zeros(len(mask), dtype=torch.bool, device=policy.device)  # [B]
-    tokens, logps, entropies = [], [], []
-    for _ in range(max_new_tokens):
-        token, logp, entropy = sample(logits, temperature, generator)  # [B] each
-        tokens.append(torch.where(done, end, token))
-        logps.append(logp)
-        entropies.append(entropy)
-        done = done | (token == end)
-        if bool(done.all()) or len(tokens) == max_new_tokens:
+    forward = decoder(policy, max_new_tokens)
+    logits = forward.prefill(ids, mask, group_size)  # [B, V]
+    rows = torch.arange(len(logits), device=policy.device)  # the completions in work
+    tokens = torch.full((len(logits), max_new_tokens), end, device=policy.device)  # [B, T] each
+    logps, entropies = torch.zeros_like(tokens, dtype=torch.float32), torch.zeros_like(tokens, dtype=torch.float32)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    for column in range(max_new_tokens):
+        token, logp, entropy = sample(logits, temperature, generator)
+        tokens[rows, column], logps[rows, column], entropies[rows, column] = token, logp, entropy
+        ended |= token == end
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0 or column + 1 == max_new_tokens:
             break
-        mask = torch.cat([mask, torch.ones_like(position)], dim=1)
-        out = model(input_ids=tokens[-1][:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-        logits = out.logits[:, -1]
-        position = position + 1
-    return _completions(torch.stack(tokens, 1), torch.stack(logps, 1), torch.stack(entropies, 1), end, group_size)
+        if len(going) <= (1 - _WORTH_RETIRING) * len(rows):
+            forward.keep(going)
+            rows, token, ended = rows[going], token[going], ended[going]
+        logits = forward.step(token)
+    return _completions(tokens, logps, entropies, end, group_size)
 
 
 def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

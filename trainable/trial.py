@@ -127,7 +127,9 @@ class Trial:
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
         parameters = list(self.policy.trainable().values())
         grpo = config.grpo
-        self.optimizer = torch.optim.AdamW(parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
+        )
         self.detector = CollapseDetector(config=config.collapse)
         self.so_far = Progression()
 

@@ -1,9 +1,17 @@
-"""Compile the fused CPU kernel at first use, keep it, and register it as the torch operator `rin::fake_quantize`.
+"""Compile the fused CPU kernels at first use, keep them, and register them as torch operators `rin::...`.
 
 One compiler run of about 15 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or plain C++;
 ATEN_CPU_CAPABILITY chooses a lesser one). The library lies in the cache folder under a name made of all that it depends on, so another
-Python, torch, compiler or machine type that shares the folder gets its own; a file lock keeps two processes from compiling it twice. Without a
-compiler one line says so and eager torch computes the same values, more slowly.
+Python, torch, compiler or kind of machine that shares the folder gets its own; a file lock keeps two processes from compiling it twice.
+Without a compiler one line says so, and eager torch computes the same, more slowly.
+
+    module.cpp        the library: its operators, and the way in for Python
+    vectors.h         vectors of the compiler
+    blocks.h          blocks of MX and NVFP4: scales and rounding
+    fake_quantize.h   fake quantisation of a tensor
+    rms_norm.h        RMSNorm with quantised output, and its backward pass
+    rotary.h          rotary position embedding
+    attention.h       one new token's attention over the key/value cache
 """
 
 import functools
@@ -30,7 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMATS = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
 """Codes of the operator's argument `format`."""
-SOURCE = Path(__file__).with_name("fake_quantize.cpp")
+SOURCES = Path(__file__).parent
 _VECTORS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
@@ -57,7 +65,7 @@ def load() -> Kernel | None:
     except CannotCompile as reason:
         log.warning("4-bit arithmetic without its fused kernel, some 20 times slower: %s; install g++ to have it", reason)
         return None
-    spec = importlib.util.spec_from_file_location("rin_fake_quantize", library)
+    spec = importlib.util.spec_from_file_location("rin_kernels", library)
     assert spec is not None
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)  # which registers the operator
@@ -73,9 +81,10 @@ def build() -> Path:
         raise CannotCompile(f"no C++ compiler ({compiler or 'c++, g++, clang++'})")
     flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
     version = _run([compiler, "--version"])
-    key = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, version, torch.__version__, sys.version))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
+    key = "\n".join((*sources, *flags, version, torch.__version__, sys.version))
     folder = cache_folder() / "kernels"
-    library = folder / f"fake_quantize-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
+    library = folder / f"rin-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     if library.exists():
         return library
     try:
@@ -95,7 +104,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
         made = Path(folder) / library.name
         headers = [*include_paths(), sysconfig.get_path("include")]
         places = [*(f"-I{path}" for path in headers), *(f"-L{path}" for path in library_paths())]
-        _run([compiler, *flags, *places, str(SOURCE), "-o", str(made), "-ltorch_cpu", "-ltorch_python", "-lc10"])
+        _run([compiler, *flags, *places, str(SOURCES / "module.cpp"), "-o", str(made), "-ltorch_cpu", "-ltorch_python", "-lc10"])
         made.replace(library)  # whole or not at all
 
 

@@ -10,57 +10,13 @@
 // Blocks near the ends of fp32, where those products would leave it, and blocks with NaN or Inf go through plain loops that scale first;
 // they are rare. bf16 with E2M1 elements, the case of training, is computed in 16-bit integers, of which a register holds twice as many.
 //
-// Vectors are GCC's and Clang's own (`vector_size`), 64 bytes long; the compiler lowers them to what the flags allow. Not to be compiled
-// with -ffast-math or with contraction of a * b + c: both skip roundings on which the method rests.
+// Not to be compiled with -ffast-math or with contraction of a * b + c: both skip roundings on which the method rests.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/library.h>
+#include "vectors.h"
 
 namespace {
-
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x16 __attribute__((vector_size(64)));
-
-constexpr uint32_t kMagnitude = 0x7FFFFFFF, kSign = 0x80000000, kExponent = 0x7F800000;
-constexpr int kFractionBits = 23;
-constexpr int64_t kGrain = 1 << 15;  // elements for which another thread is worth its start
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-template <class To, class From>
-inline To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-inline uint32_t bits_of(float x) { return bits_as<uint32_t>(x); }
-inline float float_of(uint32_t b) { return bits_as<float>(b); }
-
-template <class V>
-inline V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(v));
-  return v;
-}
-template <class V>
-inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(v)); }
-
-template <class V>
-inline V larger(V a, V b) { return a < b ? b : a; }
-template <class V>
-inline V smaller(V a, V b) { return a < b ? a : b; }
 
 // The grid of a tiny float; `emax`: the exponent of its largest value.
 struct E2M1 { static constexpr int mantissa = 1, emax = 2; static constexpr uint32_t smallest_normal = 0x3F800000, largest = 0x40C00000; };
@@ -160,13 +116,6 @@ inline void mx_block<E2M1, uint16_t>(const uint16_t* x, uint16_t* out, uint32_t 
   store(out, rounded | (v & 0x8000));
 }
 
-template <class Grid, class T>
-void mx(const T* x, T* out, int64_t blocks, uint32_t addend) {
-  at::parallel_for(0, blocks, kGrain / 32, [=](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) mx_block<Grid>(x + block * 32, out + block * 32, addend);
-  });
-}
-
 // --- two scales (NVFP4) --------------------------------------------------------------------------------------------------------------
 
 inline float nan_of(float) { return kNan; }
@@ -199,80 +148,24 @@ inline void nv_blocks(const T* x, T* out, int64_t blocks, float outer) {
   }
 }
 
-// `common` < 0: each row has an outer scale of its own.
-template <class T>
-void nv(const T* x, T* out, int64_t rows, int64_t columns, float common) {
-  at::parallel_for(0, rows, 1 + kGrain / columns, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* in = x + row * columns;
-      const float outer = common < 0 ? outer_scale(largest_of(in, columns)) : common;
-      T* result = out + row * columns;
-      if (outer - outer != 0) std::fill(result, result + columns, nan_of(T{}));
-      else for (int64_t k = 0; k < columns; k += 256) nv_blocks(in + k, result + k, std::min<int64_t>(16, (columns - k) / 16), outer);
-    }
-  });
-}
+// --- rows ------------------------------------------------------------------------------------------------------------------------------
+
+enum Format : int64_t { kNone = -1, kMxfp4, kMxfp8, kNvfp4 };  // the codes of FORMATS in cpu.py
 
 template <class T>
-float common_scale(const T* x, int64_t n) {
-  const auto largest = [x](int64_t begin, int64_t end, uint32_t so_far) {
-    return std::max(so_far, largest_of(x + 16 * begin, 16 * (end - begin)));
-  };
-  return outer_scale(at::parallel_reduce(0, n / 16, kGrain / 16, 0u, largest, [](uint32_t a, uint32_t b) { return std::max(a, b); }));
+inline void nv_row(const T* x, T* out, int64_t columns, float outer) {
+  if (outer - outer != 0) std::fill(out, out + columns, nan_of(T{}));
+  else for (int64_t k = 0; k < columns; k += 256) nv_blocks(x + k, out + k, std::min<int64_t>(16, (columns - k) / 16), outer);
 }
 
-// --- the operator --------------------------------------------------------------------------------------------------------------------
-
-enum Format : int64_t { kMxfp4, kMxfp8, kNvfp4 };  // the codes of FORMATS in cpu.py
-constexpr const char* kNames[] = {"mxfp4", "mxfp8", "nvfp4"};
-
+// One row in its own right; `out` may be `x`.
 template <class T>
-void run(const T* x, T* out, int64_t rows, int64_t columns, int64_t format, uint32_t addend, bool per_tensor) {
-  if (format == kMxfp4) mx<E2M1>(x, out, rows * columns / 32, addend);
-  else if (format == kMxfp8) mx<E4M3>(x, out, rows * columns / 32, addend);
-  else nv(x, out, rows, columns, per_tensor ? common_scale(x, rows * columns) : -1.0f);
-}
-
-// Any layout and floating dtype; other than fp32 and bf16 it is computed in fp32 and rounded at the end.
-at::Tensor fake_quantize(const at::Tensor& any, int64_t format, int64_t addend, bool per_tensor) {
-  const at::Tensor x = any.contiguous();
-  const int64_t columns = x.size(-1), block = format == kNvfp4 ? 16 : 32;
-  TORCH_CHECK_VALUE(columns % block == 0, kNames[format], " needs a last dim that is a multiple of ", block, ", but got ", columns, "; exclude it");
-  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) {
-    return fake_quantize(x.to(at::kFloat), format, addend, per_tensor).to(x.scalar_type());
+inline void quantize_row(const T* x, T* out, int64_t columns, int64_t format, uint32_t addend) {
+  if (format == kNvfp4) return nv_row(x, out, columns, outer_scale(largest_of(x, columns)));
+  for (int64_t k = 0; k < columns; k += 32) {
+    if (format == kMxfp4) mx_block<E2M1>(x + k, out + k, addend);
+    else mx_block<E4M3>(x + k, out + k, addend);
   }
-  at::Tensor out = at::empty_like(x);
-  if (x.numel() == 0) return out;
-  const int64_t rows = x.numel() / columns;
-  if (x.scalar_type() == at::kFloat) {
-    run(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, columns, format, addend, per_tensor);
-  } else {
-    run(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(out.mutable_data_ptr()), rows, columns, format, addend,
-        per_tensor);
-  }
-  return out;
 }
-
-// The same for Python, past the general way of calling operators, which takes longer than a small tensor's arithmetic.
-PyObject* fake_quantize_py(PyObject*, PyObject* const* arguments, Py_ssize_t) {
-  HANDLE_TH_ERRORS
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rin::fake_quantize", "")
-                             .typed<at::Tensor(const at::Tensor&, int64_t, int64_t, bool)>();
-  if (!THPVariable_Check(arguments[0])) throw torch::TypeError("fake_quantize takes a tensor");
-  return THPVariable_Wrap(op.call(
-      THPVariable_Unpack(arguments[0]), PyLong_AsLongLong(arguments[1]), PyLong_AsLongLong(arguments[2]), arguments[3] == Py_True));
-  END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef methods[] = {{"fake_quantize", reinterpret_cast<PyCFunction>(fake_quantize_py), METH_FASTCALL, nullptr}, {}};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "rin_fake_quantize", nullptr, -1, methods};
 
 }  // namespace
-
-TORCH_LIBRARY(rin, library) { library.def("fake_quantize(Tensor x, int format, int addend, bool per_tensor) -> Tensor"); }
-TORCH_LIBRARY_IMPL(rin, CPU, library) { library.impl("fake_quantize", fake_quantize); }
-// Without gradient, also for an x that has one: the straight-through estimator is a matter of the layer.
-TORCH_LIBRARY_IMPL(rin, Autograd, library) { library.impl("fake_quantize", torch::CppFunction::makeFallthrough()); }
-
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit_rin_fake_quantize() { return PyModule_Create(&module); }

@@ -1,0 +1,294 @@
+"""Our forward pass, decoder and fused kernels against transformers and plain torch."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
+
+import trainable.grpo
+from spaces.config import ModelConfig, QuantConfig
+from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
+from trainable import decoder as decoding
+from trainable.decoder import _Fused, _Ours, _Transformers, decoder
+from trainable.embedded import character_tokenizer
+from trainable.forward import forward_of, positions
+from trainable.grpo import Batch, completion_logps, make_batch
+from trainable.kernels import cpu
+from trainable.model import Policy, deployed, load_policy
+from trainable.norm import RMSNorm
+from trainable.quantization import QuantLinear, fake_quantize
+from trainable.rollout import left_padded
+from trainable.seeds import generator
+
+W16A16 = QuantConfig(weights="none", activations="none")
+
+
+@pytest.fixture(params=["qwen2", "llama", "mistral"])
+def folder(request: pytest.FixtureRequest, model_folder: ModelFolder, tmp_path: Path) -> str:
+    if request.param != "mistral":
+        return model_folder(request.param)
+    config = MistralConfig(
+        vocab_size=15,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        initializer_range=0.3,
+        sliding_window=None,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MistralForCausalLM(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def padded_rows(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = left_padded(ragged_prompts(6), 0, policy.device)
+    return ids, mask
+
+
+def causal(mask: torch.Tensor) -> torch.Tensor:
+    length = mask.shape[1]
+    visible = mask.bool()[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()
+    return visible | torch.eye(length, dtype=torch.bool)
+
+
+def test_logits_and_gradients_are_those_of_transformers(folder: str) -> None:
+    """Against the model as transformers loads it, with norms and linear layers of its own."""
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    ids, mask = padded_rows(policy)
+    forward = forward_of(policy)
+    assert forward is not None
+    ours = forward.logits(forward.hidden(ids, positions(mask), forward.masked(causal(mask))))[mask > 0]
+    expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    ours.square().mean().backward()
+    expected.square().mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in policy.trainable().items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_it_does_not_know_goes_through_transformers(model_folder: ModelFolder, attention: Any, dtype: Any) -> None:
+    policy = load_policy(ModelConfig(name=model_folder(), attention=attention, dtype=dtype), W16A16, seed=0)
+    used = {("sdpa", "float32"): _Fused, ("sdpa", "bfloat16"): _Ours}.get((attention, dtype), _Transformers)
+    assert type(decoder(policy, 4)) is used
+
+
+def rollout_logits(policy: Policy, kind: Any, tokens: torch.Tensor, keep: bool) -> list[torch.Tensor]:
+    """Logits of given completions [B, T], a token at a time; from the middle on only of the odd rows."""
+    ids, mask = padded_rows(policy)
+    with deployed(policy):
+        work = _Transformers(policy) if kind is _Transformers else kind(forward_of(policy), tokens.shape[1])
+        seen = [work.prefill(ids, mask, 3)]
+        for column in range(tokens.shape[1] - 1):
+            if keep and column == 2:
+                rows = torch.arange(1, len(tokens), 2)
+                work.keep(rows)
+                tokens = tokens[rows]
+            seen.append(work.step(tokens[:, column]))
+    return seen
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("kind", [_Ours, _Fused])
+def test_each_decoder_goes_on_as_transformers_does(folder: str, kind: Any, keep: bool) -> None:
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    tokens = torch.randint(2, 15, (18, 21), generator=generator("tokens"))
+    ours, theirs = (rollout_logits(policy, k, tokens, keep) for k in (kind, _Transformers))
+    assert [len(x) for x in ours] == [18] * 3 + [9 if keep else 18] * 18
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_take_part(model_folder: ModelFolder) -> None:
+    policy = load_policy(ModelConfig(name=model_folder(), adapter="lora"), QuantConfig(), seed=0)
+    for name, parameter in policy.trainable().items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05, generator=generator(name))
+    tokens = torch.randint(2, 15, (18, 5), generator=generator("tokens"))
+    ours, theirs = (rollout_logits(policy, kind, tokens, False) for kind in (_Fused, _Transformers))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert ((mine - other).abs().amax(-1) > 1e-3).float().mean() < 0.2, "but for flipped roundings"
+
+
+# --- prompts that are computed once ----------------------------------------------------------------------------------------------
+
+
+def sampled_batch(policy: Policy, group_size: int = 6) -> Batch:
+    groups = sampled_groups(policy, ragged_prompts(5), group_size=group_size)
+    return make_batch(policy, groups, torch.randn(5, group_size, generator=generator("advantages")))
+
+
+@pytest.mark.parametrize("longest", [512, 60, 30], ids=["all side by side", "some", "none"])
+def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_own(
+    folder: str, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    batch = sampled_batch(policy)
+    results = []
+    for packed in (batch, replace(batch, group_size=1)):
+        monkeypatch.setattr(trainable.grpo, "_PACKED_TOKENS", longest)
+        logps, entropies = completion_logps(policy, packed, 0.7)
+        inside = batch.mask > 0
+        loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()
+        results.append((logps[inside], entropies[inside], torch.autograd.grad(loss, list(policy.trainable().values()))))
+    (logps, entropies, gradients), (their_logps, their_entropies, theirs) = results
+    torch.testing.assert_close(logps, their_logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, their_entropies, rtol=1e-5, atol=1e-5)
+    for mine, other in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_completions_do_not_see_each_other(folder: str) -> None:
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    batch = sampled_batch(policy)
+    changed = batch.completion_ids.clone()
+    changed[::6] = 2 + (changed[::6] + 3) % 13
+    before, _ = completion_logps(policy, batch, 1.0)
+    after, _ = completion_logps(policy, replace(batch, completion_ids=changed), 1.0)
+    others = torch.arange(len(batch)) % 6 != 0
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[~others], after[~others])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)]
+)
+def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: list[int]) -> None:
+    zeros = torch.zeros(30, 1)
+    batch = Batch(
+        prompt_ids=zeros,
+        prompt_mask=zeros,
+        completion_ids=zeros,
+        mask=zeros,
+        rollout_logps=zeros,
+        advantages=zeros[:, 0],
+        old_logps=zeros,
+        group_size=6,
+    )
+    lengths = [rows.stop - rows.start for rows in batch.slices(size)]
+    assert lengths == (expected if size < 30 else [30])
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 16), (7, 96), (3, 5, 64), (900, 128)], ids=str)
+def test_the_norm_and_its_gradients_are_those_of_transformers(shape: tuple[int, ...], threads: int) -> None:
+    theirs = Qwen2RMSNorm(shape[-1], eps=1e-5)
+    nn.init.normal_(theirs.weight, mean=1.0, generator=generator("weight"))
+    ours = RMSNorm(nn.Parameter(theirs.weight.detach().clone()), 1e-5)
+    x = torch.randn(shape, generator=generator("x"))
+    grad = torch.randn(shape, generator=generator("grad"))
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for norm, value in zip((ours, theirs), inputs, strict=True):
+            (norm(value) * grad).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "nvfp4"])
+def test_the_norm_quantises_as_the_layers_behind_it_would(fmt: str) -> None:
+    norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(64, generator=generator("weight"))), 1e-6)
+    x = torch.randn(10, 64, generator=generator("x"), requires_grad=True)
+    plain = norm(x)
+    norm.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format=fmt, scale_rule="even"),)
+    assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
+    with torch.no_grad():
+        assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
+    a, b = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (norm(x), plain))
+    assert torch.equal(a, b), "straight through"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_norm_does_not_hide_what_is_not_finite(bad: float) -> None:
+    x = torch.ones(3, 32)
+    x[1, 5] = bad
+    y = RMSNorm(nn.Parameter(torch.ones(32)), 1e-6)(x)
+    assert y[[0, 2]].isfinite().all()
+    assert not y[1].isfinite().all()
+
+
+def test_rotation_is_that_of_transformers() -> None:
+    assert cpu.load() is not None
+    x = torch.randn(50, 3, 24, generator=generator("x"), requires_grad=True)
+    angles = torch.randn(50, 12, generator=generator("angles")).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), cos[None], sin[None])
+    expected = expected.transpose(1, 2)[0]
+    torch.testing.assert_close(torch.ops.rin.rotary(x, cos, sin), expected)
+    grad = torch.randn(50, 3, 24, generator=generator("grad"))
+    (theirs,) = torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(torch.ops.rin.rotary_backward(grad, cos, sin), theirs)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 24), (3, 3, 16), (8, 1, 64)])
+@pytest.mark.parametrize("filled", [0, 5, 15, 16, 40])
+def test_attention_over_the_cache_is_torch_s(heads: int, kv_heads: int, size: int, filled: int) -> None:
+    assert cpu.load() is not None
+    source = generator("attend", heads, filled)
+    rows, room = 9, 48
+    keys, values = torch.randn(rows, kv_heads, room, size, generator=source), torch.randn(rows, kv_heads, room, size, generator=source)
+    q, k, v = (torch.randn(rows, n * size, generator=source) * 2 for n in (heads, kv_heads, kv_heads))
+    starts = torch.randint(0, filled + 1, (rows,), generator=source)
+    cos, sin = torch.ones(rows, size), torch.zeros(rows, size)
+    own_keys, own_values = keys.transpose(-1, -2).contiguous(), values.clone()
+    mixed = torch.ops.rin.attend(q, k, v, cos, sin, own_keys, own_values, starts, filled, size**-0.5)
+    keys[:, :, filled], values[:, :, filled] = k.view(rows, kv_heads, size), v.view(rows, kv_heads, size)
+    assert torch.equal(own_keys.transpose(-1, -2), keys)
+    assert torch.equal(own_values, values)
+    visible = (torch.arange(filled + 1) >= starts[:, None])[:, None, None]
+    expected = nn.functional.scaled_dot_product_attention(
+        q.view(rows, heads, 1, size),
+        keys[:, :, : filled + 1].repeat_interleave(heads // kv_heads, 1),
+        values[:, :, : filled + 1].repeat_interleave(heads // kv_heads, 1),
+        attn_mask=visible,
+    )
+    torch.testing.assert_close(mixed, expected.reshape(rows, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_to_very_unequal_tokens_and_to_nan() -> None:
+    assert cpu.load() is not None
+    size, room = 16, 16
+    keys, values = torch.zeros(2, 1, size, room), torch.zeros(2, 1, room, size)
+    values[:, 0, 0] = 1.0
+    q = torch.full((2, size), 30.0)
+    k = torch.full((2, size), -30.0)
+    k[1, 3] = float("nan")
+    v = torch.full((2, size), 5.0)
+    args = (torch.ones(2, size), torch.zeros(2, size), keys, values, torch.zeros(2, dtype=torch.long), 1, 1.0)
+    mixed = torch.ops.rin.attend(q, k, v, *args)
+    assert torch.equal(mixed[0], torch.ones(size)), "a token whose weight is e^-14400 has none"
+    assert mixed[1].isnan().all()
+
+
+def test_without_kernels_everything_is_computed_by_torch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(ModelConfig(name=folder), QuantConfig(), seed=0)
+    batch = sampled_batch(policy)
+    fused, _ = completion_logps(policy, batch, 1.0)
+    monkeypatch.setattr(cpu, "load", lambda: None)
+    plain, _ = completion_logps(policy, batch, 1.0)
+    assert ((fused - plain).abs() > 1e-4).float().mean() < 0.1, "but for flipped roundings"
+    assert type(decoding.decoder(policy, 4)) is _Ours

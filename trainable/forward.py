@@ -1,0 +1,114 @@
+"""The forward pass of Qwen2, Llama and Mistral with little around the arithmetic; training, generation and evaluation share it.
+
+A small model spends more time between operations than in them: transformers' own forward checks options, builds masks for every call and
+keeps records that nobody asks for. Projections and norms here are the policy's own modules, so that quantisation, noise, adapters and hooks
+act alike everywhere; only what lies between them is written out, once, for the block that these architectures have in common. Another
+architecture, or another attention than torch's scaled dot product, goes through transformers' forward. Both give equal results.
+
+Shapes: B = rows, T = tokens of this call, S = tokens seen, H = attention heads, N = key/value heads, D = their size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainable.kernels import cpu
+from trainable.model import Policy
+
+_KNOWN = ("qwen2", "llama", "mistral")
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of each token's rotation, [B * T, D]."""
+
+Mixer = Callable[[int, Tensor, Tensor, Tensor, Angles], Tensor]
+"""Attention of one layer: (layer, queries [B * T, H * D], keys [B * T, N * D], values [B * T, N * D], angles) -> [B * T, H * D]."""
+
+Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, rotated keys, values [B, N, T, D] of new tokens) -> those of all tokens seen [B, N, S, D]."""
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def forward_of(policy: Policy) -> "Forward | None":
+    """None for an architecture that it does not know."""
+    config: Any = policy.model.config
+    known = config.model_type in _KNOWN and config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+    return Forward(policy) if known else None
+
+
+class Forward:
+    """A policy's modules, and the way through them."""
+
+    def __init__(self, policy: Policy) -> None:
+        model: Any = policy.model
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.body, self.head = causal.model, causal.lm_head
+        config = causal.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.scale: float = self.size**-0.5
+        self.dtype = next(causal.parameters()).dtype
+
+    def hidden(self, ids: Tensor, position_ids: Tensor, mix: Mixer) -> Tensor:
+        """Hidden states [B, T, hidden] behind the last block and before the final norm; ids and position ids [B, T]."""
+        x = self.body.embed_tokens(ids.flatten())  # [B * T, hidden]
+        cos, sin = self.body.rotary_emb(x, position_ids)
+        angles: Angles = (cos.flatten(0, 1), sin.flatten(0, 1))
+        for layer, block in enumerate(self.body.layers):
+            attention = block.self_attn
+            y = block.input_layernorm(x)
+            x = x + attention.o_proj(mix(layer, attention.q_proj(y), attention.k_proj(y), attention.v_proj(y), angles))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        hidden: Tensor = x.view(*ids.shape, -1)
+        return hidden
+
+    def masked(self, mask: Tensor, memory: Memory = lambda layer, keys, values: (keys, values)) -> Mixer:
+        """Attention under a mask [B, 1, T, S] of what each token sees: True or 0; and what it does not: False or a large negative number."""
+        rows, _, tokens, _ = mask.shape
+
+        def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor, angles: Angles) -> Tensor:
+            queries, keys = self._rotated(queries, angles), self._rotated(keys, angles)
+            queries, keys, values = (x.view(rows, tokens, -1, self.size).transpose(1, 2) for x in (queries, keys, values))
+            keys, values = memory(layer, keys, values)
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads < self.heads
+            )  # [B, H, T, D]
+            return mixed.transpose(1, 2).reshape(rows * tokens, -1)
+
+        return mix
+
+    def _rotated(self, x: Tensor, angles: Angles) -> Tensor:
+        """Rotary position embedding (arXiv 2104.09864) of heads side by side: [B * T, heads * D] -> [B * T, heads, D]."""
+        cos, sin = angles
+        x = x.view(len(x), -1, self.size)
+        if x.is_cpu and x.dtype == torch.float32 and cpu.load() is not None:
+            y: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+            return y
+        half = self.size // 2
+        signed = torch.cat([-sin[:, :half], sin[:, half:]], -1)  # half of a rotation's terms are subtracted: their sign goes into the sine
+        return x * cos[:, None] + x.roll(half, -1) * signed[:, None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of each token's successor, [..., V]."""
+        logits: Tensor = self.head(self.body.norm(hidden))
+        return logits
+
+
+class _Rotary(torch.autograd.Function):
+    """x [tokens, heads, D], cos and sin [tokens, D]; the fused kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y: Tensor = torch.ops.rin.rotary(x, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.rin.rotary_backward(grads[0], *ctx.saved_tensors), None, None

@@ -1,0 +1,69 @@
+// The operator rin::fake_quantize: rows side by side, on all threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+#include "blocks.h"
+
+namespace {
+
+constexpr const char* kNames[] = {"mxfp4", "mxfp8", "nvfp4"};
+constexpr int64_t kBlocks[] = {32, 32, 16};
+
+template <class Grid, class T>
+void mx(const T* x, T* out, int64_t blocks, uint32_t addend) {
+  at::parallel_for(0, blocks, kGrain / 32, [=](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) mx_block<Grid>(x + block * 32, out + block * 32, addend);
+  });
+}
+
+// `common` < 0: each row has an outer scale of its own.
+template <class T>
+void nv(const T* x, T* out, int64_t rows, int64_t columns, float common) {
+  at::parallel_for(0, rows, 1 + kGrain / columns, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* in = x + row * columns;
+      const float outer = common < 0 ? outer_scale(largest_of(in, columns)) : common;
+      nv_row(in, out + row * columns, columns, outer);
+    }
+  });
+}
+
+template <class T>
+float common_scale(const T* x, int64_t n) {
+  const auto largest = [x](int64_t begin, int64_t end, uint32_t so_far) {
+    return std::max(so_far, largest_of(x + 16 * begin, 16 * (end - begin)));
+  };
+  return outer_scale(at::parallel_reduce(0, n / 16, kGrain / 16, 0u, largest, [](uint32_t a, uint32_t b) { return std::max(a, b); }));
+}
+
+template <class T>
+void run(const T* x, T* out, int64_t rows, int64_t columns, int64_t format, uint32_t addend, bool per_tensor) {
+  if (format == kMxfp4) mx<E2M1>(x, out, rows * columns / 32, addend);
+  else if (format == kMxfp8) mx<E4M3>(x, out, rows * columns / 32, addend);
+  else nv(x, out, rows, columns, per_tensor ? common_scale(x, rows * columns) : -1.0f);
+}
+
+// Any layout and floating dtype; other than fp32 and bf16 it is computed in fp32 and rounded at the end.
+at::Tensor fake_quantize(const at::Tensor& any, int64_t format, int64_t addend, bool per_tensor) {
+  const at::Tensor x = any.contiguous();
+  const int64_t columns = x.size(-1), block = kBlocks[format];
+  TORCH_CHECK_VALUE(columns % block == 0, kNames[format], " needs a last dim that is a multiple of ", block, ", but got ", columns, "; exclude it");
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) {
+    return fake_quantize(x.to(at::kFloat), format, addend, per_tensor).to(x.scalar_type());
+  }
+  at::Tensor out = at::empty_like(x);
+  if (x.numel() == 0) return out;
+  const int64_t rows = x.numel() / columns;
+  if (x.scalar_type() == at::kFloat) {
+    run(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, columns, format, addend, per_tensor);
+  } else {
+    run(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(out.mutable_data_ptr()), rows, columns, format, addend,
+        per_tensor);
+  }
+  return out;
+}
+
+}  // namespace

@@ -1,0 +1,79 @@
+// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), quantised while the row is in the cache.
+//
+// Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h. Quantisation counts as
+// the identity (straight-through estimator). Sums are taken in 16 lanes, and over rows in one order for a given number of threads.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "blocks.h"
+
+namespace {
+
+inline f32x16 lanes(const float* x) { return load<f32x16>(x); }
+
+// x [.., n], n a multiple of 16; y like x, and 1 / sqrt(..) of each row for the backward pass.
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& any, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend) {
+  const at::Tensor x = any.contiguous();
+  const int64_t n = x.size(-1), rows = x.numel() / n;
+  at::Tensor y = at::empty_like(x), inverse = at::empty({rows}, x.options());
+  const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
+  float *out = y.mutable_data_ptr<float>(), *inverses = inverse.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 1 + kGrain / n, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* from = in + row * n;
+      float* to = out + row * n;
+      f32x16 squares = {};
+      for (int64_t k = 0; k < n; k += 16) squares += lanes(from + k) * lanes(from + k);
+      const float r = inverses[row] = 1.0f / std::sqrt(sum(squares) / n + static_cast<float>(epsilon));
+      for (int64_t k = 0; k < n; k += 16) store(to + k, lanes(w + k) * (lanes(from + k) * r));
+      if (format != kNone) quantize_row(to, to, n, format, addend);
+    }
+  });
+  return {y, inverse};
+}
+
+// -> (dx, dw)
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
+    const at::Tensor& any, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& inverse) {
+  const at::Tensor grad = any.contiguous();
+  const int64_t n = x.size(-1), rows = x.numel() / n;
+  at::Tensor dx = at::empty_like(x), dw = at::empty_like(weight);
+  const float *in = x.const_data_ptr<float>(), *dy = grad.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
+  const float* inverses = inverse.const_data_ptr<float>();
+  float *out = dx.mutable_data_ptr<float>(), *total = dw.mutable_data_ptr<float>();
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), 1 + rows * n / kGrain), size = (rows + parts - 1) / parts;
+  std::vector<float> partial(parts * n, 0.0f);
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      float* own = partial.data() + part * n;
+      for (int64_t row = part * size; row < std::min(rows, (part + 1) * size); ++row) {
+        const float *from = in + row * n, *back = dy + row * n;
+        const float r = inverses[row];
+        f32x16 products = {};
+        for (int64_t k = 0; k < n; k += 16) {
+          const f32x16 h = lanes(from + k) * r;
+          products += lanes(back + k) * lanes(w + k) * h;
+          store(own + k, lanes(own + k) + lanes(back + k) * h);
+        }
+        const float mean = sum(products) / n;
+        for (int64_t k = 0; k < n; k += 16) {
+          store(out + row * n + k, (lanes(back + k) * lanes(w + k) - lanes(from + k) * r * mean) * r);
+        }
+      }
+    }
+  });
+  std::fill(total, total + n, 0.0f);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t k = 0; k < n; ++k) total[k] += partial[part * n + k];
+  }
+  return {dx, dw};
+}
+
+}  // namespace

@@ -1,0 +1,52 @@
+// Rotary position embedding (arXiv 2104.09864) of fp32 heads, the two halves of a head being a pair: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "vectors.h"
+
+namespace {
+
+// One head of `half` pairs; `out` may be `x`.
+inline void rotate(const float* x, float* out, const float* cos, const float* sin, int64_t half) {
+  for (int64_t d = 0; d < half; ++d) {
+    const float one = x[d], two = x[half + d];
+    out[d] = one * cos[d] - two * sin[d];
+    out[half + d] = two * cos[half + d] + one * sin[half + d];
+  }
+}
+
+inline void rotate_back(const float* dy, float* out, const float* cos, const float* sin, int64_t half) {
+  for (int64_t d = 0; d < half; ++d) {
+    const float one = dy[d], two = dy[half + d];
+    out[d] = one * cos[d] + two * sin[half + d];
+    out[half + d] = two * cos[half + d] - one * sin[d];
+  }
+}
+
+template <void turn(const float*, float*, const float*, const float*, int64_t)>
+at::Tensor turned(const at::Tensor& any, const at::Tensor& cos, const at::Tensor& sin) {
+  const at::Tensor x = any.contiguous();
+  at::Tensor y = at::empty_like(x);
+  const int64_t tokens = x.size(0), heads = x.size(1), size = x.size(2);
+  const float *in = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, tokens, 1 + kGrain / (heads * size), [=](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t at = (token * heads + head) * size;
+        turn(in + at, out + at, c + token * size, s + token * size, size / 2);
+      }
+    }
+  });
+  return y;
+}
+
+// x [tokens, heads, D] by the angles of its tokens, cos and sin [tokens, D].
+at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) { return turned<rotate>(x, cos, sin); }
+at::Tensor rotary_backward(const at::Tensor& grad, const at::Tensor& cos, const at::Tensor& sin) { return turned<rotate_back>(grad, cos, sin); }
+
+}  // namespace

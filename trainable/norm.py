@@ -1,0 +1,63 @@
+"""RMSNorm whose output is quantised at once for every projection that reads it.
+
+q, k and v read one norm's output, gate and up the other's: quantised here it is quantised once instead of three times and twice, with
+equal bits. On a CPU one fused kernel does norm and quantisation while a row is in the cache, and another the whole backward pass; torch
+would take nine passes forward and twice as many backward. The backward pass of the quantisation is the identity (straight-through).
+
+Shapes: n = hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainable.kernels import cpu
+from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
+
+_LANES = 16
+"""The fused kernel takes rows of whole vectors."""
+
+
+class RMSNorm(nn.Module):
+    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)) over the last axis (arXiv 1910.07467), for the norms of Qwen2, Llama and Mistral."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+        self.readers: tuple[QuantLinear, ...] = ()
+        """Projections whose input format is this output's; none: each of them quantises for itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., n] -> [.., n]."""
+        fmt, rule = (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
+        fused = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] % _LANES == 0 and cpu.load() is not None
+        if not fused:
+            exact = x.to(torch.float32)
+            normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
+            return ste_quantize(self.weight * normal.to(x.dtype), fmt, rule)
+        code, addend = kernel_codes(fmt, rule)
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            learned: Tensor = _Fused.apply(x, self.weight, self.epsilon, code, addend)  # type: ignore[no-untyped-call]
+            return learned
+        y: Tensor = torch.ops.rin.rms_norm(x, self.weight, self.epsilon, code, addend)[0]
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, epsilon={self.epsilon}"
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps x and one number a row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> Tensor:
+        y: Tensor
+        y, inverse = torch.ops.rin.rms_norm(x, weight, epsilon, code, addend)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        return (*torch.ops.rin.rms_norm_backward(grads[0], x.contiguous(), weight, inverse), None, None, None)
