@@ -28,8 +28,6 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-from cmaes import CatCMAwM
-from scipy.stats import qmc
 
 from spaces.library import Choice, Dimension, Float, Int, Space
 from trainable.seeds import stable_hash
@@ -191,12 +189,18 @@ def random(known: Known) -> Iterator[Params]:
 
 def sobol(known: Known) -> Iterator[Params]:
     """A scrambled Sobol sequence over all coordinates (Owen 1998): the next element that was not run yet."""
-    engine = qmc.Sobol(len(coordinates(known.space)), scramble=True, rng=stable_hash("qmc", known.seed))
+    engine = _sobol_engine(len(coordinates(known.space)), rng=stable_hash("qmc", known.seed))
     # Each configuration took at least one element, so what comes before is known to be used or useless.
     if known.number:
         engine.fast_forward(known.number)
     for _ in range(_RANDOM_DRAWS):
         yield _from_unit(known.space, engine.random(1)[0].tolist())
+
+
+def _sobol_engine(axes: int, rng: int) -> Any:
+    from scipy.stats import qmc
+
+    return qmc.Sobol(axes, scramble=True, rng=rng)
 
 
 def grid(known: Known) -> Iterator[Params]:
@@ -216,7 +220,7 @@ def lattice(space: Space, levels: int | None) -> Iterator[Params]:
     pairs of dimensions; what the sequence has missed follows in plain order."""
     axes = coordinates(space)
     values: list[list[Any]] = [_levels(axis, levels) for axis in axes]
-    engine = qmc.Sobol(len(axes), scramble=True, rng=0)
+    engine = _sobol_engine(len(axes), rng=0)
     lengths = [len(of_axis) for of_axis in values]
     chunks = max(1, min(8 * math.prod(lengths), 2**16) // _CHUNK)
     spread = ([int(u * n) for u, n in zip(unit, lengths, strict=True)] for _ in range(chunks) for unit in engine.random(_CHUNK))
@@ -295,6 +299,8 @@ def cmaes(known: Known) -> Iterator[Params]:
     Each population of finished configurations is a generation, in the order of their proposal, ranked by collapses, then by
     accuracy. Results of an earlier sweep are its first generations.
     """
+    from cmaes import CatCMAwM
+
     axes = coordinates(known.space)
     numbers = [axis for axis in axes if not axis.labels]
     choices = [axis for axis in axes if axis.labels and len(axis.labels) > 1]

@@ -255,7 +255,7 @@ def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLfl
             search_alg=searcher,
             scheduler=SCHEDULERS[config.scheduler](config.space, base_tree(config), config.replicates),
             num_samples=config.trials * config.replicates,
-            max_concurrent_trials=config.concurrent or 0,
+            max_concurrent_trials=config.concurrent or _in_flight(config),
             reuse_actors=True,  # imports take longer than many a trial
             trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
         ),
@@ -273,6 +273,15 @@ def _fit(config: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: MLfl
     with _sigterm_is_a_first_ctrl_c():
         tuner.fit()
     return searcher.exhausted
+
+
+def _in_flight(config: StudyConfig) -> int:
+    """Trials at a time: on this machine as many as fit, which Tune then starts together, and one that is ready when a place is free.
+    0: as many as there are places, for a cluster, which may grow."""
+    if config.address is not None:
+        return 0
+    bundle = resources(WORKLOADS[config.workload], config.cpus, config.gpus).bundles[0]
+    return 1 + min(int(ray.cluster_resources()[kind] // amount) for kind, amount in bundle.items())
 
 
 def searcher_of(config: StudyConfig, arms: Sequence[Arm]) -> RinSearch:

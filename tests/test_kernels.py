@@ -163,7 +163,7 @@ def test_the_kernel_is_what_runs_here(monkeypatch: pytest.MonkeyPatch, caplog: p
     """Otherwise the comparisons above compare eager torch with itself."""
     with caplog.at_level(logging.WARNING):
         assert cpu.load() is not None
-    assert not caplog.records
+    assert not [record for record in caplog.records if "without" in record.message]
     monkeypatch.setattr(quantization, "fake_quantize_eager", None)
     fake_quantize(torch.zeros(1, 32))
 

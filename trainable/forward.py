@@ -69,7 +69,7 @@ class Forward:
         return hidden
 
     def masked(self, mask: Tensor, memory: Memory = lambda layer, keys, values: (keys, values)) -> Mixer:
-        """Attention under a mask [B, 1, T, S] of what each token sees: True or 0; and what it does not: False or a large negative number."""
+        """Attention under a mask [B, 1, T, S]: True or 0 for what a token sees, False or a large negative number for what not."""
         rows, _, tokens, _ = mask.shape
 
         def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor, angles: Angles) -> Tensor:

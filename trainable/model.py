@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.embedded import Progress, ensure_base
+from trainable.kernels import cpu
 from trainable.norm import RMSNorm
 from trainable.quantization import QuantLinear, ste_quantize
 from trainable.seeds import stable_hash
@@ -96,6 +97,7 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
     if model.adapter == "lora":
         network = _with_adapters(network, linears, model, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
+    cpu.load()  # compiled here, where a process may take its time, and not within its first step
     # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one function.
     network.eval()
     return Policy(model=network, tokenizer=tokenizer, linears=linears, norms=norms, final_norm=final, depth=depth)

@@ -91,6 +91,7 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):
             if not library.exists():
+                log.warning("compiling the 4-bit kernels for this machine, once: about 15 seconds")
                 _compile(compiler, flags, library)
     except OSError as error:
         raise CannotCompile(f"{folder} cannot be written ({error.strerror})") from error
