@@ -1,8 +1,10 @@
 """What the sweep itself costs: beside a plain loop over the same trials, and in memory over many trials.
 
-    python -m tests.benchmarks.overhead               both, about 25 minutes on two quiet cores; writes docs/overhead.md
+    python -m tests.benchmarks.overhead               all, about 20 minutes on two quiet cores; writes docs/overhead.md
     python -m tests.benchmarks.overhead loop          16 embedded trials, two at a time: sweep against two plain loops
     python -m tests.benchmarks.overhead memory        1,000 trials of `tiny`: the driver's memory
+    python -m tests.benchmarks.overhead cores         16 embedded trials on one core and on two
+    python -m tests.benchmarks.overhead footprint     the default sweep: memory of all its processes together
 
 The plain loop is as bare as it gets: two processes, each with half of the sweep's own configurations, `run_trial` one after the other,
 one thread each; no Ray, no MLflow, no checkpoints. Both are timed from process start to process end.
@@ -161,9 +163,54 @@ def memory(trials: int) -> list[str]:
     ]
 
 
+# --- cores and memory of the default sweep ---------------------------------------------------------------------------------------------
+
+
+def cores(trials: int) -> list[str]:
+    """From process start to process end, Ray's start included. The one core is that of the whole process tree."""
+    seconds = {}
+    for count in (1, 2):
+        with tempfile.TemporaryDirectory() as store:
+            seconds[count] = _timed(SPAWN.Process(target=_pinned_sweep, args=(store, trials, count)))
+        print(f"{count} cores: {seconds[count]:.1f} s", flush=True)
+    return [
+        f"- {trials} embedded trials on one core {seconds[1]:.0f} s, on two {seconds[2]:.0f} s: {seconds[1] / seconds[2]:.2f} times faster "
+        "(start-up of Ray included, one thread per trial)."
+    ]
+
+
+def _pinned_sweep(store: str, trials: int, count: int) -> None:
+    os.sched_setaffinity(0, set(range(count)))
+    run_study(study(Path(store), trials=trials, workload="embedded", concurrent=count), lambda event: None)
+
+
+def footprint(trials: int) -> list[str]:
+    """Of the default sweep: proportional set size, so that what processes share counts once."""
+    peak, processes, running = 0.0, 0, threading.Event()
+    with tempfile.TemporaryDirectory() as store:
+        driver = SPAWN.Process(target=_sweep, args=(store, trials, {}, "embedded"))
+        driver.start()
+        assert driver.pid is not None
+        root = psutil.Process(driver.pid)
+        while driver.is_alive() and not running.wait(1.0):
+            total, count = 0, 0
+            for process in [root, *root.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                    count += 1
+                except psutil.Error:  # ended meanwhile
+                    continue
+            if total / 2**30 > peak:
+                peak, processes = total / 2**30, count
+        driver.join()
+        assert driver.exitcode == 0
+    told = f"- The default sweep ({trials} embedded trials, two at a time): at most {peak:.2f} GiB in {processes} processes together"
+    return [f"{told}, Ray's included."]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="loop, memory; default: both")
+    parser.add_argument("parts", nargs="*", help="loop, memory, cores, footprint; default: all")
     parser.add_argument("--trials", type=int, help="default: 16 for loop, 1,000 for memory")
     parser.add_argument("--rounds", type=int, default=1, help="of loop")
     parser.add_argument("--workload", default="embedded", help="of loop")
@@ -175,6 +222,10 @@ def main() -> None:
         results["loop"] = loop(arguments.trials or 16, arguments.rounds, arguments.workload)
     if not arguments.parts or "memory" in arguments.parts:
         results["memory"] = memory(arguments.trials or 1000)
+    if not arguments.parts or "cores" in arguments.parts:
+        results["cores"] = cores(arguments.trials or 16)
+    if not arguments.parts or "footprint" in arguments.parts:
+        results["footprint"] = footprint(arguments.trials or 8)
     page.write_text(json.dumps(results, indent=1))
     lines = [
         "# What the sweep itself costs",
@@ -182,7 +233,7 @@ def main() -> None:
         f"`python -m tests.benchmarks.overhead`, {os.cpu_count()} cores, {platform.processor() or platform.machine()}.",
         "",
     ]
-    lines += [line for part in ("loop", "memory") for line in results.get(part, [])]
+    lines += [line for part in ("loop", "memory", "cores", "footprint") for line in results.get(part, [])]
     (DOCS / "overhead.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

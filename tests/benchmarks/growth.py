@@ -1,0 +1,83 @@
+"""How time and memory grow with the model and the rollout: each point a process of its own, on a random model of the embedded shape."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import linear_regression, median
+from typing import Any
+
+from spaces.reading import read_config
+from spaces.workloads import TRIAL_ENVIRONMENT
+from tests.benchmarks.step import folder_of_random_model
+
+CURVES: dict[str, tuple[str, list[int]]] = {
+    "depth": ("blocks", [4, 8, 16, 32]),
+    "width": ("hidden size", [96, 192, 384, 768]),
+    "group_size": ("completions per prompt", [4, 8, 16, 32]),
+    "prompts": ("prompts", [16, 32, 64, 128]),
+    "tokens": ("tokens per completion", [8, 32, 128, 512]),
+}
+
+
+def one_point(curve: str, value: int) -> dict[str, float]:
+    """Median seconds of a step's rollout and of its updates, and this process's peak memory in GiB before and after."""
+    from trainable.trial import Trial
+
+    shape = {"depth": {"num_hidden_layers": value}, "width": {"hidden_size": value, "intermediate_size": 8 * value // 3 // 32 * 32}}
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {
+            "model": {"name": folder_of_random_model(Path(folder), **shape.get(curve, {}))},
+            "grpo": {"steps": 5, "updates_per_step": 4},
+            "rollout": {"max_new_tokens": value if curve == "tokens" else 8},
+            "collapse": {"mode": "off"},
+            "eval": {"questions": 8, "every": 0},
+        }
+        if curve in ("group_size", "prompts"):
+            settings["grpo"][curve] = value
+        if curve == "tokens":
+            settings["grpo"]["prompts"] = 8
+        trial = Trial(read_config(settings))
+        before = _peak_gib()
+        reports = [trial.step() for _ in range(4)][1:]
+    return {
+        "rollout": median(report.signals["perf/rollout_seconds"] for report in reports),
+        "updates": median(report.signals["perf/update_seconds"] for report in reports),
+        "gib": _peak_gib() - before,
+        "processor": time.process_time(),
+    }
+
+
+def _peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _in_its_own_process(curve: str, value: int) -> dict[str, float]:
+    code = f"import json; from tests.benchmarks.growth import one_point; print(json.dumps(one_point({curve!r}, {value})))"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | TRIAL_ENVIRONMENT, capture_output=True, text=True, check=True)
+    point: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return point
+
+
+def growth() -> list[str]:
+    """Exponents of time (and of the memory that a step adds to the loaded model) against each size, fitted over all four points and
+    over the last two: what is bound by arithmetic grows with its share of the work, what is bound by overheads does not grow."""
+    lines = ["| against | values | rollout s | updates s | memory GiB | exponents: rollout | updates | memory | of the last two |"]
+    lines.append("|" + "---|" * 9)
+    for curve, (name, values) in CURVES.items():
+        points = [_in_its_own_process(curve, value) for value in values]
+        cells = [", ".join(f"{point[what]:.3g}" for point in points) for what in ("rollout", "updates", "gib")]
+        all_of_them = [_exponent(values, [point[what] for point in points]) for what in ("rollout", "updates", "gib")]
+        last = " / ".join(_exponent(values[-2:], [point[what] for point in points[-2:]]) for what in ("rollout", "updates", "gib"))
+        lines.append(f"| {name} | {', '.join(map(str, values))} | {' | '.join(cells)} | {' | '.join(all_of_them)} | {last} |")
+    return lines
+
+
+def _exponent(values: list[int], measured: list[float]) -> str:
+    slope = linear_regression([math.log(v) for v in values], [math.log(max(m, 1e-4)) for m in measured]).slope
+    return f"{slope:.2f}"
