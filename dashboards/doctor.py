@@ -8,13 +8,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,17 +81,16 @@ def _companions() -> Check:
     return Check(name="torch add-ons", state="ok", detail="none that break transformers")
 
 
-def _compiler() -> Check:
-    found = shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        return Check(name="C++ compiler", state="absent", detail="none; nothing here needs one yet")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "one.cpp"
-        source.write_text("#include <vector>\nint main() { return std::vector<int>{0}[0]; }\n", encoding="utf-8")
-        done = subprocess.run([found, str(source), "-o", f"{folder}/one"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return Check(name="C++ compiler", state="broken", detail=f"{found} cannot compile a program", remedy="apt-get install g++")
-    return Check(name="C++ compiler", state="ok", detail=found)
+def _kernels() -> Check:
+    """Compiles them, as the first trial would."""
+    from trainable.kernels import cpu
+
+    try:
+        library = cpu.build()
+    except cpu.CannotCompile as reason:
+        detail = f"trials run without, several times slower: {reason}"
+        return Check(name="4-bit kernels", state="absent", detail=detail, remedy="apt-get install g++")
+    return Check(name="4-bit kernels", state="ok", detail=str(library))
 
 
 def _ray() -> Check:
@@ -146,7 +142,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "torch": _torch,
     "GPU": _gpu,
     "torch add-ons": _companions,
-    "C++ compiler": _compiler,
+    "4-bit kernels": _kernels,
     "Ray": _ray,
     "MLflow": _mlflow,
     "base model": _base_model,
