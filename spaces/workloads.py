@@ -20,7 +20,7 @@ class Workload:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """A tree over the defaults of TrialConfig."""
     trial_seconds: float
-    """One control trial, measured on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of `rin plan`."""
+    """One control trial beside another one, on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of `rin plan`."""
     difference_sd: float | None = None
     """Std from seed to seed of the accuracy difference between two arms, a share, measured; null = not known."""
     trial_cpus: int = 1
@@ -35,7 +35,7 @@ WORKLOADS: dict[str, Workload] = {
     "embedded": Workload(
         name="embedded",
         description="0.8 M parameters, 8 layers, three-digit sums; the base is trained here once, in about 2 minutes",
-        trial_seconds=20.0,
+        trial_seconds=13.0,
         difference_sd=0.017,  # e13m-rmsnorm against its control, 5 seeds (docs/science.md)
     ),
     "tiny": Workload(

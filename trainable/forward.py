@@ -76,8 +76,12 @@ class Forward:
             queries, keys = self._rotated(queries, angles), self._rotated(keys, angles)
             queries, keys, values = (x.view(rows, tokens, -1, self.size).transpose(1, 2) for x in (queries, keys, values))
             keys, values = memory(layer, keys, values)
+            shared = self.heads // self.kv_heads
+            if shared > 1 and not mask.is_cpu:  # a GPU's fused kernels take a mask or shared heads, not both
+                keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+            grouped = keys.shape[1] < self.heads
             mixed = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=self.kv_heads < self.heads
+                queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped
             )  # [B, H, T, D]
             return mixed.transpose(1, 2).reshape(rows * tokens, -1)
 
