@@ -33,9 +33,9 @@ def read_arms(config: StudyConfig) -> list[Arm]:
     for name in folder.names():
         try:
             tree = json.loads(folder.read(name) or b"")
-        except ValueError:
-            raise ConfigError(f"{folder.uri}/{name}: is damaged (not JSON); restore it from a backup") from None
-        arm = Arm(name=tree["name"], origin=tree["origin"], tree=tree["tree"], params=tree["params"])
+            arm = Arm(name=tree["name"], origin=tree["origin"], tree=tree["tree"], params=tree["params"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup") from None
         for replicate in range(config.replicates):
             outcome = read_outcome(trial_folder(config, arm.name, replicate))
             if outcome is not None:

@@ -77,11 +77,11 @@ def test_evidence_comes_back_as_it_was(config: StudyConfig) -> None:
     assert read_evidence(config) == evidence
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"name": "c01"', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", '{"name": "c01"', "\x00", "[]", "3", '{"name": "c01"}'])
 def test_a_damaged_arm_is_named(config: StudyConfig, text: str) -> None:
     write_arm(config, 0, make_arm(config, "control"))
     (config.folder / "arms").write("0001.json", text)
-    with pytest.raises(ConfigError, match=r"arms/0001\.json: is damaged \(not JSON\); restore it"):
+    with pytest.raises(ConfigError, match=r"arms/0001\.json: is damaged \(not the JSON of an arm\); restore it"):
         read_arms(config)
 
 
