@@ -2,7 +2,8 @@
 
 q, k and v read one norm's output, gate and up the other's: quantised here it is quantised once instead of three times and twice, with
 equal bits. On a CPU one fused kernel does norm and quantisation while a row is in the cache, and another the whole backward pass; torch
-would take nine passes forward and twice as many backward. The backward pass of the quantisation is the identity (straight-through).
+would take nine passes forward and twice as many backward. On a CUDA device the forward pass is fused, the backward pass is plain torch. The
+backward pass of the quantisation is the identity (straight-through).
 
 Shapes: n = hidden size.
 """
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainable.kernels import cpu
+from trainable.kernels import cpu, cuda
 from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
 
 _LANES = 16
@@ -33,6 +34,9 @@ class RMSNorm(nn.Module):
         fmt, rule = (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
         fused = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] % _LANES == 0 and cpu.load() is not None
         if not fused:
+            if x.is_cuda and cuda.can_norm(x, self.weight):
+                on_device: Tensor = _FusedOnCuda.apply(x, self.weight, self.epsilon, *kernel_codes(fmt, rule))  # type: ignore[no-untyped-call]
+                return on_device
             exact = x.to(torch.float32)
             normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
             return ste_quantize(self.weight * normal.to(x.dtype), fmt, rule)
@@ -61,3 +65,23 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
         return (*torch.ops.rin.rms_norm_backward(grads[0], x.contiguous(), weight, inverse), None, None, None)
+
+
+class _FusedOnCuda(torch.autograd.Function):
+    """Keeps what `_Fused` keeps. Computed in fp32, and rounded to the dtypes of x and of the weight at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> Tensor:
+        y, inverse = cuda.rms_norm(x, weight, epsilon, code, addend)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        dy, inverse = grads[0].to(torch.float32), inverse.view(*x.shape[:-1], 1)
+        h = x * inverse  # fp32, as `inverse` is
+        g = dy * weight
+        dx = (g - h * (g * h).mean(-1, keepdim=True)) * inverse
+        dw = (dy * h).reshape(-1, x.shape[-1]).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None, None

@@ -30,9 +30,9 @@ Choices, each of which some library makes differently:
 - A result is Inf only where the dtype ends: `even`, `rceil` and `ceil` may round fp32's largest values to 2^128.
 - bf16 and fp16 are computed in fp32. MX results are exact in them, NVFP4 results are rounded once more.
 
-Speed. On a CPU a fused kernel does all of it in one pass (`trainable/kernels/`); other devices and a machine without a compiler
-take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and rounding by adding and
-subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
+Speed. On CPU and CUDA devices a fused kernel does all of it in one pass (`trainable/kernels/`); other devices and a machine without a
+compiler (or Triton) take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and
+rounding by adding and subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
 
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
 of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainable.kernels import cpu
+from trainable.kernels import cpu, cuda
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
 _EXPONENT = 0x7F800000
@@ -119,6 +119,10 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
         if torch.compiler.is_compiling():  # which cannot look into the kernel
             return _operator(x, fmt, scale_rule, per_tensor)
         fused = cpu.load()
+        if fused is not None:
+            return fused(x, *_CODES[fmt, scale_rule], per_tensor)
+    elif x.is_cuda:
+        fused = cuda.load()
         if fused is not None:
             return fused(x, *_CODES[fmt, scale_rule], per_tensor)
     return fake_quantize_eager(x, fmt, scale_rule, per_tensor=per_tensor)

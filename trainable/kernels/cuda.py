@@ -1,0 +1,158 @@
+"""Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, and RMSNorm with quantised output.
+
+Eager torch takes some ten passes, each at the speed of the memory. Triton is a compiler that comes with torch's CUDA builds
+(`pip install triton` elsewhere) and compiles a kernel at its first call, within seconds; it needs a C compiler for the call itself. Where
+it is not installed `load` returns None, one line says so, and eager torch computes the same.
+
+The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
+them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
+
+Left out: the backward pass of the norm, which is plain torch (norm.py).
+"""
+
+import functools
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainable.kernels.cpu import FORMATS, Kernel
+
+log = logging.getLogger(__name__)
+
+WIDEST = 1 << 14
+"""Largest row that the norm holds in the registers of one program."""
+_TILE = 1 << 12
+"""Elements of a tile: 32 for each of 128 threads."""
+_NAMES = {code: name for name, code in FORMATS.items()}
+_BLOCK = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
+_MANTISSA = {"mxfp4": 1, "mxfp8": 3}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALLED = importlib.util.find_spec("triton") is not None
+"""A constant, for torch.compile cannot look for it."""
+_OPTIONS = {"enable_fp_fusion": False}
+"""Contraction of a * b + c would skip a rounding on which the kernels rest."""
+
+
+def load() -> Kernel | None:
+    """`fake_quantize`; None where triton is not installed, which is logged once."""
+    return fake_quantize if _INSTALLED else _missing()
+
+
+@functools.cache
+def _missing() -> None:
+    log.warning("4-bit arithmetic without its fused CUDA kernels, several times slower; pip install triton to have them")
+
+
+def fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
+    """`x` on the grid of a format, without gradient; the arguments are those of `trainable.kernels.cpu.Kernel`."""
+    if torch.compiler.is_compiling():
+        quantized: Tensor = _fake_quantize_operator(x.detach(), code, addend, per_tensor)
+        return quantized
+    return _fake_quantize(x, code, addend, per_tensor)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
+    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)), and 1 / sqrt(..) of each row in fp32; without gradient.
+
+    x [.., n] -> y [.., n], [rows]. `code` is -1 for no quantisation. n is at most WIDEST, and x and `weight` share a dtype.
+    """
+    if torch.compiler.is_compiling():
+        result: tuple[Tensor, Tensor] = _rms_norm_operator(x.detach(), weight.detach(), epsilon, code, addend)
+        return result
+    return _rms_norm(x, weight, epsilon, code, addend)
+
+
+def can_norm(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in _DTYPES and x.shape[-1] <= WIDEST and load() is not None
+
+
+# --- launches ------------------------------------------------------------------------------------------------------------------------
+
+
+def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
+    from trainable.kernels import cuda_blocks as kernels
+
+    if x.dtype not in _DTYPES:
+        return _fake_quantize(x.to(torch.float32), code, addend, per_tensor).to(x.dtype)
+    _check(x, code)
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    count, columns = x.numel(), x.shape[-1]
+    if count == 0:
+        return out
+    name = _NAMES[code]
+    tiles = (-(-count // _TILE),)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if name != "nvfp4":
+            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, _MANTISSA[name], _TILE // 32, **_OPTIONS)
+        elif per_tensor:
+            kernels.nv_tensor[tiles](_bits(x), _bits(out), count, _largest(x), _TILE // 16, **_OPTIONS)
+        else:
+            blocks = min(_power_of_two(columns // 16), _TILE // 16)
+            kernels.nv_rows[(count // columns,)](_bits(x), _bits(out), columns, blocks, num_warps=_warps(blocks * 16), **_OPTIONS)
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
+    from trainable.kernels import cuda_blocks as kernels
+
+    assert can_norm(x, weight), f"{x.dtype=} {weight.dtype=} {x.shape=}"
+    if code >= 0:
+        _check(x, code)
+    x, weight = x.detach().contiguous(), weight.detach().contiguous()
+    columns = x.shape[-1]
+    y, inverse = torch.empty_like(x), x.new_empty(x.numel() // columns, dtype=torch.float32)
+    room = max(32, _power_of_two(columns))
+    if x.numel():
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            kernels.norm_rows[(len(inverse),)](
+                *(_bits(x), _bits(weight), _bits(y), inverse, epsilon, addend, columns, code, room),
+                num_warps=_warps(room),
+                **_OPTIONS,
+            )
+    return y, inverse
+
+
+def _check(x: Tensor, code: int) -> None:
+    name, columns = _NAMES[code], x.shape[-1]
+    if columns % _BLOCK[name] != 0:
+        raise ValueError(f"{name} needs a last dim that is a multiple of {_BLOCK[name]}, but got {columns}; exclude it")
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude, fp32 and in no dimension; NaN where there is one. Its quotient by 448 * 6 is left to the kernel: torch
+    multiplies by the reciprocal when it divides a CUDA tensor by a number."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).to(torch.float32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(elements: int) -> int:
+    return min(16, max(1, elements // 1024))
+
+
+# --- operators -----------------------------------------------------------------------------------------------------------------------
+
+
+_fake_quantize_operator: Any = torch.library.custom_op("rin_cuda::fake_quantize", _fake_quantize, mutates_args=())
+_rms_norm_operator: Any = torch.library.custom_op("rin_cuda::rms_norm", _rms_norm, mutates_args=())
+
+
+@_fake_quantize_operator.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_rms_norm_operator.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
