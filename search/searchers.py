@@ -65,7 +65,7 @@ class Evidence:
 
 
 class RinSearch(OptunaSearch):  # type: ignore[misc]
-    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "origin", "folder"}."""
+    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "origin", "number", "folder"}."""
 
     def __init__(
         self,
@@ -122,8 +122,15 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         arm, replicate = self.waiting.pop(0)
         self.running[trial_id] = (arm, replicate)
         config = read_config(merge(arm.tree, {"seed": self.first_seed + replicate}))
-        folder = self.place(arm.name, replicate)
-        return {"config": as_tree(config), "arm": arm.name, "replicate": replicate, "origin": arm.origin, "folder": folder}
+        folder, number = self.place(arm.name, replicate), [known.name for known in self.arms].index(arm.name)
+        return {
+            "config": as_tree(config),
+            "arm": arm.name,
+            "replicate": replicate,
+            "origin": arm.origin,
+            "number": number,
+            "folder": folder,
+        }
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Intermediate accuracies are measured under different noise; the searcher hears of the end alone."""

@@ -401,23 +401,23 @@ def _catch_up(config: StudyConfig, arms: Sequence[Arm], tracker: MLflowCallback)
         known = {(record.arm, record.replicate): record for record in load_study(config.tracking_uri, config.name)}
     except ConfigError:
         known = {}
-    for arm in arms:
+    for number, arm in enumerate(arms):
         for replicate in range(config.replicates):
             record, outcome = known.get((arm.name, replicate)), arm.results.get(replicate)
             if record is not None and record.ended is not None and outcome is not None and record.status == outcome["outcome"]:
                 continue
             if record is not None and record.status == "failed":
                 continue  # stays so until it is started again
-            _pass_on(config, arm, replicate, tracker, known=record is not None)
+            _pass_on(config, number, arm, replicate, tracker, known=record is not None)
 
 
-def _pass_on(config: StudyConfig, arm: Arm, replicate: int, tracker: MLflowCallback, *, known: bool) -> None:
+def _pass_on(config: StudyConfig, number: int, arm: Arm, replicate: int, tracker: MLflowCallback, *, known: bool) -> None:
     """All that a trial wrote down; `known`: it has a run already, also without any report."""
     reports, outcome = read_reports(trial_folder(config, arm.name, replicate)), arm.results.get(replicate)
     if not reports and not known:
         return
     tree = merge(arm.tree, {"seed": config.seed + replicate})
-    setting = {"config": as_tree(read_config(tree)), "arm": arm.name, "replicate": replicate, "origin": arm.origin}
+    setting = {"config": as_tree(read_config(tree)), "arm": arm.name, "replicate": replicate, "origin": arm.origin, "number": number}
     trial = SimpleNamespace(config=setting)
     tracker.on_trial_start(trial=trial)
     if reports and outcome is not None and outcome["outcome"] != "stopped":
@@ -429,14 +429,14 @@ def _pass_on(config: StudyConfig, arm: Arm, replicate: int, tracker: MLflowCallb
 def _tell_late_endings(config: StudyConfig, tracker: MLflowCallback) -> None:
     """What came after a trial's last word to Tune: one that is stopped from outside evaluates itself as it leaves, or ends in the
     very step in which everything is stopped."""
-    for arm in read_arms(config):
+    for number, arm in enumerate(read_arms(config)):
         for replicate in range(config.replicates):
             if not tracker.called_stopped(arm.name, replicate):
                 continue
             evaluation = read_stopped(trial_folder(config, arm.name, replicate))
             outcome = arm.results.get(replicate)
             if outcome is not None and outcome["outcome"] != "stopped":
-                _pass_on(config, arm, replicate, tracker, known=True)
+                _pass_on(config, number, arm, replicate, tracker, known=True)
             elif evaluation is not None:
                 tracker.add_outcome(arm.name, replicate, evaluation)
     tracker.close()

@@ -286,7 +286,8 @@ class MLflowCallback:
         key = quote(f"{self._sweep}/{name}", safe="/")
         self._ended.discard(name)
         self._open.setdefault(name, _OpenRun(key=key))
-        tags = {"sweep": self._sweep, "arm": arm, "replicate": replicate, "origin": str(setting["origin"]), "status": "running"}
+        tags = {"sweep": self._sweep, "arm": arm, "replicate": replicate, "status": "running"}
+        tags |= {"origin": str(setting["origin"]), "arm_number": str(setting["number"])}
         self._put(key, do="open", name=name, tags=tags)
         self._put(key, do="log", params={name: _param(value) for name, value in flatten(setting["config"]).items()})
         self._put(key, do="file", path="config.yaml", text=dump_yaml(setting["config"]))
@@ -467,7 +468,8 @@ class TrialRecord:
 
 
 def load_study(uri: str, experiment: str) -> tuple[TrialRecord, ...]:
-    """Every trial of an experiment in the order in which they started. Raises ConfigError when there is no such experiment."""
+    """Every trial of an experiment: arms as they were handed out, the control first, and their replicates. Raises ConfigError when
+    there is no such experiment."""
     with _one_line(uri, f"cannot read experiment {experiment}"):
         client = _client(uri)
         found = client.get_experiment_by_name(experiment)
@@ -478,7 +480,13 @@ def load_study(uri: str, experiment: str) -> tuple[TrialRecord, ...]:
         while token is None or token:
             page = client.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
             runs, token = runs + list(page), page.token or ""
-    return tuple(_record(run) for run in runs if "trial_key" in run.data.tags)
+    trials = [run for run in runs if "trial_key" in run.data.tags]
+    return tuple(_record(run) for run in sorted(trials, key=_place))
+
+
+def _place(run: Any) -> tuple[int, int]:
+    tags = run.data.tags
+    return int(tags.get("arm_number", 0)), int(tags.get("replicate", 0))
 
 
 def _record(run: Any) -> TrialRecord:

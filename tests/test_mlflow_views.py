@@ -63,7 +63,7 @@ def filled(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def write_run(callback: MLflowCallback, number: int, replicate: int, config: Any, collapse: int | None) -> None:
     noise, draw = config["noise"], random.Random(10 * number + replicate)
     arm = "control" if number == 0 else f"c{number:02}"
-    setting = {"config": config, "arm": arm, "replicate": replicate, "origin": "searcher"}
+    setting = {"config": config, "arm": arm, "replicate": replicate, "origin": "searcher", "number": 0}
     trial: Any = SimpleNamespace(trial_id=f"t{number}{replicate}", config=setting, error_file=None, num_failures=0)
     callback.on_trial_start(trial=trial)
     last = STEPS - 1 if collapse is None else collapse

@@ -85,7 +85,7 @@ def reread(arms: Sequence[Arm]) -> list[Arm]:
 
 def choices(**options: int) -> Space:
     """A finite space: `options` labels for each key, on keys that always make a valid trial."""
-    values = {"grpo__steps": range(3, 99), "grpo__prompts": range(1, 99), "grpo__group_size": range(2, 99)}
+    values = {"grpo__steps": range(3, 99), "grpo__prompts": range(2, 99), "grpo__group_size": range(2, 99)}
     return Space(
         name="finite",
         description="",

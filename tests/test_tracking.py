@@ -64,9 +64,18 @@ def make_callback(uri: str, experiment: str, folder: Path) -> MLflowCallback:
     return MLflowCallback(uri=uri, experiment=experiment, sweep="it's a sweep", spool=folder / "spool")
 
 
-def make_trial(arm: str = "c03", config: dict[str, Any] | None = None, error_file: str | None = None, folder: str = "/nowhere") -> Any:
+def make_trial(
+    arm: str = "c03", config: dict[str, Any] | None = None, error_file: str | None = None, folder: str = "/nowhere", number: int = 3
+) -> Any:
     """As Tune hands it over; its own id differs at each start."""
-    setting = {"config": CONFIG if config is None else config, "arm": arm, "replicate": 2, "origin": "searcher", "folder": folder}
+    setting = {
+        "config": CONFIG if config is None else config,
+        "arm": arm,
+        "replicate": 2,
+        "origin": "searcher",
+        "number": number,
+        "folder": folder,
+    }
     return SimpleNamespace(trial_id=uuid.uuid4().hex, config=setting, error_file=error_file, num_failures=1)
 
 
@@ -498,16 +507,16 @@ def test_a_pickled_callback_is_the_live_one_and_holds_no_password(tmp_path: Path
         pickle.loads(pickled)
 
 
-def test_a_study_is_read_page_by_page_in_order_of_start_without_the_runs_of_others(
+def test_a_study_is_read_page_by_page_in_the_order_of_its_arms_without_the_runs_of_others(
     callback: MLflowCallback, uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking._client(uri).create_run(check_tracking(uri, experiment), tags={"status": "somebody's own run"})
-    for arm in ("c03", "c01", "c02"):
-        callback.on_trial_start(trial=make_trial(arm=arm))
+    for arm, number in (("c01", 1), ("c02", 2), ("control", 0)):  # started in this order
+        callback.on_trial_start(trial=make_trial(arm=arm, number=number))
         time.sleep(0.002)
     callback.close()
     monkeypatch.setattr(tracking, "RUNS_PER_PAGE", 2)
-    assert [record.arm for record in load_study(uri, experiment)] == ["c03", "c01", "c02"]
+    assert [record.arm for record in load_study(uri, experiment)] == ["control", "c01", "c02"]
 
 
 def test_study_that_does_not_exist_is_the_users_mistake(uri: str) -> None:
@@ -770,7 +779,13 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
             raise AssertionError("nothing here is saved by Tune")
 
     arms = ["completes", "collapses", "bad-step", "bad-setup", "endless"]
-    setting = {"config": {"seed": 1, "noise": {"sigma_start": 0.05}}, "replicate": 0, "origin": "point", "folder": str(tmp_path)}
+    setting = {
+        "config": {"seed": 1, "noise": {"sigma_start": 0.05}},
+        "replicate": 0,
+        "origin": "point",
+        "number": 0,
+        "folder": str(tmp_path),
+    }
     calls: list[tuple[str, str]] = []
 
     class Watched(MLflowCallback):
