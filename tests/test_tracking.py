@@ -45,7 +45,9 @@ SAMPLES = [{"step": 0, "prompt": "1+2=", "completion": "3", "answer": "3", "rewa
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return default_tracking_uri(str(tmp_path_factory.mktemp("my store")))
+    uri = default_tracking_uri(str(tmp_path_factory.mktemp("my store")))
+    check_tracking(uri, "makes the database")  # any test may be the first one that a process runs
+    return uri
 
 
 @pytest.fixture
