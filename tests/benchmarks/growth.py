@@ -1,12 +1,12 @@
 """How time and memory grow with the model and the rollout: each point a process of its own, on a random model of the embedded shape."""
 
+import ctypes
+import gc
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import linear_regression, median
@@ -14,7 +14,7 @@ from typing import Any
 
 from spaces.reading import read_config
 from spaces.workloads import TRIAL_ENVIRONMENT
-from tests.benchmarks.step import folder_of_random_model
+from tests.benchmarks.timing import never_end
 
 CURVES: dict[str, tuple[str, list[int]]] = {
     "depth": ("blocks", [4, 8, 16, 32]),
@@ -26,35 +26,45 @@ CURVES: dict[str, tuple[str, list[int]]] = {
 
 
 def one_point(curve: str, value: int) -> dict[str, float]:
-    """Median seconds of a step's rollout and of its updates, and this process's peak memory in GiB before and after."""
+    """Median seconds of a step's rollout and of its updates, and the memory in GiB that steps take besides the loaded model."""
     from trainable.trial import Trial
 
-    shape = {"depth": {"num_hidden_layers": value}, "width": {"hidden_size": value, "intermediate_size": 8 * value // 3 // 32 * 32}}
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "model": {"name": folder_of_random_model(Path(folder), **shape.get(curve, {}))},
-            "grpo": {"steps": 5, "updates_per_step": 4},
-            "rollout": {"max_new_tokens": value if curve == "tokens" else 8},
-            "collapse": {"mode": "off"},
-            "eval": {"questions": 8, "every": 0},
-        }
-        if curve in ("group_size", "prompts"):
-            settings["grpo"][curve] = value
-        if curve == "tokens":
-            settings["grpo"]["prompts"] = 8
-        trial = Trial(read_config(settings))
-        before = _peak_gib()
-        reports = [trial.step() for _ in range(4)][1:]
+    shape = {"depth": {"depth": value}, "width": {"hidden_size": value, "intermediate_size": 8 * value // 3 // 32 * 32}}
+    settings: dict[str, Any] = {
+        "model": {"recipe": {"clean_steps": 0, "signed_steps": 0, **shape.get(curve, {})}},  # random weights
+        "grpo": {"steps": 5, "updates_per_step": 4},
+        "rollout": {"max_new_tokens": value if curve == "tokens" else 8},
+        "collapse": {"mode": "off"},
+        "eval": {"questions": 8, "every": 0},
+    }
+    if curve in ("group_size", "prompts"):
+        settings["grpo"][curve] = value
+    if curve == "tokens":
+        settings["grpo"]["prompts"] = 8
+    trial = Trial(read_config(settings))
+    never_end(trial.policy.tokenizer)
+    before = _forget_the_peak()
+    reports = [trial.step() for _ in range(4)][1:]
     return {
         "rollout": median(report.signals["perf/rollout_seconds"] for report in reports),
         "updates": median(report.signals["perf/update_seconds"] for report in reports),
-        "gib": _peak_gib() - before,
+        "gib": _gib("VmHWM") - before,
         "processor": time.process_time(),
     }
 
 
-def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def _forget_the_peak() -> float:
+    """Memory in use, in GiB, after what was freed has gone back to the system; the kernel's peak starts again from there."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _gib("VmRSS")
+
+
+def _gib(line: str) -> float:
+    """Of /proc/self/status, in KiB there."""
+    (value,) = [row.split()[1] for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{line}:")]
+    return int(value) / 2**20
 
 
 def _in_its_own_process(curve: str, value: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -195,33 +194,3 @@ def trial_time() -> list[str]:
         times.append(time.perf_counter() - started)
     listed = ", ".join(f"{value:.1f}" for value in times)
     return [f"- 29 steps: {listed} s; a step without evaluation {spread(steps)} s"]
-
-
-def folder_of_random_model(folder: Path, **sizes: Any) -> str:
-    """A Qwen2 with random weights and the embedded base's tokenizer, for timings."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from trainable.embedded import character_tokenizer
-
-    tokenizer = character_tokenizer()
-    shape = {
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **sizes,
-    }
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **shape,
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)

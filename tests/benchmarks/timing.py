@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
+from typing import Any
 
 
 def seconds(work: Callable[[], object], repeats: int) -> list[float]:
@@ -36,3 +37,8 @@ def spread(times: list[float], unit: float = 1.0) -> str:
     """Median and quartiles."""
     low, _, high = quantiles(times, n=4)
     return f"{median(times) / unit:.3g} ({low / unit:.3g} to {high / unit:.3g})"
+
+
+def never_end(tokenizer: Any) -> None:
+    """From now on all completions are as long as they may be: no token is the end."""
+    tokenizer.__class__ = type("Endless", (type(tokenizer),), {"eos_token_id": property(lambda self: 1_000_000)})
