@@ -497,7 +497,7 @@ def probe(
     model: Annotated[str, typer.Argument(help="A workload (embedded, tiny, smollm2-135m, ...), or a folder with a transformers model.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both.")] = "float32,bfloat16",
     tokens: Annotated[int | None, typer.Option(help="Longest completion, up to 1024. Default: 16; embedded: its answers.")] = None,
-    prompts: Annotated[int, typer.Option(help="Questions of the workload, 4 completions each; up to 64.")] = 4,
+    prompts: Annotated[int | None, typer.Option(help="Questions, 2 completions each, up to 64. Default: 8; embedded: 64.")] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the sampling.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, as this PNG file.")] = None,
     as_json: given.AsJson = False,

@@ -3,7 +3,8 @@
     choose     the sweep's best arm, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
                (of an even number the lower of the two in the middle, of equals the first): the best one would be the luckiest one
     rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the base
-    write      FOLDER: transformers' files, the clean master unquantised, and rin_quantization.json: how each linear layer computes
+    write      FOLDER: transformers' files with the clean master, unquantised; rin_quantization.json: how each linear layer computes;
+               trial.yaml: the trial's configuration
     pack       FOLDER/packed: the same with MXFP4 weights, where that format can hold them (`trainable/packing.py`)
     measure    the trial's own questions once more: does the folder answer as the trial did, and what do other programs' scale rules cost
 
@@ -33,7 +34,7 @@ from search.journal import trial_folder
 from search.store import StudyConfig
 from search.trials import OUTCOME_FILE, read_outcome
 from spaces.config import ConfigError, ModelConfig, TrialConfig
-from spaces.reading import read_config
+from spaces.reading import as_tree, dump_yaml, read_config
 from trainable.checkpoint import FINAL_FILE, load_final
 from trainable.embedded import Progress
 from trainable.engine import CONFIG_FILE, quantization_tree
@@ -43,7 +44,7 @@ from trainable.model import Policy, load_policy
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
 from trainable.tasks import build_task
 
-PACKED = "packed"
+PACKED, TRIAL_FILE = "packed", "trial.yaml"
 WHO = {
     "mxfp4": {
         "none": "vLLM before Blackwell (Marlin kernel; it warns)",
@@ -105,6 +106,7 @@ def export_checkpoint(
         table = quantization_tree(policy.linears, synced=False)
         _make(folder)
         _write_plain(policy, folder, table)
+        (folder / TRIAL_FILE).write_text(dump_yaml(as_tree(config)), encoding="utf-8")
         formats = (config.quant.weights, config.quant.activations) if policy.quantized else ("none", "none")
         del policy
         why_not = no_packed_form(*formats)
@@ -119,10 +121,15 @@ def export_checkpoint(
         found = [*_proof_lines(source, proof or loaded, merging=merging)]
         if merging:
             found.append(f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}")
-        accuracies = [] if why_not else _markdown(measure_rules(folder, config), config)
-    for line in [*found, *accuracies]:
-        say(line)
-    (folder / "README.md").write_text(_readme(study, source, why_not, uneven, found, accuracies), encoding="utf-8")
+        accuracies = ["(The export was interrupted before it was measured.)"]
+        _write_readme(folder, study, source, why_not, uneven, found, accuracies)
+        for line in found:
+            say(line)
+        if not why_not:
+            accuracies = _markdown(measure_rules(folder, config), config)
+            _write_readme(folder, study, source, why_not, uneven, found, accuracies)
+            for line in accuracies:
+                say(line)
 
 
 # --- choose and rebuild -----------------------------------------------------------------------------------------------------------
@@ -199,7 +206,7 @@ def _write_plain(policy: Policy, folder: Path, table: Mapping[str, Any]) -> None
     if head is not None and head.weight is network.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         network.config.tie_word_embeddings = False
-    if getattr(network, "hf_quantizer", None) is not None:  # read from a GGUF file: plain weights by now, which transformers would not write
+    if getattr(network, "hf_quantizer", None) is not None:  # read from a GGUF file: plain by now, and transformers would not write it
         network.hf_quantizer = None
         del network.config.quantization_config
     network.save_pretrained(folder)
@@ -278,9 +285,9 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
     return lines
 
 
-def _readme(
-    study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
-) -> str:
+def _write_readme(
+    folder: Path, study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
+) -> None:
     best, config = source.best, source.config
     control = "did not complete" if best.control_accuracy is None else f"{best.control_accuracy:.4f}"
     asked = f"{len(source.correct)} questions of the split `{config.eval.split}`"
@@ -298,7 +305,7 @@ def _readme(
         f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
         f"| median of the arm, of its control | {best.accuracy:.4f}, {control} |",
         f"| quantisation | weights {config.quant.weights}, activations {config.quant.activations}, scale rule {config.quant.scale_rule} |",
-        f"| configuration | `rin export {study.name} --to yaml` |",
+        f"| configuration | `{TRIAL_FILE}`; to train it again: `rin trial --config {TRIAL_FILE}` |",
         "",
         *(f"- {line}" for line in found),
         "",
@@ -321,9 +328,12 @@ def _readme(
         "## The packed form",
         "",
     ]
-    if why_not:
-        return "\n".join([*lines, f"There is none: {why_not}.", ""])
-    lines += [
+    lines += [f"There is none: {why_not}."] if why_not else _about_packing(config, uneven, accuracies, asked)
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _about_packing(config: TrialConfig, uneven: Sequence[str], accuracies: Sequence[str], asked: str) -> list[str]:
+    lines = [
         "`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: weights as 4-bit codes with the trial's own scales,",
         "equal to those of training bit for bit, everything else in bfloat16. No plug-in is needed:",
         "",
@@ -341,17 +351,14 @@ def _readme(
             f"Stock vLLM cannot load it: it computes `{uneven[0]}` as one layer, and this arm quantises a part of it. transformers can.",
             "",
         ]
-    return "\n".join(
-        [
-            *lines,
-            "The packed form says how weights are quantised and **not by which scale rule inputs are**: each program that loads it has",
-            f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. vLLM goes by the weights alone: it",
-            "quantises the inputs of a W4A16 model as well where its kernel can, leaves those of a W4A4 model at 16 bits where it",
-            "cannot, and has no MXFP4 kernel for CPUs.",
-            "",
-            f"Greedy accuracy on the same {asked}, weights as packed, measured when this was written:",
-            "",
-            *accuracies,
-            "",
-        ]
-    )
+    return [
+        *lines,
+        "The packed form says how weights are quantised and **not by which scale rule inputs are**: each program that loads it has",
+        f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. vLLM goes by the weights alone: it",
+        "quantises the inputs of a W4A16 model as well where its kernel can, leaves those of a W4A4 model at 16 bits where it",
+        "cannot, and has no MXFP4 kernel for CPUs.",
+        "",
+        f"Greedy accuracy on the same {asked}, weights as packed, measured when this was written:",
+        "",
+        *accuracies,
+    ]

@@ -5,6 +5,7 @@
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
     STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/ray_trainable.py`)
+    STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
     STORE/NAME/best.yaml                  the candidate
 

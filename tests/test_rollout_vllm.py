@@ -483,3 +483,15 @@ def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.Mon
     engine.sync({}, quantize_inputs=True)
     first = [("sleep", 1), ("wake_up", ["weights"]), ("apply_model",), ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
     assert calls == [*first, ("apply_model",), ("reset_prefix_cache",)]
+
+
+def test_a_tied_head_in_few_bits_is_refused() -> None:
+    """A folder that holds one weight for both cannot be computed with as it says."""
+    from trainable.rollout_vllm import RinHead, RinQuantization
+
+    layers = {"lm_head": {"weights": "mxfp4", "activations": "mxfp4"}}
+    head = RinHead(RinQuantization({"scale_rule": "floor", "layers": layers}), "lm_head")
+    layer = torch.nn.Module()
+    head.take(layer, [64])
+    with pytest.raises(ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"):
+        head.tie_weights(layer, torch.nn.Embedding(64, 32))

@@ -200,6 +200,12 @@ class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **more)
         self.take(layer, [sum(output_partition_sizes)])
 
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Raises ValueError for a head in few bits: it has no weight of its own to hold them."""
+        if any((part.weights, part.activations) != ("none", "none") for part in layer.rin_parts):
+            raise ValueError(f"{self.prefix} is quantised, its embedding is not; set tie_word_embeddings to false and store both")
+        return super().tie_weights(layer, embed_tokens)
+
     def process_weights_after_loading(self, layer: Any) -> None:
         self.quantize_weights(layer)
 
@@ -259,13 +265,15 @@ class VllmEngine:
 
     def generate(self, request: Request) -> list[list[Sampled]]:
         greedy = request.temperature == 0
+        end = self.settings.end_token
+        stops = [end] if end < self.settings.model["vocab_size"] else []  # of some tokenizers it is none that the model can say
         params = [
             SamplingParams(
                 n=request.group_size,
                 temperature=request.temperature,
                 seed=None if greedy else seed,
                 max_tokens=request.max_new_tokens,
-                stop_token_ids=[self.settings.end_token],
+                stop_token_ids=stops,
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
