@@ -4,7 +4,7 @@ A setting is a precision (W16A16 to W4A4), a dtype, a scale rule and a depth (th
 other than OCP's are tried in W4A4 on the whole model. In each setting the model answers a few of its workload's questions, at the
 workload's temperature. That generation is itself one of the forward passes that are compared; training's forward and eager attention then
 read the same tokens. The first tokens of the completions give the floor of shorter ones, without another pass. So a setting costs one
-generation and two forward passes; the model is loaded once per dtype, and formats are switched on its layers.
+generation and two forward passes; the model is loaded once, and formats are switched on its layers.
 
 Every setting samples tokens of its own, from the same random numbers: the k3 estimate is one of a KL only where the tokens come from the
 distribution that it is about. For the same reason the effective sample shares are those of the pair whose rollout was sampled. The same
@@ -34,11 +34,13 @@ from trainable.seeds import generator
 from trainable.tasks import Question, Task, build_task
 
 DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
-PROMPTS = 4
-GROUP_SIZE = 4
-TOKENS = 16
-"""Of a text model's completion; the embedded model's answers are as long as its workload says."""
+GROUP_SIZE = 2
+"""Completions of a prompt; few, because a flip in the prompt is in all of them."""
+PROMPTS, TOKENS = 8, 16
+"""Of a text model. The embedded one gets as many prompts as there may be, being quick, and is as long as its workload says."""
 MOST_PROMPTS, MOST_TOKENS = 64, 1024
+LEAST_DRAWN = 1e-16
+"""A KL of 0 on a logarithmic axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +83,11 @@ class Row:
 # --- options -> plan -> rows -------------------------------------------------------------------------------------------------
 
 
-def plan_probe(model: str, *, dtypes: str, tokens: int | None, prompts: int, seed: int) -> Plan:
+def plan_probe(model: str, *, dtypes: str, tokens: int | None = None, prompts: int | None = None, seed: int = 0) -> Plan:
     """Raises ConfigError."""
-    names = tuple(dict.fromkeys(name.strip() for name in dtypes.split(",") if name.strip()))
-    if not names or not set(names) <= set(DTYPES):
+    given = {name.strip() for name in dtypes.split(",") if name.strip()}
+    names = tuple(name for name in DTYPES if name in given)
+    if not names or given - set(DTYPES):
         raise ConfigError(f"--dtype {dtypes}: choose {', '.join(DTYPES)}, or both with a comma between them")
     for option, value, least, most in (("--prompts", prompts, 1, MOST_PROMPTS), ("--tokens", tokens, 1, MOST_TOKENS)):
         if value is not None and not least <= value <= most:
@@ -92,8 +95,8 @@ def plan_probe(model: str, *, dtypes: str, tokens: int | None, prompts: int, see
     if seed < 0:
         raise ConfigError(f"--seed {seed}: out of range; give 0 or more")
     config = _config(model, names[0])
-    longest = tokens or (TOKENS if config.model.recipe is None else config.rollout.max_new_tokens)
-    return Plan(model=model, config=config, dtypes=names, lengths=_parts(longest), prompts=prompts, seed=seed)
+    many, longest = (PROMPTS, TOKENS) if config.model.recipe is None else (MOST_PROMPTS, config.rollout.max_new_tokens)
+    return Plan(model=model, config=config, dtypes=names, lengths=_parts(tokens or longest), prompts=prompts or many, seed=seed)
 
 
 def _config(model: str, dtype: str) -> TrialConfig:
@@ -120,18 +123,34 @@ def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
     """
     task = build_task(plan.config.task)
     questions = task.sample(plan.prompts, seed=plan.seed, step=0, batch=0)
-    for dtype in plan.dtypes:
-        config = plan.config.model_copy(update={"model": plan.config.model.model_copy(update={"dtype": dtype})})
-        policy = load_policy(config.model, config.quant, plan.seed)
+    for dtype, policy in _policies(plan):
         prompts = _prompts(plan, policy, questions)
         for mode, scale_rule, blocks in settings(policy.depth):
-            quant = config.quant.model_copy(update={**MODES[mode], "scale_rule": scale_rule})
+            quant = plan.config.quant.model_copy(update={**MODES[mode], "scale_rule": scale_rule})
             with computing(policy, quant), first_blocks(policy, blocks) as part, deployed(part):
                 floors = _floors(plan, part, task, questions, prompts)
             yield tuple(
                 Row(dtype=dtype, mode=mode, scale_rule=scale_rule, blocks=blocks, depth=policy.depth, length=length, floor=floor)
                 for length, floor in floors.items()
             )
+
+
+def _policies(plan: Plan) -> Iterator[tuple[str, Policy]]:
+    """The policy in each dtype. Reading a model from its file may take longer than measuring it: one without adapters is read once."""
+    policy = None
+    for dtype in plan.dtypes:
+        model = plan.config.model.model_copy(update={"dtype": dtype})
+        if policy is None or model.adapter == "lora":
+            policy = load_policy(model, plan.config.quant, plan.seed)
+        else:
+            cast(policy, getattr(torch, dtype))
+        yield dtype, policy
+
+
+def cast(policy: Policy, dtype: torch.dtype) -> None:
+    """Give the parameters another dtype, for good. As if loaded in it: buffers, which hold the rotary frequencies, keep theirs."""
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def settings(depth: int) -> list[tuple[str, str, int]]:
@@ -233,7 +252,7 @@ def _verdict(dtype: str, found: float, plain: float) -> str:
     if found <= plain:
         return (
             f"W4A4 in {dtype}: no rounding flipped on these tokens, and without a flip it differs no more than W16A16 (KL {found:.2g} and "
-            f"{plain:.2g}). Among more tokens some flip: --prompts {MOST_PROMPTS}."
+            f"{plain:.2g}). Among more tokens (--prompts, --seed) some flip."
         )
     return (
         f"W4A4 in {dtype}: a rollout that differs from training by a KL of {found:.2g} or less is as equal as arithmetic allows (W16A16: "
@@ -316,9 +335,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for number, mode in enumerate(MODES):
             mine = [row for row in plain if (row.dtype, row.mode) == (dtype, mode)]
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": f"{mode} {dtype}"}
-            _curve(left, [(row.blocks, row.floor.kl) for row in mine if row.length == longest], look)
+            _curve(left, [(row.blocks, max(row.floor.kl, LEAST_DRAWN)) for row in mine if row.length == longest], look)
             _curve(right, [(row.length, row.effective_share["sequence"]) for row in mine if row.blocks == deepest], look)
-    left.set(xlabel="decoder blocks", ylabel="floor: KL in nats per token", yscale="log", title="training against itself")
+    left.set(
+        xlabel="decoder blocks", ylabel=f"floor: KL in nats per token (0 as {LEAST_DRAWN:g})", yscale="log", title="training against itself"
+    )
     right.set(xlabel="tokens of a completion", ylabel="effective share of samples", ylim=(0, 1.05), title="correction per sequence")
     left.legend(fontsize="small")
     for axes in (left, right):

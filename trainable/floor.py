@@ -5,7 +5,7 @@ them at once; fused attention sums in another order than eager attention. Each o
 the end of it. 4-bit activations do two things to it: mostly they round the difference away, so that small models agree bit for bit; but a
 value next to a rounding boundary flips to the other side, by a whole 4-bit step, and the layers behind it make more flips of that one. The
 larger the model, the surer the flip: on SmolLM2-135M in fp32 the floor is a KL of 1e-11 in W16A16 and about 0.05 in W4A4, with no error
-anywhere; on the embedded model of 0.8 M parameters a few tokens in a thousand differ at all.
+anywhere; on the embedded model of 0.8 M parameters at most a few tokens in a thousand differ at all.
 
 So "rollout and training agree to 1e-3" is the wrong demand on a real model, and a KL of 0.1 is no sign of a broken rollout. The right
 demand is a multiple of the floor, measured on the same tokens. Two pairs are measured, both against training's forward (`clean_logps`):
@@ -13,11 +13,11 @@ demand is a multiple of the floor, measured on the same tokens. Two pairs are me
     cached   the generation decoder, fed the given tokens
     eager    transformers' forward with eager attention (of a policy that trains with eager attention: our forward with torch's sdpa)
 
-The numbers are those that an importance correction would see: k3-KL and effective sample share as in `grpo.importance_weights`, but in
-double precision (in single precision exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand times as large as itself), and for
-the distribution that they are about. k3 estimates KL(p || q) where p sampled the tokens. Here a third pass may have, and the tokens that p
-finds unlikely, which p would hardly ever have sampled, then count in full: that alone made 40 nats of 0.6 (SmolLM2-135M, W4A4, bf16, eager).
-So a token counts p / p_sampler times, which makes the estimate again one of KL(p || q).
+The numbers are those that an importance correction would see: k3-KL and effective sample share as in `grpo.importance_weights`, with two
+differences. They are computed in double precision: in single precision exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand
+times as large as itself. And k3 estimates KL(p || q) where p sampled the tokens, but here a third pass may have. Tokens that p finds
+unlikely, which p itself would hardly ever have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a
+token counts p / p_sampler times, which makes it an estimate of KL(p || q) again.
 
 Left out: other orders of summation (number of threads, size of a batch, another device). They are of the same kind and size.
 
