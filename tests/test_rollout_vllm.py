@@ -8,7 +8,6 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +242,23 @@ def leave_inputs_unquantized(policy: Policy, backend: VllmBackend) -> None:
         backend.engine.sync(deployed_weights(policy), quantize_inputs=False)
 
 
+def set_scale_rule(backend: VllmBackend, rule: str) -> None:
+    """Of every layer in the engine."""
+
+    def change(model: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "rin_parts"):
+                module.quant_method.rin.scale_rule = rule
+
+    backend.engine._on_model(change)  # type: ignore[attr-defined]
+
+
+def use_another_scale_rule(policy: Policy, backend: VllmBackend) -> None:
+    with deployed(policy):
+        backend.sync(policy)
+    set_scale_rule(backend, "ceil")
+
+
 BREAKAGES: dict[str, tuple[Callable[[Policy, VllmBackend], None], str]] = {
     "noise left in": (leave_noise_in, r"weights: the engine has other values of model\.layers\.0\.input_layernorm"),
     "stale weights": (keep_stale_weights, "weights: the engine has other values of"),
@@ -250,6 +266,7 @@ BREAKAGES: dict[str, tuple[Callable[[Policy, VllmBackend], None], str]] = {
     "a transposed shard": (transpose_a_shard, r"other values of model\.layers\.1\.self_attn\.o_proj\.weight$"),
     "swapped shards": (swap_fused_shards, r"other values of model\.layers\.0\.mlp\.gate_proj\.weight and 1 more$"),
     "unquantised inputs": (leave_inputs_unquantized, r"layers: model\.layers\.0\.self_attn\.q_proj differs by"),
+    "wrong scale rule": (use_another_scale_rule, r"layers: model\.layers\.0\.self_attn\.q_proj differs by .* \(allowed 1e-05\)"),
 }
 
 
@@ -282,6 +299,7 @@ def test_a_broken_sync_is_caught_and_named(checked: tuple[Policy, VllmBackend, T
             gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert failure.value.rule == "rollout_mismatch"
     finally:
+        set_scale_rule(backend, config.quant.scale_rule)
         with torch.no_grad():
             for name, parameter in policy.trainable().items():
                 parameter.copy_(clean[name])
@@ -294,23 +312,6 @@ def test_a_sound_engine_passes_with_the_floor_as_measure(checked: tuple[Policy, 
         metrics = gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert metrics["rollout_corr/floor_kl"] == measure_floor(policy, batch, 1.0, 1024).kl
     print(metrics)
-
-
-def test_a_wrong_scale_rule_is_caught_by_the_layers(engine_of: Engines, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainable.backend
-
-    real = trainable.backend._settings
-
-    def ceil(config: TrialConfig, policy: Policy) -> Any:
-        settings = real(config, policy)
-        return replace(settings, quantization={**settings.quantization, "scale_rule": "ceil"})
-
-    monkeypatch.setattr(trainable.backend, "_settings", ceil)
-    policy, backend, config = engine_of(tiny(*VLLM))
-    with deployed(policy):
-        batch = rollout(policy, backend, ragged_prompts(4, vocabulary=12))
-        with pytest.raises(TrialFailed, match=r"layers: model\.layers\.0\.self_attn\.q_proj differs by .* \(allowed 1e-05\)"):
-            gate.check(backend.engine, policy, batch, config.rollout, 1024)
 
 
 def test_another_temperature_is_caught_by_the_log_probs(checked: tuple[Policy, VllmBackend, TrialConfig, Batch]) -> None:
