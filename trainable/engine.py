@@ -8,6 +8,9 @@ Shapes: R = rows (tokens), I = inputs of a layer, O = its outputs, r = rank of a
 """
 
 import hashlib
+import logging
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -21,14 +24,21 @@ from trainable.quantization import QuantLinear
 CONFIG_FILE = "rin_quantization.json"
 """How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM method reads."""
 
-ENVIRONMENT = {
+_SWITCHES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives and dies with its process
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # it warns at every start of what it does not need here
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two trials of a sweep would be bound to the same core
 }
-"""What vLLM is told before it is imported; a value that is set already stays."""
+
+
+def set_vllm_switches() -> None:
+    """Before vLLM is imported for an engine of ours. A value that is set already stays."""
+    for name, value in _SWITCHES.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # speaks before it has read them
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 class EngineDied(Exception):

@@ -35,7 +35,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from spaces.config import ConfigError
-from trainable.engine import Engine, EngineDied, EngineSettings, Request, Sampled, TrialFailed
+from trainable.engine import Engine, EngineDied, EngineSettings, Request, Sampled, TrialFailed, set_vllm_switches
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +235,7 @@ class Restarting:
 
 def serve(channel: socket.socket) -> None:
     """Answer one client until it goes."""
+    set_vllm_switches()
     from trainable.rollout_vllm import VllmEngine
 
     engine: VllmEngine | None = None

