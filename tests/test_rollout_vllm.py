@@ -35,10 +35,12 @@ from trainable.trial import Trial, run_trial
 
 VLLM = ("rollout.backend=vllm", "rollout.kv_cache_gib=0.25")
 GROUP = 4
-EXACT = 1e-6
+EXACT = 2e-6
 """Relative distance of log-probs in fp32 on a CPU (absolute below 1): some last bits."""
-FLIPPED = 0.01
+FLIPPED = 0.05
 """Share of tokens behind a rounding flip, at most, where inputs are quantised. Measured: 0.0014."""
+SUMS = 1e-5
+"""The same where no rounding erases what the order of sums makes of them."""
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +150,7 @@ def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engi
     with deployed(policy):
         batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
         flips = any(linear.activation_format != "none" for linear in policy.linears.values())
-        assert (gaps(batch) > EXACT).double().mean() <= (FLIPPED if flips else 0.0)
+        assert (gaps(batch) > SUMS).double().mean() <= (0.25 if flips else 0.0)  # a flip in one of the 8 prompts moves all of its tokens
         gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
 
@@ -323,24 +325,24 @@ def test_another_temperature_is_caught_by_the_log_probs(checked: tuple[Policy, V
         gate.check_weights(backend.engine, policy)
         gate.check_layers(backend.engine, policy, asked_for, config.rollout)
         floor = measure_floor(policy, asked_for, 1.0, 1024)
-    with pytest.raises(TrialFailed, match=r"log-probs: engine and training are apart by KL .* of the tokens differ"):
+    with pytest.raises(TrialFailed, match=r"log-probs: engine and training are apart by KL .* of the prompts differ"):
         gate.check_logps(asked_for, floor)
 
 
-@pytest.mark.parametrize(("flipped", "passes"), [(0, True), (2, True), (3, False), (256, False)])
+@pytest.mark.parametrize(("flipped", "passes"), [(0, True), (2, True), (3, False), (8, False)])
 def test_single_flips_pass_where_the_floor_has_none(flipped: int, passes: bool) -> None:
-    """256 tokens."""
+    """8 prompts with 4 completions of 6 tokens; a flip moves one token of each completion."""
     from trainable.floor import Floor, gap
 
-    logps, mask = torch.full((32, 8), -1.0), torch.ones(32, 8)
+    logps, mask = torch.full((32, 6), -1.0), torch.ones(32, 6)
     theirs = logps.clone()
-    theirs.view(-1)[:flipped] += 0.5
-    batch: Any = SimpleNamespace(rollout_logps=theirs, old_logps=logps, mask=mask)
+    theirs[: 4 * flipped, 2] += 0.5
+    batch: Any = SimpleNamespace(rollout_logps=theirs, old_logps=logps, mask=mask, group_size=4)
     floor = Floor(pairs={"cached": gap(logps, logps, mask)})
     if passes:
         assert gate.check_logps(batch, floor)["rollout_corr/floor_kl"] == 0
     else:
-        with pytest.raises(TrialFailed, match="log-probs"):
+        with pytest.raises(TrialFailed, match=r"log-probs: .* tokens of (38|100) % of the prompts differ"):
             gate.check_logps(batch, floor)
 
 
