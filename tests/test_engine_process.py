@@ -75,13 +75,22 @@ def test_an_engine_that_goes_away_is_dead_and_says_how() -> None:
         RemoteEngine(peer(lambda channel: channel.close()), SETTINGS, start_seconds=9, answer_seconds=9, end=lambda: "killed by SIGKILL")
 
 
-def test_what_the_engine_finds_wrong_is_a_bug_and_not_a_death() -> None:
+def test_what_the_engine_finds_wrong_fails_its_start_and_is_a_bug_later() -> None:
     def complains(channel: socket.socket) -> None:
         receive(channel)
         send(channel, {"error": "start: ValueError: no such architecture"})
 
-    with pytest.raises(RuntimeError, match="ValueError: no such architecture"):
+    def complains_later(channel: socket.socket) -> None:
+        receive(channel)
+        send(channel, {})
+        receive(channel)
+        send(channel, {"error": "linear: KeyError: the engine has no layer q"})
+
+    with pytest.raises(TrialFailed, match="engine: it does not start: start: ValueError: no such architecture"):
         RemoteEngine(peer(complains), SETTINGS, start_seconds=9, answer_seconds=9)
+    engine = RemoteEngine(peer(complains_later), SETTINGS, start_seconds=9, answer_seconds=9)
+    with pytest.raises(RuntimeError, match="the engine has no layer q"):
+        engine.linear("q", torch.zeros(1, 1))
 
 
 class Mortal:
@@ -125,9 +134,12 @@ def server(token: str = "a token") -> Iterator[tuple[str, subprocess.Popen[str]]
     command = [sys.executable, "-m", "trainable.engine_process", "--listen", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, engine_process.TOKEN: token}) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[-1], process
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            yield process.stdout.readline().split()[-1], process
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_guest_without_the_token_is_refused_and_nobody_at_the_door_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

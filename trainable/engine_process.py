@@ -27,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ TOKEN = "RIN_ENGINE_TOKEN"
 _SIZES = struct.Struct("!QQ")
 """Bytes of a frame's header and body."""
 _LONGEST_GREETING = 4096
+_DOOR_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,9 +57,9 @@ def send(channel: socket.socket, header: Mapping[str, Any], tensors: Mapping[str
     """One frame."""
     head = json.dumps(header).encode()
     body = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
-    channel.sendall(_SIZES.pack(len(head), len(body)))
-    channel.sendall(head)
-    channel.sendall(body)
+    channel.sendall(_SIZES.pack(len(head), len(body)) + head)
+    if body:  # a peer that has all of it may answer and go
+        channel.sendall(body)
 
 
 def receive(channel: socket.socket, longest: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -138,6 +140,9 @@ class RemoteEngine:
             self._channel.close()
             how = self._end() or str(error)
             raise EngineDied(f"it ended during {call}: {how}") from None
+        if "error" in answer and call == "start":
+            self.close()
+            raise TrialFailed("engine", f"it does not start: {answer['error']}")
         if "error" in answer:
             raise RuntimeError(f"the engine: {answer['error']}")
         return answer, more
@@ -168,7 +173,7 @@ def connect(address: str, settings: EngineSettings, *, start_seconds: float, ans
     host, _, port = address.rpartition(":")
     remedy = f"start it there: {TOKEN}=... python -m trainable.engine_process --listen {address}"
     try:
-        channel = socket.create_connection((host, int(port)), timeout=10.0)
+        channel = socket.create_connection((host, int(port)), timeout=_DOOR_SECONDS)
         greeting, _ = receive(channel, _LONGEST_GREETING)
         send(channel, {"proof": _proof(greeting["challenge"])})
         welcome, _ = receive(channel, _LONGEST_GREETING)
@@ -253,7 +258,7 @@ def serve(channel: socket.socket) -> None:
                 reply = _CALLS[asked["call"]](engine, tensors, **asked["arguments"])
         except Exception as error:
             log.exception("%s failed", asked["call"])
-            reply = ({"error": f"{asked['call']}: {type(error).__name__}: {error}"}, {})
+            reply = ({"error": f"{asked['call']}: {type(error).__name__}: {' '.join(str(error).split())}"}, {})
         with contextlib.suppress(ConnectionError):
             send(channel, *reply)
 
@@ -296,18 +301,31 @@ def listen(address: str) -> None:
         server = socket.create_server((host, int(port)))
     except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"--listen {address}: {error}; give HOST:PORT of this machine") from None
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     print(f"engines at {host}:{server.getsockname()[1]}", flush=True)
     while True:
         channel, _ = server.accept()
-        with channel:
-            command = [sys.executable, "-m", "trainable.engine_process", "--guest", str(channel.fileno()), "--parent", str(os.getpid())]
-            subprocess.Popen(command, pass_fds=(channel.fileno(),), stdin=subprocess.DEVNULL)
+        threading.Thread(target=_receive_guest, args=(channel,), daemon=True).start()
+
+
+def _receive_guest(channel: socket.socket) -> None:
+    """Nobody waits for a guest who says nothing. The thread stays as long as the engine: the kernel ends a child with the thread that
+    started it."""
+    with channel:
+        try:
+            admitted = _admit(channel)
+        except (OSError, EOFError, ValueError) as error:
+            log.warning("a guest left at the door: %s", error)
+            return
+        if not admitted:
+            return
+        command = [sys.executable, "-m", "trainable.engine_process", "--socket", str(channel.fileno()), "--parent", str(os.getpid())]
+        child = subprocess.Popen(command, pass_fds=(channel.fileno(),), stdin=subprocess.DEVNULL)
+    child.wait()
 
 
 def _admit(channel: socket.socket) -> bool:
-    """A guest proves that it knows the token, within seconds, before anything else is read from it."""
-    channel.settimeout(10.0)
+    """A guest proves that it knows the token before anything else is read from it."""
+    channel.settimeout(_DOOR_SECONDS)
     challenge = secrets.token_hex(32)
     send(channel, {"challenge": challenge})
     answer, _ = receive(channel, _LONGEST_GREETING)
@@ -334,7 +352,6 @@ def main() -> None:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--listen", metavar="HOST:PORT", help="serve engines to other nodes")
     place.add_argument("--socket", type=int, help=argparse.SUPPRESS)
-    place.add_argument("--guest", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.listen is not None:
@@ -347,9 +364,7 @@ def main() -> None:
             sys.exit(0)
     _die_with(asked.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trial, which then closes the socket
-    channel = socket.socket(fileno=asked.socket if asked.socket is not None else asked.guest)
-    if asked.socket is not None or _admit(channel):
-        serve(channel)
+    serve(socket.socket(fileno=asked.socket))
 
 
 if __name__ == "__main__":
