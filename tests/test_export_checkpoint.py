@@ -25,7 +25,7 @@ from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, load_yaml, merge, read_config
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
 from trainable.checkpoint import FINAL_FILE, load_final, save_final
-from trainable.engine import CONFIG_FILE
+from trainable.engine import CONFIG_FILE, set_vllm_switches
 from trainable.evaluation import evaluate
 from trainable.model import Policy, load_policy
 from trainable.quantization import fake_quantize
@@ -609,6 +609,7 @@ def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str
     prompts = tokenizer([question.prompt for question in questions])["input_ids"]
     asked = json.dumps({"prompts": prompts, "tokens": config.rollout.max_new_tokens, "end": tokenizer.eos_token_id})
     command = [sys.executable, "-c", SERVE, str(folder), method, asked]
+    set_vllm_switches()  # which the process inherits
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
     tree: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
