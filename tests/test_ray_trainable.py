@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from trainable.folder import Folder
 from trainable.ray_trainable import OUTCOME_FILE, STOPPED_FILE, RinTrainable
 from trainable.trial import Trial, run_trial
 
+STEP = trainable.ray_trainable._Work.step
+
 
 def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
     config = read_config(merge(WORKLOADS["tiny"].settings, POINTS[point].settings), ("eval.questions=16", "threads=1", *overrides))
@@ -35,7 +38,15 @@ def start(config: dict[str, Any]) -> RinTrainable:
 
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long it took to write the last one."""
+    """However long it took to write the last one; a step returns when it is written."""
+    step = trainable.ray_trainable._Work.step
+
+    def written(work: Any) -> dict[str, Any]:
+        result = step(work)
+        work.writing.result()
+        return result
+
+    monkeypatch.setattr(trainable.ray_trainable._Work, "step", written)
     monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e9)
 
 
@@ -145,6 +156,50 @@ def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_writt
     assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001"], "one, to know what it costs"
     running.stop()
     assert "checkpoint-000003" in names(tmp_path), "a trial that is stopped in good order loses nothing"
+
+
+@pytest.mark.parametrize("ending", ["outcome", "stop", "error"])
+def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    save, asked, free = trainable.ray_trainable.save_checkpoint, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        asked.set()
+        assert free.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", slow)
+    monkeypatch.setattr(trainable.ray_trainable._Work, "step", STEP)
+    running = start(setting(tmp_path, "e13i-v3", "grpo.steps=4"))
+    for _ in range(3):
+        running.train()
+    assert asked.wait(60)
+    assert names(tmp_path) == ["attempt-001.json"], "three steps, and the first one is still being written"
+    if ending == "error":
+        monkeypatch.setattr(running.work.trial, "step", lambda: 1 / 0)
+    timer = threading.Timer(0.5, free.set)
+    timer.start()
+    if ending == "error":
+        with pytest.raises(ZeroDivisionError):
+            running.train()
+    elif ending == "outcome":
+        assert running.train()["done"]
+    running.stop()
+    assert free.is_set(), "it waited"
+    left = {
+        "outcome": ["attempt-001.json", FINAL_FILE, OUTCOME_FILE],
+        "stop": ["attempt-001.json", "checkpoint-000001", "checkpoint-000003", STOPPED_FILE],
+        "error": ["attempt-001.json", "checkpoint-000001"],
+    }
+    assert names(tmp_path) == left[ending]
+
+
+def test_what_goes_wrong_in_a_write_other_than_a_full_disk_is_a_bug_and_propagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainable.ray_trainable._Work, "step", STEP)
+    monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", lambda *_: 1 / 0)
+    running = start(setting(tmp_path, "e13i-v3"))
+    with pytest.raises(ZeroDivisionError):
+        finish(running)
+    running.stop()
 
 
 def test_a_trial_that_is_stopped_saves_itself_and_is_evaluated_as_it_leaves(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ What a trial has done lies in its own folder of the store and nowhere else, in f
     stopped.json              evaluation of a trial that was stopped from outside, at its last step
 
 So every start looks into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles,
-are not used. A checkpoint is written as often as costs 2 % of the time, at most once a step;
-when the disk is full the trial goes on without, and says so.
+are not used. A checkpoint is written as often as takes 2 % of the time, at most once a step, by a thread of its own: training waits
+for the copy of the state and not for the disk. When the disk is full the trial goes on without, and says so.
 
 The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on from its
 checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever write its weights.
@@ -27,6 +27,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ray import tune
@@ -91,6 +92,9 @@ class _Work:
         self.failure = ("error", "")
         self.reports: list[dict[str, Any]] = []
         self.trial: Trial | None = None
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] = Future()
+        self.writing.set_result(None)
 
     def step(self) -> dict[str, Any]:
         """Load where nothing is loaded yet, then one step of the trial."""
@@ -107,14 +111,16 @@ class _Work:
         self.reports.append(result)
         self.watchdog.enter("save")
         if outcome is not None:
+            self.writing.result()
             self._keep_weights(trial)  # first: once there is an outcome, nobody runs the trial again for its weights
             self.folder.write(OUTCOME_FILE, _ending(outcome, self.reports))
             self.attempt.end("outcome")
             self.ended = True
             trial.close()
             self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
+            self.writer.shutdown()
             remove_checkpoints(self.folder)
-        elif time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE:
+        elif self._save_is_due():
             self._save(trial)
         self.watchdog.enter("")
         self.broken = False
@@ -127,8 +133,10 @@ class _Work:
                 rule, reason = self.failure
                 self.attempt.end(rule, reason=reason)
             elif self.trial is not None and not self.ended:
+                self.writing.result()
                 if self.trial.so_far.next_step > self.saved_step:
                     self._save(self.trial)
+                    self.writing.result()
                 self.attempt.end("stopped")
                 self.folder.write(STOPPED_FILE, _ending(self.trial.outcome(), self.reports))
                 self.attempt.end("stopped")  # the evaluation took its time too
@@ -137,6 +145,7 @@ class _Work:
         finally:
             if self.trial is not None and not self.ended:
                 self.trial.close()
+            self.writer.shutdown()
             self.watchdog.stop()
 
     def _load(self) -> Trial:
@@ -153,14 +162,26 @@ class _Work:
         self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
         return trial
 
+    def _save_is_due(self) -> bool:
+        """Raises what went wrong in the last write, other than a full disk."""
+        if not self.writing.done():
+            return False
+        self.writing.result()
+        return time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE
+
     def _save(self, trial: Trial) -> None:
-        started = time.monotonic()
+        started, step = time.monotonic(), trial.so_far.next_step
+        state = {**trial.state_dict(), "reports": list(self.reports)}
+        self.writing = self.writer.submit(self._write, step, state, started)
+
+    def _write(self, step: int, state: dict[str, Any], started: float) -> None:
+        """In the writer's thread."""
         try:
-            save_checkpoint(self.folder, trial.so_far.next_step, {**trial.state_dict(), "reports": self.reports})
+            save_checkpoint(self.folder, step, state)
         except OSError as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
-            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, trial.so_far.next_step, error)
+            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, step, error)
         else:
-            self.saved_step = trial.so_far.next_step
+            self.saved_step = step
         self.saved_at = time.monotonic()
         self.saving_seconds = self.saved_at - started
 

@@ -48,7 +48,7 @@ import os, sys, time, importlib.abc, importlib.util
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "trainable.trial":
+        if name != "trainable.backend":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -100,6 +100,8 @@ class Sweep:
     more: tuple[str, ...] = ()
     address: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    strikes: int = FAULTS_PER_SWEEP
+    """Of a fault that strikes several times in one run."""
 
     @property
     def folder(self) -> Path:
@@ -133,13 +135,11 @@ class Sweep:
             time.sleep(0.05)
 
     def finish(self) -> None:
-        """Resume until every trial has its outcome; twice must be enough."""
+        """Resume until every trial has its outcome and the sweep has ended well; twice must be enough. A finished sweep is resumed
+        too: it may have runs to close."""
         for _ in range(3):
-            if self.outcomes() == TRIALS:
-                running = self.start()  # also a finished sweep may have runs to close
-                assert running.wait(DEADLINE) == 0
+            if self.start().wait(DEADLINE) == 0 and self.outcomes() == TRIALS:
                 return
-            self.start().wait(DEADLINE)
         self.tally.notes.append(f"{self.name}: not finished after three resumes")
 
 
@@ -181,9 +181,9 @@ def _interrupt(*signals: int) -> Callable[[Sweep], None]:
 
 
 def kill_actors(sweep: Sweep) -> None:
-    """Five times in one run; a trial that is hit more often than it is tried again fails, and is finished by a resume."""
+    """Several times in one run; a trial that is hit more often than it is tried again fails, and is finished by a resume."""
     running = sweep.start()
-    for _ in range(FAULTS_PER_SWEEP):
+    for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(1, 8))
         until = time.monotonic() + 60
         while running.poll() is None and time.monotonic() < until:
@@ -235,7 +235,7 @@ def freeze(sweep: Sweep) -> None:
     """A rollout that never comes back; the limit of a phase is 5 seconds here."""
     running = sweep.start()
     sweep.wait_for_life(running)
-    for _ in range(FAULTS_PER_SWEEP):
+    for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(0, 4))
         if running.poll() is None:
             Path(sweep.environment["RIN_FREEZE"]).touch()
@@ -250,7 +250,7 @@ def second_driver(sweep: Sweep) -> None:
     """`rin resume` on a sweep that is running must be refused, and leave it alone."""
     running = sweep.start()
     sweep.wait_for_life(running)
-    for _ in range(FAULTS_PER_SWEEP):
+    for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(0, 2))
         if running.poll() is None:
             command = [str(RIN), "resume", sweep.name, *sweep.options()]
@@ -265,10 +265,10 @@ def second_driver(sweep: Sweep) -> None:
 
 
 def kill_mlflow(sweep: Sweep) -> None:
-    """The tracking server dies and comes back, five times in one run."""
+    """The tracking server dies and comes back, several times in one run."""
     server = _serve_mlflow(sweep)
     running = sweep.start()
-    for _ in range(FAULTS_PER_SWEEP):
+    for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(1, 6))
         if running.poll() is None:
             sweep.tally.faults += 1
@@ -299,7 +299,7 @@ def kill_node(sweep: Sweep) -> None:
         sweep.environment |= cluster.environment
         running = sweep.start()
         sweep.wait_for_life(running)
-        for _ in range(FAULTS_PER_SWEEP):
+        for _ in range(sweep.strikes):
             time.sleep(sweep.draw.uniform(1, 8))
             if running.poll() is None:
                 number = sweep.draw.randrange(2)
@@ -421,7 +421,7 @@ class Fault:
     strike: Callable[[Sweep], None]
     moments: int
     per_sweep: int
-    """How often `strike` is called on one sweep; 1: it strikes FAULTS_PER_SWEEP times itself."""
+    """How often `strike` is called on one sweep; 1: it strikes `Sweep.strikes` times itself."""
 
 
 FAULTS: dict[str, Fault] = {
@@ -445,7 +445,7 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
     while tally.faults < moments and number < 3 * moments:
         with _store(name) as store:
             draw = random.Random(f"{seed} {name} {number}")
-            sweep = Sweep(f"{name}{number}", store, draw, tally)
+            sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=min(FAULTS_PER_SWEEP, moments - tally.faults))
             if name == "mlflow":
                 sweep.tracking = f"http://127.0.0.1:{_free_port()}"
             if name == "second":
