@@ -154,7 +154,7 @@ def actors(running: subprocess.Popen[str]) -> list[psutil.Process]:
 def kill_driver(sweep: Sweep) -> None:
     running = sweep.start()
     sweep.wait_for_life(running)
-    time.sleep(sweep.draw.uniform(0, 12))
+    time.sleep(sweep.draw.uniform(0, 6))
     if running.poll() is None:
         os.kill(running.pid, signal.SIGKILL)
         sweep.tally.faults += 1
@@ -166,7 +166,7 @@ def _interrupt(*signals: int) -> Callable[[Sweep], None]:
     def strike(sweep: Sweep) -> None:
         running = sweep.start()
         sweep.wait_for_life(running)
-        time.sleep(sweep.draw.uniform(0, 8))
+        time.sleep(sweep.draw.uniform(0, 5))
         if running.poll() is None:
             sweep.tally.faults += 1
             for number in signals:
@@ -217,7 +217,7 @@ def fill_disk(sweep: Sweep) -> None:
     """The store's file system is full for some seconds."""
     running = sweep.start()
     sweep.wait_for_life(running)
-    time.sleep(sweep.draw.uniform(0, 8))
+    time.sleep(sweep.draw.uniform(0, 5))
     filler = sweep.store / "filler"
     try:
         with filler.open("wb") as file:
