@@ -27,6 +27,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ from spaces.workloads import Workload
 PACKAGES = ("spaces", "trainable", "search", "dashboards")
 STOP_SECONDS = 120
 """`ray job stop` sends SIGTERM, waits this long (Ray's own default: 3 s) for trials to be checkpointed, then kills."""
+AGENT_SECONDS = 60.0
+"""How long a cluster may lack what takes jobs, which its dashboard announces before it is there."""
 TOKEN_REMEDY = (
     "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into RAY_AUTH_TOKEN, or "
     "into the file that RAY_AUTH_TOKEN_PATH names"
@@ -212,7 +215,8 @@ def submit(arguments: Sequence[str], address: str, name: str) -> Submission:
         (work / "rin.py").write_text(ENTRY, encoding="utf-8")
         entrypoint = shlex.join(["python", "rin.py", *command])
         with _told_by_the_cluster(address):
-            job = client.submit_job(
+            job = _taken(
+                client,
                 entrypoint=entrypoint,
                 runtime_env={
                     "working_dir": str(work),
@@ -225,6 +229,19 @@ def submit(arguments: Sequence[str], address: str, name: str) -> Submission:
                 metadata={"sweep": name},
             )
     return Submission(id=job, command=entrypoint, follow=_follow(job, address, name, command))
+
+
+def _taken(client: Any, **job: Any) -> str:
+    """The id of the job, once the cluster has taken it: the agent of a head that has just started may come up later than its dashboard."""
+    until = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            taken: str = client.submit_job(**job)
+            return taken
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(1)
 
 
 def _follow(job: str, address: str, name: str, command: Sequence[str]) -> tuple[str, ...]:

@@ -141,6 +141,31 @@ def test_ray_s_own_variable_must_not_send_the_job_elsewhere(monkeypatch: pytest.
         submit(["sweep"], HERE, "s")
 
 
+def test_a_head_whose_agent_is_not_up_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+    class Head:
+        tries, comes = 0, True
+
+        def submit_job(self, **job: Any) -> str:
+            self.tries += 1
+            if self.tries < 3 or not self.comes:
+                raise RuntimeError(late)
+            return "job-1"
+
+    head = Head()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "_client", lambda address: head)
+    monkeypatch.setattr(cluster, "_is_this_machine", lambda client: True)
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    assert submit(["sweep", "sigma"], "http://127.0.0.1:9", "s").id == "job-1"
+    assert head.tries == 3
+    head.comes = False
+    monkeypatch.setattr(cluster, "AGENT_SECONDS", 0.0)
+    with pytest.raises(ConfigError, match="No available agent"):
+        submit(["sweep", "sigma"], "http://127.0.0.1:9", "s")
+
+
 def test_without_ray_default_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape('pip install "ray[default,tune]==2.60.*"')):
