@@ -18,7 +18,7 @@ ui: $(READY)
 	$(BIN)/rin ui $(NAME) $(ARGS)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1 --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
