@@ -20,9 +20,8 @@ from trainable.rollout import encode_prompts, left_padded
 from trainable.tasks import build_task
 from trainable.trial import Trial
 
-SHAPES = {"embedded": 6, "smollm2-135m": 16}
-"""Workload and tokens of a completion."""
-SEQUENCES = (1, 32, 256)
+SHAPES = (("embedded", 6, (1, 32, 256)), ("smollm2-135m", 16, (1, 32, 256)), ("smollm2-135m", 96, (32,)))
+"""Workload, tokens of a completion, sequences."""
 ROUNDS = 3
 
 
@@ -64,7 +63,7 @@ def engines() -> list[str]:
     the time until the first completion can be asked for."""
     lines = ["| model | sequences x tokens | generate | torch backend | vLLM | vLLM / torch backend | vLLM / generate |", "|---" * 7 + "|"]
     notes = []
-    for workload, tokens in SHAPES.items():
+    for workload, tokens, counts in SHAPES:
         config = read_config(WORKLOADS[workload].settings, ["rollout.backend=vllm", f"rollout.max_new_tokens={tokens}"])
         policy = load_policy(config.model, config.quant, 0)
         never_end(policy.tokenizer)
@@ -73,11 +72,11 @@ def engines() -> list[str]:
         start_up = time.perf_counter() - started
         assert isinstance(vllm, VllmBackend)
         rivals = Rivals(policy=policy, generate=_as_transformers_loads_it(workload), torch=TorchBackend(config), vllm=vllm)
-        questions = build_task(config.task).sample(max(SEQUENCES), seed=0, step=0, batch=0)
+        questions = build_task(config.task).sample(max(counts), seed=0, step=0, batch=0)
         prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
         with deployed(policy):
             vllm.sync(policy)
-            for sequences in SEQUENCES:
+            for sequences in counts:
                 group = min(8, sequences)
                 speeds = rivals.speeds(prompts[: sequences // group], group, tokens)
                 rates = " | ".join(f"{median(speeds[name]):.0f}" for name in ("generate", "torch", "vllm"))
@@ -85,7 +84,7 @@ def engines() -> list[str]:
                 lines.append(f"| {workload} | {sequences} x {tokens} | {rates} | {ratios} |")
             syncs = rivals.sync_seconds()
         vllm.close()
-        notes.append(f"- {workload}: start-up of vLLM {start_up:.1f} s, weight sync {spread(syncs, 1e-3)} ms")
+        notes.append(f"- {workload}, {tokens} tokens: start-up of vLLM {start_up:.1f} s, weight sync {spread(syncs, 1e-3)} ms")
     return [*lines, "", *notes, *_share_of_a_step()]
 
 
