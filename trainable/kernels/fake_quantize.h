@@ -15,7 +15,7 @@ constexpr int64_t kBlocks[] = {32, 32, 16};
 template <class Grid, class T>
 void mx(const T* x, T* out, int64_t blocks, uint32_t addend) {
   at::parallel_for(0, blocks, kGrain / 32, [=](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) mx_block<Grid>(x + block * 32, out + block * 32, addend);
+    mx_blocks<Grid>(x + begin * 32, out + begin * 32, end - begin, addend);
   });
 }
 
