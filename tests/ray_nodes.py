@@ -68,6 +68,7 @@ def kill_raylet(node: subprocess.Popen[bytes]) -> None:
 @contextmanager
 def _node(options: list[str], cpus: int, environment: Mapping[str, str], log: Path, python: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [python, "-m", "ray.scripts.scripts", "start", *options, f"--num-cpus={cpus}", "--disable-usage-stats", "--block"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # by default one port, and an agent that does not get it takes no jobs
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=file, start_new_session=True)
     try:
