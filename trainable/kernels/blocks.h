@@ -120,20 +120,6 @@ inline u32x16 quarter(u32x16 v) {
   return __builtin_shufflevector(v, v, n, n + 1, n + 2, n + 3, n, n + 1, n + 2, n + 3, n, n + 1, n + 2, n + 3, n, n + 1, n + 2, n + 3);
 }
 
-template <>
-inline void mx_block<E2M1, uint16_t>(const uint16_t* x, uint16_t* out, uint32_t addend) {
-  const u16x32 v = load<u16x32>(x);
-  u32x16 w = bits_as<u32x16>(v & 0x7FFF);  // pairs of lanes: shuffles of 32 bits are cheaper than those of 16
-  w = larger_halves(w, __builtin_shufflevector(w, w, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  w = larger_halves(w, __builtin_shufflevector(w, w, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  w = larger_halves(w, __builtin_shufflevector(w, w, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  w = larger_half(larger_halves(w, __builtin_shufflevector(w, w, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)));
-  const uint32_t amax = w[0] << 16;
-  constexpr uint32_t least = 16u << kFractionBits;
-  if (amax - least >= kExponent - least) return mx_block_anywhere<E2M1>(x, out, amax, addend);
-  store(out, e2m1_rounded(v, four_of(w, addend)));
-}
-
 // Neighbouring blocks; any number of them, one by one.
 template <class Grid, class T>
 inline void mx_blocks(const T* x, T* out, int64_t blocks, uint32_t addend) {
@@ -147,7 +133,7 @@ inline void mx_blocks<E2M1, uint16_t>(const uint16_t* x, uint16_t* out, int64_t 
   int64_t block = 0;
   for (; block + 4 <= blocks; block += 4) {
     u16x32 v[4];
-    u32x16 a[4];
+    u32x16 a[4];  // pairs of lanes: shuffles of 32 bits are cheaper than those of 16
     for (int i = 0; i < 4; ++i) a[i] = bits_as<u32x16>((v[i] = load<u16x32>(x + (block + i) * 32)) & 0x7FFF);
     u32x16 pair[2];  // a block in each half
     for (int i = 0; i < 2; ++i) {
