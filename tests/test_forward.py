@@ -19,6 +19,7 @@ from trainable.embedded import character_tokenizer
 from trainable.forward import forward_of, positions
 from trainable.grpo import Batch, completion_logps, make_batch
 from trainable.kernels import cpu
+from trainable.mlp import GatedMLP
 from trainable.model import Policy, deployed, load_policy
 from trainable.norm import RMSNorm
 from trainable.quantization import QuantLinear, fake_quantize
@@ -70,7 +71,7 @@ def test_logits_and_gradients_are_those_of_transformers(folder: str) -> None:
     ids, mask = padded_rows(policy)
     forward = forward_of(policy)
     assert forward is not None
-    ours = forward.logits(forward.hidden(ids, positions(mask), forward.masked(causal(mask))))[mask > 0]
+    ours = forward.logits(forward.hidden(ids, forward.angles(positions(mask)), forward.masked(causal(mask))))[mask > 0]
     expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ours.square().mean().backward()
@@ -188,6 +189,12 @@ def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: lis
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
 
 
+def cpu_kernels() -> cpu.Kernels:
+    kernels = cpu.load()
+    assert kernels is not None
+    return kernels
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 96), (3, 5, 64), (900, 128)], ids=str)
 def test_the_norm_and_its_gradients_are_those_of_transformers(shape: tuple[int, ...], threads: int) -> None:
@@ -231,23 +238,106 @@ def test_the_norm_does_not_hide_what_is_not_finite(bad: float) -> None:
     assert not y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_norm_of_a_sum_is_that_of_the_sum(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Bit for bit, the gradients too: of the stream, which goes on past the norm, and of its latest term."""
+    if not fused:
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(96, generator=generator("weight"))), 1e-6)
+    norm.readers = (QuantLinear.from_linear(nn.Linear(96, 8), name="reader"),)
+    source = generator("x")
+    grads = torch.randn(2, 5, 7, 96, generator=source)
+    inputs = [torch.randn(5, 7, 96, generator=source).requires_grad_() for _ in range(2)]
+    results = []
+
+    def apart(stream: torch.Tensor, term: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = stream + term
+        return stream, norm(stream)
+
+    for sums in (norm.of_sum, apart):
+        for tensor in (*inputs, norm.weight):
+            tensor.grad = None
+        stream, y = sums(*inputs)
+        (stream * grads[0] + y * grads[1]).sum().backward()
+        results.append((stream.detach(), y.detach(), *(tensor.grad for tensor in (*inputs, norm.weight))))
+        with torch.no_grad():
+            assert torch.equal(sums(*inputs)[1], y), "without gradients the same"
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (3, 5, 64), (900, 256)], ids=str)
+def test_the_activation_and_its_gradients_are_torch_s_bit_for_bit(shape: tuple[int, ...]) -> None:
+    """Where torch itself computes in vectors: it takes the last elements of an odd piece one by one, with another exponential."""
+    source = generator("swiglu", shape)
+    values = [torch.randn(shape, generator=source) * scale for scale in (5, 3, 1)]
+    values[0].flatten()[:8] = torch.tensor([0.0, -0.0, 90.0, -90.0, 1e-40, -1e-40, 3e38, -3e38])
+    gate, up, grad = values
+    results = []
+    for activation in (cpu_kernels().swiglu, lambda gate, up, *_: nn.functional.silu(gate) * up):
+        inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+        y = activation(*inputs, -1, 0)
+        y.backward(grad)
+        results.append((y.detach(), *(x.grad for x in inputs)))
+    for name, ours, theirs in zip(("y", "gate", "up"), *results, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_activation_does_not_hide_what_is_not_finite(bad: float) -> None:
+    """Where silu itself is finite, -0 * inf of the product is not."""
+    for place in range(2):
+        inputs = [torch.ones(3, 32), torch.ones(3, 32)]
+        inputs[place][1, 5] = bad
+        y = cpu_kernels().swiglu(*inputs, -1, 0)
+        expected = nn.functional.silu(inputs[0]) * inputs[1]
+        torch.testing.assert_close(y, expected, equal_nan=True)
+        assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("fmt", ["none", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_mlp_quantises_as_the_layers_in_it_would(monkeypatch: pytest.MonkeyPatch, fmt: Any, fused: bool) -> None:
+    if not fused:
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    linears = {name: nn.Linear(*sizes) for name, sizes in {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}.items()}
+    gate, up, down = (QuantLinear.from_linear(linear, name=name, activation_format=fmt) for name, linear in linears.items())
+    mlp = GatedMLP(gate, up, down)
+    x = torch.randn(40, 32, generator=generator("x"), requires_grad=True)
+    parameters = [x, *mlp.parameters()]
+    expected = down(nn.functional.silu(gate(x)) * up(x))
+    theirs = torch.autograd.grad(expected.square().sum(), parameters)
+    for readers in ((), (down,)):
+        mlp.readers, down.quantize_input = readers, not readers
+        assert torch.equal(mlp(x), expected)
+        for a, b in zip(torch.autograd.grad(mlp(x).square().sum(), parameters), theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    x = torch.ones(2, 32)
+    with pytest.raises(TypeError, match="a tensor is wanted, not int"):
+        cpu_kernels().swiglu(x, 3, -1, 0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="4 arguments are wanted, not 2"):
+        cpu_kernels().swiglu(x, x)  # type: ignore[call-arg]
+
+
 def test_rotation_is_that_of_transformers() -> None:
-    assert cpu.load() is not None
     x = torch.randn(50, 3, 24, generator=generator("x"), requires_grad=True)
     angles = torch.randn(50, 12, generator=generator("angles")).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     expected, _ = apply_rotary_pos_emb(x[None].transpose(1, 2), x[None].transpose(1, 2), cos[None], sin[None])
     expected = expected.transpose(1, 2)[0]
-    torch.testing.assert_close(torch.ops.rin.rotary(x, cos, sin), expected)
+    rotated = cpu_kernels().rotary(x, cos, sin)
+    torch.testing.assert_close(rotated, expected)
     grad = torch.randn(50, 3, 24, generator=generator("grad"))
-    (theirs,) = torch.autograd.grad(expected, x, grad)
-    torch.testing.assert_close(torch.ops.rin.rotary_backward(grad, cos, sin), theirs)
+    (ours,), (theirs,) = torch.autograd.grad(rotated, x, grad), torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 24), (3, 3, 16), (8, 1, 64)])
 @pytest.mark.parametrize("filled", [0, 5, 15, 16, 40])
 def test_attention_over_the_cache_is_torch_s(heads: int, kv_heads: int, size: int, filled: int) -> None:
-    assert cpu.load() is not None
     source = generator("attend", heads, filled)
     rows, room = 9, 48
     keys, values = torch.randn(rows, kv_heads, room, size, generator=source), torch.randn(rows, kv_heads, room, size, generator=source)
@@ -255,7 +345,7 @@ def test_attention_over_the_cache_is_torch_s(heads: int, kv_heads: int, size: in
     starts = torch.randint(0, filled + 1, (rows,), generator=source)
     cos, sin = torch.ones(rows, size), torch.zeros(rows, size)
     own_keys, own_values = keys.transpose(-1, -2).contiguous(), values.clone()
-    mixed = torch.ops.rin.attend(q, k, v, cos, sin, own_keys, own_values, starts, filled, size**-0.5)
+    mixed = cpu_kernels().attend(q, k, v, cos, sin, own_keys, own_values, starts, filled, size**-0.5)
     keys[:, :, filled], values[:, :, filled] = k.view(rows, kv_heads, size), v.view(rows, kv_heads, size)
     assert torch.equal(own_keys.transpose(-1, -2), keys)
     assert torch.equal(own_values, values)
@@ -270,7 +360,6 @@ def test_attention_over_the_cache_is_torch_s(heads: int, kv_heads: int, size: in
 
 
 def test_attention_to_very_unequal_tokens_and_to_nan() -> None:
-    assert cpu.load() is not None
     size, room = 16, 16
     keys, values = torch.zeros(2, 1, size, room), torch.zeros(2, 1, room, size)
     values[:, 0, 0] = 1.0
@@ -279,7 +368,7 @@ def test_attention_to_very_unequal_tokens_and_to_nan() -> None:
     k[1, 3] = float("nan")
     v = torch.full((2, size), 5.0)
     args = (torch.ones(2, size), torch.zeros(2, size), keys, values, torch.zeros(2, dtype=torch.long), 1, 1.0)
-    mixed = torch.ops.rin.attend(q, k, v, *args)
+    mixed = cpu_kernels().attend(q, k, v, *args)
     assert torch.equal(mixed[0], torch.ones(size)), "a token whose weight is e^-14400 has none"
     assert mixed[1].isnan().all()
 

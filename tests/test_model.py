@@ -215,7 +215,7 @@ def with_random_adapters(policy: Policy) -> Policy:
 def test_adapters_see_the_quantised_input_and_are_not_quantised(
     model_folder: ModelFolder, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
         adapted = adapted_layer(policy, name)
@@ -246,7 +246,7 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
 def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_NORM_FEEDS_PROJECTIONS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
     adapted = adapted_layer(policy, name)
@@ -407,9 +407,10 @@ def test_a_shared_quantised_input_gives_the_bits_of_one_quantisation_per_layer(
     for sharing in (True, False):
         if not sharing:
             monkeypatch.setattr(trainable.model, "_share_inputs", lambda network, linears, norms: None)
+            monkeypatch.setattr(trainable.model, "_own_mlps", lambda network: None)
         policy = load_policy(config, QuantConfig(), 0)
         shared = sum(not linear.quantize_input for linear in policy.linears.values())
-        assert shared == (15 if sharing else 0) or adapter == "lora"
+        assert shared == (18 if sharing else 0) or adapter == "lora"
         logits = policy.model(input_ids=ids).logits
         logits.square().sum().backward()
         results.append((logits.detach(), {name: p.grad for name, p in policy.trainable().items()}))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from trainable.forward import Angles, Forward, Mixer, forward_of, positions
@@ -75,77 +76,81 @@ class _Transformers:
 
 
 class _Ours:
-    """Our own forward, with a cache that is laid out once."""
+    """Our own forward, with one cache for all layers that is laid out once: keys and values [layers, B, N, S, D]."""
 
     def __init__(self, forward: Forward, max_new_tokens: int) -> None:
         self.forward, self.max_new_tokens = forward, max_new_tokens
 
     def prefill(self, ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
         length = ids.shape[1]
-        self.caches: list[tuple[Tensor, Tensor]] = []
+        seen: list[tuple[Tensor, Tensor]] = []  # keys and values [P, N, L, D] of each layer
 
         def remember(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            self.caches.append(self._laid_out(keys, values, group_size))
+            seen.append((keys, values))
             return keys, values
 
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         visible = mask.bool()[:, None, None, :] & causal  # [P, 1, L, L]
         visible |= torch.eye(length, dtype=torch.bool, device=ids.device)  # padding sees itself: a row that sees nothing would become NaN
-        hidden = self.forward.hidden(ids, positions(mask), self.forward.masked(visible, remember))
+        self.table = self.forward.angles(torch.arange(length + self.max_new_tokens, device=ids.device)[None])  # of every position
+        hidden = self.forward.hidden(ids, self._angles(positions(mask)), self.forward.masked(visible, remember))
+        keys, values = (torch.stack(tensors) for tensors in zip(*seen, strict=True))
+        self.keys, self.values = self._laid_out(keys, values, group_size)
         self.filled = length  # tokens in the cache
         self.position = mask.sum(-1, keepdim=True).repeat_interleave(group_size, 0)  # [B, 1], of the next token
         return self.forward.logits(hidden[:, -1]).repeat_interleave(group_size, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
-        hidden = self.forward.hidden(tokens[:, None], self.position, self._mixer())
+        hidden = self.forward.hidden(tokens[:, None], self._angles(self.position), self._mixer())
         self.position = self.position + 1
         self.filled += 1
         return self.forward.logits(hidden[:, 0])
 
     def keep(self, rows: Tensor) -> None:
-        self.caches = [(keys[rows], values[rows]) for keys, values in self.caches]
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.position = self.position[rows]
 
+    def _angles(self, position_ids: Tensor) -> Angles:
+        cos, sin = self.table
+        return cos[position_ids.flatten()], sin[position_ids.flatten()]
+
     def _laid_out(self, keys: Tensor, values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        """A layer's cache: those of a prompt for each of its completions, with room for their tokens, [B, N, S, D] both."""
-        return _spread(keys, group_size, self.max_new_tokens), _spread(values, group_size, self.max_new_tokens)
+        """Those of the prompts [layers, P, N, L, D] once for each completion, with room for its tokens."""
+        room = (0, 0, 0, self.max_new_tokens)
+        return _spread(F.pad(keys, room), group_size), _spread(F.pad(values, room), group_size)
 
     def _mixer(self) -> Mixer:
         place = torch.arange(self.filled + 1, device=self.position.device)
         visible = (place >= self.filled - self.position)[:, None, None]  # [B, 1, 1, S so far]: all but the padding
 
         def append(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            cached_keys, cached_values = self.caches[layer]
-            cached_keys[:, :, self.filled] = keys[:, :, 0]
-            cached_values[:, :, self.filled] = values[:, :, 0]
-            return cached_keys[:, :, : self.filled + 1], cached_values[:, :, : self.filled + 1]
+            self.keys[layer, :, :, self.filled] = keys[:, :, 0]
+            self.values[layer, :, :, self.filled] = values[:, :, 0]
+            return self.keys[layer, :, :, : self.filled + 1], self.values[layer, :, :, : self.filled + 1]
 
         return self.forward.masked(visible, append)
 
 
 class _Fused(_Ours):
-    """With one kernel for all between a layer's projections (`kernels/attention.h`); its keys lie transposed, [B, N, D, S], and S is a
-    multiple of 16."""
+    """With one kernel for all between a layer's projections (`kernels/attention.h`); its keys lie transposed, [layers, B, N, D, S], and S
+    is a multiple of 16."""
 
     def _laid_out(self, keys: Tensor, values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-        more = self.max_new_tokens + -(keys.shape[2] + self.max_new_tokens) % 16
-        return _spread(keys, group_size, more).transpose(-1, -2).contiguous(), _spread(values, group_size, more)
+        more = self.max_new_tokens + -(keys.shape[3] + self.max_new_tokens) % 16
+        return _spread(F.pad(keys.transpose(-1, -2), (0, more)), group_size), _spread(F.pad(values, (0, 0, 0, more)), group_size)
 
     def _mixer(self) -> Mixer:
         starts = (self.filled - self.position)[:, 0].contiguous()  # [B], the first token behind the padding
+        kernels = cpu.load()
+        assert kernels is not None
 
         def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor, angles: Angles) -> Tensor:
-            mixed: Tensor = torch.ops.rin.attend(
-                queries, keys, values, *angles, *self.caches[layer], starts, self.filled, self.forward.scale
-            )
-            return mixed
+            cache = (self.keys[layer], self.values[layer])
+            return kernels.attend(queries, keys, values, *angles, *cache, starts, self.filled, self.forward.scale)
 
         return mix
 
 
-def _spread(cache: Tensor, group_size: int, more: int) -> Tensor:
-    """Keys or values [P, N, L, D] once for each completion, with room for `more` tokens: [P * G, N, L + more, D]."""
-    prompts, heads, length, size = cache.shape
-    wide = cache.new_zeros(prompts, group_size, heads, length + more, size)
-    wide[:, :, :, :length] = cache[:, None]
-    return wide.view(prompts * group_size, heads, length + more, size)
+def _spread(cache: Tensor, group_size: int) -> Tensor:
+    """[layers, P, ..] -> [layers, P * G, ..], those of a group side by side."""
+    return cache.repeat_interleave(group_size, 1) if group_size > 1 else cache

@@ -1,7 +1,7 @@
 """The forward pass of Qwen2, Llama and Mistral with little around the arithmetic; training, generation and evaluation share it.
 
 A small model spends more time between operations than in them: transformers' own forward checks options, builds masks for every call and
-keeps records that nobody asks for. Projections and norms here are the policy's own modules, so that quantisation, noise, adapters and hooks
+keeps records that nobody asks for. Projections and norms here are the policy's own modules, so that quantisation, noise and adapters
 act alike everywhere; only what lies between them is written out, once, for the block that these architectures have in common. Another
 architecture, or another attention than torch's scaled dot product, goes through transformers' forward. Both give equal results.
 
@@ -17,8 +17,11 @@ from torch.nn import functional as F
 
 from trainable.kernels import cpu
 from trainable.model import Policy
+from trainable.norm import RMSNorm
 
 _KNOWN = ("qwen2", "llama", "mistral")
+_STEADY = ("default", "linear", "yarn", "llama3")
+"""Kinds of rotation whose angles depend on a token's position alone, and not on how many there are."""
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine of each token's rotation, [B * T, D]."""
@@ -36,10 +39,22 @@ def positions(mask: Tensor) -> Tensor:
 
 
 def forward_of(policy: Policy) -> "Forward | None":
-    """None for an architecture that it does not know."""
+    """None for an architecture that it does not know, or whose norms are not ours."""
     config: Any = policy.model.config
     known = config.model_type in _KNOWN and config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
-    return Forward(policy) if known else None
+    if not known or config.rope_parameters["rope_type"] not in _STEADY:
+        return None
+    forward = Forward(policy)
+    return forward if isinstance(forward.body.norm, RMSNorm) else None
+
+
+class _Block:
+    """The modules of a block: an attribute of a module takes most of a microsecond to look up."""
+
+    def __init__(self, block: Any) -> None:
+        self.norm, self.mlp_norm, self.mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
+        attention = block.self_attn
+        self.queries, self.keys, self.values, self.output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
 
 
 class Forward:
@@ -49,24 +64,29 @@ class Forward:
         model: Any = policy.model
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.body, self.head = causal.model, causal.lm_head
+        self.blocks = [_Block(block) for block in self.body.layers]
         config = causal.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.scale: float = self.size**-0.5
         self.dtype = next(causal.parameters()).dtype
 
-    def hidden(self, ids: Tensor, position_ids: Tensor, mix: Mixer) -> Tensor:
-        """Hidden states [B, T, hidden] behind the last block and before the final norm; ids and position ids [B, T]."""
+    def hidden(self, ids: Tensor, angles: Angles, mix: Mixer) -> Tensor:
+        """Hidden states [B, T, hidden] behind the last block and before the final norm; ids [B, T]."""
         x = self.body.embed_tokens(ids.flatten())  # [B * T, hidden]
-        cos, sin = self.body.rotary_emb(x, position_ids)
-        angles: Angles = (cos.flatten(0, 1), sin.flatten(0, 1))
-        for layer, block in enumerate(self.body.layers):
-            attention = block.self_attn
-            y = block.input_layernorm(x)
-            x = x + attention.o_proj(mix(layer, attention.q_proj(y), attention.k_proj(y), attention.v_proj(y), angles))
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        hidden: Tensor = x.view(*ids.shape, -1)
+        term = None  # of the residual stream x; the next norm adds it
+        for layer, block in enumerate(self.blocks):
+            x, y = (x, block.norm(x)) if term is None else block.norm.of_sum(x, term)
+            term = block.output(mix(layer, block.queries(y), block.keys(y), block.values(y), angles))
+            x, y = block.mlp_norm.of_sum(x, term)
+            term = block.mlp(y)
+        hidden: Tensor = (x if term is None else x + term).view(*ids.shape, -1)
         return hidden
+
+    def angles(self, position_ids: Tensor) -> Angles:
+        """Of tokens at position ids [B, T]."""
+        cos, sin = self.body.rotary_emb(self.body.embed_tokens.weight, position_ids)  # which tells it the dtype
+        return cos.flatten(0, 1), sin.flatten(0, 1)
 
     def masked(self, mask: Tensor, memory: Memory = lambda layer, keys, values: (keys, values)) -> Mixer:
         """Attention under a mask [B, 1, T, S]: True or 0 for what a token sees, False or a large negative number for what not."""
@@ -91,9 +111,10 @@ class Forward:
         """Rotary position embedding (arXiv 2104.09864) of heads side by side: [B * T, heads * D] -> [B * T, heads, D]."""
         cos, sin = angles
         x = x.view(len(x), -1, self.size)
-        if x.is_cpu and x.dtype == torch.float32 and cpu.load() is not None:
-            y: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-            return y
+        if x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            kernels = cpu.load()
+            if kernels is not None:
+                return kernels.rotary(x, cos, sin)
         half = self.size // 2
         signed = torch.cat([-sin[:, :half], sin[:, half:]], -1)  # half of a rotation's terms are subtracted: their sign goes into the sine
         return x * cos[:, None] + x.roll(half, -1) * signed[:, None]
@@ -102,17 +123,3 @@ class Forward:
         """Of each token's successor, [..., V]."""
         logits: Tensor = self.head(self.body.norm(hidden))
         return logits
-
-
-class _Rotary(torch.autograd.Function):
-    """x [tokens, heads, D], cos and sin [tokens, D]; the fused kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        y: Tensor = torch.ops.rin.rotary(x, cos, sin)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.rin.rotary_backward(grads[0], *ctx.saved_tensors), None, None

@@ -23,6 +23,7 @@ from spaces.config import RolloutConfig
 from trainable.engine import Engine, TrialFailed, deployed_weights, digest
 from trainable.floor import APART, Floor, gap, measure_floor
 from trainable.grpo import Batch, completion_logps
+from trainable.mlp import GatedMLP
 from trainable.model import Policy, bare_name
 from trainable.norm import RMSNorm
 from trainable.quantization import fake_quantize
@@ -99,15 +100,15 @@ def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> di
         return hook
 
     handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in _layers(policy)]
-    norms = [(norm, norm.readers) for norm in policy.norms.values() if isinstance(norm, RMSNorm)]
+    sources = [(module, module.readers) for module in policy.model.modules() if isinstance(module, RMSNorm | GatedMLP)]
     try:
-        for norm, _ in norms:
-            norm.readers = ()  # or it would hand its output on quantised, and nobody could see who quantises
+        for source, _ in sources:
+            source.readers = ()  # or it would hand its output on quantised, and nobody could see who quantises
         with torch.no_grad():
             completion_logps(policy, batch.rows(slice(0, batch.group_size)), rollout.temperature)
     finally:
-        for norm, readers in norms:
-            norm.readers = readers
+        for source, readers in sources:
+            source.readers = readers
         for handle in handles:
             handle.remove()
     return inputs
@@ -121,7 +122,7 @@ def _layers(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
 
 @torch.no_grad()
 def _output(policy: Policy, name: str, x: Tensor) -> Tensor:
-    """What training's layer makes of x. It quantises here and nowhere else: not in the norm before it, nor in a hook of its adapter."""
+    """What training's layer makes of x. It quantises here and nowhere else: not in the module before it, nor in a hook of its adapter."""
     linear, layer = policy.linears[name], dict(_layers(policy))[name]
     given, linear.quantize_input = linear.quantize_input, False
     try:

@@ -206,7 +206,7 @@ def _logits(policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask:
     """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S]."""
     forward = forward_of(policy)
     if forward is not None:
-        return forward.logits(forward.hidden(ids, position_ids, forward.masked(mask))[:, -keep:])
+        return forward.logits(forward.hidden(ids, forward.angles(position_ids), forward.masked(mask))[:, -keep:])
     out = policy.model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=keep)
     logits: torch.Tensor = out.logits
     return logits

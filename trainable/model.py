@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.embedded import Progress, ensure_base
 from trainable.kernels import cpu
+from trainable.mlp import GatedMLP
 from trainable.norm import RMSNorm
 from trainable.quantization import QuantLinear, ste_quantize
 from trainable.seeds import stable_hash
@@ -34,8 +35,8 @@ from trainable.seeds import stable_hash
 hf_logging.disable_progress_bar()
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Architectures in which these norms feed these projections and nothing else.
-_NORM_FEEDS_PROJECTIONS = ("qwen2", "llama", "mistral")
+_KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
+"""Architectures in which these norms feed these projections and nothing else, and whose MLP is a gated one."""
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -91,6 +92,7 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
         linears[name] = _wrap(network, name, linear, quant, excluded)
     _check_patterns(quant, names)
     _own_norms(network)
+    _own_mlps(network)
     norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
     final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
     _share_inputs(network, linears, norms)
@@ -214,11 +216,23 @@ def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, exclud
 
 def _own_norms(network: Any) -> None:
     """Every norm as ours, on its own weight."""
-    if network.config.model_type not in _NORM_FEEDS_PROJECTIONS:
+    if network.config.model_type not in _KNOWN_BLOCKS:
         return
     for name, module in list(network.named_modules()):
         if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
             network.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
+
+
+def _own_mlps(network: Any) -> None:
+    """Every block's MLP as ours, on its own projections; it quantises what `down_proj` reads."""
+    if network.config.model_type not in _KNOWN_BLOCKS or network.config.hidden_act != "silu":
+        return
+    for name, module in list(network.named_modules()):
+        if name.endswith(".mlp"):
+            mlp = GatedMLP(module.gate_proj, module.up_proj, module.down_proj)
+            module.down_proj.quantize_input = False
+            mlp.readers = (module.down_proj,)
+            network.set_submodule(name, mlp)
 
 
 def _share_inputs(network: Any, linears: dict[str, QuantLinear], norms: dict[str, nn.Module]) -> None:

@@ -1,9 +1,10 @@
 """RMSNorm whose output is quantised at once for every projection that reads it.
 
 q, k and v read one norm's output, gate and up the other's: quantised here it is quantised once instead of three times and twice, with
-equal bits. On a CPU one fused kernel does norm and quantisation while a row is in the cache, and another the whole backward pass; torch
-would take nine passes forward and twice as many backward. On a CUDA device the forward pass is fused, the backward pass is plain torch. The
-backward pass of the quantisation is the identity (straight-through).
+equal bits. The sum of the residual stream that a norm reads is taken here too. On a CPU one fused kernel does sum, norm and quantisation
+while a row is in the cache, and another the whole backward pass; torch would take ten passes forward and twice as many backward. On a CUDA
+device the forward pass is fused, the backward pass is plain torch. The backward pass of the quantisation is the identity
+(straight-through).
 
 Shapes: n = hidden size.
 """
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from trainable.kernels import cpu, cuda
 from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
 
-_LANES = 16
-"""The fused kernel takes rows of whole vectors."""
+LANES = 16
+"""The fused kernels take rows of whole vectors."""
 
 
 class RMSNorm(nn.Module):
@@ -31,44 +32,43 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
-        fmt, rule = (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
-        fused = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] % _LANES == 0 and cpu.load() is not None
-        if not fused:
-            if x.is_cuda and cuda.can_norm(x, self.weight):
-                on_device: Tensor = _FusedOnCuda.apply(x, self.weight, self.epsilon, *kernel_codes(fmt, rule))  # type: ignore[no-untyped-call]
-                return on_device
-            exact = x.to(torch.float32)
-            normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
-            return ste_quantize(self.weight * normal.to(x.dtype), fmt, rule)
-        code, addend = kernel_codes(fmt, rule)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            learned: Tensor = _Fused.apply(x, self.weight, self.epsilon, code, addend)  # type: ignore[no-untyped-call]
-            return learned
-        y: Tensor = torch.ops.rin.rms_norm(x, self.weight, self.epsilon, code, addend)[0]
-        return y
+        kernels = self._kernels(x)
+        if kernels is not None:
+            y: Tensor = kernels.rms_norm(x, None, self.weight, self.epsilon, *self._codes())
+            return y
+        if x.is_cuda and cuda.can_norm(x, self.weight):
+            on_device: Tensor = _FusedOnCuda.apply(x, self.weight, self.epsilon, *self._codes())  # type: ignore[no-untyped-call]
+            return on_device
+        exact = x.to(torch.float32)
+        normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return ste_quantize(self.weight * normal.to(x.dtype), *self._format())
+
+    def of_sum(self, stream: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream with its latest term, and y of it: [.., n] both -> [.., n] both."""
+        kernels = self._kernels(term)
+        if kernels is not None:
+            y, stream = kernels.rms_norm(term, stream, self.weight, self.epsilon, *self._codes())
+            return stream, y
+        stream = stream + term
+        return stream, self(stream)
+
+    def _kernels(self, x: Tensor) -> cpu.Kernels | None:
+        """Those that fuse it, where they can."""
+        fitting = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] % LANES == 0
+        return cpu.load() if fitting and not torch.compiler.is_compiling() else None
+
+    def _format(self) -> tuple[str, str]:
+        return (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
+
+    def _codes(self) -> tuple[int, int]:
+        return kernel_codes(*self._format())
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, epsilon={self.epsilon}"
 
 
-class _Fused(torch.autograd.Function):
-    """Keeps x and one number a row for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> Tensor:
-        y: Tensor
-        y, inverse = torch.ops.rin.rms_norm(x, weight, epsilon, code, addend)
-        ctx.save_for_backward(x, weight, inverse)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        return (*torch.ops.rin.rms_norm_backward(grads[0], x.contiguous(), weight, inverse), None, None, None)
-
-
 class _FusedOnCuda(torch.autograd.Function):
-    """Keeps what `_Fused` keeps. Computed in fp32, and rounded to the dtypes of x and of the weight at the end."""
+    """Keeps x and one number a row. Computed in fp32, and rounded to the dtypes of x and of the weight at the end."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> Tensor:

@@ -118,9 +118,9 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
     if x.is_cpu:
         if torch.compiler.is_compiling():  # which cannot look into the kernel
             return _operator(x, fmt, scale_rule, per_tensor)
-        fused = cpu.load()
-        if fused is not None:
-            return fused(x, *_CODES[fmt, scale_rule], per_tensor)
+        kernels = cpu.load()
+        if kernels is not None:
+            return kernels.fake_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
     elif x.is_cuda:
         fused = cuda.load()
         if fused is not None:
@@ -242,6 +242,10 @@ def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
     """`fake_quantize` whose gradient is the identity, also where a value saturates. `none` returns `x` itself."""
     if FORMATS[fmt].element is None or not (x.requires_grad and torch.is_grad_enabled()):
         return fake_quantize(x, fmt, scale_rule, per_tensor=per_tensor)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        kernels = cpu.load()
+        if kernels is not None:
+            return kernels.ste_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
     quantized: Tensor = _StraightThrough.apply(x, fmt, scale_rule, per_tensor)  # type: ignore[no-untyped-call]
     return quantized
 

@@ -153,9 +153,9 @@ PARTS = {
         "rin::attend",
     ),
     "fake quantisation": ("rin::fake_quantize",),
-    "norms, with the quantisation of their output": ("rin::rms_norm", "rin::rms_norm_backward"),
+    "norms, with the sum before and the quantisation after": ("rin::rms_norm", "rin::rms_norm_backward"),
     "rotation": ("rin::rotary", "rin::rotary_backward"),
-    "activation of the MLP": ("aten::silu", "aten::silu_backward", "aten::mul"),
+    "activation of the MLP, with its quantisation": ("rin::swiglu", "rin::swiglu_backward"),
     "optimiser and clipping": ("aten::_fused_adamw_", "aten::linalg_vector_norm", "Optimizer.step#AdamW.step", "aten::mul_"),
     "sums of gradients and residuals": ("aten::add", "aten::add_", "aten::sum"),
 }

@@ -33,18 +33,20 @@ inline f32x16 exp_negative(f32x16 x) {
 // q [B, H * D]; k, v [B, N * D]; cos, sin [B, D]; keys [B, N, D, S]; values [B, N, S, D]; starts [B]: the first token that counts, behind the
 // padding; `filled`: tokens in the cache before this one. D is a multiple of 8, S of 16. -> [B, H * D]
 at::Tensor attend(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos, const at::Tensor& sin, at::Tensor& keys,
-    at::Tensor& values, const at::Tensor& starts, int64_t filled, double scale) {
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
+    const at::Tensor& values, const at::Tensor& starts, int64_t filled, double scale) {
+  RECORD_FUNCTION("rin::attend", {});
   const int64_t rows = keys.size(0), kv_heads = keys.size(1), size = keys.size(2), room = keys.size(3);
   const int64_t heads = q.size(1) / size, shared = heads / kv_heads;
   TORCH_CHECK(filled < room && room % 16 == 0 && size % 8 == 0, "a cache for ", room, " tokens of size ", size, " that holds ", filled);
+  for (const at::Tensor& x : {q, k, v, cos, sin, keys, values, starts}) TORCH_CHECK(x.is_contiguous(), "a tensor is not contiguous");
   at::Tensor mixed = at::empty(q.sizes(), q.options());
   const float *qs = q.const_data_ptr<float>(), *ks = k.const_data_ptr<float>(), *vs = v.const_data_ptr<float>();
   const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
   float *all_keys = keys.mutable_data_ptr<float>(), *all_values = values.mutable_data_ptr<float>(), *out = mixed.mutable_data_ptr<float>();
   const int64_t* first = starts.const_data_ptr<int64_t>();
-  at::parallel_for(0, rows, 1 + kGrain / (heads * size * (filled + 1)), [=](int64_t begin, int64_t end) {
-    std::vector<float> turned(size), scores(room);
+  at::parallel_for(0, rows, 1 + kGrain / 4 / (heads * size * (filled + 1)), [=](int64_t begin, int64_t end) {
+    std::vector<float> turned(size), newest(size), scores(room);
     i32x16 lane;
     for (int i = 0; i < 16; ++i) lane[i] = i;
     const f32x16 unseen = f32x16{} - std::numeric_limits<float>::infinity();
@@ -54,22 +56,24 @@ at::Tensor attend(
       for (int64_t n = 0; n < kv_heads; ++n) {
         float* key = all_keys + (row * kv_heads + n) * size * room;
         float* value = all_values + (row * kv_heads + n) * room * size;
-        rotate(ks + (row * kv_heads + n) * size, turned.data(), cosine, sine, size / 2);
-        for (int64_t d = 0; d < size; ++d) key[d * room + filled] = turned[d];
+        rotate(ks + (row * kv_heads + n) * size, newest.data(), cosine, sine, size / 2);
         std::copy_n(vs + (row * kv_heads + n) * size, size, value + filled * size);
         for (int64_t head = n * shared; head < (n + 1) * shared; ++head) {
           rotate(qs + (row * heads + head) * size, turned.data(), cosine, sine, size / 2);
+          // The new token's score apart: a vector that is read before the float stored into it has left the store buffer waits for it.
+          float own = 0;
+          for (int64_t d = 0; d < size; ++d) own += turned[d] * newest[d];
           f32x16 tops = unseen;
           for (int64_t t = 0; t <= filled; t += 16) {
             f32x16 score = {};
             for (int64_t d = 0; d < size; ++d) score += turned[d] * load<f32x16>(key + d * room + t);
             const i32x16 token = lane + static_cast<int>(t);
-            score = ((token >= from) & (token <= to)) != 0 ? score * static_cast<float>(scale) : unseen;
+            score = (token == to ? f32x16{} + own : score) * static_cast<float>(scale);
+            score = ((token >= from) & (token <= to)) != 0 ? score : unseen;
             store(scores.data() + t, score);
-            tops = score <= tops ? tops : score;  // a NaN wins, and spreads
+            tops = larger(tops, score);
           }
-          float top = tops[0];
-          for (int i = 1; i < 16; ++i) top = tops[i] <= top ? top : tops[i];
+          const float top = largest(tops);  // that of a NaN is not found here; its weight, and so the sum of weights, is NaN
           f32x16 totals = {};
           for (int64_t t = 0; t <= filled; t += 16) {
             const f32x16 weight = exp_negative(load<f32x16>(scores.data() + t) - top);
@@ -83,6 +87,7 @@ at::Tensor attend(
             store(out + (row * heads + head) * size + d, mean / total);
           }
         }
+        for (int64_t d = 0; d < size; ++d) key[d * room + filled] = newest[d];
       }
     }
   });

@@ -1,16 +1,17 @@
-"""Compile the fused CPU kernels at first use, keep them, and register them as torch operators `rin::...`.
+"""Compile the fused CPU kernels at first use, and keep them.
 
-One compiler run of about 15 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or plain C++;
+One compiler run of about 20 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or plain C++;
 ATEN_CPU_CAPABILITY chooses a lesser one). The library lies in the cache folder under a name made of all that it depends on, so another
 Python, torch, compiler or kind of machine that shares the folder gets its own; a file lock keeps two processes from compiling it twice.
 Without a compiler one line says so, and eager torch computes the same, more slowly.
 
-    module.cpp        the library: its operators, and the way in for Python
+    module.cpp        the library: the way in for Python
     vectors.h         vectors of the compiler
     blocks.h          blocks of MX and NVFP4: scales and rounding
-    fake_quantize.h   fake quantisation of a tensor
+    fake_quantize.h   fake quantisation of a tensor, with the straight-through estimator
     rms_norm.h        RMSNorm with quantised output, and its backward pass
-    rotary.h          rotary position embedding
+    swiglu.h          SwiGLU with quantised output, and its backward pass
+    rotary.h          rotary position embedding, and its backward pass
     attention.h       one new token's attention over the key/value cache
 """
 
@@ -26,7 +27,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from filelock import FileLock
@@ -40,9 +41,10 @@ FORMATS = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
 """Codes of the operator's argument `format`."""
 SOURCES = Path(__file__).parent
 _VECTORS = {
-    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-    "AVX2": ("-march=x86-64-v3",),
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    "AVX2": ("-march=x86-64-v3", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
 }
+"""The macros choose among the vector functions in torch's headers, as they did when torch was built."""
 # Contraction of a * b + c would skip a rounding on which the kernel rests.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
 
@@ -53,13 +55,49 @@ Raises ValueError if the block does not divide the last dimension.
 """
 
 
+class Kernels(Protocol):
+    """What the library computes. All tensors are on the CPU; but for those of the first two, they are fp32."""
+
+    fake_quantize: Kernel
+
+    def ste_quantize(self, x: Tensor, code: int, addend: int, per_tensor: bool, /) -> Tensor:
+        """`fake_quantize` with the identity as its gradient."""
+
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, code: int, addend: int, /
+    ) -> Any:  # a tuple for a residual, else a tensor: overloads of a protocol would say it three times
+        """Q(RMSNorm(x)) [.., n], n a multiple of 16; with a residual Q(RMSNorm(x + residual)) and x + residual. Code -1: no Q."""
+
+    def swiglu(self, gate: Tensor, up: Tensor, code: int, addend: int, /) -> Tensor:
+        """Q(silu(gate) * up) [.., n], n a multiple of 16."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor:
+        """x [tokens, heads, D] by the angles of its tokens, cos and sin [tokens, D]."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: Tensor,
+        filled: int,
+        scale: float,
+        /,
+    ) -> Tensor:
+        """One new token of every row, without gradient; `keys` and `values` grow by it (see attention.h)."""
+
+
 class CannotCompile(Exception):
     """No compiler, or one that fails; the reason in one line."""
 
 
 @functools.cache
-def load() -> Kernel | None:
-    """The kernel, compiled where nobody has yet; None where that cannot be done, which is logged once."""
+def load() -> Kernels | None:
+    """The kernels, compiled where nobody has yet; None where that cannot be done, which is logged once."""
     try:
         library = build()
     except CannotCompile as reason:
@@ -68,10 +106,9 @@ def load() -> Kernel | None:
     spec = importlib.util.spec_from_file_location("rin_kernels", library)
     assert spec is not None
     assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)  # which registers the operator
+    module = importlib.util.module_from_spec(spec)  # which registers the operator
     torch.library.register_fake("rin::fake_quantize", lambda x, code, addend, per_tensor: torch.empty_like(x))
-    kernel: Kernel = module.fake_quantize
-    return kernel
+    return cast(Kernels, module)
 
 
 def build() -> Path:
@@ -79,7 +116,7 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or shutil.which(compiler) is None:
         raise CannotCompile(f"no C++ compiler ({compiler or 'c++, g++, clang++'})")
-    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ("-DCPU_CAPABILITY=DEFAULT",)))
     version = _run([compiler, "--version"])
     sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
     key = "\n".join((*sources, *flags, version, torch.__version__, sys.version))
@@ -91,7 +128,7 @@ def build() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):
             if not library.exists():
-                log.warning("compiling the 4-bit kernels for this machine, once: about 15 seconds")
+                log.warning("compiling the 4-bit kernels for this machine, once: about 20 seconds")
                 _compile(compiler, flags, library)
     except OSError as error:
         raise CannotCompile(f"{folder} cannot be written ({error.strerror})") from error

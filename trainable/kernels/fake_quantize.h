@@ -1,9 +1,11 @@
-// The operator rin::fake_quantize: rows side by side, on all threads.
+// Fake quantisation of a tensor, rows side by side, on all threads; and the straight-through estimator around it.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "blocks.h"
 
@@ -48,6 +50,7 @@ void run(const T* x, T* out, int64_t rows, int64_t columns, int64_t format, uint
 
 // Any layout and floating dtype; other than fp32 and bf16 it is computed in fp32 and rounded at the end.
 at::Tensor fake_quantize(const at::Tensor& any, int64_t format, int64_t addend, bool per_tensor) {
+  RECORD_FUNCTION("rin::fake_quantize", {});
   const at::Tensor x = any.contiguous();
   const int64_t columns = x.size(-1), block = kBlocks[format];
   TORCH_CHECK_VALUE(columns % block == 0, kNames[format], " needs a last dim that is a multiple of ", block, ", but got ", columns, "; exclude it");
@@ -65,5 +68,15 @@ at::Tensor fake_quantize(const at::Tensor& any, int64_t format, int64_t addend, 
   }
   return out;
 }
+
+// Backward: the identity (arXiv 1308.3432). Nothing is kept for it.
+struct StraightThrough : torch::autograd::Function<StraightThrough> {
+  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x, int64_t format, int64_t addend, bool per_tensor) {
+    return fake_quantize(x, format, addend, per_tensor);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
+    return {grads[0], {}, {}, {}};
+  }
+};
 
 }  // namespace

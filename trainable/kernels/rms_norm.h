@@ -1,4 +1,5 @@
-// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), quantised while the row is in the cache.
+// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), quantised while the row is in the cache; and before it, where
+// x is the latest term of a residual stream, the sum with the stream so far.
 //
 // Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h. Quantisation counts as
 // the identity (straight-through estimator). Sums are taken in 16 lanes, and over rows in one order for a given number of threads.
@@ -11,6 +12,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "blocks.h"
 
@@ -18,17 +21,27 @@ namespace {
 
 inline f32x16 lanes(const float* x) { return load<f32x16>(x); }
 
-// x [.., n], n a multiple of 16; y like x, and 1 / sqrt(..) of each row for the backward pass.
-std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& any, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend) {
-  const at::Tensor x = any.contiguous();
+// x, and residual where it is defined, [.., n], n a multiple of 16. -> (y like x, the stream x + residual, 1 / sqrt(..) of each row
+// for the backward pass).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
+    const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend) {
+  RECORD_FUNCTION("rin::rms_norm", {});
+  const at::Tensor x = any.contiguous(), before = residual.defined() ? residual.contiguous() : residual;
   const int64_t n = x.size(-1), rows = x.numel() / n;
-  at::Tensor y = at::empty_like(x), inverse = at::empty({rows}, x.options());
-  const float *in = x.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  float *out = y.mutable_data_ptr<float>(), *inverses = inverse.mutable_data_ptr<float>();
+  const at::Tensor stream = before.defined() ? at::empty_like(x) : x;
+  const at::Tensor y = at::empty_like(x), inverse = at::empty({rows}, x.options());
+  const float *term = x.const_data_ptr<float>(), *so_far = before.defined() ? before.const_data_ptr<float>() : nullptr;
+  const float* w = weight.const_data_ptr<float>();
+  float *sums = so_far ? stream.mutable_data_ptr<float>() : nullptr, *out = y.mutable_data_ptr<float>();
+  float* inverses = inverse.mutable_data_ptr<float>();
   at::parallel_for(0, rows, 1 + kGrain / n, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* from = in + row * n;
+      const float* from = term + row * n;
       float* to = out + row * n;
+      if (so_far) {
+        for (int64_t k = 0; k < n; k += 16) store(sums + row * n + k, lanes(so_far + row * n + k) + lanes(from + k));
+        from = sums + row * n;
+      }
       f32x16 squares = {};
       for (int64_t k = 0; k < n; k += 16) squares += lanes(from + k) * lanes(from + k);
       const float r = inverses[row] = 1.0f / std::sqrt(sum(squares) / n + static_cast<float>(epsilon));
@@ -36,17 +49,18 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& any, const at::Ten
       if (format != kNone) quantize_row(to, to, n, format, addend);
     }
   });
-  return {y, inverse};
+  return {y, stream, inverse};
 }
 
-// -> (dx, dw)
+// `straight`, where it is defined, is the gradient that reaches x past the norm. -> (dx, dw)
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
-    const at::Tensor& any, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& inverse) {
-  const at::Tensor grad = any.contiguous();
+    const at::Tensor& any, const at::Tensor& straight, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& inverse) {
+  RECORD_FUNCTION("rin::rms_norm_backward", {});
+  const at::Tensor grad = any.contiguous(), past = straight.defined() ? straight.contiguous() : straight;
   const int64_t n = x.size(-1), rows = x.numel() / n;
   at::Tensor dx = at::empty_like(x), dw = at::empty_like(weight);
   const float *in = x.const_data_ptr<float>(), *dy = grad.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  const float* inverses = inverse.const_data_ptr<float>();
+  const float *inverses = inverse.const_data_ptr<float>(), *more = past.defined() ? past.const_data_ptr<float>() : nullptr;
   float *out = dx.mutable_data_ptr<float>(), *total = dw.mutable_data_ptr<float>();
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), 1 + rows * n / kGrain), size = (rows + parts - 1) / parts;
   std::vector<float> partial(parts * n, 0.0f);
@@ -64,7 +78,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
         }
         const float mean = sum(products) / n;
         for (int64_t k = 0; k < n; k += 16) {
-          store(out + row * n + k, (lanes(back + k) * lanes(w + k) - lanes(from + k) * r * mean) * r);
+          const f32x16 through = (lanes(back + k) * lanes(w + k) - lanes(from + k) * r * mean) * r;
+          store(out + row * n + k, more ? through + lanes(more + row * n + k) : through);
         }
       }
     }
@@ -75,5 +90,23 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
   }
   return {dx, dw};
 }
+
+// {y}, or {y, x + residual}.
+struct RMSNorm : torch::autograd::Function<RMSNorm> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* saved, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
+      double epsilon, int64_t format, int64_t addend) {
+    const auto [y, stream, inverse] = rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend);
+    saved->save_for_backward({stream, weight, inverse});
+    if (residual) return {y, stream};
+    return {y};
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+    const auto kept = saved->get_saved_variables();
+    const bool streams = grads.size() == 2;
+    const auto [dx, dw] = rms_norm_backward(grads[0], streams ? grads[1] : at::Tensor(), kept[0], kept[1], kept[2]);
+    return {dx, streams ? dx : at::Tensor(), dw, {}, {}, {}};
+  }
+};
 
 }  // namespace

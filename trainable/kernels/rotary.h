@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "vectors.h"
 
@@ -27,6 +29,7 @@ inline void rotate_back(const float* dy, float* out, const float* cos, const flo
   }
 }
 
+// x [tokens, heads, D] by the angles of its tokens, cos and sin [tokens, D].
 template <void turn(const float*, float*, const float*, const float*, int64_t)>
 at::Tensor turned(const at::Tensor& any, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor x = any.contiguous();
@@ -45,8 +48,17 @@ at::Tensor turned(const at::Tensor& any, const at::Tensor& cos, const at::Tensor
   return y;
 }
 
-// x [tokens, heads, D] by the angles of its tokens, cos and sin [tokens, D].
-at::Tensor rotary(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) { return turned<rotate>(x, cos, sin); }
-at::Tensor rotary_backward(const at::Tensor& grad, const at::Tensor& cos, const at::Tensor& sin) { return turned<rotate_back>(grad, cos, sin); }
+struct Rotary : torch::autograd::Function<Rotary> {
+  static at::Tensor forward(torch::autograd::AutogradContext* saved, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+    RECORD_FUNCTION("rin::rotary", {});
+    saved->save_for_backward({cos, sin});
+    return turned<rotate>(x, cos, sin);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+    RECORD_FUNCTION("rin::rotary_backward", {});
+    const auto kept = saved->get_saved_variables();
+    return {turned<rotate_back>(grads[0], kept[0], kept[1]), {}, {}};
+  }
+};
 
 }  // namespace

@@ -1,0 +1,70 @@
+// SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), quantised while the row is in the cache.
+//
+// e^x is torch's own, and the order of the operations too, so that every bit is that of torch's silu and product. Backward, with
+// s = 1 / (1 + e^-gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate). Quantisation counts as the identity.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "blocks.h"
+
+namespace {
+
+using Floats = at::vec::Vectorized<float>;
+
+// gate and up [.., n], n a multiple of 16. -> like them
+at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t format, int64_t addend) {
+  RECORD_FUNCTION("rin::swiglu", {});
+  const at::Tensor gate = any_gate.contiguous(), up = any_up.contiguous(), y = at::empty_like(gate);
+  const int64_t n = gate.size(-1), rows = gate.numel() / n;
+  const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, rows, 1 + kGrain / 8 / n, [=](int64_t begin, int64_t end) {
+    const Floats one(1.0f);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t k = row * n; k < (row + 1) * n; k += Floats::size()) {
+        const Floats x = Floats::loadu(g + k);
+        ((x / (one + x.neg().exp())) * Floats::loadu(u + k)).store(out + k);
+      }
+      if (format != kNone) quantize_row(out + row * n, out + row * n, n, format, addend);
+    }
+  });
+  return y;
+}
+
+// -> (dgate, dup)
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const at::Tensor& gate, const at::Tensor& up) {
+  RECORD_FUNCTION("rin::swiglu_backward", {});
+  const at::Tensor grad = any.contiguous(), dgate = at::empty_like(gate), dup = at::empty_like(gate);
+  const float *dy = grad.const_data_ptr<float>(), *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
+  float *to_gate = dgate.mutable_data_ptr<float>(), *to_up = dup.mutable_data_ptr<float>();
+  at::parallel_for(0, gate.numel() / Floats::size(), 1 + kGrain / 8 / Floats::size(), [=](int64_t begin, int64_t end) {
+    const Floats one(1.0f);
+    for (int64_t k = begin * Floats::size(); k < end * Floats::size(); k += Floats::size()) {
+      const Floats x = Floats::loadu(g + k), back = Floats::loadu(dy + k), divisor = one + x.neg().exp(), sigmoid = one / divisor;
+      (back * (x / divisor)).store(to_up + k);
+      (back * Floats::loadu(u + k) * sigmoid * at::vec::fmadd(x, one - sigmoid, one)).store(to_gate + k);
+    }
+  });
+  return {dgate, dup};
+}
+
+struct SwiGLU : torch::autograd::Function<SwiGLU> {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* saved, const at::Tensor& gate, const at::Tensor& up, int64_t format, int64_t addend) {
+    saved->save_for_backward({gate, up});
+    return swiglu(gate, up, format, addend);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+    const auto kept = saved->get_saved_variables();
+    const auto [dgate, dup] = swiglu_backward(grads[0], kept[0].contiguous(), kept[1].contiguous());
+    return {dgate, dup, {}, {}};
+  }
+};
+
+}  // namespace

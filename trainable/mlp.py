@@ -1,0 +1,41 @@
+"""The gated MLP of a block, whose activation is quantised at once for the projection that reads it.
+
+transformers computes silu, product and (in a `QuantLinear`) quantisation one after the other, each over the widest tensor of the model.
+On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; equal bits. It keeps gate and up
+for the backward pass, where torch keeps silu(gate) too. Elsewhere it is plain torch. The backward pass of the quantisation is the identity
+(straight-through).
+
+Shapes: n = hidden size, m = intermediate size.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainable.kernels import cpu
+from trainable.norm import LANES
+from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
+
+
+class GatedMLP(nn.Module):
+    """y = down(Q(silu(gate(x)) * up(x))) (SwiGLU, arXiv 2002.05202), for Qwen2, Llama and Mistral; on their own projections."""
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.readers: tuple[QuantLinear, ...] = ()
+        """The projection whose input format is that of Q; none: it quantises for itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., n] -> [.., n]."""
+        y: Tensor = self.down_proj(self._activation(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+    def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
+        """[.., m] both -> [.., m]."""
+        fmt, rule = (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
+        if gate.is_cpu and gate.dtype == torch.float32 and gate.shape[-1] % LANES == 0 and not torch.compiler.is_compiling():
+            kernels = cpu.load()
+            if kernels is not None:
+                return kernels.swiglu(gate, up, *kernel_codes(fmt, rule))
+        return ste_quantize(F.silu(gate) * up, fmt, rule)
