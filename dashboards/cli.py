@@ -87,9 +87,10 @@ def sweep(
     if submit is not None:
         _submit(submit, study.name if ablate is None or name is not None else f"{ablate}-ablation")
         return
-    from search.study import evidence_of, run_study
+    from search.study import evidence_of, fixed_arms, run_study
 
     if ablate is None:
+        fixed_arms(study)  # a mistake in the settings is told before anything is announced
         for known in evidence_of(study):
             print(f"the searcher is told: {known.source}")
         _run(
@@ -135,6 +136,9 @@ def resume(
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
         raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: rin confirm {study.parent}")
+    from search.store import refuse_second_driver
+
+    refuse_second_driver(study)
     from search.journal import read_arms, unfinished
     from search.study import resume_study
 

@@ -171,9 +171,8 @@ def sweeps(store: str) -> list[str]:
 @contextmanager
 def only_driver(config: StudyConfig) -> Iterator[None]:
     """One process drives a sweep. Raises ConfigError for the second."""
-    busy = f"sweep {config.name} is being run by another process{{}}; wait for it, or stop it and then: rin resume {config.name}"
     if config.folder.local is None:
-        with Lease(config.folder, lambda owner: ConfigError(busy.format(f" ({owner})"))):
+        with Lease(config.folder, lambda owner: _busy(config, f" ({owner})")):
             yield
         return
     config.scratch.mkdir(parents=True, exist_ok=True)
@@ -181,11 +180,23 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
     try:
         lock.acquire(timeout=1)  # `rin status` holds it for a moment
     except Timeout:
-        raise ConfigError(busy.format("")) from None
+        raise _busy(config) from None
     try:
         yield
     finally:
         lock.release()
+
+
+def refuse_second_driver(config: StudyConfig) -> None:
+    """Raises what `only_driver` would raise now: at once, where it comes after the imports of torch and ray."""
+    if is_driven(config):
+        raise _busy(config)
+
+
+def _busy(config: StudyConfig, owner: str = "") -> ConfigError:
+    return ConfigError(
+        f"sweep {config.name} is being run by another process{owner}; wait for it, or stop it and then: rin resume {config.name}"
+    )
 
 
 def is_driven(config: StudyConfig) -> bool:

@@ -20,6 +20,7 @@ from search.store import (
     is_driven,
     load_study_config,
     only_driver,
+    refuse_second_driver,
     save_study_config,
     sweeps,
 )
@@ -213,10 +214,13 @@ def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(place: str, re
     first = driver(store)
     try:
         assert is_driven(config)
+        with pytest.raises(ConfigError, match=r"sweep s is being run by another process; .*rin resume s"):
+            refuse_second_driver(config)
     finally:
         first.kill()
         first.wait()
     assert not is_driven(config)
+    refuse_second_driver(config)
     second = driver(store)  # whoever only looked holds nothing
     second.kill()
     second.wait()

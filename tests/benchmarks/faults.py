@@ -449,7 +449,7 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
             if name == "mlflow":
                 sweep.tracking = f"http://127.0.0.1:{_free_port()}"
             if name == "second":
-                sweep.more = ("--set", "grpo.steps=150")  # long enough for a second program to start beside it
+                sweep.more = ("--set", "grpo.steps=60")  # long enough for a second program to start beside it
                 sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
             if name == "hang":
                 (store / "sitecustomize.py").write_text(FREEZE)
