@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
-from trainable import norm
+from trainable import mlp, norm
 from trainable.kernels import cuda
 from trainable.quantization import QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
 from trainable.seeds import generator
@@ -139,11 +139,53 @@ def gradients_of_the_norm(device: str) -> None:
             torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=close, atol=close)
 
 
+def activations(device: str) -> None:
+    for dtype, shape in product((torch.float32, torch.bfloat16), ((5, 64), (2, 3, 96), (0, 64), (3, 8960))):
+        gate, up = 4 * drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, name="up")
+        expected = nn.functional.silu(gate) * up
+        y = cuda.swiglu(gate.to(device), up.to(device), -1, 0).cpu()
+        flips = dtype == torch.bfloat16  # of silu's rounding, where another exponential moves it across a midpoint
+        torch.testing.assert_close(y, expected, rtol=2**-7 if flips else 2e-6, atol=0.0)
+        assert not flips or y.numel() == 0 or (y != expected).float().mean() < 0.01
+        for fmt, rule in ALL:
+            z = cuda.swiglu(gate.to(device), up.to(device), *kernel_codes(fmt, rule)).cpu()
+            assert_same(z, fake_quantize_eager(y, fmt, rule) if y.numel() else y)
+    with pytest.raises(ValueError, match=r"mxfp4 .* multiple of 32, but got 40; exclude"):
+        cuda.swiglu(drawn(3, 40).to(device), drawn(3, 40).to(device), 0, 0)
+    odd = drawn(3, 40), drawn(3, 40, name="up")
+    y = cuda.swiglu(*(x.to(device) for x in odd), -1, 0).cpu()
+    torch.testing.assert_close(y, nn.functional.silu(odd[0]) * odd[1], rtol=2e-6, atol=0.0)
+
+
+def activations_that_are_not_finite(device: str) -> None:
+    for bad, place, fmt in product((float("nan"), float("inf"), float("-inf")), (0, 1), ("none", *QUANTISED)):
+        inputs = [torch.ones(3, 96), torch.ones(3, 96)]
+        inputs[place][1, 5] = bad
+        y = cuda.swiglu(*(x.to(device) for x in inputs), *kernel_codes(fmt, "floor")).cpu()
+        expected = nn.functional.silu(inputs[0]) * inputs[1]
+        expected = expected if fmt == "none" else fake_quantize_eager(expected, fmt)
+        torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def gradients_of_the_activation(device: str) -> None:
+    for dtype, fmt in product((torch.float32, torch.bfloat16), ("none", "mxfp4")):
+        leaves = [4 * drawn(2, 3, 96, dtype=dtype), drawn(2, 3, 96, dtype=dtype, name="up")]
+        ours = [leaf.to(device).requires_grad_() for leaf in leaves]
+        theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        grad = drawn(2, 3, 96, dtype=dtype, name="grad")
+        mlp._FusedOnCuda.apply(*ours, *kernel_codes(fmt, "floor")).backward(grad.to(device))
+        (nn.functional.silu(theirs[0]) * theirs[1]).backward(grad)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.grad is not None
+            torch.testing.assert_close(a.grad.cpu(), b.grad)
+
+
 def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         kernel = cuda.load()
         assert kernel is not None
         y = norm._FusedOnCuda.apply(x, weight[0], 1e-6, 0, 0)
+        y = mlp._FusedOnCuda.apply(y, x, 0, 0)
         return y @ kernel(weight, *kernel_codes("nvfp4", "floor"), True).t()
 
     x, weight = drawn(8, 64).to(device).requires_grad_(), drawn(32, 64, name="weight").to(device)
@@ -153,13 +195,15 @@ def compiled_around(device: str) -> None:
     assert torch.equal(a, b)
     torch.library.opcheck(torch.ops.rin_cuda.fake_quantize.default, (weight.t(), 0, 0, False))
     torch.library.opcheck(torch.ops.rin_cuda.rms_norm.default, (x.detach(), weight[0], 1e-6, 0, 0))
+    torch.library.opcheck(torch.ops.rin_cuda.swiglu.default, (x.detach(), x.detach(), 0, 0))
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
     for check in (
         *(every_class_of_data, odd_shapes_and_views, bf16_beside_every_largest_value),
-        *(norms, norms_of_any_width, norms_that_are_not_finite, gradients_of_the_norm, compiled_around),
+        *(norms, norms_of_any_width, norms_that_are_not_finite, gradients_of_the_norm),
+        *(activations, activations_that_are_not_finite, gradients_of_the_activation, compiled_around),
     )
 }
 
@@ -208,6 +252,10 @@ COMPILED = [
         ("norm_rows", dict.fromkeys(("x", "weight", "out"), t) | NORM, {"COLUMNS": 896, "FORMAT": code, "N": 1024})
         for t, code in product(TENSORS[:2], (-1, 0, 2))
     ),
+    *(
+        ("swiglu_tensor", dict.fromkeys(("gate", "up", "out"), t) | {"count": "i32", "addend": "i32"}, {"FORMAT": code, "B": 128})
+        for t, code in product(TENSORS[:2], (-1, 0))
+    ),
 ]
 
 
@@ -229,6 +277,8 @@ def test_the_assembly_contracts_flushes_and_approximates_nothing(
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=cuda._OPTIONS).asm["ptx"]
     floats = set(re.findall(r"\b[a-z]+(?:\.\w+)*\.f32\b", assembly))
     assert "add.rn.f32" in floats
+    if name == "swiglu_tensor":
+        floats -= {"ex2.approx.f32", "ex2.approx.ftz.f32"}  # e^x, which has no exact value
     assert not [op for op in floats if re.search(r"^fma|^mad|\.ftz|\.approx|\.full|^(add|sub|mul|div|sqrt)\.f32", op)], floats
 
 
@@ -263,6 +313,17 @@ def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(mo
     layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format="mxfp8", scale_rule="even"),)
     layer(on_cuda(4, 64))
     assert calls == [(1e-6, -1, 0), (1e-6, *kernel_codes("mxfp8", "even"))]
+
+
+def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(mlp, "_FusedOnCuda", SimpleNamespace(apply=lambda gate, up, *arguments: calls.append(arguments)))
+    monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)
+    layer = mlp.GatedMLP(nn.Identity(), nn.Identity(), nn.Identity())
+    layer(on_cuda(4, 64))
+    layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format="mxfp8", scale_rule="even"),)
+    layer(on_cuda(4, 64))
+    assert calls == [(-1, 0), kernel_codes("mxfp8", "even")]
 
 
 def test_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:

@@ -1,18 +1,20 @@
 """The gated MLP of a block, whose activation is quantised at once for the projection that reads it.
 
 transformers computes silu, product and (in a `QuantLinear`) quantisation one after the other, each over the widest tensor of the model.
-On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; equal bits. It keeps gate and up
-for the backward pass, where torch keeps silu(gate) too. Elsewhere it is plain torch. The backward pass of the quantisation is the identity
-(straight-through).
+On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; equal bits. On a CUDA device the
+forward pass is fused, the backward pass is plain torch. Either keeps gate and up for the backward pass, where torch keeps silu(gate) too.
+The backward pass of the quantisation is the identity (straight-through).
 
 Shapes: n = hidden size, m = intermediate size.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainable.kernels import cpu
+from trainable.kernels import cpu, cuda
 from trainable.norm import LANES
 from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
 
@@ -38,4 +40,21 @@ class GatedMLP(nn.Module):
             kernels = cpu.load()
             if kernels is not None:
                 return kernels.swiglu(gate, up, *kernel_codes(fmt, rule))
+        if gate.is_cuda and cuda.can_activate(gate, up):
+            on_device: Tensor = _FusedOnCuda.apply(gate, up, *kernel_codes(fmt, rule))  # type: ignore[no-untyped-call]
+            return on_device
         return ste_quantize(F.silu(gate) * up, fmt, rule)
+
+
+class _FusedOnCuda(torch.autograd.Function):
+    """Keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return cuda.swiglu(gate, up, code, addend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None

@@ -61,6 +61,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "startup": ("Start-up", start_up),
     "trials": ("Whole trials", whole_trials),
     "quantiser": ("Fake quantisation", _part("arithmetic", "quantiser")),
+    "cuda": ("Kernels on a GPU", _part("cuda", "kernels")),
     "linear": ("QuantLinear", _part("arithmetic", "quant_linear")),
     "allocator": ("The allocator", _part("arithmetic", "allocator")),
     "rollout": ("Rollout", _part("step", "rollout")),

@@ -14,18 +14,22 @@ from trainable.quantization import fake_quantize, fake_quantize_eager, kernel_co
 
 SHAPES = ((4096, 1536), (8192, 8960), (16384, 16384))
 DTYPES = (torch.float32, torch.bfloat16)
+_PASSES = {"swiglu to mxfp4": 3}
+"""Tensors read and written; otherwise one each."""
 
 
 def kernels() -> list[str]:
+    """The Triton kernels against copying the tensor, in GB/s of bytes read and written. Without a GPU they are tested in Triton's
+    interpreter and by reading their assembly (tests/test_cuda_kernels.py)."""
     if not torch.cuda.is_available():
-        return ["no GPU here: not timed"]
+        return ["There was no GPU: NOT TIMED."]
     if cuda.load() is None:
-        return ["no Triton here: not timed"]
-    lines = []
+        return ["There was no Triton: NOT TIMED."]
+    lines: list[str] = []
     for shape in SHAPES:
         for dtype in DTYPES:
             x = torch.randn(shape, device="cuda").to(dtype)
-            speeds = {name: f"{_gigabytes_per_second(x, work):.0f}" for name, work in _rivals(x).items()}
+            speeds = {name: f"{_gigabytes_per_second(x, work, _PASSES.get(name, 2)):.0f}" for name, work in _rivals(x).items()}
             lines = lines or [f"| {torch.cuda.get_device_name()}, GB/s | {' | '.join(speeds)} |", "|---" * (len(speeds) + 1) + "|"]
             lines.append(f"| {shape[0]}x{shape[1]}, {str(dtype).removeprefix('torch.')} | {' | '.join(speeds.values())} |")
     return lines
@@ -42,16 +46,17 @@ def _rivals(x: Tensor) -> dict[str, Callable[[], object]]:
         "nvfp4, one scale": lambda: fake_quantize(x, "nvfp4", per_tensor=True),
         "norm": lambda: cuda.rms_norm(x, weight, 1e-6, -1, 0),
         "norm to mxfp4": lambda: cuda.rms_norm(x, weight, 1e-6, *kernel_codes("mxfp4", "floor")),
+        "swiglu to mxfp4": lambda: cuda.swiglu(x, out, *kernel_codes("mxfp4", "floor")),
         "eager mxfp4": lambda: fake_quantize_eager(x),
         "eager nvfp4": lambda: fake_quantize_eager(x, "nvfp4"),
     }
 
 
-def _gigabytes_per_second(x: Tensor, work: Callable[[], object]) -> float:
+def _gigabytes_per_second(x: Tensor, work: Callable[[], object], passes: int) -> float:
     from triton.testing import do_bench
 
     milliseconds: float = do_bench(work, return_mode="median")
-    return 2 * x.numel() * x.element_size() / milliseconds / 1e6
+    return passes * x.numel() * x.element_size() / milliseconds / 1e6
 
 
 if __name__ == "__main__":

@@ -16,13 +16,19 @@ from spaces.reading import read_config
 from spaces.workloads import TRIAL_ENVIRONMENT
 from tests.benchmarks.timing import never_end
 
-CURVES: dict[str, tuple[str, list[int]]] = {
-    "depth": ("blocks", [4, 8, 16, 32]),
-    "width": ("hidden size", [96, 192, 384, 768]),
-    "group_size": ("completions per prompt", [4, 8, 16, 32]),
-    "prompts": ("prompts", [16, 32, 64, 128]),
-    "tokens": ("tokens per completion", [8, 32, 128, 512]),
+CURVES: dict[str, tuple[str, list[int], str]] = {
+    "depth": ("blocks", [4, 8, 16, 32], "every block costs the same; head, sampling and scoring do not grow"),
+    "width": ("hidden size", [96, 192, 384, 768], "at 96 the calls around small tensors; from 384 on matrix products, whose exponent is 2"),
+    "group_size": (
+        "completions per prompt",
+        [4, 8, 16, 32],
+        "their tokens, not their prompt, which is computed once; in a rollout calls that do not grow; in updates attention too: it is "
+        "square in the row that a prompt shares with its completions, until the row is full",
+    ),
+    "prompts": ("prompts", [16, 32, 64, 128], "rows of all products; the smallest are bound by calls"),
+    "tokens": ("tokens per completion", [8, 32, 128, 512], "a forward pass for each in a rollout; attention to all before, towards 2"),
 }
+"""What grows, to which values, and what bounds it."""
 
 
 def one_point(curve: str, value: int) -> dict[str, float]:
@@ -76,15 +82,18 @@ def _in_its_own_process(curve: str, value: int) -> dict[str, float]:
 
 def growth() -> list[str]:
     """Exponents of time (and of the memory that a step adds to the loaded model) against each size, fitted over all four points and
-    over the last two: what is bound by arithmetic grows with its share of the work, what is bound by overheads does not grow."""
-    lines = ["| against | values | rollout s | updates s | memory GiB | exponents: rollout | updates | memory | of the last two |"]
-    lines.append("|" + "---|" * 9)
-    for curve, (name, values) in CURVES.items():
+    over the last two: what is bound by arithmetic grows with its share of the work, what is bound by overheads does not grow. Against
+    the number of trials: docs/overhead.md."""
+    lines = [
+        "| against | values | rollout s | updates s | memory GiB | exponents: rollout | updates | memory | of the last two | bound by |"
+    ]
+    lines.append("|" + "---|" * 10)
+    for curve, (name, values, bound) in CURVES.items():
         points = [_in_its_own_process(curve, value) for value in values]
         cells = [", ".join(f"{point[what]:.3g}" for point in points) for what in ("rollout", "updates", "gib")]
         all_of_them = [_exponent(values, [point[what] for point in points]) for what in ("rollout", "updates", "gib")]
         last = " / ".join(_exponent(values[-2:], [point[what] for point in points[-2:]]) for what in ("rollout", "updates", "gib"))
-        lines.append(f"| {name} | {', '.join(map(str, values))} | {' | '.join(cells)} | {' | '.join(all_of_them)} | {last} |")
+        lines.append(f"| {name} | {', '.join(map(str, values))} | {' | '.join(cells)} | {' | '.join(all_of_them)} | {last} | {bound} |")
     return lines
 
 

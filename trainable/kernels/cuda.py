@@ -1,4 +1,4 @@
-"""Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, and RMSNorm with quantised output.
+"""Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, RMSNorm and SwiGLU with quantised output.
 
 Eager torch takes some ten passes, each at the speed of the memory. Triton is a compiler that comes with torch's CUDA builds
 (`pip install triton` elsewhere) and compiles a kernel at its first call, within seconds; it needs a C compiler for the call itself. Where
@@ -7,7 +7,7 @@ it is not installed `load` returns None, one line says so, and eager torch compu
 The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
 them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
 
-Left out: the backward pass of the norm, which is plain torch (norm.py).
+Left out: the backward passes of norm and SwiGLU, which are plain torch (norm.py, mlp.py).
 """
 
 import functools
@@ -65,6 +65,18 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) 
     return _rms_norm(x, weight, epsilon, code, addend)
 
 
+def swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+    """Q(silu(gate) * up), all [.., m], of one dtype; without gradient. `code` is -1 for no quantisation."""
+    if torch.compiler.is_compiling():
+        y: Tensor = _swiglu_operator(gate.detach(), up.detach(), code, addend)
+        return y
+    return _swiglu(gate, up, code, addend)
+
+
+def can_activate(gate: Tensor, up: Tensor) -> bool:
+    return gate.dtype == up.dtype and gate.dtype in _DTYPES and load() is not None
+
+
 def can_norm(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.dtype in _DTYPES and x.shape[-1] <= WIDEST and load() is not None
 
@@ -116,6 +128,23 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int)
     return y, inverse
 
 
+def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+    from trainable.kernels import cuda_blocks as kernels
+
+    assert can_activate(gate, up), f"{gate.dtype=} {up.dtype=}"
+    if code >= 0:
+        _check(gate, code)
+    gate, up = gate.detach().contiguous(), up.detach().contiguous()
+    out, count = torch.empty_like(gate), gate.numel()
+    whole_rows = code >= 0 and _NAMES[code] == "nvfp4"  # whose outer scale is known when the row is
+    if count:
+        with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
+            kernels.swiglu_tensor[(-(-count // _TILE),)](
+                *(_bits(gate), _bits(up), _bits(out), count, addend, -1 if whole_rows else code, _TILE // 32), **_OPTIONS
+            )
+    return _fake_quantize(out, code, addend, False) if whole_rows else out
+
+
 def _check(x: Tensor, code: int) -> None:
     name, columns = _NAMES[code], x.shape[-1]
     if columns % _BLOCK[name] != 0:
@@ -145,12 +174,18 @@ def _warps(elements: int) -> int:
 
 
 _fake_quantize_operator: Any = torch.library.custom_op("rin_cuda::fake_quantize", _fake_quantize, mutates_args=())
+_swiglu_operator: Any = torch.library.custom_op("rin_cuda::swiglu", _swiglu, mutates_args=())
 _rms_norm_operator: Any = torch.library.custom_op("rin_cuda::rms_norm", _rms_norm, mutates_args=())
 
 
 @_fake_quantize_operator.register_fake  # type: ignore[untyped-decorator]
 def _(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@_swiglu_operator.register_fake  # type: ignore[untyped-decorator]
+def _(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+    return gate.new_empty(gate.shape)
 
 
 @_rms_norm_operator.register_fake  # type: ignore[untyped-decorator]

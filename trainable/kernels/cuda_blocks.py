@@ -12,6 +12,7 @@ is passed over once; what several passes need (the largest of an NVFP4 row) is r
 What a GPU's compiler could break, and why it does not:
 - fma(a, b, c) for a * b + c skips a rounding. Launches say enable_fp_fusion=False. Nor is there a product that feeds a sum here: y is
   clamped as an integer between its product and the adder. (The sum of squares in a norm is the exception, and has no exact value.)
+- The exponential in SwiGLU is the GPU's approximate one, as e^x has no exact value either; what is quantised is quantised exactly.
 - Flushing of subnormals: Triton emits mul, add and div without .ftz. `tl.div_rn` and `tl.sqrt_rn` round to nearest; `/` and `tl.sqrt`
   are approximate.
 - bf16 travels as int16, its bits, which are the upper half of fp32: the rounding to it is written out, and is that of torch.
@@ -142,6 +143,22 @@ def nv_rows(x, out, columns, B: tl.constexpr):
     for first in range(0, columns, B * 16):
         at = first + tile(B, 16)
         write(out, start + at, at < columns, nv(read(x, start + at, at < columns), top))
+
+
+@triton.jit(do_not_specialize=["addend"])
+def swiglu_tensor(gate, up, out, count, addend, FORMAT: tl.constexpr, B: tl.constexpr):
+    """silu(gate) * up, then blocks of 32 side by side on the grid of FORMAT (an MX one, or -1: none). silu is rounded to the dtype before
+    the product, as in torch."""
+    at = tl.program_id(0).to(tl.int64) * (B * 32) + tile(B, 32)
+    seen = at < count
+    x = number(read(gate, at, seen))
+    silu = nearest(tl.div_rn(x, 1.0 + tl.exp(-x)).to(tl.int32, bitcast=True), gate)
+    y = nearest((number(silu) * number(read(up, at, seen))).to(tl.int32, bitcast=True), gate)
+    if FORMAT == 0:
+        y = mx(y, addend, 1)
+    elif FORMAT == 1:
+        y = mx(y, addend, 3)
+    write(out, at, seen, y)
 
 
 @triton.jit(do_not_specialize=["addend"])
