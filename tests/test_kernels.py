@@ -25,12 +25,15 @@ from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
 from trainable.kernels import cpu
 from trainable.quantization import fake_quantize, fake_quantize_eager
 
-assert cpu.load() is not None
+kernels = cpu.load()
+assert kernels is not None
 for fmt, rule in ALL:
     for kind in CLASSES:
         for dtype in DTYPES:
             x = sample(kind, fmt, dtype)
             assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
+gate, up = (4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+assert torch.equal(kernels.swiglu(gate, up, -1, 0), torch.nn.functional.silu(gate) * up)
 print(torch.backends.cpu.get_cpu_capability())
 """
 

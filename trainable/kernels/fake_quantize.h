@@ -24,11 +24,10 @@ void mx(const T* x, T* out, int64_t blocks, uint32_t addend) {
 // `common` < 0: each row has an outer scale of its own.
 template <class T>
 void nv(const T* x, T* out, int64_t rows, int64_t columns, float common) {
-  at::parallel_for(0, rows, 1 + kGrain / columns, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* in = x + row * columns;
-      const float outer = common < 0 ? outer_scale(largest_of(in, columns)) : common;
-      nv_row(in, out + row * columns, columns, outer);
+  at::parallel_for(0, rows, 1 + kGrain / 4 / columns, [=](int64_t begin, int64_t end) {
+    const int64_t some = 1 + (1 << 13) / columns;  // rows that stay in the cache from one pass over them to the next
+    for (int64_t row = begin; row < end; row += some) {
+      nv_rows(x + row * columns, out + row * columns, std::min(some, end - row), columns, common);
     }
   });
 }
