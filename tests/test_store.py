@@ -214,7 +214,8 @@ def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(place: str, re
     first = driver(store)
     try:
         assert is_driven(config)
-        with pytest.raises(ConfigError, match=r"sweep s is being run by another process; .*rin resume s"):
+        owner = "" if place == "disk" else rf" \(process {first.pid} on .*\)"
+        with pytest.raises(ConfigError, match=rf"sweep s is being run by another process{owner}; .*rin resume s"):
             refuse_second_driver(config)
     finally:
         first.kill()
