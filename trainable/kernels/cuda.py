@@ -30,6 +30,8 @@ _NAMES = {code: name for name, code in FORMATS.items()}
 _BLOCK = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 _MANTISSA = {"mxfp4": 1, "mxfp8": 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FUSED_DTYPES = (torch.float32, torch.bfloat16)
+"""Those in which the fused kernels round between two operations as torch does."""
 _INSTALLED = importlib.util.find_spec("triton") is not None
 """A constant, for torch.compile cannot look for it."""
 _OPTIONS = {"enable_fp_fusion": False}
@@ -74,11 +76,11 @@ def swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
 
 
 def can_activate(gate: Tensor, up: Tensor) -> bool:
-    return gate.dtype == up.dtype and gate.dtype in _DTYPES and load() is not None
+    return gate.dtype == up.dtype and gate.dtype in _FUSED_DTYPES and load() is not None
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and x.dtype in _DTYPES and x.shape[-1] <= WIDEST and load() is not None
+    return x.dtype == weight.dtype and x.dtype in _FUSED_DTYPES and x.shape[-1] <= WIDEST and load() is not None
 
 
 # --- launches ------------------------------------------------------------------------------------------------------------------------
