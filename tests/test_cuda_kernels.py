@@ -326,7 +326,11 @@ def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_for
     assert calls == [(-1, 0), kernel_codes("mxfp8", "even")]
 
 
-def test_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:
+def test_an_activation_or_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:
+    half = torch.ones(2, 64, dtype=torch.float16)
+    assert not cuda.can_activate(half, half)
+    assert not cuda.can_activate(half.float(), half)
+    assert not cuda.can_norm(half, half[0])
     weight = torch.ones(64)
     assert not cuda.can_norm(torch.ones(2, 64, dtype=torch.bfloat16), weight)
     assert not cuda.can_norm(torch.ones(2, 64, dtype=torch.float64), weight.double())
