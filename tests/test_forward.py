@@ -1,5 +1,8 @@
 """Our forward pass, decoder and fused kernels against transformers and plain torch."""
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from trainable.quantization import QuantLinear, fake_quantize
 from trainable.rollout import left_padded
 from trainable.seeds import generator
 
+ChangedFolder = Callable[..., str]
 W16A16 = QuantConfig(weights="none", activations="none")
 
 
@@ -51,6 +55,19 @@ def folder(request: pytest.FixtureRequest, model_folder: ModelFolder, tmp_path: 
         MistralForCausalLM(config).save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     return str(tmp_path)
+
+
+@pytest.fixture
+def changed_folder(model_folder: ModelFolder, tmp_path: Path) -> ChangedFolder:
+    """changed_folder(hidden_act="gelu"): a Qwen2 model whose config says so."""
+
+    def changed(**settings: Any) -> str:
+        place = Path(shutil.copytree(model_folder(), tmp_path / "changed"))
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | settings))
+        return str(place)
+
+    return changed
 
 
 def padded_rows(policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +105,25 @@ def test_what_it_does_not_know_goes_through_transformers(model_folder: ModelFold
     policy = load_policy(ModelConfig(name=model_folder(), attention=attention, dtype=dtype), W16A16, seed=0)
     used = {("sdpa", "float32"): _Fused, ("sdpa", "bfloat16"): _Ours}.get((attention, dtype), _Transformers)
     assert type(decoder(policy, 4)) is used
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_angles_that_depend_on_the_length_go_through_transformers(changed_folder: ChangedFolder, rope: str) -> None:
+    folder = changed_folder(rope_parameters={"rope_type": rope, "rope_theta": 1e4, "factor": 2.0})
+    used = {"default": _Fused, "dynamic": _Transformers}[rope]
+    assert type(decoder(load_policy(ModelConfig(name=folder), W16A16, seed=0), 4)) is used
+
+
+def test_another_activation_is_left_to_transformers(changed_folder: ChangedFolder) -> None:
+    folder = changed_folder(hidden_act="gelu")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    ids, mask = padded_rows(policy)
+    forward = forward_of(policy)
+    assert forward is not None
+    ours = forward.logits(forward.hidden(ids, forward.angles(positions(mask)), forward.masked(causal(mask))))[mask > 0]
+    expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def rollout_logits(policy: Policy, kind: Any, tokens: torch.Tensor, keep: bool) -> list[torch.Tensor]:
@@ -320,6 +356,38 @@ def test_arguments_of_another_kind_are_named() -> None:
         cpu_kernels().swiglu(x, 3, -1, 0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="4 arguments are wanted, not 2"):
         cpu_kernels().swiglu(x, x)  # type: ignore[call-arg]
+
+
+def test_shapes_that_do_not_fit_are_errors() -> None:
+    """They would be read, or written, out of bounds."""
+    kernels, x, weight = cpu_kernels(), torch.ones(4, 32), torch.ones(32)
+    for wrong in (torch.ones(4, 16), torch.ones(32), torch.ones(2, 32)):
+        with pytest.raises(ValueError, match=r"gate \[4, 32\] and up"):
+            kernels.swiglu(x, wrong, -1, 0)
+        with pytest.raises(ValueError, match=r"x \[4, 32\] and residual"):
+            kernels.rms_norm(x, wrong, weight, 1e-6, -1, 0)
+    for activation in (lambda x: kernels.swiglu(x, x, 0, 0), lambda x: kernels.rms_norm(x, None, torch.ones(x.shape[-1]), 1e-6, 0, 0)):
+        with pytest.raises(ValueError, match="rows of 40 are not whole vectors"):
+            activation(torch.ones(4, 40))
+        with pytest.raises(ValueError, match="mxfp4 needs a last dim that is a multiple of 32, but got 48"):
+            activation(torch.ones(4, 48))
+    with pytest.raises(ValueError, match=r"a weight \[16\] for rows of 32"):
+        kernels.rms_norm(x, None, torch.ones(16), 1e-6, -1, 0)
+    with pytest.raises(RuntimeError, match="angles are not contiguous"):
+        kernels.rotary(torch.ones(8, 2, 8), torch.ones(8, 8).t(), torch.ones(8, 8))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    """Instead of lacking a part without a word."""
+    kernels, x = cpu_kernels(), torch.ones(4, 32, requires_grad=True)
+    angles = torch.ones(4, 32)
+    for y in (
+        kernels.swiglu(x, x, -1, 0),
+        kernels.rms_norm(x, None, torch.ones(32), 1e-6, -1, 0),
+        kernels.rotary(x[:, None], angles, angles),
+    ):
+        with pytest.raises(NotImplementedError, match="has none of its own"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 def test_rotation_is_that_of_transformers() -> None:

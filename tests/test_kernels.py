@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,23 @@ def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
     values = torch.cat([values, values[: -len(values) % 31]]).reshape(-1, 31)
     for top in tops:
         x = torch.cat([top.expand(len(values), 1), values.where(values.abs() <= top, 0.0)], 1).contiguous()
-        for rule in ("floor", "even", "rceil", "ceil"):
-            assert_same(fake_quantize(x, "mxfp4", rule), fake_quantize_eager(x, "mxfp4", rule))
+        for fmt, rule in product(("mxfp4", "mxfp8"), ("floor", "even", "rceil", "ceil")):
+            assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
+
+
+@pytest.mark.parametrize("largest", [147.0, 189.0, 231.0, 3.21875], ids=str)
+def test_nvfp4_in_bf16_where_results_lie_halfway_and_scales_are_subnormal(largest: float) -> None:
+    """With an amax of 21 n the outer scale has so few bits that products with it lie halfway between two numbers of bf16."""
+    source = torch.Generator().manual_seed(0)
+    tops = torch.exp2(20 * torch.rand(200, 40, 1, generator=source) - 20)  # of blocks, down to E4M3's subnormals and below
+    x = largest * tops * (2 * torch.rand(200, 40, 16, generator=source) - 1)
+    x[:, 7, 3] = largest
+    x = x.flatten(1).bfloat16()
+    exact = fake_quantize_eager(x.float(), "nvfp4")
+    halfway = int(((exact.view(torch.int32) & 0xFFFF) == 0x8000).sum())
+    assert halfway > 1000 or largest % 21 > 0
+    for per_tensor in (False, True):
+        assert_same(fake_quantize(x, "nvfp4", per_tensor=per_tensor), fake_quantize_eager(x, "nvfp4", per_tensor=per_tensor))
 
 
 def test_views_are_quantised_as_their_copies() -> None:

@@ -1,9 +1,9 @@
 """The gated MLP of a block, whose activation is quantised at once for the projection that reads it.
 
 transformers computes silu, product and (in a `QuantLinear`) quantisation one after the other, each over the widest tensor of the model.
-On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; equal bits. On a CUDA device the
-forward pass is fused, the backward pass is plain torch. Either keeps gate and up for the backward pass, where torch keeps silu(gate) too.
-The backward pass of the quantisation is the identity (straight-through).
+On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; bits are those of torch's own
+vectors (see `kernels/swiglu.h`). On a CUDA device the forward pass is fused, the backward pass is plain torch. Either keeps gate and up for
+the backward pass, where torch keeps silu(gate) too. The backward pass of the quantisation is the identity (straight-through).
 
 Shapes: n = hidden size, m = intermediate size.
 """

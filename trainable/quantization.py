@@ -120,7 +120,8 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
             return _operator(x, fmt, scale_rule, per_tensor)
         kernels = cpu.load()
         if kernels is not None:
-            return kernels.fake_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
+            code, addend = _CODES[fmt, scale_rule]
+            return kernels.fake_quantize(x, code, addend, per_tensor)
     elif x.is_cuda:
         fused = cuda.load()
         if fused is not None:

@@ -4,12 +4,7 @@
 // thread computes it from end to end. Grouped-query attention: H / N query heads side by side read one key/value head.
 #pragma once
 
-#include <limits>
 #include <vector>
-
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include "rotary.h"
 
@@ -40,7 +35,7 @@ at::Tensor attend(
   const int64_t heads = q.size(1) / size, shared = heads / kv_heads;
   TORCH_CHECK(filled < room && room % 16 == 0 && size % 8 == 0, "a cache for ", room, " tokens of size ", size, " that holds ", filled);
   for (const at::Tensor& x : {q, k, v, cos, sin, keys, values, starts}) TORCH_CHECK(x.is_contiguous(), "a tensor is not contiguous");
-  at::Tensor mixed = at::empty(q.sizes(), q.options());
+  at::Tensor mixed = made_like(q);
   const float *qs = q.const_data_ptr<float>(), *ks = k.const_data_ptr<float>(), *vs = v.const_data_ptr<float>();
   const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
   float *all_keys = keys.mutable_data_ptr<float>(), *all_values = values.mutable_data_ptr<float>(), *out = mixed.mutable_data_ptr<float>();

@@ -7,7 +7,10 @@ Without a compiler one line says so, and eager torch computes the same, more slo
 
     module.cpp        the library: the way in for Python
     vectors.h         vectors of the compiler
-    blocks.h          blocks of MX and NVFP4: scales and rounding
+    tensors.h         new tensors, checks
+    blocks.h          what the formats have in common: grids and rounding
+    mx.h              blocks of MXFP4 and MXFP8
+    nvfp4.h           blocks of NVFP4
     fake_quantize.h   fake quantisation of a tensor, with the straight-through estimator
     rms_norm.h        RMSNorm with quantised output, and its backward pass
     swiglu.h          SwiGLU with quantised output, and its backward pass

@@ -1,8 +1,8 @@
 """The Triton functions behind `cuda.py`, which alone imports this module: it needs triton, and every machine has the other.
 
 What is computed, and why so, is said in trainable/quantization.py, whose eager torch is the definition: every value here equals its value
-there. The method is that of blocks.h. A tile is [B, K], a block per row, held in registers between one load and one store, so that memory
-is passed over once; what several passes need (the largest of an NVFP4 row) is read again from the cache.
+there. The method is that of blocks.h and mx.h. A tile is [B, K], a block per row, held in registers between one load and one store, so that
+memory is passed over once; what several passes need (the largest of an NVFP4 row) is read again from the cache.
 
     amax      the largest magnitude of a block, as an integer: the bits of non-negative floats sort as the floats do
     scale X   a power of two, and its inverse too: integer arithmetic on the exponent bits of amax, no log2 and no division. 1 / X is

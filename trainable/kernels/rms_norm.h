@@ -8,14 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/autograd/custom_function.h>
-
-#include "blocks.h"
+#include "fake_quantize.h"
 
 namespace {
 
@@ -28,8 +21,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
   RECORD_FUNCTION("rin::rms_norm", {});
   const at::Tensor x = any.contiguous(), before = residual.defined() ? residual.contiguous() : residual;
   const int64_t n = x.size(-1), rows = x.numel() / n;
-  const at::Tensor stream = before.defined() ? at::empty_like(x) : x;
-  const at::Tensor y = at::empty_like(x), inverse = at::empty({rows}, x.options());
+  TORCH_CHECK_VALUE(!before.defined() || before.sizes() == x.sizes(), "x ", x.sizes(), " and residual ", before.sizes());
+  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.numel() == n, "a weight ", weight.sizes(), " for rows of ", n);
+  check_row(n, format);
+  const at::Tensor stream = before.defined() ? made_like(x) : x;
+  const at::Tensor y = made_like(x), inverse = made({rows});
   const float *term = x.const_data_ptr<float>(), *so_far = before.defined() ? before.const_data_ptr<float>() : nullptr;
   const float* w = weight.const_data_ptr<float>();
   float *sums = so_far ? stream.mutable_data_ptr<float>() : nullptr, *out = y.mutable_data_ptr<float>();
@@ -58,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
   RECORD_FUNCTION("rin::rms_norm_backward", {});
   const at::Tensor grad = any.contiguous(), past = straight.defined() ? straight.contiguous() : straight;
   const int64_t n = x.size(-1), rows = x.numel() / n;
-  at::Tensor dx = at::empty_like(x), dw = at::empty_like(weight);
+  at::Tensor dx = made_like(x), dw = made_like(weight);
   const float *in = x.const_data_ptr<float>(), *dy = grad.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
   const float *inverses = inverse.const_data_ptr<float>(), *more = past.defined() ? past.const_data_ptr<float>() : nullptr;
   float *out = dx.mutable_data_ptr<float>(), *total = dw.mutable_data_ptr<float>();
@@ -102,6 +98,7 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
     return {y};
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+    only_once();
     const auto kept = saved->get_saved_variables();
     const bool streams = grads.size() == 2;
     const auto [dx, dw] = rms_norm_backward(grads[0], streams ? grads[1] : at::Tensor(), kept[0], kept[1], kept[2]);

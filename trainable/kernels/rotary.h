@@ -1,13 +1,7 @@
 // Rotary position embedding (arXiv 2104.09864) of fp32 heads, the two halves of a head being a pair: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/autograd/custom_function.h>
-
+#include "tensors.h"
 #include "vectors.h"
 
 namespace {
@@ -33,7 +27,8 @@ inline void rotate_back(const float* dy, float* out, const float* cos, const flo
 template <void turn(const float*, float*, const float*, const float*, int64_t)>
 at::Tensor turned(const at::Tensor& any, const at::Tensor& cos, const at::Tensor& sin) {
   const at::Tensor x = any.contiguous();
-  at::Tensor y = at::empty_like(x);
+  TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous(), "angles are not contiguous");
+  at::Tensor y = made_like(x);
   const int64_t tokens = x.size(0), heads = x.size(1), size = x.size(2);
   const float *in = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -56,6 +51,7 @@ struct Rotary : torch::autograd::Function<Rotary> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
     RECORD_FUNCTION("rin::rotary_backward", {});
+    only_once();
     const auto kept = saved->get_saved_variables();
     return {turned<rotate_back>(grads[0], kept[0], kept[1]), {}, {}};
   }

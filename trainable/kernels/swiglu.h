@@ -1,17 +1,13 @@
 // SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), quantised while the row is in the cache.
 //
-// e^x is torch's own, and the order of the operations too, so that every bit is that of torch's silu and product. Backward, with
+// e^x is torch's own in vectors, and the order of the operations too, so that every bit is that of torch's silu and product (which take the
+// last few elements of an odd piece one by one, with another exponential). Backward, with
 // s = 1 / (1 + e^-gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate). Quantisation counts as the identity.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/vec.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/record_function.h>
-#include <torch/csrc/autograd/custom_function.h>
 
-#include "blocks.h"
+#include "fake_quantize.h"
 
 namespace {
 
@@ -20,7 +16,9 @@ using Floats = at::vec::Vectorized<float>;
 // gate and up [.., n], n a multiple of 16. -> like them
 at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t format, int64_t addend) {
   RECORD_FUNCTION("rin::swiglu", {});
-  const at::Tensor gate = any_gate.contiguous(), up = any_up.contiguous(), y = at::empty_like(gate);
+  const at::Tensor gate = any_gate.contiguous(), up = any_up.contiguous(), y = made_like(gate);
+  TORCH_CHECK_VALUE(gate.sizes() == up.sizes(), "gate ", gate.sizes(), " and up ", up.sizes());
+  check_row(gate.size(-1), format);
   const int64_t n = gate.size(-1), rows = gate.numel() / n;
   const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -40,7 +38,7 @@ at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t 
 // -> (dgate, dup)
 std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const at::Tensor& gate, const at::Tensor& up) {
   RECORD_FUNCTION("rin::swiglu_backward", {});
-  const at::Tensor grad = any.contiguous(), dgate = at::empty_like(gate), dup = at::empty_like(gate);
+  const at::Tensor grad = any.contiguous(), dgate = made_like(gate), dup = made_like(gate);
   const float *dy = grad.const_data_ptr<float>(), *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
   float *to_gate = dgate.mutable_data_ptr<float>(), *to_up = dup.mutable_data_ptr<float>();
   at::parallel_for(0, gate.numel() / Floats::size(), 1 + kGrain / 8 / Floats::size(), [=](int64_t begin, int64_t end) {
@@ -61,6 +59,7 @@ struct SwiGLU : torch::autograd::Function<SwiGLU> {
     return swiglu(gate, up, format, addend);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+    only_once();
     const auto kept = saved->get_saved_variables();
     const auto [dgate, dup] = swiglu_backward(grads[0], kept[0].contiguous(), kept[1].contiguous());
     return {dgate, dup, {}, {}};

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace {
 
@@ -37,10 +38,23 @@ inline V load(const void* from) {
 template <class V>
 inline void store(void* to, V v) { std::memcpy(to, &v, sizeof(v)); }
 
+// x in every lane. A sum with zeros would be one: it turns -0 into 0.
+inline f32x16 spread(float x) { return bits_as<f32x16>(u32x16{} + bits_of(x)); }
+
 template <class V>
 inline V larger(V a, V b) { return a < b ? b : a; }
 template <class V>
 inline V smaller(V a, V b) { return a < b ? a : b; }
+
+// Whether any bit is set.
+template <class V>
+inline bool any(V of) {
+  u32x16 v = bits_as<u32x16>(of);
+  v |= __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v |= __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v |= __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] | v[1];
+}
 
 inline float largest(f32x16 v) {
   v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
