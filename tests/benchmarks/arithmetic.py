@@ -18,29 +18,48 @@ from trainable.seeds import generator
 
 SHAPES = ((64, 256), (1792, 96), (4096, 4096))
 DTYPES = (torch.float32, torch.bfloat16)
+_SLOW = ("eager", "torchao")
 
 
 def quantiser() -> list[str]:
     """Times as multiples of `copy_` into a tensor that is there (ours allocates its output), two threads; median and range of five
-    rounds in which all took turns. torchao 0.18 in the same run; eager is our definition in plain torch."""
+    processes (they differ), in each of which all took turns. torchao 0.18 in the same runs; eager is our definition in plain torch."""
     lines = [
         "| shape, dtype | copy_ us | mxfp4 floor | even | rceil | ceil | mxfp8 | nvfp4 | nvfp4, one scale | eager mxfp4 | torchao mxfp4 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains = []
+    runs = [_in_a_process("turns") for _ in range(5)]
+    for name in runs[0]:
+        medians = {rival: [run[name][rival] for run in runs] for rival in runs[0][name]}
+        copy = median(medians["copy_"])
+        cells = [ratio(medians, rival, "copy_") for rival in medians if rival not in ("copy_", *_SLOW)]
+        cells += [f"{median(medians[rival]) / copy:.0f}" for rival in _SLOW]
+        lines.append(f"| {name} | {copy * 1e6:.3g} | {' | '.join(cells)} |")
+        gains.append(f"{name} {median(medians['torchao']) / median(medians['mxfp4 floor']):.0f}")
+    return [*lines, "", f"Times faster than torchao (mxfp4, floor): {'; '.join(gains)}."]
+
+
+def turns() -> dict[str, dict[str, float]]:
+    """Per shape and dtype the seconds of each rival: medians of three rounds."""
+    results = {}
     for shape in SHAPES:
         for dtype in DTYPES:
             x = torch.randn(shape, generator=generator("bench")).to(dtype)
             large = x.numel() > 10**6
-            medians = in_turns(_rivals(x), repeats=9 if large else 300, rounds=5)
-            slow = in_turns(_slow_rivals(x), repeats=2 if large else 10, rounds=2)
-            copy = median(medians["copy_"])
-            cells = [ratio(medians, name, "copy_") for name in medians if name != "copy_"]
-            cells += [f"{median(times) / copy:.0f}" for times in slow.values()]
+            medians = in_turns(_rivals(x), repeats=9 if large else 300, rounds=3)
+            medians |= in_turns(_slow_rivals(x), repeats=2 if large else 10, rounds=1)
             name = f"{shape[0]}x{shape[1]}, {str(dtype).removeprefix('torch.')}"
-            lines.append(f"| {name} | {copy * 1e6:.3g} | {' | '.join(cells)} |")
-            gains.append(f"{name} {median(slow['torchao']) / median(medians['mxfp4 floor']):.0f}")
-    return [*lines, "", f"Times faster than torchao (mxfp4, floor): {'; '.join(gains)}."]
+            results[name] = {rival: median(times) for rival, times in medians.items()}
+    return results
+
+
+def _in_a_process(function: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """What a function of this module returns in a process of its own."""
+    code = f"import json; from tests.benchmarks.arithmetic import {function}; print(json.dumps({function}()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _rivals(x: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -106,12 +125,10 @@ def _kept_mib(layer: nn.Module, x: torch.Tensor) -> float:
 
 def allocator() -> list[str]:
     """The allocator settings that `rin` gives its processes keep freed memory instead of returning it page by page: 4096x4096, fp32."""
-    code = "import json; from tests.benchmarks.arithmetic import large; print(json.dumps(large()))"
     results: dict[str, dict[str, Any]] = {}
     for name, settings in (("without", {}), ("with", TRIAL_ENVIRONMENT)):
         environment = {key: value for key, value in os.environ.items() if key not in TRIAL_ENVIRONMENT} | settings
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        results[name] = json.loads(done.stdout.splitlines()[-1])
+        results[name] = _in_a_process("large", environment)
     lines = ["| | without ms | with ms | gain |", "|---|---|---|---|"]
     for what in results["with"]:
         before, after = results["without"][what], results["with"][what]
