@@ -1,5 +1,6 @@
 """The policy: which layers compute in 4 bits, what LoRA sees, and that nothing temporary is left behind."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -395,6 +397,25 @@ def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(model_folder: Mo
     assert text.startswith(f"model.name={name}: ")
     assert text.endswith("give a folder with a transformers model")
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_missing_or_do_not_fit_are_not_drawn_at_random(model_folder: ModelFolder, tmp_path: Path, tied: bool) -> None:
+    shutil.copytree(model_folder(tied=tied), tmp_path, dirs_exist_ok=True)
+    whole = load_file(tmp_path / "model.safetensors")
+    up = "model.layers.1.mlp.up_proj.weight"
+    changes: dict[str, dict[str, torch.Tensor]] = {
+        rf"lacks weights \({up} and 1 others\)": {n: w for n, w in whole.items() if n not in (up, "model.norm.weight")},
+        rf"{up} is \[64, 64\], by config.json \[128, 64\]": whole | {up: whole[up][:64].clone()},
+    }
+    if not tied:
+        changes[r"lacks weights \(lm_head.weight and 0 others\)"] = {n: w for n, w in whole.items() if n != "lm_head.weight"}
+    for message, weights in changes.items():
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=message):
+            load_policy(ModelConfig(name=str(tmp_path)), W4A4, seed=0)
+    save_file(whole | {"another": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_policy(ModelConfig(name=str(tmp_path)), W4A4, seed=0)  # what is there besides does no harm
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])

@@ -164,15 +164,35 @@ def _load(model: ModelConfig, progress: Progress | None) -> tuple[Any, PreTraine
     tokenizer_options = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **tokenizer_options)
-        network = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)  # runs no code of a folder
+        network, loaded = AutoModelForCausalLM.from_pretrained(
+            source,
+            trust_remote_code=False,  # runs no code of a folder
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below
+            **options,
+        )
     except (OSError, ValueError, SafetensorError) as error:
         # Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off.
         raise ConfigError(
             f"model.name={model.name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder with a transformers model"
         ) from error
+    _check_loaded(model, loaded)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network, tokenizer
+
+
+def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
+    """transformers would draw at random what a file lacks, and only say so."""
+    lacking = sorted(loaded["missing_keys"])
+    if lacking:
+        raise ConfigError(
+            f"model.name={model.name}: lacks weights ({lacking[0]} and {len(lacking) - 1} others); give a folder that holds the whole model"
+        )
+    for name, stored, wanted in sorted(loaded["mismatched_keys"]):
+        raise ConfigError(
+            f"model.name={model.name}: {name} is {list(stored)}, by config.json {list(wanted)}; give a folder whose files belong together"
+        )
 
 
 def _smollm2_folder() -> Path:
