@@ -67,17 +67,19 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _build_into(folder: Path, recipe: BaseRecipe, progress: Progress) -> None:
-    """Train and move into place at once: a killed build leaves no half-made base."""
+    """Train, then move into place at once: a build that is killed leaves nothing, and no half-made base."""
     threads = torch.get_num_threads()
     torch.set_num_threads(BUILD_THREADS)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         model = train_base(recipe, progress)
+    finally:
+        torch.set_num_threads(threads)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    try:
         model.save_pretrained(scratch)
         character_tokenizer().save_pretrained(scratch)
         scratch.rename(folder)
     finally:
-        torch.set_num_threads(threads)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
