@@ -42,6 +42,7 @@ from spaces.points import POINTS
 from spaces.reading import as_tree, load_yaml, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.embedded import Progress, ensure_base
+from trainable.folder import Folder
 from trainable.model import load_policy
 from trainable.noise import noise_targets
 from trainable.ray_trainable import RinTrainable, with_outcome
@@ -101,7 +102,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
         )
     evidence = evidence_of(config)
     SCHEDULERS[config.scheduler](config.space, base_tree(config), config.replicates)  # refuses what cannot be ranked
-    check_tracking(config.tracking_uri, config.name)
+    check_tracking(config.tracking_uri, config.name, Folder(config.store).local)
     _preflight(arms, progress)
     with only_driver(config):
         if STUDY_FILE in config.folder.names():  # since then
@@ -116,7 +117,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
     """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it."""
-    check_tracking(config.tracking_uri, config.name)
+    check_tracking(config.tracking_uri, config.name, Folder(config.store).local)
     with only_driver(config):
         _preflight(read_arms(config), progress)
         save_study_config(config)  # a new budget holds for the next resume, too

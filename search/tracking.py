@@ -72,11 +72,14 @@ def absolute_uri(uri: str) -> str:
     return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
 
 
-def check_tracking(uri: str, experiment: str) -> str:
-    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds."""
+def check_tracking(uri: str, experiment: str, store: Path | None = None) -> str:
+    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
+
+    Files of runs go where an MLflow server wants them; with a database and no server beside it if it is a file, otherwise into `store`.
+    """
     with _one_line(uri, f"cannot write to experiment {experiment}"):
         client = _client(uri, create=True)
-        experiment_id = _experiment_id(client, uri, experiment)
+        experiment_id = _experiment_id(client, uri, experiment, store)
         client.set_experiment_tag(experiment_id, "written_by", "rin-search")
         return experiment_id
 
@@ -89,7 +92,7 @@ def _client(uri: str, create: bool = False) -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
     uri = absolute_uri(uri)
-    if uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES:
+    if _is_sql(uri):
         _knock(uri, create)
     return MlflowClient(tracking_uri=uri)
 
@@ -111,15 +114,20 @@ def _knock(uri: str, create: bool) -> None:
         engine.dispose()
 
 
-def _experiment_id(client: Any, uri: str, name: str) -> str:
+def _experiment_id(client: Any, uri: str, name: str, store: Path | None = None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         if experiment.lifecycle_stage != "active":
             raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
         return str(experiment.experiment_id)
-    sqlite = absolute_uri(uri).removeprefix("sqlite:///")
-    folder = None if sqlite == uri else str(Path(sqlite).parent / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
+    scheme, _, database = absolute_uri(uri).partition(":///")
+    place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
+    folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
     return str(client.create_experiment(name, artifact_location=folder))
+
+
+def _is_sql(uri: str) -> bool:
+    return uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES
 
 
 @contextmanager

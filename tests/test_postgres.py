@@ -145,6 +145,9 @@ def check_sweep(postgres: Postgres, name: str) -> None:
 def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postgres: Postgres, tmp_path: Path) -> None:
     said = rin(tmp_path, "sweep", *SHORT, "--name", "straight", "--tracking-uri", postgres.uri, password=True)
     check_sweep(postgres, "straight")
+    runs = tmp_path / "runs"
+    assert [path for path in (runs / "artifacts").rglob("*") if path.is_file()], "files of runs lie in the store"
+    assert not (tmp_path / "mlruns").exists()
     # Where a password is given in the URI all the same, it is used and not repeated.
     given = ["--tracking-uri", postgres.uri_with_password]
     said += rin(tmp_path, "status", "straight", *given)
