@@ -28,6 +28,7 @@ from search.tracking import load_config, load_study
 from spaces.errors import ConfigError
 from spaces.reading import parse_yaml, read_config
 from spaces.workloads import WORKLOADS
+from tests.processes import program
 from tests.ray_nodes import Cluster, head_node, kill_raylet, worker_node
 from trainable.trial import run_trial
 
@@ -307,9 +308,9 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
     """Three raylets, tokens on: a head without CPUs, a node that dies in the middle of a trial, and one that comes instead."""
     trials = tmp_path / "s" / "trials"
     arguments = ["--workload", "tiny", "--trials", "2", "--name", "s", "--store", str(tmp_path)]
-    arguments += ["--set", "grpo.steps=40", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
+    arguments += ["--set", "grpo.steps=150", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
     with head_node(short, cpus=0) as running, worker_node(running, short, cpus=1) as first:
-        with subprocess.Popen(
+        with program(
             [*RIN, "sweep", *arguments, "--address", running.address],
             env=dict(running.environment),
             stdout=subprocess.PIPE,
@@ -378,7 +379,7 @@ def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> Non
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(7)))\n"
         "print('up', flush=True)\ntime.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, str(tmp_path / "bin" / "rin"), "sweep"], stdout=subprocess.PIPE) as running:
+    with program([sys.executable, str(tmp_path / "bin" / "rin"), "sweep"], stdout=subprocess.PIPE) as running:
         assert running.stdout is not None
         running.stdout.readline()
         assert place in " ".join(Path(f"/proc/{running.pid}/cmdline").read_text().split("\0"))
@@ -409,7 +410,7 @@ def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(
     def run_and_end() -> list[str]:
         (tmp_path / "rin").unlink(missing_ok=True)
         environment = {**os.environ, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "17"}
-        with subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True, stderr=subprocess.PIPE) as job:
+        with program(["bash", str(script)], env=environment, start_new_session=True, stderr=subprocess.PIPE) as job:
             deadline = time.monotonic() + 30
             while not (tmp_path / "rin").exists() and job.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -25,6 +25,7 @@ from search.trials import read_failure
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree
 from tests.conftest import Tiny
+from tests.processes import program
 from trainable import engine_process
 from trainable.backend import VllmBackend, start_backend
 from trainable.engine import EngineDied, EngineSettings, TrialFailed, deployed_weights, digest
@@ -226,7 +227,7 @@ def test_a_killed_trial_leaves_no_engine_and_no_shared_memory(tmp_path: Path) ->
     shared = shared_memory()
     command = [str(Path(sys.executable).with_name("rin")), "trial", "control", "--workload", "tiny", "--json", "--set", "task.digits=1"]
     command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
+    with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
         assert trial.stdout is not None
         assert trial.stdout.readline().startswith('{"step": 0')
         (engine,) = [p for p in psutil.Process(trial.pid).children(recursive=True) if "engine_process" in " ".join(p.cmdline())]
@@ -293,7 +294,7 @@ def test_a_trial_whose_engine_dies_twice_failed_by_that_rule(tiny: Tiny, tmp_pat
 def test_ctrl_c_ends_trial_and_engine(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("rin")), "trial", "control", "--workload", "tiny", "--json", "--set", "task.digits=1"]
     command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
+    with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
         assert trial.stdout is not None
         assert trial.stdout.readline().startswith('{"step": 0')
         family = psutil.Process(trial.pid).children(recursive=True)

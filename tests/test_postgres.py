@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from spaces.reading import parse_yaml, read_config
+from tests.processes import program
 from tests.ray_nodes import free_port
 
 PASSWORD = "canary-4711-postgres"
@@ -106,9 +107,7 @@ def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
 def rin(folder: Path, *arguments: str, password: bool = False) -> str:
     """What it prints. With `password`, libpq finds it in the environment, as the documentation advises."""
     environment = {**os.environ, **({"PGPASSWORD": PASSWORD} if password else {})}
-    with subprocess.Popen(
-        [*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as running:
+    with program([*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
         said = ""
         for line in running.stdout:

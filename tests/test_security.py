@@ -24,6 +24,7 @@ from search.tracking import SPOOL, deliver_spool
 from spaces.errors import ConfigError
 from spaces.library import SPACES, load_space
 from spaces.reading import load_yaml, parse_overrides, parse_yaml
+from tests.processes import program
 from tests.ray_nodes import free_port
 from tests.test_architecture import MODULES, relative
 
@@ -140,7 +141,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         tracking = ["--tracking-uri", f"http://me:{IN_URI}@127.0.0.1:{port}"]
         listening: set[str] = set()
         called: set[str] = set()
-        with subprocess.Popen(
+        with program(
             [*RIN, "sweep", *SHORT, "--name", "s", "--store", str(folder / "runs"), *tracking],
             cwd=folder,
             env=environment,
