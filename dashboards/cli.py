@@ -90,7 +90,7 @@ def sweep(
     from search.study import evidence_of, fixed_arms, run_study
 
     if ablate is None:
-        fixed_arms(study)  # a mistake in the settings is told before anything is announced
+        arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
         for known in evidence_of(study):
             print(f"the searcher is told: {known.source}")
         _run(
@@ -98,7 +98,7 @@ def sweep(
             study.trials * study.replicates,
             options.store,
             tracking_uri,
-            lambda view, progress: run_study(study, view, progress),
+            lambda view, progress: run_study(study, view, progress, arms),
         )
         return
     from search.ablation import ablation

@@ -91,7 +91,7 @@ class StudyResult:
 
 
 def run_study(config: StudyConfig, view: View, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> StudyResult:
-    """Run a sweep to its end. `fixed`: its arms, for a study without a searcher; else those of `fixed_arms`.
+    """Run a sweep to its end. `fixed`: its arms, where they are known already or chosen elsewhere; else those of `fixed_arms`.
 
     Raises ConfigError before any training for whatever the user can mend.
     """

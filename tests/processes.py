@@ -17,7 +17,7 @@ def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
     with subprocess.Popen(command, **options) as running:
         try:
             yield running
-        except BaseException:
+        except BaseException:  # Ctrl-C and the end of a test's time too
             with suppress(ProcessLookupError):  # it has ended already
                 if options.get("start_new_session"):
                     os.killpg(running.pid, signal.SIGKILL)

@@ -81,15 +81,19 @@ def causal(mask: torch.Tensor) -> torch.Tensor:
     return visible | torch.eye(length, dtype=torch.bool)
 
 
-def test_logits_and_gradients_are_those_of_transformers(folder: str) -> None:
-    """Against the model as transformers loads it, with norms and linear layers of its own."""
+def both(folder: str) -> tuple[Policy, Any, torch.Tensor, torch.Tensor]:
+    """The policy and the model as transformers loads it, with norms and linear layers of its own; and the logits of each."""
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
     ids, mask = padded_rows(policy)
     forward = forward_of(policy)
     assert forward is not None
     ours = forward.logits(forward.hidden(ids, forward.angles(positions(mask)), forward.masked(causal(mask))))[mask > 0]
-    expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+    return policy, theirs, ours, theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+
+
+def test_logits_and_gradients_are_those_of_transformers(folder: str) -> None:
+    policy, theirs, ours, expected = both(folder)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     ours.square().mean().backward()
     expected.square().mean().backward()
@@ -115,14 +119,7 @@ def test_angles_that_depend_on_the_length_go_through_transformers(changed_folder
 
 
 def test_another_activation_is_left_to_transformers(changed_folder: ChangedFolder) -> None:
-    folder = changed_folder(hidden_act="gelu")
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
-    ids, mask = padded_rows(policy)
-    forward = forward_of(policy)
-    assert forward is not None
-    ours = forward.logits(forward.hidden(ids, forward.angles(positions(mask)), forward.masked(causal(mask))))[mask > 0]
-    expected = theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+    _, _, ours, expected = both(changed_folder(hidden_act="gelu"))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -369,6 +366,8 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
     for activation in (lambda x: kernels.swiglu(x, x, 0, 0), lambda x: kernels.rms_norm(x, None, torch.ones(x.shape[-1]), 1e-6, 0, 0)):
         with pytest.raises(ValueError, match="rows of 40 are not whole vectors"):
             activation(torch.ones(4, 40))
+        with pytest.raises(ValueError, match="rows of 0 are not whole vectors"):
+            activation(torch.ones(4, 0))
         with pytest.raises(ValueError, match="mxfp4 needs a last dim that is a multiple of 32, but got 48"):
             activation(torch.ones(4, 48))
     with pytest.raises(ValueError, match=r"a weight \[16\] for rows of 32"):

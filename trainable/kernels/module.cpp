@@ -50,8 +50,8 @@ PyObject* py_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t) {
   if (!learning()) {
     std::tie(y, stream, std::ignore) = rms_norm(x, residual, weight, epsilon, format, addend);
   } else if (residual.defined()) {
-    const auto made = RMSNorm::apply(x, std::optional(residual), weight, epsilon, format, addend);
-    y = made[0], stream = made[1];
+    const auto both = RMSNorm::apply(x, std::optional(residual), weight, epsilon, format, addend);
+    y = both[0], stream = both[1];
   } else {
     y = RMSNorm::apply(x, std::optional<at::Tensor>(), weight, epsilon, format, addend)[0];
   }

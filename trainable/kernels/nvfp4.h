@@ -110,7 +110,7 @@ inline Scales scales_of(const float* amax, const float* outers, int64_t blocks) 
 inline u32x16 quickly(u32x16 v, f32x16 scale, f32x16 inverse) {
   const f32x16 y = bits_as<f32x16>(v) * inverse;
   const u32x16 binade = larger(bits_as<u32x16>(y) & kExponent, u32x16{} + E2M1::smallest_normal);
-  const f32x16 magic = bits_as<f32x16>(binade + ((22u << kFractionBits) | 0x00400000));
+  const f32x16 magic = bits_as<f32x16>(binade + (uint32_t{kFractionBits - E2M1::mantissa} << kFractionBits | 0x00400000));
   return bits_as<u32x16>(((y + magic) - magic) * scale);
 }
 
@@ -147,19 +147,6 @@ inline void nv_round(const T* x, T* out, int64_t blocks, const Scales& by) {
   std::copy_n(padded, 16, out + 16 * block);
 }
 
-// Of a row's blocks.
-inline uint32_t largest_of_blocks(const float* amax, int64_t blocks) {
-  uint32_t top = 0;
-  int64_t block = 0;
-  if (blocks >= 16) {
-    u32x16 tops = load<u32x16>(amax);
-    for (block = 16; block + 16 <= blocks; block += 16) tops = larger(tops, load<u32x16>(amax + block));
-    top = spread_largest(tops)[0];
-  }
-  for (; block < blocks; ++block) top = std::max(top, bits_of(amax[block]));
-  return top;
-}
-
 // Rows side by side, each under the outer scale `common`, or where that is negative under one of its own. Where an outer scale is not
 // finite, the scales are NaN, and so is all under them. `out` may be `x`. The memory behind x is fetched ahead: the next rows.
 template <class T>
@@ -171,8 +158,9 @@ inline void nv_rows(const T* x, T* out, int64_t rows, int64_t columns, float com
   float *largest = scratch.data(), *outers = largest + room;
   nv_largest_of(x, blocks, largest);
   for (int64_t block = 0; block < blocks; block += of_row) {
-    const float outer = common < 0 ? outer_scale(largest_of_blocks(largest + block, of_row)) : common;
-    std::fill_n(outers + block, of_row, outer);
+    uint32_t amax = 0;
+    for (int64_t i = block; i < block + of_row; ++i) amax = std::max(amax, bits_of(largest[i]));
+    std::fill_n(outers + block, of_row, common < 0 ? outer_scale(amax) : common);
   }
   scales.resize(room / 16);
   for (int64_t block = 0; block < blocks; block += 16) {

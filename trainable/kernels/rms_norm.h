@@ -20,10 +20,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
     const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend) {
   RECORD_FUNCTION("rin::rms_norm", {});
   const at::Tensor x = any.contiguous(), before = residual.defined() ? residual.contiguous() : residual;
+  check_row(x.size(-1), format);
   const int64_t n = x.size(-1), rows = x.numel() / n;
   TORCH_CHECK_VALUE(!before.defined() || before.sizes() == x.sizes(), "x ", x.sizes(), " and residual ", before.sizes());
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.numel() == n, "a weight ", weight.sizes(), " for rows of ", n);
-  check_row(n, format);
   const at::Tensor stream = before.defined() ? made_like(x) : x;
   const at::Tensor y = made_like(x), inverse = made({rows});
   const float *term = x.const_data_ptr<float>(), *so_far = before.defined() ? before.const_data_ptr<float>() : nullptr;
