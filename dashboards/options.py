@@ -74,7 +74,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
     from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
     from spaces.library import SPACES, load_space
-    from spaces.reading import parse_overrides
+    from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
     if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
@@ -82,7 +82,10 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     _known("--workload", options.workload, WORKLOADS)
     chosen = SPACES[options.space] if options.space in SPACES else load_space(Path(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    settings = with_absolute_paths(parse_overrides(options.overrides or []))
+    read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
+    # Seconds from here on: torch and ray.
     from search.schedulers import SCHEDULERS
     from search.searchers import OBJECTIVES, SEARCHERS
     from search.study import fixed_arms
@@ -99,7 +102,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         name=name,
         space=chosen,
         workload=options.workload,
-        settings=with_absolute_paths(parse_overrides(options.overrides or [])),
+        settings=settings,
         points=_names(options.points),
         evidence=_names(options.evidence),
         warm_start=options.warm_start,
