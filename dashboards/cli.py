@@ -374,7 +374,7 @@ def status(
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
     runs = study.trials * study.replicates
-    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {runs} trials"))
+    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {runs} trials begun"))
     ended = sum(record.status in ("completed", "collapsed") for record in records)
     if is_driven(study):
         print("it is running")
