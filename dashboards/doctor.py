@@ -144,8 +144,8 @@ def _ray() -> Check:
 
 
 def _mlflow() -> Check:
+    from search.mlflow_client import check_tracking
     from search.store import default_tracking_uri
-    from search.tracking import check_tracking
 
     with tempfile.TemporaryDirectory() as folder:
         check_tracking(default_tracking_uri(folder), "doctor")

@@ -31,8 +31,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from search.mlflow_client import ENVIRONMENT, absolute_uri, client, one_line
 from search.secrets import strip_password
-from search.tracking import ENVIRONMENT, _client, _one_line, absolute_uri
 from spaces.config import ConfigError
 
 KEY = "rin-sweep"
@@ -71,14 +71,14 @@ def save_view(uri: str, experiment: str) -> str:
 
 def _save_view(uri: str, experiment: str) -> tuple[str, str]:
     """(share key, experiment id)."""
-    with _one_line(uri, f"cannot save the view of experiment {experiment}"):
-        client = _client(uri)
-        found = client.get_experiment_by_name(experiment)
+    with one_line(uri, f"cannot save the view of experiment {experiment}"):
+        mlflow = client(uri)
+        found = mlflow.get_experiment_by_name(experiment)
         if found is None:
             raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
         view = envelope(created=found.creation_time)
         if found.tags.get(TAG) != view:
-            client.set_experiment_tag(found.experiment_id, TAG, view)
+            mlflow.set_experiment_tag(found.experiment_id, TAG, view)
         return KEY, str(found.experiment_id)
 
 

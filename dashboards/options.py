@@ -86,10 +86,10 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
+    from search.mlflow_client import absolute_uri
     from search.schedulers import SCHEDULERS
     from search.searchers import OBJECTIVES, SEARCHERS
     from search.study import fixed_arms
-    from search.tracking import absolute_uri
 
     _known("--searcher", options.searcher, SEARCHERS)
     _known("--scheduler", options.scheduler, SCHEDULERS)
@@ -152,8 +152,9 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
     """A sweep of the store, with its tracking where it now is, and what an earlier command could not deliver delivered."""
+    from search.mlflow_client import absolute_uri
     from search.store import absolute_store, load_study_config
-    from search.tracking import absolute_uri, deliver_spool
+    from search.tracking import deliver_spool
 
     study = load_study_config(absolute_store(store), name)
     if tracking_uri is not None:

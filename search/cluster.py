@@ -41,8 +41,8 @@ from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 from ray.tune.execution import class_cache
 
+from search.mlflow_client import absolute_uri
 from search.secrets import strip_password
-from search.tracking import absolute_uri
 from spaces.errors import ConfigError
 from spaces.workloads import Workload
 

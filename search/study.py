@@ -31,10 +31,11 @@ from search.budget import Budget
 from search.cluster import check_fits, connected, resources
 from search.export import BestConfig, choose_best, to_yaml
 from search.journal import filter_policy, read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
+from search.mlflow_client import check_tracking
 from search.schedulers import SCHEDULERS
 from search.searchers import Arm, Evidence, RinSearch, evidence_from_arms, evidence_from_points
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
-from search.tracking import MLflowCallback, TrialRecord, check_tracking, load_study
+from search.tracking import MLflowCallback, TrialRecord, load_study
 from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice

@@ -13,26 +13,25 @@ FINISHED, KILLED for a collapse or an interrupted sweep, FAILED. Non-finite metr
 largest float (SQL has none; the readers turn it back), and the tag `nonfinite/<metric>` holds the first step of either.
 
 Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow takes 1.5 s to import and ray.tune
-2 s, and `rin list` needs neither to start: mlflow is imported at first use in `_client`, and the callback answers Tune's methods
-without being a subclass (Tune does not ask; a test compares the names).
+2 s, and `rin list` needs neither to start: mlflow is imported at first use (`mlflow_client.client`), and the callback answers Tune's
+methods without being a subclass (Tune does not ask; a test compares the names).
 """
 
 import json
 import logging
 import math
-import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from search.mlflow_client import absolute_uri, client, experiment_id, one_line
 from search.secrets import strip_password
 from search.spool import Record, Spool, as_json, deliver
 from search.trials import read_failure
@@ -43,109 +42,11 @@ from trainable.folder import Folder
 log = logging.getLogger(__name__)
 
 RUN_STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "collapsed": "KILLED", "failed": "FAILED"}
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default of 7 takes minutes; the spool is our retry
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "PGCONNECT_TIMEOUT": "10",  # seconds; libpq waits two minutes
-}
-"""Set, unless the user has set them, before mlflow is imported."""
-
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
 SPOOL = "mlflow-spool.jsonl"
 SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
-SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
-
-
-# Where the tracking is
-
-
-def absolute_uri(uri: str) -> str:
-    """A relative sqlite path is anchored here: a resumed sweep may start in another folder."""
-    prefix = "sqlite:///"
-    return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
-
-
-def check_tracking(uri: str, experiment: str, store: Path | None = None) -> str:
-    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
-
-    Files of runs go where an MLflow server wants them; with a database and no server beside it if it is a file, otherwise into `store`.
-    """
-    with _one_line(uri, f"cannot write to experiment {experiment}"):
-        client = _client(uri, create=True)
-        experiment_id = _experiment_id(client, uri, experiment, store)
-        client.set_experiment_tag(experiment_id, "written_by", "rin-search")
-        return experiment_id
-
-
-def _client(uri: str, create: bool = False) -> Any:
-    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in ENVIRONMENT."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
-    uri = absolute_uri(uri)
-    if _is_sql(uri):
-        _knock(uri, create)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _knock(uri: str, create: bool) -> None:
-    """Fail at once where MLflow would retry for 100 s, and where reading would make an empty database."""
-    import sqlalchemy
-
-    url = sqlalchemy.make_url(uri)
-    if url.get_backend_name() == "sqlite" and url.database:
-        if create:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        elif not Path(url.database).exists():
-            raise FileNotFoundError("there is no such file")
-    engine = sqlalchemy.create_engine(url)
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
-
-
-def _experiment_id(client: Any, uri: str, name: str, store: Path | None = None) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        if experiment.lifecycle_stage != "active":
-            raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
-        return str(experiment.experiment_id)
-    scheme, _, database = absolute_uri(uri).partition(":///")
-    place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
-    folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
-    return str(client.create_experiment(name, artifact_location=folder))
-
-
-def _is_sql(uri: str) -> bool:
-    return uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES
-
-
-@contextmanager
-def _one_line(uri: str, what: str) -> Iterator[None]:
-    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the
-    password."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("mlflow", "sqlalchemy"):
-            raise
-        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
-        reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
-        remedy = "start the server there" if uri.startswith("http") else "check the path, the driver and the rights"
-        raise ConfigError(
-            f"tracking {strip_password(uri)}: {what}: {reason}; {remedy}, or give another --tracking-uri, "
-            "for example http://HOST:5000 or sqlite:///FOLDER/mlflow.db"
-        ) from None
 
 
 # Writing: records, their way to MLflow, the callback
@@ -191,23 +92,23 @@ class _Backend:
 
     def _apply(self, record: Record) -> None:
         if self._mlflow is None:
-            self._mlflow = _client(self._uri, create=self._create)
+            self._mlflow = client(self._uri, create=self._create)
         from mlflow.entities import Metric, Param, RunTag
 
-        client, run_id = self._mlflow, self._run_id(record)
+        mlflow, run_id = self._mlflow, self._run_id(record)
         match record["do"]:
             case "open":
-                client.update_run(run_id, status="RUNNING")
-                client.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
+                mlflow.update_run(run_id, status="RUNNING")
+                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
             case "log":
                 metrics = [Metric(name, value, record["time"], record["step"]) for name, value in record.get("metrics", {}).items()]
                 params = [Param(*item) for item in record.get("params", {}).items()]
                 tags = [RunTag(*item) for item in record.get("tags", {}).items()]
-                client.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # the client splits params into hundreds
+                mlflow.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # the client splits params into hundreds
             case "file":
-                client.log_text(run_id, record["text"], record["path"])
+                mlflow.log_text(run_id, record["text"], record["path"])
             case "end":
-                client.set_terminated(run_id, record["status"], record["time"])
+                mlflow.set_terminated(run_id, record["status"], record["time"])
 
     def _run_id(self, record: Record) -> str:
         """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
@@ -215,14 +116,14 @@ class _Backend:
         if key in self._runs:
             return self._runs[key]
         if experiment not in self._experiments:
-            self._experiments[experiment] = _experiment_id(self._mlflow, self._uri, experiment)
-        experiment_id = self._experiments[experiment]
-        found = self._mlflow.search_runs([experiment_id], filter_string=f"tags.trial_key = '{key}'", max_results=1)
+            self._experiments[experiment] = experiment_id(self._mlflow, self._uri, experiment)
+        number = self._experiments[experiment]
+        found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
         if found:
             run = found[0]
         else:
             tags = {"trial_key": key, **record.get("tags", {})}
-            run = self._mlflow.create_run(experiment_id, start_time=record["time"], tags=tags, run_name=record.get("name"))
+            run = self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))
         self._runs[key] = run.info.run_id
         return self._runs[key]
 
@@ -478,15 +379,15 @@ class TrialRecord:
 def load_study(uri: str, experiment: str) -> tuple[TrialRecord, ...]:
     """Every trial of an experiment: arms as they were handed out, the control first, and their replicates. Raises ConfigError when
     there is no such experiment."""
-    with _one_line(uri, f"cannot read experiment {experiment}"):
-        client = _client(uri)
-        found = client.get_experiment_by_name(experiment)
+    with one_line(uri, f"cannot read experiment {experiment}"):
+        mlflow = client(uri)
+        found = mlflow.get_experiment_by_name(experiment)
         if found is None:
             raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
         runs: list[Any] = []
         token = None
         while token is None or token:
-            page = client.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
+            page = mlflow.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
             runs, token = runs + list(page), page.token or ""
     trials = [run for run in runs if "trial_key" in run.data.tags]
     return tuple(_record(run) for run in sorted(trials, key=_place))
@@ -522,8 +423,8 @@ def _number(value: float) -> float:
 
 def load_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) in order; of a step that was repeated after a resume, the last value. NaN and infinities as reported."""
-    with _one_line(uri, f"cannot read {metric} of run {run_id}"):
-        points = _client(uri).get_metric_history(run_id, metric)
+    with one_line(uri, f"cannot read {metric} of run {run_id}"):
+        points = client(uri).get_metric_history(run_id, metric)
     return sorted({point.step: _number(point.value) for point in sorted(points, key=lambda point: point.timestamp)}.items())
 
 
@@ -539,8 +440,8 @@ def load_config(uri: str, run_id: str) -> dict[str, Any]:
 
 
 def _read_file(uri: str, run_id: str, path: str) -> str:
-    with _one_line(uri, f"cannot read {path} of run {run_id}"), tempfile.TemporaryDirectory() as folder:
-        client = _client(uri)
-        if path not in {artifact.path for artifact in client.list_artifacts(run_id)}:
+    with one_line(uri, f"cannot read {path} of run {run_id}"), tempfile.TemporaryDirectory() as folder:
+        mlflow = client(uri)
+        if path not in {artifact.path for artifact in mlflow.list_artifacts(run_id)}:
             raise ConfigError(f"run {run_id} has no {path}; only trials that reached their last step have one")
-        return Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+        return Path(mlflow.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")

@@ -24,9 +24,10 @@ import pytest
 
 from dashboards import mlflow_views
 from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state
-from search import tracking
+from search import mlflow_client
+from search.mlflow_client import check_tracking
 from search.store import default_tracking_uri
-from search.tracking import MLflowCallback, check_tracking, load_study
+from search.tracking import MLflowCallback, load_study
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import as_tree, flatten_fields
 from trainable.signals import NAMES
@@ -94,7 +95,7 @@ def write_run(callback: MLflowCallback, number: int, replicate: int, config: Any
 
 
 def experiment(uri: str) -> Any:
-    return tracking._client(uri).get_experiment_by_name(EXPERIMENT)
+    return mlflow_client.client(uri).get_experiment_by_name(EXPERIMENT)
 
 
 def free_port() -> int:
@@ -119,7 +120,7 @@ def test_view_fits_into_its_tag_and_saving_it_again_changes_nothing(uri: str) ->
 def test_view_of_an_earlier_version_is_brought_up_to_date(uri: str) -> None:
     save_view(uri, EXPERIMENT)
     now = experiment(uri)
-    tracking._client(uri).set_experiment_tag(now.experiment_id, TAG, "{}")
+    mlflow_client.client(uri).set_experiment_tag(now.experiment_id, TAG, "{}")
     save_view(uri, EXPERIMENT)
     assert experiment(uri).tags == now.tags
 
@@ -311,7 +312,7 @@ def test_where_a_server_runs_already_only_the_view_is_saved(page: str, uri: str,
     monkeypatch.setattr(mlflow_views, "_server", lambda *_: pytest.fail("started a server"))
     base = page.split("/#/")[0]
     urls: list[str] = []
-    tracking._client(uri).set_experiment_tag(experiment(uri).experiment_id, TAG, "{}")
+    mlflow_client.client(uri).set_experiment_tag(experiment(uri).experiment_id, TAG, "{}")
     serve_ui(f"{base}/", EXPERIMENT, 0, on_ready=urls.append)
     assert urls == [page]
     assert json.loads(experiment(uri).tags[TAG])["name"] == "RIN sweep"

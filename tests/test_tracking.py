@@ -23,13 +23,13 @@ from typing import Any
 
 import pytest
 
+from search import mlflow_client, tracking
 from search import spool as spool_module
-from search import tracking
+from search.mlflow_client import check_tracking
 from search.secrets import strip_password
 from search.store import default_tracking_uri
 from search.tracking import (
     MLflowCallback,
-    check_tracking,
     deliver_spool,
     load_config,
     load_correct,
@@ -109,7 +109,7 @@ def run_one(callback: MLflowCallback, steps: int = 3, status: str = "completed")
 
 
 def mlflow_run(uri: str, run_id: str) -> Any:
-    return tracking._client(uri).get_run(run_id)
+    return mlflow_client.client(uri).get_run(run_id)
 
 
 def eventually(claim: Any, seconds: float = 30.0) -> None:
@@ -126,7 +126,7 @@ def whole_experiment(uri: str, experiment: str) -> Any:
             record.params,
             record.status,
             {name: load_history(uri, record.run_id, name) for name in record.metrics},
-            {name: len(tracking._client(uri).get_metric_history(record.run_id, name)) for name in record.metrics},
+            {name: len(mlflow_client.client(uri).get_metric_history(record.run_id, name)) for name in record.metrics},
             mlflow_run(uri, record.run_id).data.tags,
             mlflow_run(uri, record.run_id).info.status,
         )
@@ -149,7 +149,7 @@ def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) ->
         check_tracking(f"sqlite:///{tmp_path}/m.db", "x")
     code = (
         "import os; [os.environ.pop(name, None) for name in ('CI', 'DO_NOT_TRACK', 'MLFLOW_DISABLE_TELEMETRY')]\n"
-        "from search.tracking import check_tracking, deliver_spool; from pathlib import Path\n"
+        "from search.mlflow_client import check_tracking; from search.tracking import deliver_spool; from pathlib import Path\n"
         f"folder = Path({str(tmp_path)!r}); uri = f'sqlite:///{{folder}}/m.db'; {first_use}\n"
         "from mlflow.telemetry.client import get_telemetry_client; from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "print(is_telemetry_disabled(), get_telemetry_client())"
@@ -179,7 +179,7 @@ def test_strip_password(text: str, stripped: str) -> None:
 
 def test_check_tracking_makes_an_experiment_once(uri: str, experiment: str) -> None:
     assert check_tracking(uri, experiment) == check_tracking(uri, experiment)
-    artifacts = tracking._client(uri).get_experiment_by_name(experiment).artifact_location
+    artifacts = mlflow_client.client(uri).get_experiment_by_name(experiment).artifact_location
     assert Path(artifacts).parent == Path(uri.removeprefix("sqlite:///")).parent  # beside the database, not ./mlruns
 
 
@@ -188,7 +188,7 @@ def test_a_relative_sqlite_path_is_made_absolute(tmp_path: Path, monkeypatch: py
     experiment_id = check_tracking("sqlite:///sub/mlflow.db", "x")
     assert (tmp_path / "sub" / "mlflow.db").exists()
     assert (
-        tracking.absolute_uri("sqlite:///sub/mlflow.db")
+        mlflow_client.absolute_uri("sqlite:///sub/mlflow.db")
         == f"sqlite:///{tmp_path}/sub/mlflow.db"
         == default_tracking_uri(str(tmp_path / "sub"))
     )
@@ -231,7 +231,7 @@ def test_unusable_tracking_is_one_line_within_seconds(bad: str, tmp_path: Path) 
 
 
 def test_a_deleted_experiment_is_refused_with_the_remedy(uri: str, experiment: str) -> None:
-    tracking._client(uri).delete_experiment(check_tracking(uri, experiment))
+    mlflow_client.client(uri).delete_experiment(check_tracking(uri, experiment))
     with pytest.raises(ConfigError, match="restore"):
         check_tracking(uri, experiment)
 
@@ -292,7 +292,7 @@ def test_samples_are_an_mlflow_table(callback: MLflowCallback, uri: str, experim
     callback.on_trial_result(trial=trial, result=result(2, samples=None, outcome=outcome("completed", 2)))
     callback.close()
     (record,) = load_study(uri, experiment)
-    client = tracking._client(uri)
+    client = mlflow_client.client(uri)
     table = client.load_table(check_tracking(uri, experiment), "samples.json", run_ids=[record.run_id])
     assert list(table.columns) == ["step", "prompt", "completion", "answer", "reward"]
     assert table["step"].tolist() == [0, 1]
@@ -512,7 +512,7 @@ def test_a_pickled_callback_is_the_live_one_and_holds_no_password(tmp_path: Path
 def test_a_study_is_read_page_by_page_in_the_order_of_its_arms_without_the_runs_of_others(
     callback: MLflowCallback, uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking._client(uri).create_run(check_tracking(uri, experiment), tags={"status": "somebody's own run"})
+    mlflow_client.client(uri).create_run(check_tracking(uri, experiment), tags={"status": "somebody's own run"})
     for arm, number in (("c01", 1), ("c02", 2), ("control", 0)):  # started in this order
         callback.on_trial_start(trial=make_trial(arm=arm, number=number))
         time.sleep(0.002)
@@ -720,7 +720,7 @@ def test_after_one_file_fails_the_others_are_not_tried_in_that_round(tmp_path: P
 
 
 def test_metrics_do_not_wait_for_files(uri: str, experiment: str, tmp_path: Path) -> None:
-    client = tracking._client(uri, create=True)
+    client = mlflow_client.client(uri, create=True)
     (tmp_path / "file").write_text("in the way of the artifacts' folder")
     client.create_experiment(experiment, artifact_location=str(tmp_path / "file"))
     callback = make_callback(uri, experiment, tmp_path)
@@ -939,7 +939,7 @@ def test_a_server_killed_and_restarted_in_mid_sweep_misses_nothing(
     assert math.isnan(record.metrics["grpo/kl"])
     assert load_correct(server.uri, record.run_id) == [1, 1, 0, 1]
     assert load_config(server.uri, record.run_id) == CONFIG
-    client = tracking._client(server.uri)
+    client = mlflow_client.client(server.uri)
     assert len(client.load_table(check_tracking(server.uri, experiment), "samples.json")) == 1
     # delivered exactly once: the same records again change nothing
     before = whole_experiment(server.uri, experiment)
