@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,80 +35,34 @@ app = typer.Typer(
 
 
 @app.command()
+@given.takes_sweep_options()
 def sweep(
-    space: given.Space = "sigma",
-    workload: given.Workload = "embedded",
-    trials: given.Trials = None,
-    replicates: given.Replicates = 1,
-    concurrent: given.Concurrent = None,
-    seed: given.Seed = 0,
-    overrides: given.Overrides = None,
-    points: given.Points = "",
-    evidence: given.Evidence = "",
-    warm_start: given.WarmStart = "",
-    ablate: given.Ablate = None,
-    searcher: given.Searcher = "gp",
-    objective: given.Objectives = None,
-    scheduler: given.Scheduler = "none",
-    budget: given.BudgetHours = None,
-    cpus: given.Cpus = None,
-    gpus: given.Gpus = None,
-    name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
-    address: given.Address = None,
+    options: SweepOptions,
+    ablate: Annotated[
+        str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
+    ] = None,
     submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
-    options = SweepOptions(
-        space=space,
-        workload=workload,
-        trials=trials,
-        replicates=replicates,
-        concurrent=concurrent,
-        seed=seed,
-        overrides=overrides,
-        points=points,
-        evidence=evidence,
-        warm_start=warm_start,
-        searcher=searcher,
-        objectives=objective,
-        scheduler=scheduler,
-        budget=budget,
-        cpus=cpus,
-        gpus=gpus,
-        name=name,
-        store=store,
-        tracking_uri=tracking_uri,
-        address=address,
-    )
-    study = study_config(options)
     if ablate is not None:
         _refuse_with_ablate(options)
+    study = study_config(options)
     if submit is not None:
-        _submit(submit, study.name if ablate is None or name is not None else f"{ablate}-ablation")
+        _submit(submit, study.name if ablate is None or options.name is not None else f"{ablate}-ablation")
         return
+    from search.ablation import ablation
     from search.study import evidence_of, fixed_arms, run_study
 
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
-        for known in evidence_of(study):
-            print(f"the searcher is told: {known.source}")
-        _run(
-            study.name,
-            study.trials * study.replicates,
-            options.store,
-            tracking_uri,
-            lambda view, progress: run_study(study, view, progress, arms),
-        )
-        return
-    from search.ablation import ablation
-
-    parts = ablation(find_sweep(ablate, store, tracking_uri), study, named=name is not None)
-    for line in parts.skipped:
-        print(line)
-    runs = parts.config.trials * parts.config.replicates
-    _run(parts.config.name, runs, store, tracking_uri, lambda view, progress: run_study(parts.config, view, progress, parts.arms))
+    else:
+        parts = ablation(find_sweep(ablate, options.store, options.tracking_uri), study, named=options.name is not None)
+        study, arms = parts.config, list(parts.arms)
+        for line in parts.skipped:
+            print(line)
+    for known in evidence_of(study):
+        print(f"the searcher is told: {known.source}")
+    _run(study.name, study.runs, options.store, options.tracking_uri, lambda view, progress: run_study(study, view, progress, arms))
 
 
 def _refuse_with_ablate(options: SweepOptions) -> None:
@@ -122,7 +77,7 @@ def _refuse_with_ablate(options: SweepOptions) -> None:
 @app.command()
 def resume(
     name: given.Name,
-    budget: given.BudgetHours = None,
+    budget: given.Budget = None,
     concurrent: given.Concurrent = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
@@ -145,9 +100,8 @@ def resume(
     changes = {"budget_hours": budget, "concurrent": concurrent}
     study = study.model_copy(update={key: value for key, value in changes.items() if value is not None})
     study = study.model_copy(update={"address": given.ray_address(address, study.address)})
-    runs = study.trials * study.replicates
     to_go = unfinished(study, read_arms(study))
-    _run(study.name, runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
+    _run(study.name, study.runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
 def _submit(address: str, name: str) -> None:
@@ -182,7 +136,7 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
     failed = [record for record in result.records if record.status == "failed"]
     for record in failed:
         print(f"{record.arm}/{record.replicate} failed: {record.reason}", file=sys.stderr)
-    if result.config.trials * result.config.replicates < runs:
+    if result.config.runs < runs:
         console.print(f"the space has no further configuration: {result.config.trials} were all", soft_wrap=True)
     if not result.unfinished:
         return
@@ -281,39 +235,10 @@ def trial(
 
 
 @app.command()
-def plan(
-    space: given.Space = "sigma",
-    workload: given.Workload = "embedded",
-    trials: given.Trials = None,
-    replicates: given.Replicates = 1,
-    concurrent: given.Concurrent = None,
-    seed: given.Seed = 0,
-    overrides: given.Overrides = None,
-    points: given.Points = "",
-    searcher: given.Searcher = "gp",
-    budget: given.BudgetHours = None,
-    cpus: given.Cpus = None,
-    gpus: given.Gpus = None,
-    store: given.Store = DEFAULT_STORE,
-) -> None:
+@given.takes_sweep_options(without=given.NO_USE_IN_A_PLAN)
+def plan(options: SweepOptions) -> None:
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
-    options = SweepOptions(
-        space=space,
-        workload=workload,
-        trials=trials,
-        replicates=replicates,
-        concurrent=concurrent,
-        seed=seed,
-        overrides=overrides,
-        points=points,
-        searcher=searcher,
-        budget=budget,
-        cpus=cpus,
-        gpus=gpus,
-        name="plan",
-        store=store,
-        tracking_uri="sqlite:///:memory:",
-    )
+    options = replace(options, name="plan", tracking_uri="sqlite:///:memory:")
     import torch
 
     from dashboards.report_text import plan_lines
@@ -341,12 +266,12 @@ def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = Fals
         try:
             records = load_study(study.tracking_uri, study.name)
         except ConfigError as error:
-            rows.append({**row, "runs": 0, "of": study.trials * study.replicates, "status": {"unknown": 0}, "problem": str(error)})
+            rows.append({**row, "runs": 0, "of": study.runs, "status": {"unknown": 0}, "problem": str(error)})
             continue
         counts: dict[str, int] = {}
         for record in records:
             counts[record.status] = counts.get(record.status, 0) + 1
-        rows.append({**row, "runs": len(records), "of": study.trials * study.replicates, "status": counts})
+        rows.append({**row, "runs": len(records), "of": study.runs, "status": counts})
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
@@ -373,15 +298,14 @@ def status(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    runs = study.trials * study.replicates
-    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {runs} trials begun"))
+    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {study.runs} trials begun"))
     ended = sum(record.status in ("completed", "collapsed") for record in records)
     if is_driven(study):
         print("it is running")
-    elif ended < runs and study.scheduler == "none":
+    elif ended < study.runs and study.scheduler == "none":
         again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
         where = repeated(store, tracking_uri)
-        print(f"{runs - ended} trials are not finished and nobody is running them; go on: {again}{where}")
+        print(f"{study.runs - ended} trials are not finished and nobody is running them; go on: {again}{where}")
 
 
 @app.command()
@@ -417,7 +341,7 @@ def confirm(
     name: given.Name,
     arm: Annotated[str | None, typer.Option(help="Another arm than the winner.")] = None,
     looks: Annotated[str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")] = None,
-    budget: given.BudgetHours = None,
+    budget: given.Budget = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
     address: given.Address = None,

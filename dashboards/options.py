@@ -3,11 +3,14 @@
 Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one line.
 """
 
+import inspect
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -18,27 +21,14 @@ if TYPE_CHECKING:
     from spaces.config import TrialConfig
 
 Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
-Space = Annotated[str, typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file.")]
-Workload = Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need.")]
-Replicates = Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")]
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
-Seed = Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
-Points = Annotated[str, typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas.")]
-Evidence = Annotated[str, typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them.")]
-WarmStart = Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")]
-Ablate = Annotated[str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")]
-Searcher = Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")]
-Objectives = Annotated[list[str] | None, typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front.")]
-Scheduler = Annotated[str, typer.Option(help="none, or one that stops weak trials early where that can be right.")]
-BudgetHours = Annotated[float | None, typer.Option("--budget", min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
-Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
-Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")]
+Budget = Annotated[float | None, typer.Option(min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
 Store = Annotated[str, typer.Option(help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database.")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
 Address = Annotated[
-    str | None, typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before.")
+    str | None,
+    typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
@@ -46,28 +36,82 @@ DEFAULT_STORE = "runs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepOptions:
-    """What `rin sweep` and `rin plan` were given."""
+    """What a sweep is asked for. Each field is an option of `rin sweep`, and of `rin plan` where it has a use there.
 
-    space: str = "sigma"
-    workload: str = "embedded"
-    trials: int | None = None
-    replicates: int = 1
-    concurrent: int | None = None
-    seed: int = 0
-    overrides: list[str] | None = None
-    points: str = ""
-    evidence: str = ""
-    warm_start: str = ""
-    searcher: str = "gp"
-    objectives: list[str] | None = None
-    scheduler: str = "none"
-    budget: float | None = None
-    cpus: int | None = None
-    gpus: float | None = None
-    name: str | None = None
-    store: str = DEFAULT_STORE
-    tracking_uri: str | None = None
-    address: str | None = None
+    Example: SweepOptions(workload="tiny", trials=3, overrides=["eval.questions=32"])
+    """
+
+    space: Annotated[
+        str,
+        typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file."),
+    ] = "sigma"
+    workload: Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")] = "embedded"
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need."),
+    ] = None
+    replicates: Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")] = 1
+    concurrent: Concurrent = None
+    seed: Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")] = 0
+    overrides: Overrides = None
+    points: Annotated[
+        str,
+        typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas."),
+    ] = ""
+    evidence: Annotated[
+        str,
+        typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them."),
+    ] = ""
+    warm_start: Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")] = ""
+    searcher: Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")] = "gp"
+    objectives: Annotated[
+        list[str] | None,
+        typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
+    ] = None
+    scheduler: Annotated[str, typer.Option(help="none, or one that stops weak trials early where that can be right.")] = "none"
+    budget: Budget = None
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")] = None
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")] = None
+    name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None
+    store: Store = DEFAULT_STORE
+    tracking_uri: TrackingUri = None
+    address: Address = None
+
+
+NO_USE_IN_A_PLAN = (
+    *("evidence", "warm_start", "objectives", "scheduler"),  # they change what is proposed or stopped, not how much runs
+    *("name", "tracking_uri", "address"),
+)
+
+
+def takes_sweep_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that typer gives the fields of SweepOptions, before what it asks for itself, and that gets them as one record.
+
+    `without`: fields that are no option of this command and keep their defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(SweepOptions, include_extras=True)
+        kinds = inspect.Parameter
+        own = list(inspect.signature(command).parameters.values())[1:]
+        offered = [
+            kinds(field.name, kinds.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(SweepOptions)
+            if field.name not in without
+        ]
+        taken = {parameter.name for parameter in offered}
+
+        @wraps(command)
+        def called(**given: Any) -> None:
+            options = SweepOptions(**{name: value for name, value in given.items() if name in taken})
+            command(options, **{name: value for name, value in given.items() if name not in taken})
+
+        parameters = [*offered, *(parameter.replace(kind=kinds.KEYWORD_ONLY) for parameter in own)]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
 
 
 def study_config(options: SweepOptions) -> "StudyConfig":
@@ -98,28 +142,21 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     if options.budget == 0:
         raise ConfigError("--budget 0: nothing could run; give hours above 0, or leave it out")
     store = absolute_store(options.store)
-    study = StudyConfig(
-        name=name,
-        space=chosen,
-        workload=options.workload,
-        settings=settings,
-        points=_names(options.points),
-        evidence=_names(options.evidence),
-        warm_start=options.warm_start,
-        trials=options.trials or 1000,
-        replicates=options.replicates,
-        concurrent=options.concurrent,
-        searcher=options.searcher,
-        objectives=tuple(dict.fromkeys(options.objectives or ["accuracy"])),
-        scheduler=options.scheduler,
-        seed=options.seed,
-        cpus=options.cpus,
-        gpus=options.gpus,
-        budget_hours=options.budget,
-        store=store,
-        tracking_uri=absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
-        address=ray_address(options.address, None),
-    )
+    same = {field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields}
+    changed = {
+        "name": name,
+        "space": chosen,
+        "settings": settings,
+        "points": _names(options.points),
+        "evidence": _names(options.evidence),
+        "trials": options.trials or 1000,
+        "objectives": tuple(dict.fromkeys(options.objectives or ["accuracy"])),
+        "budget_hours": options.budget,
+        "store": store,
+        "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
+        "address": ray_address(options.address, None),
+    }
+    study = StudyConfig(**same | changed)
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
 

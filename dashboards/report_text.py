@@ -110,11 +110,11 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             values = " | ".join(domain.options) if domain.kind == "choice" else f"{domain.low:g} .. {domain.high:g}"
             condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
             lines.append(f"        {dimension.key:22s} {values}{condition}")
-    last = study.seed + study.replicates - 1
+    last = study.seed_of(study.replicates - 1)
     unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
     adjusted = plan.adjusted_share
     lines += [
-        f"runs: {plan.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
+        f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, {config.quant.mode}, "
         f"filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",

@@ -39,7 +39,7 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
-    """Example: StudyPlan(arms=..., searched=7, runs=8, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0"""
+    """Example: StudyPlan(study=..., arms=..., searched=7, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0  # of 8 runs"""
 
     study: StudyConfig
     arms: tuple[Arm, ...]
@@ -60,18 +60,14 @@ class StudyPlan:
     """Of the control: what every configuration starts from."""
 
     @property
-    def runs(self) -> int:
-        return self.study.trials * self.study.replicates
-
-    @property
     def wall_seconds(self) -> float:
         """Worst case: nothing collapses."""
-        return math.ceil(self.runs / self.slots) * self.trial_seconds
+        return math.ceil(self.study.runs / self.slots) * self.trial_seconds
 
     @property
     def hours(self) -> float:
         """Trial-slot hours, or GPU hours; worst case."""
-        return self.runs * self.trial_seconds / 3600 * slots_of(self.study)
+        return self.study.runs * self.trial_seconds / 3600 * slots_of(self.study)
 
     @property
     def question_se(self) -> float:

@@ -83,6 +83,15 @@ class StudyConfig(BaseModel):
     """Of a running Ray cluster; null = a local one for this sweep."""
 
     @property
+    def runs(self) -> int:
+        """Trials in all."""
+        return self.trials * self.replicates
+
+    def seed_of(self, replicate: int) -> int:
+        """The same in every arm, so that arms are paired."""
+        return self.seed + replicate
+
+    @property
     def folder(self) -> Folder:
         return Folder(self.store) / self.name
 

@@ -3,13 +3,16 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from dashboards import cli
 from dashboards.options import (
+    NO_USE_IN_A_PLAN,
     SweepOptions,
     find_sweep,
     numbers,
@@ -99,6 +102,64 @@ def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(given: 
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Asked(Exception):
+    """What a command made of its options."""
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> SweepOptions:
+    def ask(options: SweepOptions) -> StudyConfig:
+        raise Asked(options)
+
+    monkeypatch.setattr(cli, "study_config", ask)
+    with pytest.raises(Asked) as caught:
+        typer.main.get_command(cli.app)(list(words), standalone_mode=False)
+    options: SweepOptions = caught.value.args[0]
+    return options
+
+
+def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, "sweep") == SweepOptions()
+    plan = ["schedule", "--workload", "tiny", "--trials", "12", "--replicates", "3", "--concurrent", "2", "--seed", "5"]
+    plan += ["--set", "noise.modules=linear", "--set", "eval.questions=16", "--points", "e12,e13h", "--searcher", "tpe"]
+    plan += ["--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
+    more = ["--evidence", "e13i-baseline", "--warm-start", "earlier", "--objective", "accuracy", "--objective", "hours"]
+    more += ["--scheduler", "none", "--name", "mine", "--tracking-uri", "http://host:5000", "--address", "HEAD:6379"]
+    planned = SweepOptions(
+        space="schedule",
+        workload="tiny",
+        trials=12,
+        replicates=3,
+        concurrent=2,
+        seed=5,
+        overrides=["noise.modules=linear", "eval.questions=16"],
+        points="e12,e13h",
+        searcher="tpe",
+        budget=1.5,
+        cpus=2,
+        gpus=0.5,
+        store="there",
+    )
+    assert asked(monkeypatch, "sweep", *plan, *more) == replace(
+        planned,
+        evidence="e13i-baseline",
+        warm_start="earlier",
+        objectives=["accuracy", "hours"],
+        scheduler="none",
+        name="mine",
+        tracking_uri="http://host:5000",
+        address="HEAD:6379",
+    )
+    assert asked(monkeypatch, "plan", *plan) == replace(planned, name="plan", tracking_uri="sqlite:///:memory:")
+
+
+def test_a_plan_has_the_options_of_a_sweep_that_it_has_a_use_for() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    sweep, plan = ({p.name: p for p in group.commands[name].params if p.name != "help"} for name in ("sweep", "plan"))
+    assert set(sweep) == {field.name for field in fields(SweepOptions)} | {"ablate", "submit"}
+    assert set(plan) == {field.name for field in fields(SweepOptions)} - set(NO_USE_IN_A_PLAN)
+    assert {name: plan[name].help for name in plan} == {name: sweep[name].help for name in plan}
 
 
 def test_points_alone_say_how_many_configurations_there_are(tmp_path: Path) -> None:
