@@ -130,10 +130,10 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
+    from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
     from search.schedulers import SCHEDULERS
     from search.searchers import OBJECTIVES, SEARCHERS
-    from search.study import fixed_arms
 
     _known("--searcher", options.searcher, SEARCHERS)
     _known("--scheduler", options.scheduler, SCHEDULERS)
@@ -188,15 +188,13 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
 
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
-    """A sweep of the store, with its tracking where it now is, and what an earlier command could not deliver delivered."""
+    """A sweep of the store, with its tracking where it now is. Raises ConfigError."""
     from search.mlflow_client import absolute_uri
     from search.store import absolute_store, load_study_config
-    from search.tracking import deliver_spool
 
     study = load_study_config(absolute_store(store), name)
     if tracking_uri is not None:
         study = study.model_copy(update={"tracking_uri": absolute_uri(tracking_uri)})
-    deliver_spool(study.scratch, study.tracking_uri)
     return study
 
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dashboards.live import text_params
 from dashboards.tables import describe_noise, duration, points
 from search.confirm import Confirmation
 from search.importance import Importance
@@ -15,7 +14,6 @@ from search.report import ArmReport, StudyReport
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.points import POINTS
 from spaces.reading import as_tree as config_tree
-from spaces.reading import read_config
 
 NOT_A_FINDING = (
     "ahead, behind: on the selection questions, by which arms were also chosen; corrected for {arms} arms that share a control. "
@@ -34,7 +32,7 @@ def report_table(report: StudyReport) -> Table:
         mark = " (candidate)" if row.candidate else ""
         table.add_row(
             row.arm + mark,
-            describe_noise(text_params(config_tree(row.config))),
+            describe_noise(row.config),
             _runs(row),
             "" if not row.collapsed else f"{row.collapsed}: {', '.join(row.rules)}",
             points(row.accuracy),
@@ -102,7 +100,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     for number, arm in enumerate(plan.arms):
         known = POINTS.get(arm.name)
         recorded = f"   recorded: collapsed at step {known.collapsed_at_step}" if known and known.collapsed_at_step is not None else ""
-        lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(text_params(config_tree(read_config(arm.tree))))}{recorded}")
+        lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(arm.config)}{recorded}")
     if plan.searched:
         lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
         for dimension in study.space.dimensions:

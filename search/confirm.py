@@ -13,14 +13,13 @@ calling it again goes on where it stopped.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from search.journal import read_arms
-from search.report import MARGIN, replicates_of, winner_of
-from search.searchers import Arm
+from search.arms import Arm, candidate_of, failures, read_arms, replicates_of
+from search.execution import View
+from search.report import MARGIN
 from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
 from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config, sweeps
-from search.study import View, resume_study, run_study
-from spaces.config import ConfigError
-from spaces.reading import merge
+from search.study import resume_study, run_study
+from spaces.config import ConfigError, TrialConfig
 from trainable.embedded import Progress
 
 FRESH = 1000
@@ -52,15 +51,15 @@ class Confirmation:
 def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | None = None) -> tuple[StudyConfig, list[Arm]]:
     """The study NAME-confirm of a sweep (NAME-confirm-ARM for an arm that is not the winner), and its two arms.
 
-    Raises ConfigError when there is nothing to confirm.
+    Raises NoCandidate when there is nothing to confirm, ConfigError for an arm that does not exist.
     """
     if parent.kind == "confirm":
         raise ConfigError(f"NAME={parent.name}: is a confirmation itself; give the sweep: rin confirm {parent.parent}")
-    best, control = winner_of(parent, read_arms(parent), arm)
-    asked = {"eval": {"split": "confirm"}}
+    candidate = candidate_of(parent, read_arms(parent), arm)
+    best, control = candidate.arm, candidate.control
     arms = [
-        Arm(name=control.name, origin="control", tree=merge(control.tree, asked)),
-        Arm(name=best.name, origin="winner", tree=merge(best.tree, asked)),
+        Arm(name=control.name, origin="control", config=_on_confirm_questions(control.config)),
+        Arm(name=best.name, origin="winner", config=_on_confirm_questions(best.config)),
     ]
     config = parent.model_copy(
         update={
@@ -113,10 +112,8 @@ def confirm(
             result = resume_study(config, view, progress)
         else:
             result, arms = run_study(config, view, progress, arms), None
-        failed = [f"{run.arm}/{run.replicate} failed: {run.reason}" for run in result.records if run.status == "failed"]
-        lost = [result.tracking_lost] if result.tracking_lost else []
         state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
-        state = replace(state, notes=(*failed, *lost, *_cautions(parent, state, arm)))
+        state = replace(state, notes=(*failures(result.config, result.arms), *_cautions(parent, state, arm)))
         if state.comparison.verdict != "undecided" or result.unfinished:
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
@@ -128,7 +125,7 @@ def confirm(
 def _cautions(parent: StudyConfig, state: Confirmation, arm: str | None) -> list[str]:
     """Whatever makes this answer another one than it seems."""
     cautions = []
-    now = winner_of(parent, read_arms(parent))[0].name if arm is None else arm
+    now = candidate_of(parent, read_arms(parent)).arm.name if arm is None else arm
     if now != state.winner:
         again = f"rin confirm {parent.name} --arm {now}"
         cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}: {again}")
@@ -171,6 +168,10 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
         looks=rule.looks,
         budget_spent=ends,
     )
+
+
+def _on_confirm_questions(config: TrialConfig) -> TrialConfig:
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"split": "confirm"})})
 
 
 def _name_of(parent: StudyConfig, arm: str | None) -> str:

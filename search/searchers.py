@@ -16,37 +16,23 @@ never as complete.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.utils.util import unflatten_dict
 
-from search.proposals import Known, Params, Proposer, Told, cmaes, every, gp, grid, optuna_study, random, settings_of, sobol, tpe
-from spaces.config import ConfigError
+from search.arms import Arm
+from search.proposals import Known, Params, Proposer, Told, cmaes, every, gp, grid, random, settings_of, sobol, tpe
+from search.store import EVIDENCE_FILE, StudyConfig
+from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
 from spaces.points import POINTS
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from trainable.outcome import Outcome
 
 _ENUMERABLE = 20_000  # configurations of a finite space that are tried one by one to find out whether all have been run
-
-
-@dataclass(slots=True, kw_only=True)
-class Arm:
-    """One configuration and what its replicates came to."""
-
-    name: str
-    """control, a point's name, c07"""
-    origin: str
-    """control | point | searcher | ablation | confirm"""
-    tree: Mapping[str, Any]
-    """Settings without a seed."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    """Dimension name -> drawn value, labels for choices; empty for fixed arms."""
-    results: dict[int, Mapping[str, Any] | None] = field(default_factory=dict)
-    """Replicate -> final outcome (outcome, eval, seconds, ...); None = failed. A replicate without an entry has not ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +62,7 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         known: Sequence[Arm] = (),
         record: Callable[[Arm], None] = lambda arm: None,
         place: Callable[[str, int], str] = lambda arm, replicate: "",
+        outcome: Callable[[str, int], Outcome | None] = lambda arm, replicate: None,
         configurations: int,
         replicates: int,
         seed: int,
@@ -84,8 +71,9 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         evidence: Sequence[Evidence] = (),
     ) -> None:
         """`base` is the tree of workload, space and overrides; `known` are the arms of earlier sessions, in their order, with the
-        results of the replicates that ended; `record` is called once per new arm, before its first replicate is handed out;
-        `place` says where a trial (arm, replicate) writes its files; `configurations` counts all arms, also fixed and known ones.
+        results of the replicates that ended; `record` is called once per new arm, before its first replicate is handed out; `place`
+        says where a trial (arm, replicate) writes its files, `outcome` how it ended (None: it has not); `configurations` counts all
+        arms, also fixed and known ones.
         """
         check_objectives(searcher, objectives)
         self.rin_space = space
@@ -98,13 +86,13 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         self.evidence = tuple(evidence)
         self.record = record
         self.exhausted = False  # a finite space came to its end before `configurations`
-        self.place = place
+        self.place, self.outcome = place, outcome
         self.arms: list[Arm] = list(known)
         names = {arm.name for arm in known}
         self.fixed = [arm for arm in fixed if arm.name not in names]
         self.waiting = [(arm, replicate) for arm in self.arms for replicate in range(replicates) if replicate not in arm.results]
         self.running: dict[str, tuple[Arm, int]] = {}
-        self._seen = {_identity(arm.tree) for arm in self.arms}
+        self._seen = {_identity(arm.config) for arm in self.arms}
         # Without a space of its own the base class would ask Tune for one.
         super().__init__(space={"space": space.name}, metric="accuracy", mode="max")
 
@@ -117,11 +105,11 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
                 return finished
             self.record(arm)
             self.arms.append(arm)
-            self._seen.add(_identity(arm.tree))
+            self._seen.add(_identity(arm.config))
             self.waiting = [(arm, replicate) for replicate in range(self.replicates)]
         arm, replicate = self.waiting.pop(0)
         self.running[trial_id] = (arm, replicate)
-        config = read_config(merge(arm.tree, {"seed": self.first_seed + replicate}))
+        config = arm.config.model_copy(update={"seed": self.first_seed + replicate})
         folder, number = self.place(arm.name, replicate), [known.name for known in self.arms].index(arm.name)
         return {
             "config": as_tree(config),
@@ -136,15 +124,13 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         """Intermediate accuracies are measured under different noise; the searcher hears of the end alone."""
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """How it ended stands in its folder. Without an outcome there it has failed, or was stopped and has steps to go."""
         arm, replicate = self.running.pop(trial_id)
-        # Tune hands results over flattened: {"outcome/eval/accuracy": 0.7}.
-        tree = unflatten_dict({key: value for key, value in (result or {}).items() if key.split("/")[0] == "outcome"})
-        # A trial that a scheduler or a budget ends has no outcome in its last result: it says so itself as it leaves, too late.
-        arm.results[replicate] = None if error else tree.get("outcome", {"outcome": "stopped"})
-
-    def study(self) -> Any:
-        """What is known, as an Optuna study."""
-        return optuna_study(self._known())
+        outcome = self.outcome(arm.name, replicate)
+        if outcome is not None:
+            arm.results[replicate] = outcome
+        elif error:
+            arm.failed.add(replicate)
 
     def save(self, checkpoint_path: str) -> None:
         """Tune wants to pickle its searcher every few seconds; all that this one knows is in the sweep's own files."""
@@ -182,26 +168,42 @@ class RinSearch(OptunaSearch):  # type: ignore[misc]
         for params in candidates:
             tree = merge(self.base, unflatten(settings_of(self.rin_space, params)))
             try:
-                identity = _identity(tree, origin=f"space {self.rin_space.name}")
+                config = read_config(tree, origin=f"space {self.rin_space.name}")
             except ConfigError as error:
                 # Two ranges that overlap the wrong way (sigma_end above sigma_start): not a finding, draw again.
                 problem = str(error)
                 continue
-            if identity not in self._seen:
-                return Arm(name=f"c{len(self.arms):02d}", origin="searcher", tree=tree, params=dict(params)), ""
+            if _identity(config) not in self._seen:
+                return Arm(name=f"c{len(self.arms):02d}", origin="searcher", config=config, params=dict(params)), ""
         return None, problem
 
     def _known(self) -> Known:
-        drawn = [arm for arm in self.arms if arm.origin == "searcher"]
-        finished = [(arm, told(arm, self.objectives, self.replicates)) for arm in drawn]
-        return Known(
-            space=self.rin_space,
-            objectives=self.objectives,
-            seed=self.first_seed,
-            number=len(drawn),
-            told=(*(_told_evidence(e, self.objectives) for e in self.evidence), *(t for _, t in finished if t is not None)),
-            running=tuple(arm.params for arm, t in finished if t is None),
-        )
+        return _known(self.rin_space, self.objectives, self.first_seed, self.replicates, self.arms, self.evidence)
+
+
+def known_of(study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence]) -> Known:
+    """What a study's searcher knows."""
+    return _known(study.space, study.objectives, study.seed, study.replicates, arms, evidence)
+
+
+def _known(
+    space: Space,
+    objectives: tuple[str, ...],
+    seed: int,
+    replicates: int,
+    arms: Sequence[Arm],
+    evidence: Sequence[Evidence],
+) -> Known:
+    drawn = [arm for arm in arms if arm.origin == "searcher"]
+    finished = [(arm, told(arm, objectives, replicates)) for arm in drawn]
+    return Known(
+        space=space,
+        objectives=objectives,
+        seed=seed,
+        number=len(drawn),
+        told=(*(_told_evidence(e, objectives) for e in evidence), *(t for _, t in finished if t is not None)),
+        running=tuple(arm.params for arm, t in finished if t is None),
+    )
 
 
 def check_objectives(searcher: str, objectives: Sequence[str]) -> None:
@@ -219,9 +221,9 @@ def check_objectives(searcher: str, objectives: Sequence[str]) -> None:
         raise ConfigError(f"--searcher {searcher}: can follow one objective, got {given}; choose one objective, or one of {several}")
 
 
-def _identity(tree: Mapping[str, Any], origin: str = "config") -> str:
-    """Equal for configurations that would run the same; numbers are equal within rounding. Raises ConfigError."""
-    plain = flatten(as_tree(read_config(tree, origin=origin)))
+def _identity(config: TrialConfig) -> str:
+    """Equal for configurations that would run the same; numbers are equal within rounding."""
+    plain = flatten(as_tree(config))
     del plain["seed"]
     return json.dumps({key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in plain.items()}, sort_keys=True)
 
@@ -233,17 +235,15 @@ def told(arm: Arm, objectives: Sequence[str], replicates: int) -> Told | None:
     """What a searcher is told about an arm; None while replicates are missing.
 
     A collapse counts whatever happened to the other replicates. Without one, a failed replicate or an accuracy that is not
-    finite makes the arm failed, and a stopped replicate makes it pruned.
+    finite makes the arm failed.
     """
-    if any(replicate not in arm.results for replicate in range(replicates)):
+    if any(replicate not in arm.results and replicate not in arm.failed for replicate in range(replicates)):
         return None
-    results = [arm.results[replicate] for replicate in range(replicates)]
-    ended = [result for result in results if result is not None and result["outcome"] in ("completed", "collapsed")]
-    finite = [result for result in ended if math.isfinite(float(result["eval"]["accuracy"]))]
-    collapses = sum(result["outcome"] == "collapsed" for result in ended)
+    ended = [arm.results[replicate] for replicate in range(replicates) if replicate in arm.results]
+    finite = [result for result in ended if math.isfinite(result.eval.accuracy)]
+    collapses = sum(result.collapsed for result in ended)
     if not collapses and len(finite) < replicates:
-        stopped = all(result is not None and result["outcome"] in ("completed", "stopped") for result in results) and finite == ended
-        return Told(params=arm.params, state="pruned" if stopped else "failed")
+        return Told(params=arm.params, state="failed")
     values = tuple(OBJECTIVES[name].value(finite, collapses / replicates) for name in objectives) if finite else None
     return Told(params=arm.params, state="complete", values=values, collapses=collapses)
 
@@ -254,14 +254,14 @@ class Objective:
 
     better: str
     """more | less"""
-    value: Callable[[Sequence[Mapping[str, Any]], float], float]
+    value: Callable[[Sequence[Outcome], float], float]
     """(outcomes of the replicates that ended, share of collapsed replicates) -> the number."""
 
 
 def pareto_front(arms: Sequence[Arm], objectives: Sequence[str]) -> list[Arm]:
     """The arms that no other arm beats in one objective without losing in another, in their order.
 
-    Arms that ended with a failed or stopped replicate, or with none at all, are left out; so are those with a collapse, unless
+    Arms that ended with a failed replicate, or with none at all, are left out; so are those with a collapse, unless
     collapses are an objective themselves.
     """
     judged = []
@@ -294,9 +294,9 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
     for name in names:
         if name not in recorded:
             raise ConfigError(f"--evidence {name}: the plan recorded no collapse of it; choose from {', '.join(recorded)}")
-        tree = merge(base, POINTS[name].settings)
-        params = _params_of(tree, space, f"--evidence {name}")
-        differences = _differences(tree, base, space)
+        config = read_config(merge(base, POINTS[name].settings))
+        params = _params_of(config, space, f"--evidence {name}")
+        differences = _differences(config, read_config(base), space)
         for key in _SAME_QUESTION:
             if key in differences:
                 raise ConfigError(
@@ -323,10 +323,10 @@ def evidence_from_arms(arms: Sequence[Arm], space: Space, source: str, base: Map
     for arm in arms:
         result = told(arm, ("accuracy", "hours"), len(arm.results)) if arm.results else None
         try:
-            params = _params_of(arm.tree, space, arm.name)
+            params = _params_of(arm.config, space, arm.name)
         except ConfigError:
             continue  # another question: counted, and not an error of the user
-        other = base is not None and any(key in _SAME_QUESTION for key in _differences(arm.tree, base, space))
+        other = base is not None and any(key in _SAME_QUESTION for key in _differences(arm.config, read_config(base), space))
         if result is not None and result.state == "complete" and not other and _inside(space, params):
             fitting.append((arm, params, result))
     left_out = len(arms) - len(fitting)
@@ -351,10 +351,10 @@ def _told_evidence(evidence: Evidence, objectives: Sequence[str]) -> Told:
     return Told(params=evidence.params, state="complete", values=known if len(known) == len(values) else None, collapses=evidence.collapses)
 
 
-def _params_of(tree: Mapping[str, Any], space: Space, origin: str) -> Params:
+def _params_of(config: TrialConfig, space: Space, origin: str) -> Params:
     """A configuration in the space's dimensions; numbers may lie beyond their ranges. Raises ConfigError for what a dimension
     cannot say."""
-    settings = _plain(tree)
+    settings = flatten(as_tree(config))
     labels: dict[str, str] = {}
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
@@ -381,15 +381,19 @@ def _inside(space: Space, params: Params) -> bool:
     return all(isinstance(d := domains[name], Choice) or d.low <= value <= d.high for name, value in params.items())
 
 
-def _differences(tree: Mapping[str, Any], base: Mapping[str, Any], space: Space) -> dict[str, tuple[Any, Any]]:
+def _differences(config: TrialConfig, base: TrialConfig, space: Space) -> dict[str, tuple[Any, Any]]:
     """Settings outside the space's dimensions that differ: key -> (there, here)."""
-    there, here = _plain(tree), _plain(base)
+    there, here = flatten(as_tree(config)), flatten(as_tree(base))
     dimensions = {dimension.key for dimension in space.dimensions}
     return {key: (value, here[key]) for key, value in there.items() if key not in dimensions and key in here and value != here[key]}
 
 
-def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return flatten(as_tree(read_config(tree)))
+def write_evidence(study: StudyConfig, evidence: Sequence[Evidence]) -> None:
+    study.folder.write(EVIDENCE_FILE, json.dumps([asdict(item) for item in evidence], indent=1))
+
+
+def read_evidence(study: StudyConfig) -> list[Evidence]:
+    return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
 
 
 # --- choices by name ---------------------------------------------------------------------------------------------------------
@@ -405,9 +409,9 @@ class Method:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "accuracy": Objective(better="more", value=lambda outcomes, share: median(float(o["eval"]["accuracy"]) for o in outcomes)),
+    "accuracy": Objective(better="more", value=lambda outcomes, share: median(o.eval.accuracy for o in outcomes)),
     "collapses": Objective(better="less", value=lambda outcomes, share: share),
-    "hours": Objective(better="less", value=lambda outcomes, share: fmean(float(o["seconds"]) / 3600 for o in outcomes)),
+    "hours": Objective(better="less", value=lambda outcomes, share: fmean(o.seconds / 3600 for o in outcomes)),
 }
 
 SEARCHERS: dict[str, Method] = {

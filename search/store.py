@@ -4,7 +4,7 @@
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
-    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/ray_trainable.py`)
+    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/trial_folder.py`)
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
     STORE/NAME/best.yaml                  the candidate
@@ -30,10 +30,11 @@ from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
 from spaces.reading import explain
+from spaces.workloads import WORKLOADS
 from trainable.folder import Folder
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
-VERSION = 2
+VERSION = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -175,6 +176,16 @@ def sweeps(store: str) -> list[str]:
     place = Folder(store)
     names = [name for name in place.names() if _NAME.fullmatch(name)]
     return [name for name in names if STUDY_FILE in (place / name).names()]
+
+
+def gpus_of(config: StudyConfig) -> float:
+    """GPUs of one trial."""
+    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus
+
+
+def slots_of(config: StudyConfig) -> float:
+    """Hours that one hour of a trial counts: its GPUs, or 1 where it has none."""
+    return gpus_of(config) or 1.0
 
 
 @contextmanager

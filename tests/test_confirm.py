@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from search.journal import read_arms, trial_folder, unfinished, write_arm
 
 from dashboards.report_text import confirmation_lines, confirmation_tree
 from search import confirm as module
 from search.confirm import Confirmation, confirm, judge, planned_confirmation
-from search.journal import read_arms, trial_folder, unfinished, write_arm
 from search.searchers import Arm
 from search.statistics import SequentialRule, sequential_compare
 from search.store import StudyConfig, load_study_config, save_study_config

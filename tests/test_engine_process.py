@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
 from search.trials import read_failure
+
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree
 from tests.conftest import Tiny

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from search.journal import trial_folder, write_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import search.checkpoint_export
 from search.checkpoint_export import export_checkpoint, measure_rules
 from search.export import BestConfig
-from search.journal import trial_folder, write_arm
 from search.searchers import Arm
 from search.store import StudyConfig, save_study_config
 from spaces.config import ConfigError, ModelConfig, TrialConfig

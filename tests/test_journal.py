@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from search.journal import read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
+from search.trials import write_decision
+
 from search.searchers import Arm, Evidence
 from search.store import StudyConfig
-from search.trials import write_decision
 from spaces.config import ConfigError
 from tests.written_sweeps import make_arm, outcome, study, write_trial
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from search.journal import read_arms, write_arm
+
 from search.ledger import read_ledger
 from search.searchers import Arm
 from search.store import StudyConfig

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
 
 import trainable.ray_trainable
-from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
 from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
+from search.journal import read_arms, trial_folder, write_arm
+from search.trials import write_decision
 
 from dashboards.report_text import as_tree, report_lines, report_table
-from search.journal import read_arms, trial_folder, write_arm
 from search.report import StudyReport, control_for, noisy_runs, replicates_of, report_study, winner_of
 from search.searchers import Arm
 from search.store import StudyConfig
-from search.trials import write_decision
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, study, write_sweep, write_trial

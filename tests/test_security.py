@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 from search.journal import read_arms
+
 from search.secrets import strip_password
 from search.store import StudyConfig, absolute_store, check_name, load_study_config
 from search.tracking import SPOOL, deliver_spool

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped, write_decision
+
 from spaces.config import ConfigError
 from tests.written_sweeps import attempt, report
 from trainable.folder import Folder

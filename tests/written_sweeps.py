@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from search.journal import trial_folder, write_arm
+
 from search.searchers import Arm
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from search.study import base_tree

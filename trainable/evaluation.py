@@ -5,7 +5,9 @@ two checkpoints can be compared question by question. `accuracy` is in the deplo
 unquantised forward of the master weights in the model's dtype.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from spaces.config import TrialConfig
 from trainable.backend import Backend, TorchBackend
@@ -27,6 +29,10 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Evaluation":
+        return cls(correct=tuple(tree["correct"]), parts=tree["parts"])
 
 
 def evaluate(policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None) -> Evaluation:

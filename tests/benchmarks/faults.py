@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 from search.journal import read_arms
+
 from search.store import load_study_config
 from search.tracking import load_study
 from spaces.reading import merge, read_config
