@@ -345,7 +345,7 @@ def confirm(
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import terminal
     from search.confirm import confirm as run_confirmation
-    from search.statistics import CONFIRM
+    from search.sequential import CONFIRM
 
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
