@@ -72,7 +72,6 @@ def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | N
             "seed": parent.seed + parent.replicates + FRESH,
             "trials": 2,
             "replicates": looks[0],
-            "scheduler": "none",
             "points": (),
             "evidence": (),
             "warm_start": "",
