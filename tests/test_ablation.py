@@ -86,7 +86,7 @@ def planned(
     arms = [make_arm(parent, "control"), make_arm(parent, "c01", *winner, origin="searcher")]
     arms[1] = Arm(name="c01", origin="searcher", config=arms[1].config, params={"noise.sigma_start": 0.01})
     write_sweep(parent, arms, {"control": [280, 281], "c01": [300, 301]})
-    given = study(tmp_path, name="mine", trials=99, points=("e12",), evidence=("e13h",), scheduler="asha", **options)
+    given = study(tmp_path, name="mine", trials=99, points=("e12",), evidence=("e13h",), **options)
     return parent, ablation(parent, given, named=named)
 
 
@@ -107,7 +107,7 @@ def test_the_study_is_the_parent_s_in_what_is_compared_and_the_user_s_in_how_it_
     assert (config.name, config.kind, config.parent) == ("s-ablation", "ablation", "s")
     assert (config.space, config.workload, config.settings) == (parent.space, parent.workload, parent.settings)
     assert (config.replicates, config.seed, config.budget_hours, config.concurrent) == (5, 40, 2.0, 1)
-    assert (config.trials, config.points, config.evidence, config.scheduler) == (len(parts.arms), (), (), "none")
+    assert (config.trials, config.points, config.evidence) == (len(parts.arms), (), ())
 
 
 def test_a_name_that_was_given_is_kept(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dashboards.report_text import confirmation_lines, confirmation_tree
 from search import confirm as module
 from search.arms import Arm, read_arms, trial_folder, unfinished, write_arm
 from search.confirm import Confirmation, confirm, judge, planned_confirmation
-from search.statistics import SequentialRule, sequential_compare
+from search.sequential import SequentialRule, sequential_compare
 from search.store import StudyConfig, load_study_config, save_study_config
 from search.study import StudyResult
 from spaces.config import ConfigError
