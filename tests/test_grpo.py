@@ -16,6 +16,7 @@ import torch
 import trainable.grpo
 from spaces.config import GRPOConfig, Loss, ModelConfig, QuantConfig, RolloutConfig
 from tests.conftest import ModelFolder, completed, episode, ragged_prompts, sampled_groups
+from trainable.episode import Group
 from trainable.grpo import (
     Batch,
     completion_logps,
@@ -31,7 +32,6 @@ from trainable.grpo import (
     with_old_logps,
 )
 from trainable.model import Policy, load_policy
-from trainable.rollout import Group
 from trainable.seeds import generator
 
 LOSSES = get_args(Loss)

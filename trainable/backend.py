@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
 from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
+from trainable.episode import Completion
 from trainable.model import Policy
-from trainable.rollout import Completion, generate
+from trainable.rollout import generate
 from trainable.seeds import generator, stable_hash
 
 _LONGEST_REASON = 500

@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from spaces.config import Correction, FilterPolicy, GRPOConfig, Loss, RolloutConfig
+from trainable.episode import FilterOutcome, Group
 from trainable.forward import forward_of, positions
 from trainable.model import Policy
-from trainable.rollout import Group, left_padded
+from trainable.rollout import left_padded
 
 _EPSILON = 1e-4  # added to the std of a group, as in TRL
 _PACKED_TOKENS = 512
@@ -57,25 +58,6 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tenso
     if scale == "batch":
         return centred / (rewards.std() + _EPSILON)
     return centred
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilterOutcome:
-    """What the filter made of all batches of a step so far."""
-
-    groups: tuple[Group, ...]
-    """To be trained on, at most `wanted`."""
-    generated: int
-    all_wrong: int
-    """Groups without variance whose answers are all wrong."""
-    all_right: int
-    enough: bool
-    """Whether the policy is content (otherwise: sample another batch, or give up)."""
-
-    @property
-    def rejected_as_wrong(self) -> bool:
-        """Too few groups, and mostly because nothing was right: generation has collapsed. The opposite is success."""
-        return not self.enough and self.all_wrong >= self.all_right
 
 
 def filter_groups(policy: FilterPolicy, groups: Sequence[Group], wanted: int) -> FilterOutcome:

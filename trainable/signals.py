@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from trainable.grpo import Batch, FilterOutcome, UpdateMetrics
-from trainable.rollout import Group
+from trainable.episode import FilterOutcome, Group
+from trainable.grpo import Batch, UpdateMetrics
 
 _N_GRAM = 4  # of the repetition signal
 

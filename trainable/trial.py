@@ -28,10 +28,10 @@ from trainable import gate
 from trainable.backend import start_backend
 from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
 from trainable.embedded import Progress
+from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
 from trainable.grpo import (
     Batch,
-    FilterOutcome,
     UpdateMetrics,
     clean_logps,
     filter_groups,
@@ -44,7 +44,7 @@ from trainable.grpo import (
 )
 from trainable.model import deployed, load_policy
 from trainable.noise import Effect, EffectReceipt, effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
-from trainable.rollout import Group, encode_prompts, judge
+from trainable.rollout import encode_prompts, judge
 from trainable.seeds import generator
 from trainable.signals import Signals, measure
 from trainable.tasks import build_task
