@@ -27,7 +27,7 @@ from trainable.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engine import TrialFailed, deployed_weights, digest
 from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.grpo import Batch, clean_logps, make_batch, with_old_logps
+from trainable.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.model import Policy, deployed, load_policy
 from trainable.noise import injected, noise_targets
 from trainable.rollout import encode_prompts

@@ -136,10 +136,7 @@ class VllmBackend:
 
 
 def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
-    network: Any = policy.model
-    if hasattr(network, "get_base_model"):
-        network = network.get_base_model()
-    model: dict[str, Any] = network.config.to_dict()
+    model: dict[str, Any] = policy.network.config.to_dict()
     model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
     if "lm_head" in policy.linears:
         model["tie_word_embeddings"] = False  # the head is quantised, embeddings are not: two weights

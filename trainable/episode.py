@@ -1,7 +1,7 @@
 """What a rollout leaves behind: completions, judged completions, groups of them, and what a filter kept of the groups.
 
-Records alone, without torch: whoever generates (our own modules, vLLM, a child process) makes completions, and whoever learns, measures
-or judges reads episodes; neither needs to know the other, nor the method that learns from them.
+Records alone, without torch: whoever generates (our own modules, vLLM, a child process) makes completions, and whoever
+learns, measures or judges reads episodes; neither needs to know the other, nor the method that learns from them.
 """
 
 from dataclasses import dataclass

@@ -17,6 +17,7 @@ import torch
 from spaces.config import ConfigError, TaskConfig
 from trainable.decoder import decoder
 from trainable.episode import Completion, Episode, Group
+from trainable.forward import left_padded
 from trainable.model import Policy
 from trainable.tasks import Question, Task
 
@@ -42,14 +43,6 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
     if longest > limit:
         raise ConfigError(f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that")
     return encoded
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [rows, L]."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)  # [rows, L]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [rows, L]
-    return ids, mask
 
 
 @torch.no_grad()

@@ -30,23 +30,13 @@ from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
 from trainable.embedded import Progress
 from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
-from trainable.grpo import (
-    Batch,
-    UpdateMetrics,
-    clean_logps,
-    filter_groups,
-    group_advantages,
-    importance_weights,
-    make_batch,
-    shaped_rewards,
-    update,
-    with_old_logps,
-)
+from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
+from trainable.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
 from trainable.model import deployed, load_policy
 from trainable.noise import Effect, EffectReceipt, effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.rollout import encode_prompts, judge
 from trainable.seeds import generator
-from trainable.signals import Signals, measure
+from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks import build_task
 
 _SAMPLES_PER_STEP = 4

@@ -15,8 +15,9 @@ from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import never_end, ratio, spread
 from trainable.backend import TorchBackend, VllmBackend, start_backend
 from trainable.embedded import base_folder
+from trainable.forward import left_padded
 from trainable.model import SMOLLM2_FILE, Policy, _smollm2_folder, deployed, load_policy
-from trainable.rollout import encode_prompts, left_padded
+from trainable.rollout import encode_prompts
 from trainable.tasks import build_task
 from trainable.trial import Trial
 
