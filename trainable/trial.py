@@ -28,6 +28,7 @@ from trainable import gate
 from trainable.backend import start_backend
 from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
 from trainable.embedded import Progress
+from trainable.engine import Request
 from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
@@ -290,14 +291,15 @@ class Trial:
             seed=config.seed,
         ):
             self.backend.sync(self.policy)
-            completions = self.backend.generate(
-                self.policy,
-                encoded,
+            request = Request(
+                prompts=encoded,
                 group_size=config.grpo.group_size,
+                max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 batch_size=config.rollout.batch_size,
-                key=(step, batch),
+                draw=(config.seed, step, batch),
             )
+            completions = self.backend.generate(self.policy, request)
         return judge(self.policy, self.task, questions, encoded, completions)
 
     def _prove(self, step: int) -> None:
