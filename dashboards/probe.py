@@ -27,7 +27,7 @@ from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.floor import APART, Floor, Gap, computing, eager_logps, first_blocks, floor_of
 from trainable.gate import FLOOR_FACTOR
-from trainable.grpo import clean_logps, make_batch
+from trainable.logps import clean_logps, make_batch
 from trainable.model import Policy, deployed, load_policy
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator

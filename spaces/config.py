@@ -335,14 +335,12 @@ class GRPOConfig(Record):
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long completions)."""
-    engine: Literal["inside", "process", "server"] = "inside"
-    """Where vLLM runs: inside the trial's process, in a child of it, or on the server at `server`."""
-    server: str | None = None
-    """HOST:PORT of `python -m trainable.engine_process --listen`; only with engine=server."""
+    engine: Literal["inside", "process"] = "inside"
+    """Where vLLM runs: inside the trial's process, or in a child of it."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory of vLLM's key/value cache, in GiB."""
     start_seconds: float = Field(300.0, gt=0)
-    """Longest start of an engine outside of the trial's process, after which it counts as dead (one inside: hang_seconds)."""
+    """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
     answer_seconds: float = Field(1800.0, gt=0)
     """Longest answer of such an engine: one batch of generation, or one weight sync."""
     temperature: float = Field(1.0, gt=0)
@@ -362,16 +360,13 @@ class RolloutConfig(Record):
     def _engine_options_have_a_use(self) -> Self:
         for keys, needed, used in (
             (("engine", "kv_cache_gib"), "backend=vllm", self.backend == "vllm"),
-            (("start_seconds", "answer_seconds"), "engine=process or engine=server", self.engine != "inside"),
-            (("server",), "engine=server", self.engine == "server"),
+            (("start_seconds", "answer_seconds"), "engine=process", self.engine == "process"),
         ):
             for key in keys:
                 if not used and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}={getattr(self, key)} does nothing without {needed}; set that or remove it")
         if self.backend == "vllm" and self.temperature > 2:
             raise ValueError(f"backend=vllm samples at temperatures up to 2, but got temperature={self.temperature:g}")
-        if self.engine == "server" and self.server is None:
-            raise ValueError("engine=server needs server=HOST:PORT")
         return self
 
 

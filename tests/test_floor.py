@@ -20,7 +20,7 @@ from tests.conftest import ModelFolder, byte_tokenizer, ragged_prompts, sampled_
 from trainable.decoder import _Transformers, decoder
 from trainable.floor import Floor, Gap, attention, cached_logps, computing, eager_logps, first_blocks, gap, measure_floor
 from trainable.forward import forward_of
-from trainable.grpo import Batch, clean_logps, make_batch
+from trainable.logps import Batch, clean_logps, make_batch
 from trainable.model import Policy, deployed, load_policy
 from trainable.seeds import generator
 

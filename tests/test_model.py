@@ -217,7 +217,7 @@ def with_random_adapters(policy: Policy) -> Policy:
 def test_adapters_see_the_quantised_input_and_are_not_quantised(
     model_folder: ModelFolder, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
         adapted = adapted_layer(policy, name)
@@ -248,7 +248,7 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
 def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
     adapted = adapted_layer(policy, name)

@@ -24,12 +24,13 @@ from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny, ragged_prompts
 from trainable import gate
 from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.engine import TrialFailed, deployed_weights, digest
+from trainable.engine import Request, TrialFailed, deployed_weights, digest
+from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.grpo import Batch, clean_logps, make_batch, with_old_logps
+from trainable.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.model import Policy, deployed, load_policy
 from trainable.noise import injected, noise_targets
-from trainable.rollout import Episode, Group, encode_prompts
+from trainable.rollout import encode_prompts
 from trainable.tasks import Question, Score, build_task
 from trainable.trial import Trial, run_trial
 
@@ -67,10 +68,14 @@ def engine_of() -> Iterator[Engines]:
         backend.close()
 
 
+def request_of(prompts: list[list[int]], **options: Any) -> Request:
+    return Request(prompts=prompts, **{"max_new_tokens": 6, "group_size": 1, "temperature": 0.0, "batch_size": 64, **options})
+
+
 def rollout(policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0) -> Batch:
     """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or `injected`."""
     backend.sync(policy)
-    sampled = backend.generate(policy, prompts, group_size=GROUP, temperature=temperature, batch_size=64, key=key)
+    sampled = backend.generate(policy, request_of(prompts, group_size=GROUP, temperature=temperature, draw=(0, *key)))
     groups: list[Group] = [
         tuple(
             Episode(
@@ -161,11 +166,10 @@ def test_greedy_answers_are_those_of_the_torch_backend(engine_of: Engines, model
     config = with_model(model_folder(kind, tied=tied, text=True))
     policy, backend, _ = engine_of(config)
     prompts = ragged_prompts(12, vocabulary=200)
-    options: dict[str, Any] = {"group_size": 1, "temperature": 0.0, "batch_size": 64, "key": ()}
+    request = request_of(prompts, max_new_tokens=12)
     with deployed(policy):
         backend.sync(policy)
-        theirs = backend.generate(policy, prompts, **options)
-        ours = TorchBackend(config).generate(policy, prompts, **options)
+        theirs, ours = backend.generate(policy, request), TorchBackend().generate(policy, request)
     assert [[one.ids for one in group] for group in theirs] == [[one.ids for one in group] for group in ours]
 
 
@@ -190,7 +194,8 @@ def test_samples_follow_the_distribution_of_the_torch_backend(engine_of: Engines
     policy, backend, _ = engine_of(tiny(*VLLM, "rollout.max_new_tokens=1"))
     with deployed(policy):
         backend.sync(policy)
-        (drawn,) = backend.generate(policy, [[3, 4, 12]], group_size=4096, temperature=0.8, batch_size=64, key=(0, 0))
+        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=(0, 0, 0))
+        (drawn,) = backend.generate(policy, request)
         logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
     expected = torch.softmax(logits / 0.8, -1) * len(drawn)
     counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
@@ -457,9 +462,7 @@ print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
     )
     (answer,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")] or [done.stderr[-2000:]]
     with deployed(policy):
-        ours = TorchBackend(with_model(str(folder), rollout=RolloutConfig(max_new_tokens=12))).generate(
-            policy, prompts, group_size=1, temperature=0.0, batch_size=64, key=()
-        )
+        ours = TorchBackend().generate(policy, request_of(prompts, max_new_tokens=12))
     assert json.loads(answer.removeprefix("ANSWER")) == [list(group[0].ids) for group in ours]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from spaces.config import RolloutConfig
 from trainable.engine import Engine, TrialFailed, deployed_weights, digest
 from trainable.floor import APART, Floor, gap, measure_floor
-from trainable.grpo import Batch, completion_logps
+from trainable.logps import Batch, completion_logps
 from trainable.mlp import GatedMLP
 from trainable.model import Policy, bare_name
 from trainable.norm import RMSNorm

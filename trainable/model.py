@@ -35,7 +35,7 @@ from trainable.seeds import stable_hash
 hf_logging.disable_progress_bar()
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
+KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
 """Architectures in which these norms feed these projections and nothing else, and whose MLP is a gated one."""
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -58,6 +58,12 @@ class Policy:
     """The norm before the head, as a dict of one (or none)."""
     depth: int
     """Decoder blocks."""
+
+    @property
+    def network(self) -> Any:
+        """The transformers model itself, without peft's wrapper around it."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
     def device(self) -> torch.device:
@@ -236,7 +242,7 @@ def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, exclud
 
 def _own_norms(network: Any) -> None:
     """Every norm as ours, on its own weight."""
-    if network.config.model_type not in _KNOWN_BLOCKS:
+    if network.config.model_type not in KNOWN_BLOCKS:
         return
     for name, module in list(network.named_modules()):
         if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
@@ -245,7 +251,7 @@ def _own_norms(network: Any) -> None:
 
 def _own_mlps(network: Any) -> None:
     """Every block's MLP as ours, on its own projections; it quantises what `down_proj` reads."""
-    if network.config.model_type not in _KNOWN_BLOCKS or network.config.hidden_act != "silu":
+    if network.config.model_type not in KNOWN_BLOCKS or network.config.hidden_act != "silu":
         return
     for name, module in list(network.named_modules()):
         if name.endswith(".mlp"):

@@ -42,7 +42,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from trainable import vllm_heads
-from trainable.engine import CONFIG_FILE, EngineSettings, Request, Sampled, digest
+from trainable.engine import CONFIG_FILE, EngineSettings, Request, digest
+from trainable.episode import Completion
 from trainable.quantization import fake_quantize
 
 NAME = "rin"
@@ -254,7 +255,7 @@ class VllmEngine:
             self.asleep = False
         self.llm.reset_prefix_cache()
 
-    def generate(self, request: Request) -> list[list[Sampled]]:
+    def generate(self, request: Request) -> list[list[Completion]]:
         greedy = request.temperature == 0
         end = self.settings.end_token
         stops = [end] if end < self.settings.model["vocab_size"] else []  # of some tokenizers it is none that the model can say
@@ -262,16 +263,16 @@ class VllmEngine:
             SamplingParams(
                 n=request.group_size,
                 temperature=request.temperature,
-                seed=None if greedy else seed,
+                seed=None if greedy else request.seed_of(number),
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=stops,
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
-            for seed in request.seeds
+            for number in range(len(request.prompts))
         ]
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in request.prompts], params, use_tqdm=False)
-        return [[_sampled(completion) for completion in output.outputs] for output in outputs]
+        return [[_completion(one) for one in output.outputs] for output in outputs]
 
     def digests(self) -> dict[str, str]:
         found: dict[str, str] = self._on_model(lambda model: {name: digest(tensor) for name, tensor in _tensors(model)})
@@ -350,10 +351,11 @@ def _rows(module: Any, part: Part) -> slice:
     return slice(part.start, part.stop) if isinstance(module, LinearBase) else slice(0, module.org_vocab_size)
 
 
-def _sampled(completion: Any) -> Sampled:
-    ids = tuple(completion.token_ids)
-    logps = tuple(table[token].logprob for token, table in zip(ids, completion.logprobs, strict=True))
-    return Sampled(ids=ids, logps=logps, finished=completion.finish_reason == "stop")
+def _completion(output: Any) -> Completion:
+    """vLLM gives the log-probs of the sampled tokens alone: their negative mean is an unbiased estimate of the entropy."""
+    ids = tuple(output.token_ids)
+    logps = tuple(table[token].logprob for token, table in zip(ids, output.logprobs, strict=True))
+    return Completion(ids=ids, logps=logps, entropy=-sum(logps) / len(logps), finished=output.finish_reason == "stop")
 
 
 @contextmanager
