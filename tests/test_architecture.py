@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from spaces import config
+from spaces import config, formats
 from trainable import noise, quantization
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def test_the_four_names_belong_to_this_distribution_alone() -> None:
 
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
-    (quantization.FORMATS, config.Format),
+    (formats.FORMATS, config.Format),
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),

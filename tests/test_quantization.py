@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spaces.config import Format as FormatName
 from spaces.config import ScaleRule
+from spaces.formats import FORMATS
 from trainable import quantization
-from trainable.quantization import FORMATS, SCALE_RULES, QuantLinear, element_step, fake_quantize, ste_quantize
+from trainable.quantization import SCALE_RULES, QuantLinear, element_step, fake_quantize, ste_quantize
 
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DTYPES = (torch.float32, torch.bfloat16)

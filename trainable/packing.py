@@ -31,8 +31,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spaces.formats import FORMATS
 from trainable.engine import CONFIG_FILE
-from trainable.quantization import FORMATS, element_step, fake_quantize
+from trainable.quantization import element_step, fake_quantize
 
 FORMAT = "mxfp4-pack-quantized"
 BLOCK = FORMATS["mxfp4"].block

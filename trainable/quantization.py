@@ -43,13 +43,13 @@ Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spaces.formats import FORMATS, Element, Format
 from trainable.kernels import cpu, cuda
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
@@ -59,44 +59,6 @@ _FRACTION_BITS = 23
 _CHUNK = 1 << 17
 """Elements per chunk and CPU thread: input, output and scratch of 512 KiB each stay in an L2 cache of 2 MiB."""
 _NVFP4_MIN_AMAX = 2.0**-100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Element:
-    """The grid of a tiny float without Inf: all +- k * step, with the step of each binade."""
-
-    mantissa_bits: int
-    smallest_normal: float
-    largest: float
-
-    @property
-    def smallest_step(self) -> float:
-        """Distance of neighbours among the subnormals and in the first binade."""
-        return self.smallest_normal * 2.0**-self.mantissa_bits
-
-    @property
-    def largest_exponent(self) -> int:
-        """emax: the exponent of the largest value."""
-        return math.frexp(self.largest)[1] - 1
-
-    @property
-    def largest_fraction(self) -> int:
-        """Fraction bits that the largest value has in fp32."""
-        mantissa, _ = math.frexp(self.largest)
-        return round((2 * mantissa - 1) * (1 << _FRACTION_BITS))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """How a block is stored."""
-
-    name: str
-    element: Element | None
-    """None: the tensor passes untouched."""
-    block: int
-    """Elements that share a scale."""
-    scale: Element | None = None
-    """None: a power of two (E8M0). Otherwise the grid of the block scale, under an fp32 outer scale."""
 
 
 # --- the function ----------------------------------------------------------------------------------------------------
@@ -314,16 +276,6 @@ class QuantLinear(nn.Linear):
 # --- choices by name -------------------------------------------------------------------------------------------------
 
 
-E2M1 = Element(mantissa_bits=1, smallest_normal=1.0, largest=6.0)  # OCP MX v1.0, 5.3.3
-E4M3 = Element(mantissa_bits=3, smallest_normal=2.0**-6, largest=448.0)  # OCP MX v1.0, 5.3.1
-
-FORMATS: dict[str, Format] = {
-    "none": Format(name="none", element=None, block=1),
-    "mxfp4": Format(name="mxfp4", element=E2M1, block=32),
-    "mxfp8": Format(name="mxfp8", element=E4M3, block=32),
-    "nvfp4": Format(name="nvfp4", element=E2M1, block=16, scale=E4M3),
-}
-
 SCALE_RULES: dict[str, Callable[[Element], int]] = {
     # What is added to the bits of amax: where it carries into the exponent, the scale doubles.
     "floor": lambda element: 0,
@@ -332,5 +284,10 @@ SCALE_RULES: dict[str, Callable[[Element], int]] = {
     "ceil": lambda element: _FRACTION,
 }
 
-_CODES = {(fmt, rule): (code, SCALE_RULES[rule](FORMATS[fmt].element or E2M1)) for fmt, code in cpu.FORMATS.items() for rule in SCALE_RULES}
+_CODES = {
+    (name, rule): (form.code, SCALE_RULES[rule](form.element))
+    for name, form in FORMATS.items()
+    if form.element is not None
+    for rule in SCALE_RULES
+}
 """What the fused kernel takes for a format and a scale rule."""

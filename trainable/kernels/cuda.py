@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainable.kernels.cpu import FORMATS, Kernel
+from spaces.formats import FORMATS
+from trainable.kernels.cpu import Kernel
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,7 @@ WIDEST = 1 << 14
 """Largest row that the norm holds in the registers of one program."""
 _TILE = 1 << 12
 """Elements of a tile: 32 for each of 128 threads."""
-_NAMES = {code: name for name, code in FORMATS.items()}
-_BLOCK = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
-_MANTISSA = {"mxfp4": 1, "mxfp8": 3}
+_BY_CODE = {form.code: form for form in FORMATS.values()}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, torch.bfloat16)
 """Those in which the fused kernels round between two operations as torch does."""
@@ -97,11 +96,12 @@ def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tenso
     count, columns = x.numel(), x.shape[-1]
     if count == 0:
         return out
-    name = _NAMES[code]
+    form = _BY_CODE[code]
+    assert form.element is not None
     tiles = (-(-count // _TILE),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if name != "nvfp4":
-            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, _MANTISSA[name], _TILE // 32, **_OPTIONS)
+        if form.scale is None:
+            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, form.element.mantissa_bits, _TILE // 32, **_OPTIONS)
         elif per_tensor:
             kernels.nv_tensor[tiles](_bits(x), _bits(out), count, _largest(x), _TILE // 16, **_OPTIONS)
         else:
@@ -138,7 +138,7 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
         _check(gate, code)
     gate, up = gate.detach().contiguous(), up.detach().contiguous()
     out, count = torch.empty_like(gate), gate.numel()
-    whole_rows = code >= 0 and _NAMES[code] == "nvfp4"  # whose outer scale is known when the row is
+    whole_rows = _BY_CODE[code].scale is not None  # whose outer scale is known when the row is
     if count:
         with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
             kernels.swiglu_tensor[(-(-count // _TILE),)](
@@ -148,9 +148,9 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
 
 
 def _check(x: Tensor, code: int) -> None:
-    name, columns = _NAMES[code], x.shape[-1]
-    if columns % _BLOCK[name] != 0:
-        raise ValueError(f"{name} needs a last dim that is a multiple of {_BLOCK[name]}, but got {columns}; exclude it")
+    form, columns = _BY_CODE[code], x.shape[-1]
+    if columns % form.block != 0:
+        raise ValueError(f"{form.name} needs a last dim that is a multiple of {form.block}, but got {columns}; exclude it")
 
 
 def _largest(x: Tensor) -> Tensor:
