@@ -25,10 +25,11 @@ import torch
 from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.floor import APART, Floor, Gap, computing, eager_logps, first_blocks, floor_of
+from trainable.floor import APART, Floor, Gap, eager_logps, first_blocks, floor_of
 from trainable.gate import FLOOR_FACTOR
 from trainable.grpo import clean_logps, make_batch
-from trainable.model import Policy, deployed, load_policy
+from trainable.model import Policy, computing, deployed, load_policy
+from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator
 from trainable.tasks import Question, Task, build_task
@@ -127,7 +128,7 @@ def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
         prompts = _prompts(plan, policy, questions)
         for mode, scale_rule, blocks in settings(policy.depth):
             quant = plan.config.quant.model_copy(update={**MODES[mode], "scale_rule": scale_rule})
-            with computing(policy, quant), first_blocks(policy, blocks) as part, deployed(part):
+            with computing(policy, Arithmetic.of(quant)), first_blocks(policy, blocks) as part, deployed(part):
                 floors = _floors(plan, part, task, questions, prompts)
             yield tuple(
                 Row(dtype=dtype, mode=mode, scale_rule=scale_rule, blocks=blocks, depth=policy.depth, length=length, floor=floor)

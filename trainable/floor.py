@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError, QuantConfig
+from spaces.config import ConfigError
 from trainable.decoder import decoder
 from trainable.grpo import Batch, clean_logps, importance_weights
 from trainable.model import Policy, block_of
@@ -183,25 +183,7 @@ def _network(policy: Policy) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# --- the same weights in other settings --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def computing(policy: Policy, quant: QuantConfig) -> Iterator[None]:
-    """Other formats and another scale rule in all layers that are quantised; what is excluded stays so. Go into it before `deployed`.
-
-    The policy was loaded with quantised activations: which layers share an input that is quantised once was decided then.
-    """
-    layers = [policy.linears[name] for name in policy.quantized]
-    assert all(layer.activation_format != "none" for layer in layers), "load the policy in W4A4"
-    before = [(layer.weight_format, layer.activation_format, layer.scale_rule) for layer in layers]
-    try:
-        for layer in layers:
-            layer.weight_format, layer.activation_format, layer.scale_rule = quant.weights, quant.activations, quant.scale_rule
-        yield
-    finally:
-        for layer, settings in zip(layers, before, strict=True):
-            layer.weight_format, layer.activation_format, layer.scale_rule = settings
+# --- the same weights in a shallower model --------------------------------------------------------------------------------------
 
 
 @contextmanager

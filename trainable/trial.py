@@ -211,6 +211,7 @@ class Trial:
         effects = tuple(Effect(**effect) for effect in self.so_far.effects)
         return EffectReceipt(
             quantized=self.policy.quantized,
+            arithmetic=self.policy.arithmetic,
             noised=tuple(target.name for target in self.targets),
             effects=effects,
             warnings=effect_warnings(effects),

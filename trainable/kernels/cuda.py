@@ -7,7 +7,7 @@ it is not installed `load` returns None, one line says so, and eager torch compu
 The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
 them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
 
-Left out: the backward passes of norm and SwiGLU, which are plain torch (norm.py, mlp.py).
+`RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the quantisation is the identity.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spaces.formats import FORMATS
 from trainable.kernels.cpu import Kernel
@@ -170,6 +171,43 @@ def _power_of_two(n: int) -> int:
 
 def _warps(elements: int) -> int:
     return min(16, max(1, elements // 1024))
+
+
+# --- with their gradients ---------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` without its second result. Keeps x and one number a row; computed in fp32, and rounded at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, *codes: int) -> Tensor:
+        y, inverse = rms_norm(x, weight, epsilon, *codes)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dy, inverse = grads[0].to(torch.float32), inverse.view(*x.shape[:-1], 1)
+        h = x * inverse  # fp32, as `inverse` is
+        g = dy * weight
+        dx = (g - h * (g * h).mean(-1, keepdim=True)) * inverse
+        dw = (dy * h).reshape(-1, x.shape[-1]).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu`. Keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, *codes: int) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up, *codes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None
 
 
 # --- operators -----------------------------------------------------------------------------------------------------------------------
