@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from spaces.errors import ConfigError as ConfigError
+from spaces.formats import FORMATS
 
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
@@ -165,14 +166,22 @@ class QuantConfig(Record):
     @property
     def mode(self) -> str:
         """`W4A4`, `W4A16`, ... : the words of the field."""
-        bits = {"none": 16, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
-        return f"W{bits[self.weights]}A{bits[self.activations]}"
+        return f"W{FORMATS[self.weights].bits}A{FORMATS[self.activations].bits}"
 
     @model_validator(mode="after")
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
             raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
         return self
+
+
+MODES: dict[str, dict[str, Format]] = {
+    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
+    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
+    "W4A16": {"weights": "mxfp4", "activations": "none"},
+    "W16A16": {"weights": "none", "activations": "none"},
+}
+"""Settings of `quant` by the field's word for them, in OCP's formats; from the coarsest on."""
 
 
 class ZoneSigma(Record):

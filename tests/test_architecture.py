@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from spaces import config
+from spaces import config, formats
 from trainable import noise, quantization
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def test_records_of_a_rollout_are_read_without_torch() -> None:
 
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
-    (quantization.FORMATS, config.Format),
+    (formats.FORMATS, config.Format),
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),

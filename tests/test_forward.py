@@ -25,7 +25,7 @@ from trainable.logps import Batch, completion_logps, make_batch
 from trainable.mlp import GatedMLP
 from trainable.model import Policy, deployed, load_policy
 from trainable.norm import RMSNorm
-from trainable.quantization import QuantLinear, fake_quantize
+from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
 from trainable.seeds import generator
 
 ChangedFolder = Callable[..., str]
@@ -234,7 +234,9 @@ def test_the_norm_quantises_as_the_layers_behind_it_would(fmt: str) -> None:
     norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(64, generator=generator("weight"))), 1e-6)
     x = torch.randn(10, 64, generator=generator("x"), requires_grad=True)
     plain = norm(x)
-    norm.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format=fmt, scale_rule="even"),)
+    how = Arithmetic(activations=fmt, scale_rule="even")
+    norm.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
+    norm.share()
     assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
     with torch.no_grad():
         assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
@@ -258,6 +260,7 @@ def test_the_norm_of_a_sum_is_that_of_the_sum(monkeypatch: pytest.MonkeyPatch, f
         monkeypatch.setattr(cpu, "load", lambda: None)
     norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(96, generator=generator("weight"))), 1e-6)
     norm.readers = (QuantLinear.from_linear(nn.Linear(96, 8), name="reader"),)
+    norm.share()
     source = generator("x")
     grads = torch.randn(2, 5, 7, 96, generator=source)
     inputs = [torch.randn(5, 7, 96, generator=source).requires_grad_() for _ in range(2)]
@@ -314,14 +317,16 @@ def test_the_mlp_quantises_as_the_layers_in_it_would(monkeypatch: pytest.MonkeyP
     if not fused:
         monkeypatch.setattr(cpu, "load", lambda: None)
     linears = {name: nn.Linear(*sizes) for name, sizes in {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}.items()}
-    gate, up, down = (QuantLinear.from_linear(linear, name=name, activation_format=fmt) for name, linear in linears.items())
+    how = Arithmetic(activations=fmt)
+    gate, up, down = (QuantLinear.from_linear(linear, name=name, arithmetic=how) for name, linear in linears.items())
     mlp = GatedMLP(gate, up, down)
     x = torch.randn(40, 32, generator=generator("x"), requires_grad=True)
     parameters = [x, *mlp.parameters()]
     expected = down(nn.functional.silu(gate(x)) * up(x))
     theirs = torch.autograd.grad(expected.square().sum(), parameters)
-    for readers in ((), (down,)):
-        mlp.readers, down.quantize_input = readers, not readers
+    for mlp.apart in (True, False):
+        mlp.share()
+        assert down.quantize_input == mlp.apart
         assert torch.equal(mlp(x), expected)
         for a, b in zip(torch.autograd.grad(mlp(x).square().sum(), parameters), theirs, strict=True):
             assert torch.equal(a, b)

@@ -16,7 +16,6 @@ from dashboards import cli
 from dashboards.probe import (
     DTYPES,
     GROUP_SIZE,
-    MODES,
     Plan,
     Row,
     as_tree,
@@ -30,7 +29,7 @@ from dashboards.probe import (
     plan_probe,
     settings,
 )
-from spaces.config import ConfigError, Correction
+from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, byte_tokenizer
 from trainable.floor import Floor, Gap, eager_logps, gap, measure_floor

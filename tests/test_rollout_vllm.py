@@ -8,6 +8,7 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from trainable.floor import measure_floor
 from trainable.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.model import Policy, deployed, load_policy
 from trainable.noise import injected, noise_targets
+from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts
 from trainable.tasks import Question, Score, build_task
 from trainable.trial import Trial, run_trial
@@ -154,7 +156,7 @@ def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engi
     update(policy, 0)  # adapters begin at zero
     with deployed(policy):
         batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
-        flips = any(linear.activation_format != "none" for linear in policy.linears.values())
+        flips = any(linear.arithmetic.activations != "none" for linear in policy.linears.values())
         assert (gaps(batch) > SUMS).double().mean() <= (0.25 if flips else 0.0)  # a flip in one of the 8 prompts moves all of its tokens
         gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
@@ -254,8 +256,8 @@ def set_scale_rule(backend: VllmBackend, rule: str) -> None:
 
     def change(model: Any) -> None:
         for module in model.modules():
-            if hasattr(module, "rin_parts"):
-                module.quant_method.rin.scale_rule = rule
+            for part in getattr(module, "rin_parts", ()):
+                part.arithmetic = replace(part.arithmetic, scale_rule=rule)
 
     backend.engine._on_model(change)  # type: ignore[attr-defined]
 
@@ -495,8 +497,7 @@ def test_a_tied_head_in_few_bits_is_refused() -> None:
     """A folder that holds one weight for both cannot be computed with as it says."""
     from trainable.rollout_vllm import RinHead, RinQuantization
 
-    layers = {"lm_head": {"weights": "mxfp4", "activations": "mxfp4"}}
-    head = RinHead(RinQuantization({"scale_rule": "floor", "layers": layers}), "lm_head")
+    head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()
     head.take(layer, [64])
     with pytest.raises(ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"):

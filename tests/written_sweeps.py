@@ -80,7 +80,7 @@ def receipt(dose: float | None = None) -> EffectReceipt:
     """Of one noised weight, or of none."""
     effect = {"stage": 1, "step": 1, "name": "norm", "layer": 0, "kind": "rmsnorm", "nominal": dose, "applied": dose, "changed": 1.0}
     effects = () if dose is None else (Effect(**effect, applied_relative=dose),)
-    return EffectReceipt(quantized=(), noised=(), effects=effects, warnings=())
+    return EffectReceipt(quantized=(), arithmetic=(), noised=(), effects=effects, warnings=())
 
 
 def report(step: int, seconds: float = 10.0, rollout: float = 4.0, wasted: float = 0.0) -> StepReport:

@@ -80,8 +80,7 @@ class VllmBackend:
         self.engine: Engine = _start(config, _settings(config, policy))
 
     def sync(self, policy: Policy) -> None:
-        quantize = any(linear.activation_format != "none" for linear in policy.linears.values())
-        self.engine.sync(deployed_weights(policy), quantize_inputs=quantize)
+        self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
 
     def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
         return self.engine.generate(request)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainable.episode import Completion
 from trainable.model import Policy, bare_name
-from trainable.quantization import QuantLinear
+from trainable.quantization import Arithmetic, QuantLinear
 from trainable.seeds import stable_hash
 
 CONFIG_FILE = "rin_quantization.json"
@@ -148,9 +148,14 @@ def deployed_weights(policy: Policy) -> dict[str, Tensor]:
 
 def quantization_tree(linears: Mapping[str, QuantLinear], *, synced: bool) -> dict[str, Any]:
     """Content of `CONFIG_FILE`. `synced`: weights arrive as they are to be computed with; otherwise they are clean masters."""
-    layers = {name: {"weights": linear.weight_format, "activations": linear.activation_format} for name, linear in linears.items()}
-    rules = {linear.scale_rule for linear in linears.values()}
-    return {"version": 1, "scale_rule": rules.pop() if rules else "floor", "layers": layers, "synced": synced}
+    return {"version": 2, "layers": {name: asdict(linear.arithmetic) for name, linear in linears.items()}, "synced": synced}
+
+
+def arithmetic_of(tree: Mapping[str, Any]) -> dict[str, Arithmetic]:
+    """How each linear layer computes, from the content of `CONFIG_FILE`. Raises ValueError for that of another version."""
+    if tree["version"] != 2:
+        raise ValueError(f"{CONFIG_FILE}: version {tree['version']} is of another rin-search; export the model again")
+    return {name: Arithmetic(**layer) for name, layer in tree["layers"].items()}
 
 
 def digest(tensor: Tensor) -> str:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError, QuantConfig
+from spaces.config import ConfigError
 from trainable.decoder import decoder
 from trainable.logps import Batch, clean_logps, importance_weights
 from trainable.model import Policy, block_of
@@ -177,25 +177,7 @@ def attention(policy: Policy, implementation: str) -> Iterator[None]:
         network.config._attn_implementation = before
 
 
-# --- the same weights in other settings --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def computing(policy: Policy, quant: QuantConfig) -> Iterator[None]:
-    """Other formats and another scale rule in all layers that are quantised; what is excluded stays so. Go into it before `deployed`.
-
-    The policy was loaded with quantised activations: which layers share an input that is quantised once was decided then.
-    """
-    layers = [policy.linears[name] for name in policy.quantized]
-    assert all(layer.activation_format != "none" for layer in layers), "load the policy in W4A4"
-    before = [(layer.weight_format, layer.activation_format, layer.scale_rule) for layer in layers]
-    try:
-        for layer in layers:
-            layer.weight_format, layer.activation_format, layer.scale_rule = quant.weights, quant.activations, quant.scale_rule
-        yield
-    finally:
-        for layer, settings in zip(layers, before, strict=True):
-            layer.weight_format, layer.activation_format, layer.scale_rule = settings
+# --- the same weights in a shallower model --------------------------------------------------------------------------------------
 
 
 @contextmanager

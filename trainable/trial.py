@@ -190,6 +190,7 @@ class Trial:
         effects = tuple(self.so_far.effects)
         return EffectReceipt(
             quantized=self.policy.quantized,
+            arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
             noised=tuple(target.name for target in self.targets),
             effects=effects,
             warnings=effect_warnings(effects),
