@@ -17,7 +17,7 @@ from search.arms import Arm, candidate_of, failures, read_arms, replicates_of
 from search.execution import View
 from search.report import MARGIN
 from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
-from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config, sweeps
+from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
 from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
 from trainable.embedded import Progress
@@ -63,6 +63,7 @@ def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | N
     ]
     config = parent.model_copy(
         update={
+            "id": new_id(),
             "name": _name_of(parent, arm),
             "kind": "confirm",
             "parent": parent.name,

@@ -15,7 +15,7 @@ from trainable.trial_folder import read_reports, read_trial
 
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
     """Of a sweep that nobody runs at this moment. Raises ConfigError when MLflow cannot be asked."""
-    known = known_trials(study.tracking_uri, study.name)
+    known = known_trials(study.tracking_uri, study.name, study.owner)
     for number, arm in enumerate(arms):
         for replicate in range(study.replicates):
             folder = trial_folder(study, arm.name, replicate)

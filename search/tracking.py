@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import quote
 
 from search.arms import Arm, trial_config, trial_folder
-from search.mlflow_client import absolute_uri, client, experiment_id, one_line
+from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig
 from spaces.reading import as_tree, dump_yaml, flatten
@@ -74,7 +74,7 @@ class Tracker:
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
         uri = study.tracking_uri
-        self._delivery = Delivery(MlflowWriter(absolute_uri(uri)).send, f"tracking at {strip_password(uri)}")
+        self._delivery = Delivery(MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}")
         self._runs: dict[tuple[str, int], _Run] = {}
 
     def begin(self, arm: Arm, number: int, replicate: int) -> None:
@@ -192,11 +192,16 @@ def as_json(value: Any) -> str:
 # --- the one question ---------------------------------------------------------------------------------------------------------
 
 
-def known_trials(uri: str, experiment: str) -> dict[str, tuple[str, bool]]:
-    """What MLflow has heard: trial key -> (status, whether its run is closed). Raises ConfigError when it cannot be asked."""
+def known_trials(uri: str, experiment: str, owner: Owner) -> dict[str, tuple[str, bool]]:
+    """What MLflow has heard: trial key -> (status, whether its run is closed).
+
+    Raises ConfigError when it cannot be asked, and for an experiment of another sweep.
+    """
     with one_line(uri, f"cannot read experiment {experiment}"):
         mlflow = client(uri)
         found = mlflow.get_experiment_by_name(experiment)
+        if found is not None:
+            refuse_other_owner(found, uri, owner)
         runs: list[Any] = []
         token = None
         while found is not None and (token is None or token):
@@ -278,8 +283,8 @@ class MlflowWriter:
     Unix ms.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, owner: Owner) -> None:
+        self._uri, self._owner = uri, owner
         self._mlflow: Any = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
@@ -335,7 +340,7 @@ class MlflowWriter:
         if key in self._runs:
             return self._runs[key]
         if experiment not in self._experiments:
-            self._experiments[experiment] = experiment_id(self._mlflow, self._uri, experiment)
+            self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
         number = self._experiments[experiment]
         found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
         if found:
