@@ -42,6 +42,7 @@ def sweep(
         str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
     ] = None,
     submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
+    scheduler: Annotated[str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
     if ablate is not None:
@@ -69,7 +70,7 @@ def sweep(
 def _refuse_with_ablate(options: SweepOptions) -> None:
     """An ablation's arms come from its sweep alone."""
     plain = SweepOptions()
-    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start", "scheduler"):
+    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
         if getattr(options, option) != getattr(plain, option):
             flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
             raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
@@ -345,7 +346,7 @@ def confirm(
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import terminal
     from search.confirm import confirm as run_confirmation
-    from search.statistics import CONFIRM
+    from search.sequential import CONFIRM
 
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)

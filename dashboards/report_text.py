@@ -236,7 +236,7 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
             "p": comparison.p,
             "replicates": comparison.replicates,
             "needs": comparison.needs,
-            "method": comparison.method,
+            "unpaired": comparison.unpaired,
         }
     )
 

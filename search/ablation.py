@@ -59,7 +59,6 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "evidence": (),
             "warm_start": "",
             "trials": len(chosen),
-            "scheduler": "none",
         }
     )
     return Ablation(config=config, arms=tuple(chosen), skipped=tuple(skipped))

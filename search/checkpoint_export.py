@@ -39,8 +39,9 @@ from trainable.embedded import Progress
 from trainable.engine import CONFIG_FILE, quantization_tree
 from trainable.evaluation import Evaluation, evaluate
 from trainable.folder import Folder
-from trainable.model import Policy, load_policy
+from trainable.model import Policy, computing, load_policy
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
+from trainable.quantization import UNQUANTIZED, Arithmetic
 from trainable.tasks import build_task
 from trainable.trial_folder import FINAL_FILE, OUTCOME_FILE
 
@@ -106,12 +107,12 @@ def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], N
         _make(folder)
         _write_plain(policy, folder, table)
         (folder / TRIAL_FILE).write_text(dump_yaml(as_tree(config)), encoding="utf-8")
-        formats = (config.quant.weights, config.quant.activations) if policy.quantized else ("none", "none")
+        layers = {name: linear.arithmetic for name, linear in policy.linears.items()}
+        why_not = no_packed_form(Arithmetic.of(config.quant) if policy.quantized else UNQUANTIZED)
         del policy
-        why_not = no_packed_form(*formats)
         if not why_not:
             pack_checkpoint(folder, folder / PACKED)
-        uneven = [] if why_not else uneven_blocks(table["layers"])
+        uneven = [] if why_not else uneven_blocks(layers)
         say(f"wrote {folder}" + (f" and {folder / PACKED}" if not why_not else f"; no packed form: {why_not}"))
         if uneven:
             say(f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it")
@@ -218,23 +219,18 @@ def measure_rules(folder: Path, config: TrialConfig) -> list[RuleAccuracy]:
     trained = "none" if config.quant.activations == "none" else config.quant.scale_rule
     rules = list(dict.fromkeys((*WHO["mxfp4"], trained)))
     model = _model_in(folder, config)
-    # Inputs are quantised in any case here, so that layers which share a norm's output share it whatever the rule.
-    quant = config.quant.model_copy(update={"activations": "mxfp4"})
-    master = load_policy(model, quant, config.seed)
-    quantized = set(master.quantized)
-    weights = {name: master.linears[name].quantized_weight() for name in quantized}
+    master = load_policy(model, config.quant, config.seed)
+    weights = {name: master.linears[name].quantized_weight() for name in master.quantized}
     measured: dict[str, dict[str, float]] = {rule: {} for rule in rules}
     for dtype in dict.fromkeys((model.dtype, "bfloat16")):
-        policy = load_policy(model.model_copy(update={"dtype": dtype}), quant, config.seed)
-        for name in quantized:
+        policy = load_policy(model.model_copy(update={"dtype": dtype}), config.quant, config.seed)
+        for name, weight in weights.items():
             linear = policy.linears[name]
-            linear.weight = nn.Parameter(weights[name].to(linear.weight.dtype), requires_grad=False)
-            linear.weight_format = "none"
+            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         for rule in rules:
-            for name in quantized:
-                policy.linears[name].activation_format = "none" if rule == "none" else "mxfp4"
-                policy.linears[name].scale_rule = "floor" if rule == "none" else rule
-            measured[rule][dtype] = _evaluate(policy, config).accuracy
+            inputs = UNQUANTIZED if rule == "none" else Arithmetic(weights="none", activations="mxfp4", scale_rule=rule)
+            with computing(policy, inputs):
+                measured[rule][dtype] = _evaluate(policy, config).accuracy
     return [RuleAccuracy(rule=rule, trained=rule == trained, by_dtype=measured[rule]) for rule in rules]
 
 
@@ -301,7 +297,7 @@ def _write_readme(
         f"| step | {source.step} of {config.grpo.steps} |",
         f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
         f"| mean of the arm, of {candidate.control.name} | {fmean(runs):.4f}, {beside} |",
-        f"| quantisation | weights {config.quant.weights}, activations {config.quant.activations}, scale rule {config.quant.scale_rule} |",
+        f"| quantisation | {Arithmetic.of(config.quant)} |",
         f"| configuration | `{TRIAL_FILE}`; to train it again: `rin trial --config {TRIAL_FILE}` |",
         "",
         *(f"- {line}" for line in found),

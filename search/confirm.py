@@ -3,7 +3,7 @@
 The winner of a sweep was chosen because it looked good, on the questions it was chosen by, with the seeds it was chosen with: its
 advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control with seeds that no arm has
 had, and is judged on questions that nobody has looked at. Replicates are added until the comparison is decided, by a rule that
-keeps the error level over all looks (`statistics.SequentialRule`); a decision stands, and what is undecided when the replicates or the
+keeps the error level over all looks (`search/sequential.py`); a decision stands, and what is undecided when the replicates or the
 budget end is called undecided.
 
 A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true of it, and
@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of
 from search.execution import View
+from search.power import MIN_REPLICATES
 from search.report import MARGIN
-from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
+from search.sequential import CONFIRM, SequentialRule, sequential_compare
+from search.statistics import ArmComparison, Comparison, compare_arms
 from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
 from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
@@ -71,7 +73,6 @@ def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | N
             "seed": parent.seed + parent.replicates + FRESH,
             "trials": 2,
             "replicates": looks[0],
-            "scheduler": "none",
             "points": (),
             "evidence": (),
             "warm_start": "",
@@ -145,7 +146,7 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
     by_seed = {run.seed: run for run in treated}, {run.seed: run for run in plain}
     a, b = ([runs[seed] for seed in seeds] for runs in by_seed)
     if not seeds:
-        comparison = Comparison(verdict="undecided", difference=0.0, low=-float("inf"), high=float("inf"), replicates=0, margin=MARGIN)
+        comparison = Comparison(difference=0.0, replicates=0, margin=MARGIN)
     else:
         correct = None
         if all(run.correct is not None for run in (*a, *b)):

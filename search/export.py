@@ -69,10 +69,11 @@ def _without_a_key(config: TrialConfig) -> list[str]:
         for name in ("schedule", "layers", "layer_multipliers", "zones", "scale", "placement", "final_norm")
         if noise.sigma_start > 0 and getattr(noise, name) != getattr(default, name)
     }
+    always, plain = ("weights", "activations", "scale_rule"), type(config.quant)()
     quant = {
-        "quant.weights": config.quant.weights,
-        "quant.activations": config.quant.activations,
-        "quant.scale_rule": config.quant.scale_rule,
+        f"quant.{name}": getattr(config.quant, name)
+        for name in type(config.quant).model_fields
+        if name in always or getattr(config.quant, name) != getattr(plain, name)
     }
     if config.rollout.correction != "none":
         named["rollout.correction"] = config.rollout.correction

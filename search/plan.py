@@ -11,7 +11,7 @@ from statistics import median
 
 from search.arms import Arm, control_for, read_arms, replicates_of, trial_folder
 from search.lineup import fixed_arms
-from search.statistics import detectable_difference
+from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS

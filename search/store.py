@@ -76,7 +76,6 @@ class StudyConfig(BaseModel):
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: str = "gp"
     objectives: tuple[str, ...] = ("accuracy",)
-    scheduler: str = "none"
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""

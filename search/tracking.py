@@ -135,8 +135,9 @@ class Tracker:
         self._runs[arm.name, replicate].status = status
         when = _ms(state.attempts[-1].seen if state.attempts else None)
         if state.outcome is not None:
-            at = (reports[-1].step, reports[-1].time_ms) if reports else (0, when)
-            self._put(arm, replicate, do="log", step=at[0], time=at[1], metrics=_scores(state.outcome), tags={})
+            step = max(state.outcome.step - 1, 0)
+            at = reports[-1].time_ms if reports and reports[-1].step == step else when
+            self._put(arm, replicate, do="log", step=step, time=at, metrics=_scores(state.outcome))
         files = {} if state.outcome is None else _outcome_files(state.outcome)
         tags = {"status": status, **_reason(state)}
         samples = [sample for report in reports for sample in report.samples]

@@ -2,13 +2,15 @@
 
 import ast
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from spaces import config
+from spaces import config, formats
 from trainable import noise, quantization
 
 ROOT = Path(__file__).parents[1]
@@ -89,9 +91,20 @@ def test_the_four_names_belong_to_this_distribution_alone() -> None:
     assert {name: sorted(set(owners.get(name, []))) for name in PACKAGES} == {name: ["rin-search"] for name in PACKAGES}
 
 
+def test_only_the_trial_knows_the_method_that_learns() -> None:
+    """What generates, measures or judges reads episodes and log-probs, whichever method learns from them."""
+    assert [relative(path) for path in MODULES if "trainable.grpo" in imports(path)] == ["trainable/trial.py"]
+
+
+def test_records_of_a_rollout_are_read_without_torch() -> None:
+    asked = "import sys, trainable.episode; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "False"
+
+
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
-    (quantization.FORMATS, config.Format),
+    (formats.FORMATS, config.Format),
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),

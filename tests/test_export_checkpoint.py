@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from trainable.checkpoint import FINAL_FILE, load_final, save_final
 from trainable.engine import CONFIG_FILE, set_vllm_switches
 from trainable.evaluation import evaluate
 from trainable.model import Policy, load_policy
-from trainable.quantization import fake_quantize
+from trainable.quantization import Arithmetic, fake_quantize
 from trainable.ray_trainable import RinTrainable
 from trainable.tasks import build_task
 from trainable.trial import Trial
@@ -167,7 +167,7 @@ def test_a_head_that_is_quantised_is_untied_and_computes_as_before(make: Make) -
     weights = unquantised(exported)
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
-    assert exported.layers["layers"]["lm_head"] == {"weights": "mxfp4", "activations": "mxfp4"}
+    assert exported.layers["layers"]["lm_head"] == asdict(Arithmetic())
     assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.outcome["eval"]["correct"]
 
 
@@ -244,7 +244,8 @@ def test_the_layers_file_names_every_wrapped_layer_and_how_it_computes(
 ) -> None:
     exported = make(*overrides)
     tree = exported.layers
-    assert (tree["version"], tree["scale_rule"], tree["synced"]) == (1, rule, False)
+    assert (tree["version"], tree["synced"]) == (2, False)
+    assert {layer["scale_rule"] for layer in tree["layers"].values() if layer["weights"] != "none"} == {rule}
     parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     assert set(tree["layers"]) == {f"model.layers.{block}.{part}" for block in range(2) for part in parts}
     for name, layer in tree["layers"].items():
@@ -283,7 +284,7 @@ def hooked(exported: Exported, inputs: str) -> Any:
     for name, formats in exported.layers["layers"].items():
         linear = model.get_submodule(name)
         if formats["weights"] != "none":
-            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", exported.layers["scale_rule"]).to(torch.bfloat16)
+            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", formats["scale_rule"]).to(torch.bfloat16)
             if inputs:
                 linear.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], "mxfp4", inputs),))
     return model
@@ -585,10 +586,11 @@ def held(model):
             yield parts, module.unpacked.float()
 
 def wrong(model):
-    clean, table = load_file(folder.parent / "model.safetensors"), json.loads((folder.parent / "rin_quantization.json").read_text())
+    clean = load_file(folder.parent / "model.safetensors")
+    layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
     loaded = {}
     for parts, weight in held(model):
-        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", table["scale_rule"]) for part in parts])
+        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
         loaded |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
     return loaded
 

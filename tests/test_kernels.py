@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spaces.formats import FORMATS
 from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
 from trainable import quantization
 from trainable.kernels import cpu
@@ -22,6 +23,7 @@ from trainable.quantization import fake_quantize, fake_quantize_eager
 
 COMPARE = """
 import torch
+from spaces.formats import FORMATS
 from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
 from trainable.kernels import cpu
 from trainable.quantization import fake_quantize, fake_quantize_eager
@@ -104,7 +106,7 @@ def test_views_are_quantised_as_their_copies() -> None:
 def test_the_operator_has_no_gradient_and_a_fake_for_the_compiler() -> None:
     assert cpu.load() is not None
     x = torch.randn(4, 64, requires_grad=True)
-    assert not torch.ops.rin.fake_quantize(x, cpu.FORMATS["mxfp4"], 0, False).requires_grad
+    assert not torch.ops.rin.fake_quantize(x, FORMATS["mxfp4"].code, 0, False).requires_grad
     assert not fake_quantize(x).requires_grad
     torch.library.opcheck(torch.ops.rin.fake_quantize.default, (x.detach(), 0, 0, False))
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_of_a_killed_driver_s_trials_the_runs_are_closed_with_the_folder_s_statu
     assert statuses(sweep) == [("running", "RUNNING")] * 2
     # c01 came to its end before the driver could be told
     reports = [made(step) for step in range(3)]
-    write_outcome(trial_folder(sweep, "c01", 0), outcome(c01, 0, 3), reports)
+    write_outcome(trial_folder(sweep, "c01", 0), replace(outcome(c01, 0, 3), step=3), reports)
     checkpoint(sweep, control, reports[:2])
     assert send_missing(sweep) == 0
     assert statuses(sweep) == [("stopped", "KILLED"), ("completed", "FINISHED")]

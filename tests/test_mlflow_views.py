@@ -100,6 +100,7 @@ def tell_run(sweep: StudyConfig, tracker: Tracker, arm: Arm, number: int, replic
     ended = replace(
         outcome(arm, replicate, 0, how, rule="" if collapse is None else "gibberish", seconds=70.0),
         eval=scores([1, 0, 0, 1], accuracy),
+        step=last + 1,
     )
     write_trial(sweep, arm, replicate, ended, reports=reports)
     tracker.begin(arm, number, replicate)

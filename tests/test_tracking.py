@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Sweep:
         return report
 
     def end(self, **how: Any) -> Outcome:
-        ended = outcome(self.arm, 2, 3, seconds=9.0, **how)
+        ended = replace(outcome(self.arm, 2, 3, seconds=9.0, **how), step=len(self.reports))
         write_outcome(trial_folder(self.config, "c03", 2), ended, self.reports)
         self.attempt.end("outcome")
         self.tracker.end(self.arm, 2)
@@ -374,7 +375,7 @@ def test_a_failed_trial_says_why(sweep: Sweep, attempts: list[dict[str, str]], r
 def test_a_trial_stopped_from_outside_has_the_evaluation_that_it_made_as_it_left(sweep: Sweep) -> None:
     sweep.begin()
     sweep.step(reward=0.1, samples=(SAMPLE,))
-    write_stopped(trial_folder(sweep.config, "c03", 2), outcome(sweep.arm, 2, 2, how="stopped"), sweep.reports)
+    write_stopped(trial_folder(sweep.config, "c03", 2), replace(outcome(sweep.arm, 2, 2, how="stopped"), step=1), sweep.reports)
     sweep.attempt.end("stopped")
     sweep.tracker.end(sweep.arm, 2)
     sweep.tracker.close()
@@ -649,14 +650,14 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
             if not collapses and (number < 2 or name == "endless"):
                 return as_result(report)
             how: Any = "collapsed" if collapses else "completed"
-            ended = outcome(self.arm, 0, 2, how, rule=report.verdict.rule)
+            ended = replace(outcome(self.arm, 0, 2, how, rule=report.verdict.rule), step=number + 1)
             write_outcome(self.place, ended, self.reports)
             self.attempt.end("outcome")
             return last_result(report, ended)
 
         def cleanup(self) -> None:
             if self.arm.name == "endless":
-                write_stopped(self.place, outcome(self.arm, 0, 1, "stopped"), self.reports)
+                write_stopped(self.place, replace(outcome(self.arm, 0, 1, "stopped"), step=len(self.reports)), self.reports)
                 self.attempt.end("stopped")
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -760,7 +761,7 @@ def test_a_server_killed_and_restarted_in_mid_sweep_misses_nothing(
     # told exactly once: the same records again change nothing
     once = everything(server.uri, experiment)
     known = known_trials(server.uri, experiment, sweep.config.owner)
-    assert [heard.standing for heard in known.values()] == ["completed after 6 steps, attempt 1"]
+    assert [heard.standing for heard in known.values()] == ["completed after 21 steps, attempt 1"]
     teller = Tracker(sweep.config)
     teller.begin(sweep.arm, 3, 2)
     for report in sweep.reports:

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from spaces.config import CollapseConfig
-from trainable.grpo import FilterOutcome
+from trainable.episode import FilterOutcome
 from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals, mean
 

@@ -151,6 +151,8 @@ class EffectReceipt:
     """Proof of what a trial did to its weights."""
 
     quantized: tuple[str, ...]
+    arithmetic: tuple[Mapping[str, Any], ...]
+    """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others."""
     noised: tuple[str, ...]
     effects: tuple[Effect, ...]
     warnings: tuple[str, ...]
@@ -162,6 +164,7 @@ class EffectReceipt:
     def from_tree(cls, tree: Mapping[str, Any]) -> "EffectReceipt":
         return cls(
             quantized=tuple(tree["quantized"]),
+            arithmetic=tuple(tree["arithmetic"]),
             noised=tuple(tree["noised"]),
             effects=tuple(Effect(**effect) for effect in tree["effects"]),
             warnings=tuple(tree["warnings"]),

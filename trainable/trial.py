@@ -27,20 +27,11 @@ from trainable import gate
 from trainable.backend import start_backend
 from trainable.collapse import CollapseDetector
 from trainable.embedded import Progress
+from trainable.engine import Request
+from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
-from trainable.grpo import (
-    Batch,
-    FilterOutcome,
-    UpdateMetrics,
-    clean_logps,
-    filter_groups,
-    group_advantages,
-    importance_weights,
-    make_batch,
-    shaped_rewards,
-    update,
-    with_old_logps,
-)
+from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
+from trainable.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
 from trainable.model import deployed, load_policy
 from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.outcome import (
@@ -54,9 +45,9 @@ from trainable.outcome import (
     Scores,
     StepReport,
 )
-from trainable.rollout import Group, encode_prompts, judge
+from trainable.rollout import encode_prompts, judge
 from trainable.seeds import generator
-from trainable.signals import Signals, measure
+from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks import build_task
 
 _SAMPLES_PER_STEP = 4
@@ -199,6 +190,7 @@ class Trial:
         effects = tuple(self.so_far.effects)
         return EffectReceipt(
             quantized=self.policy.quantized,
+            arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
             noised=tuple(target.name for target in self.targets),
             effects=effects,
             warnings=effect_warnings(effects),
@@ -283,14 +275,15 @@ class Trial:
             seed=config.seed,
         ):
             self.backend.sync(self.policy)
-            completions = self.backend.generate(
-                self.policy,
-                encoded,
+            request = Request(
+                prompts=encoded,
                 group_size=config.grpo.group_size,
+                max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 batch_size=config.rollout.batch_size,
-                key=(step, batch),
+                draw=(config.seed, step, batch),
             )
+            completions = self.backend.generate(self.policy, request)
         return judge(self.policy, self.task, questions, encoded, completions)
 
     def _prove(self, step: int) -> None:
