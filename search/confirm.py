@@ -19,7 +19,7 @@ from search.power import MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import ArmComparison, Comparison, compare_arms
-from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config, sweeps
+from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
 from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
 from trainable.embedded import Progress
@@ -65,6 +65,7 @@ def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | N
     ]
     config = parent.model_copy(
         update={
+            "id": new_id(),
             "name": _name_of(parent, arm),
             "kind": "confirm",
             "parent": parent.name,

@@ -5,11 +5,13 @@ callback to the budget, to MLflow and to the view.
 """
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,9 +26,10 @@ from search.store import StudyConfig
 from search.tracking import Tracker
 from spaces.config import TrialConfig
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
+from trainable.folder import Folder
 from trainable.outcome import Outcome, Status, StepReport
 from trainable.ray_trainable import RinTrainable
-from trainable.trial_folder import end_attempt, read_outcome, read_trial
+from trainable.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
 
 RETRIES = 2
 """Times that a trial is started again from its checkpoint after its process died, hung or raised."""
@@ -184,7 +187,7 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self.budget.ended(trial.trial_id)
         number, arm, replicate = self._trial(trial)
         folder = trial_folder(self.study, arm.name, replicate)
-        end_attempt(folder, "its process was killed")
+        _write_death(folder, trial.error_file)
         if (arm.name, replicate) not in self.tracker.open():
             self.tracker.begin(arm, number, replicate)
         self.tracker.end(arm, replicate)
@@ -220,6 +223,27 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
                 rule=rule or (report.verdict.rule if report is not None else ""),
             )
         )
+
+
+def _write_death(folder: Folder, error_file: str | None) -> None:
+    """Of a trial whose process could not write down how it ended, or was none: it did not even start."""
+    attempts = read_attempts(folder)
+    if attempts and attempts[-1].ended != "stopped":
+        end_attempt(folder, "its process was killed")
+        return
+    attempt = AttemptLog(folder)
+    attempt.step = attempts[-1].step if attempts else 0
+    attempt.end(DIED, reason=f"its process did not start: {_last_line(error_file)}")
+
+
+def _last_line(error_file: str | None) -> str:
+    """The error itself, without its traceback, from the file where Tune keeps it."""
+    try:
+        text = Path(error_file or "").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "no reason is known"
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason is known"
 
 
 @contextmanager

@@ -9,20 +9,25 @@ from collections.abc import Sequence
 
 from search.arms import Arm, read_arms, trial_folder
 from search.store import StudyConfig
-from search.tracking import Tracker, known_trials, trial_key
+from search.tracking import Tracker, known_trials, standing, trial_key
 from trainable.trial_folder import read_reports, read_trial
 
 
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
     """Of a sweep that nobody runs at this moment. Raises ConfigError when MLflow cannot be asked."""
-    known = known_trials(study.tracking_uri, study.name)
+    known = known_trials(study.tracking_uri, study.name, study.owner)
     for number, arm in enumerate(arms):
         for replicate in range(study.replicates):
             folder = trial_folder(study, arm.name, replicate)
-            status = read_trial(folder, driven=False).status
+            state = read_trial(folder, driven=False)
             heard = known.get(trial_key(study.name, arm.name, replicate))
-            never_began = status == "waiting" and heard in (None, ("stopped", True))
-            if never_began or heard == (status, True):
+            told = heard is not None and heard.standing == standing(state)
+            if told and state.status in ("completed", "collapsed"):
+                continue
+            if heard is not None:
+                tracker.heard_before(arm, replicate, heard)
+            never_began = state.status == "waiting" and heard is None
+            if told or never_began:
                 continue
             tracker.begin(arm, number, replicate)
             for report in read_reports(folder):

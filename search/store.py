@@ -16,6 +16,7 @@ store may be a folder, an NFS mount or an object store. Light on purpose: `rin l
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.lease import Lease, holder
+from search.mlflow_client import Owner
 from search.secrets import strip_password
 from spaces.cache import cache_folder
 from spaces.config import ConfigError
@@ -38,6 +40,10 @@ VERSION = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
 class StudyConfig(BaseModel):
     """A sweep, written down; `study.json` holds it."""
 
@@ -45,6 +51,8 @@ class StudyConfig(BaseModel):
 
     version: int = VERSION
     name: str
+    id: str = Field(default_factory=new_id)
+    """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its tracking."""
     kind: Literal["sweep", "ablation", "confirm"] = "sweep"
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
@@ -92,6 +100,11 @@ class StudyConfig(BaseModel):
         return self.seed + replicate
 
     @property
+    def owner(self) -> Owner:
+        """Of its MLflow experiment."""
+        return Owner(id=self.id, store=self.store)
+
+    @property
     def folder(self) -> Folder:
         return Folder(self.store) / self.name
 
@@ -101,7 +114,7 @@ class StudyConfig(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """A folder on this machine for what belongs to one driver: the tracking queue, Ray's working folder, the lock."""
+        """A folder on this machine for what belongs to one driver: Ray's working folder, the lock."""
         local = self.folder.local
         if local is not None:
             return local

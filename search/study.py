@@ -22,14 +22,13 @@ from search.execution import View, run_trials
 from search.export import to_yaml
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
-from search.mlflow_client import check_tracking
+from search.mlflow_client import check_tracking, claim
 from search.searchers import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
 from search.tracking import Tracker
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from trainable.embedded import Progress, ensure_base
-from trainable.folder import Folder
 from trainable.model import load_policy
 from trainable.noise import noise_targets
 
@@ -60,7 +59,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
             f"--name {config.name}: {config.folder.uri} exists already; go on with it by: rin resume {config.name}, or choose another name"
         )
     evidence = evidence_of(config)
-    check_tracking(config.tracking_uri, config.name, Folder(config.store).local)
+    check_tracking(config.tracking_uri, config.name, config.owner)
     _preflight(arms, progress)
     with only_driver(config):
         if STUDY_FILE in config.folder.names():  # since then
@@ -75,7 +74,7 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
     """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it."""
-    check_tracking(config.tracking_uri, config.name, Folder(config.store).local)
+    check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         _preflight(read_arms(config), progress)
         save_study_config(config)  # a new budget holds for the next resume, too
@@ -84,6 +83,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
 
 def _advance(config: StudyConfig, view: View) -> StudyResult:
     """Everything that has no outcome yet, then the candidate."""
+    claim(config.tracking_uri, config.name, config.owner)
     arms = read_arms(config)
     budget = Budget(config, arms)
     tracker = Tracker(config)

@@ -11,6 +11,9 @@ and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happen
 applies them in order, one `log_batch` per report. A record that MLflow refuses, rather than misses, would block those behind it for
 good: it is dropped, with a warning.
 
+A run that is closed and has been told whole, files included, says so in its tag `told`: where the trial stood then. By it the next
+start finds what MLflow lacks. Steps that a trial makes again from its checkpoint are told once, the first time.
+
 A run's tag `status` is the trial's (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is FINISHED,
 KILLED for a collapse or what was stopped, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the largest float (SQL has
 none), and the tag `nonfinite/<metric>` holds the first step of either.
@@ -29,11 +32,11 @@ from typing import Any
 from urllib.parse import quote
 
 from search.arms import Arm, trial_config, trial_folder
-from search.mlflow_client import absolute_uri, client, experiment_id, one_line
+from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig
 from spaces.reading import as_tree, dump_yaml, flatten
-from trainable.outcome import Outcome, Sample, Status, StepReport
+from trainable.outcome import STEPS_DONE, Outcome, Sample, Status, StepReport
 from trainable.trial_folder import TrialState, read_reports, read_trial
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ RUN_STATUS: dict[Status, str] = {
     "stopped": "KILLED",
     "failed": "FAILED",
 }
+TOLD_TAG = "told"
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
 SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
@@ -61,11 +65,25 @@ Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]
 
 @dataclass(slots=True, kw_only=True)
 class _Run:
-    """What has been said of a trial so far."""
+    """What has been said of a trial so far, by this process or by one before it."""
 
-    status: Status = "running"
+    status: Status = "waiting"
+    steps: int = 0
+    """Steps that MLflow has heard of."""
     rule: str = ""
     nonfinite: set[str] = field(default_factory=set)
+
+    def news(self, report: StepReport) -> dict[str, str]:
+        """Tags for what a step showed for the first time."""
+        broken = {name for name, value in _metrics(report).items() if not math.isfinite(value)} - self.nonfinite
+        self.nonfinite |= broken
+        tags = {f"nonfinite/{name}": str(report.step) for name in sorted(broken)}
+        verdict = report.verdict
+        if verdict.rule and not self.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
+            self.rule = verdict.rule
+            tags |= {"collapse/rule": verdict.rule, "collapse/step": str(report.step)}
+            tags["collapse/evidence"] = verdict.evidence
+        return tags
 
 
 class Tracker:
@@ -74,8 +92,15 @@ class Tracker:
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
         uri = study.tracking_uri
-        self._delivery = Delivery(MlflowWriter(absolute_uri(uri)).send, f"tracking at {strip_password(uri)}")
+        self._delivery = Delivery(MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}")
         self._runs: dict[tuple[str, int], _Run] = {}
+
+    def heard_before(self, arm: Arm, replicate: int, heard: "Heard") -> None:
+        """MLflow knows this trial from a process before this one."""
+        self._runs[arm.name, replicate] = run = _Run(steps=heard.steps)
+        for report in read_reports(trial_folder(self._study, arm.name, replicate)):
+            if report.step < run.steps:
+                run.news(report)
 
     def begin(self, arm: Arm, number: int, replicate: int) -> None:
         """A process starts to work on it: for the first time, after a retry or a resume. `number` is the arm's."""
@@ -90,20 +115,13 @@ class Tracker:
         self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
 
     def report(self, arm: Arm, replicate: int, report: StepReport) -> None:
-        """A step was made."""
+        """A step was made. One that is made again, from a checkpoint, is told once."""
         run = self._runs[arm.name, replicate]
-        record = report.as_record()
-        metrics = {"perf/step_seconds": report.seconds} | {n: float(v) for n, v in record.items() if "/" in n}
-        broken = {name for name, value in metrics.items() if not math.isfinite(value)} - run.nonfinite
-        run.nonfinite |= broken
-        tags = {f"nonfinite/{name}": str(report.step) for name in sorted(broken)}
-        verdict = report.verdict
-        if verdict.rule and not run.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
-            run.rule = verdict.rule
-            tags |= {"collapse/rule": verdict.rule, "collapse/step": str(report.step)}
-            tags["collapse/evidence"] = verdict.evidence
+        if report.step < run.steps:
+            return
+        run.steps = report.step + 1
         # Its own time: MLflow then knows it when it comes twice.
-        self._put(arm, replicate, do="log", step=report.step, metrics=metrics, tags=tags, time=report.time_ms)
+        self._put(arm, replicate, do="log", step=report.step, metrics=_metrics(report), tags=run.news(report), time=report.time_ms)
 
     def retry(self, arm: Arm, replicate: int, failures: int, error: str) -> None:
         """It failed, and will be tried again from its checkpoint."""
@@ -117,8 +135,9 @@ class Tracker:
         self._runs[arm.name, replicate].status = status
         when = _ms(state.attempts[-1].seen if state.attempts else None)
         if state.outcome is not None:
-            at = (reports[-1].step, reports[-1].time_ms) if reports else (0, when)
-            self._put(arm, replicate, do="log", step=at[0], time=at[1], metrics=_scores(state.outcome), tags={})
+            step = max(state.outcome.step - 1, 0)
+            at = reports[-1].time_ms if reports and reports[-1].step == step else when
+            self._put(arm, replicate, do="log", step=step, time=at, metrics=_scores(state.outcome))
         files = {} if state.outcome is None else _outcome_files(state.outcome)
         tags = {"status": status, **_reason(state)}
         samples = [sample for report in reports for sample in report.samples]
@@ -129,6 +148,7 @@ class Tracker:
             self._put(arm, replicate, do="file", path=path, text=text)
         self._put(arm, replicate, do="log", tags=tags)
         self._put(arm, replicate, do="end", status=RUN_STATUS[status], time=when)
+        self._put(arm, replicate, do="told", tags={TOLD_TAG: standing(state)})
 
     def open(self) -> list[tuple[str, int]]:
         """(arm, replicate) of every trial that was begun and not ended."""
@@ -146,6 +166,17 @@ class Tracker:
 def trial_key(sweep: str, arm: str, replicate: int) -> str:
     """By which a run is found again; safe in MLflow's filter language."""
     return quote(f"{sweep}/{arm}/{replicate}", safe="/")
+
+
+def standing(state: TrialState) -> str:
+    """Where a trial stands that nobody works on, in a word that no later standing of it has again."""
+    status = "stopped" if state.status == "waiting" else state.status
+    return f"{status} after {state.step} steps, attempt {len(state.attempts)}"
+
+
+def _metrics(report: StepReport) -> dict[str, float]:
+    record = report.as_record()
+    return {"perf/step_seconds": report.seconds} | {name: float(value) for name, value in record.items() if "/" in name}
 
 
 def _ms(seconds: float | None) -> int:
@@ -192,18 +223,37 @@ def as_json(value: Any) -> str:
 # --- the one question ---------------------------------------------------------------------------------------------------------
 
 
-def known_trials(uri: str, experiment: str) -> dict[str, tuple[str, bool]]:
-    """What MLflow has heard: trial key -> (status, whether its run is closed). Raises ConfigError when it cannot be asked."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What MLflow has heard of a trial."""
+
+    standing: str
+    """When it was last told all of it, files included; empty before that, and while its run is open."""
+    steps: int
+
+
+def known_trials(uri: str, experiment: str, owner: Owner) -> dict[str, Heard]:
+    """By trial key.
+
+    Raises ConfigError when it cannot be asked, and for an experiment of another sweep.
+    """
     with one_line(uri, f"cannot read experiment {experiment}"):
         mlflow = client(uri)
         found = mlflow.get_experiment_by_name(experiment)
+        if found is not None:
+            refuse_other_owner(found, uri, owner)
         runs: list[Any] = []
         token = None
         while found is not None and (token is None or token):
             page = mlflow.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, None, token)
             runs, token = runs + list(page), page.token or ""
-    tags = [(run.data.tags, run.info.status != "RUNNING") for run in runs]
-    return {tag["trial_key"]: (tag.get("status", ""), closed) for tag, closed in tags if "trial_key" in tag}
+    return {run.data.tags["trial_key"]: _heard(run) for run in runs if "trial_key" in run.data.tags}
+
+
+def _heard(run: Any) -> Heard:
+    closed = run.info.status != "RUNNING"
+    steps = int(run.data.metrics.get(STEPS_DONE, 0))
+    return Heard(standing=run.data.tags.get(TOLD_TAG, "") if closed else "", steps=steps)
 
 
 # --- how it is told -----------------------------------------------------------------------------------------------------------
@@ -274,12 +324,12 @@ class MlflowWriter:
     """Applies records to MLflow; each is safe to apply twice.
 
     Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
-    64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is
-    Unix ms.
+    64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or `told`
+    (tags), which waits for the files before it; `time` is Unix ms.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, owner: Owner) -> None:
+        self._uri, self._owner = uri, owner
         self._mlflow: Any = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
@@ -291,7 +341,7 @@ class MlflowWriter:
         left: list[Record] = []
         trouble = ""
         for index, record in enumerate(records):
-            if record["do"] == "file" and left:
+            if record["do"] in ("file", "told") and left:
                 left.append(record)
                 continue
             try:
@@ -324,6 +374,8 @@ class MlflowWriter:
                 params = [Param(*item) for item in record.get("params", {}).items()]
                 tags = [RunTag(*item) for item in record.get("tags", {}).items()]
                 mlflow.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # it splits params into hundreds
+            case "told":
+                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
             case "file":
                 mlflow.log_text(run_id, record["text"], record["path"])
             case "end":
@@ -335,7 +387,7 @@ class MlflowWriter:
         if key in self._runs:
             return self._runs[key]
         if experiment not in self._experiments:
-            self._experiments[experiment] = experiment_id(self._mlflow, self._uri, experiment)
+            self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
         number = self._experiments[experiment]
         found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
         if found:
