@@ -186,7 +186,7 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
 
 
 def _show_front(console: Any, result: "StudyResult") -> None:
-    from search.searchers import pareto_front
+    from search.objectives import pareto_front
 
     front = pareto_front([arm for arm in result.arms if arm.origin != "control"], result.config.objectives)
     names = ", ".join(arm.name for arm in front) or "empty"

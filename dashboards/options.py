@@ -63,7 +63,7 @@ class SweepOptions:
         typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them."),
     ] = ""
     warm_start: Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")] = ""
-    searcher: Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")] = "gp"
+    searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
     objectives: Annotated[
         list[str] | None,
         typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
@@ -141,7 +141,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     # Seconds from here on: torch and ray.
     from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
-    from search.searchers import OBJECTIVES, SEARCHERS
+    from search.objectives import OBJECTIVES
+    from search.proposals import SEARCHERS
 
     _known("--searcher", options.searcher, SEARCHERS)
     for objective in options.objectives or []:

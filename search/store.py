@@ -40,6 +40,10 @@ VERSION = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
+SearcherName = Literal["gp", "tpe", "random", "grid", "qmc"]
+ObjectiveName = Literal["accuracy", "collapses", "hours"]
+
+
 def new_id() -> str:
     return uuid.uuid4().hex
 
@@ -74,8 +78,8 @@ class StudyConfig(BaseModel):
     """Runs per configuration, with seeds seed, seed + 1, ..."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
-    searcher: str = "gp"
-    objectives: tuple[str, ...] = ("accuracy",)
+    searcher: SearcherName = "gp"
+    objectives: tuple[ObjectiveName, ...] = Field(("accuracy",), min_length=1)
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, unfinished, write_arm
 from search.budget import Budget
+from search.evidence import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.execution import View, run_trials
 from search.export import to_yaml
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
-from search.searchers import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
 from search.tracking import Tracker
 from spaces.config import ConfigError

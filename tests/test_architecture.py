@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
+from search import objectives, proposals, store
 from spaces import config, formats
 from trainable import noise, quantization
 
@@ -102,15 +103,23 @@ def test_records_of_a_rollout_are_read_without_torch() -> None:
     assert said.stdout.strip() == "False"
 
 
+def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
+    modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential"
+    code = f"import sys, {', '.join(f'search.{name}' for name in modules)}; print({{'torch', 'ray', 'mlflow'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
     (formats.FORMATS, config.Format),
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),
+    (proposals.SEARCHERS, store.SearcherName),
+    (objectives.OBJECTIVES, store.ObjectiveName),
 ]
 
 
-@pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES"])
+@pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"])
 def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(table: dict[str, Any], choices: Any) -> None:
     assert tuple(table) == get_args(choices)

@@ -22,7 +22,8 @@ from dashboards.options import (
     trial_config,
     with_absolute_paths,
 )
-from search.searchers import OBJECTIVES, SEARCHERS
+from search.objectives import OBJECTIVES
+from search.proposals import SEARCHERS
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES

@@ -26,11 +26,11 @@ from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.embedded import Progress, ensure_base
+from trainable.hashing import stable_hash
 from trainable.kernels import cpu
 from trainable.mlp import GatedMLP
 from trainable.norm import RMSNorm
 from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
-from trainable.seeds import stable_hash
 
 hf_logging.disable_progress_bar()
 
