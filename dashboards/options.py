@@ -118,15 +118,16 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
     from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
     from spaces.library import SPACES, load_space
+    from spaces.paths import anchored, home
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
     if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
-    chosen = SPACES[options.space] if options.space in SPACES else load_space(Path(options.space))
+    chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    settings = with_absolute_paths(parse_overrides(options.overrides or []))
+    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
     read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
@@ -160,31 +161,24 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
 
-def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Trials run in other folders than this one: a local model or data file is named from the root."""
-    for section, key in (("model", "name"), ("task", "path")):
-        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            settings[section][key] = str(Path(value).expanduser().absolute())
-    return settings
-
-
 def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
     """A point of the plan on a workload, or a file. Raises ConfigError."""
+    from spaces.paths import anchored, load_settings
     from spaces.points import POINTS
-    from spaces.reading import load_yaml, merge, read_config
+    from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
+    changes = anchored(parse_overrides(overrides), Path.cwd())
     if (point is None) == (config is None):
         raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
     if config is not None:
         if workload is not None:
             raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
-        return read_config(load_yaml(config), overrides, origin=str(config))
+        return read_config(merge(load_settings(config), changes), origin=str(config))
     assert point is not None
     _known("POINT", point, POINTS)
     _known("--workload", workload or "embedded", WORKLOADS)
-    return read_config(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), overrides, origin=point)
+    return read_config(merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point)
 
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":

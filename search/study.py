@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,8 +38,9 @@ from search.tracking import MLflowCallback, TrialRecord, load_study
 from search.trials import read_failure, read_reports, read_stopped, write_decision
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice
+from spaces.paths import home, load_settings
 from spaces.points import POINTS
-from spaces.reading import as_tree, load_yaml, merge, read_config
+from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.embedded import Progress, ensure_base
 from trainable.folder import Folder
@@ -207,7 +207,7 @@ def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm
 
 def _point(named: str) -> tuple[str, Mapping[str, Any]]:
     """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such files)."""
-    path = Path(named)
+    path = home(named)
     if path.suffix not in (".yaml", ".yml"):
         if named not in POINTS:
             raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
@@ -216,7 +216,7 @@ def _point(named: str) -> tuple[str, Mapping[str, Any]]:
         raise ConfigError(
             f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )
-    settings = load_yaml(path)
+    settings = load_settings(path)
     return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}
 
 
