@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.study import StudyResult
+    from search.submission import Submission
 
 app = typer.Typer(
     name="rin",
@@ -47,9 +48,7 @@ def sweep(
     if ablate is not None:
         _refuse_with_ablate(options)
     study = study_config(options)
-    if submit is not None:
-        _submit(submit, study.name if ablate is None or options.name is not None else f"{ablate}-ablation")
-        return
+    server = None if submit is None else given.destination(submit, options)
     from search.ablation import ablation
     from search.study import evidence_of, fixed_arms, run_study
 
@@ -60,6 +59,11 @@ def sweep(
         study, arms = parts.config, list(parts.arms)
         for line in parts.skipped:
             print(line)
+    if server is not None:
+        from search.submission import submit_sweep
+
+        _show_submission(submit_sweep(server, study, arms))
+        return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
     _run(study.name, study.runs, options.store, options.tracking_uri, lambda view, progress: run_study(study, view, progress, arms))
@@ -86,7 +90,10 @@ def resume(
 ) -> None:
     """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
     if submit is not None:
-        _submit(submit, name)
+        from search.submission import submit_resume
+
+        server = given.destination(submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True)
+        _show_submission(submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent))
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
@@ -104,11 +111,10 @@ def resume(
     _run(study.name, study.runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
-def _submit(address: str, name: str) -> None:
-    from search.cluster import submit
-
-    job = submit(sys.argv[1:], address, name)
+def _show_submission(job: "Submission") -> None:
     print(f"submitted as {job.id}: {job.command}")
+    if not job.begun:
+        print("it has not said anything yet: the cluster is busy, or its nodes are still coming")
     for line in job.follow:
         print(f"  {line}")
 
@@ -492,12 +498,19 @@ def _step_line(report: Any) -> str:
 
 
 def main() -> None:
-    """Entry point: a ConfigError becomes one line and exit code 2."""
+    """Entry point."""
     for talkative in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed; it warns about itself
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    try:
+    with exit_codes():
         _with_allocator_settings()
         app()
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """A ConfigError becomes one line and exit code 2, a full disk one line and exit code 1."""
+    try:
+        yield
     except ConfigError as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,7 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.store import StudyConfig
+    from search.submission import JobServer
     from spaces.config import TrialConfig
 
 Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
@@ -122,7 +123,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
-    if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
+    if options.space not in SPACES and not _is_file(options.space):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
     chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
@@ -159,6 +160,30 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     }
     study = StudyConfig(**same | changed)
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
+
+
+def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":
+    """The cluster that a sweep is sent to, once every place that the options name can be reached from there.
+
+    `begun`: the sweep lies in the store. Raises ConfigError.
+    """
+    from search.submission import check_paths, check_places, check_space_paths, job_server
+    from spaces.library import read_space
+    from spaces.paths import home
+    from spaces.reading import load_yaml, parse_overrides
+
+    if options.address is not None:
+        raise ConfigError("--address: --submit names the cluster already; leave --address out")
+    server = job_server(address)
+    if server.on_this_machine:
+        return server
+    check_places(options.store, options.tracking_uri, begun=begun)
+    check_paths("--set ", parse_overrides(options.overrides or []), Path.cwd())
+    if _is_file(options.space):
+        check_space_paths(f"{options.space}: ", read_space(home(options.space)), home(options.space).parent)
+    for name in filter(_is_file, _names(options.points)):
+        check_paths(f"{name}: ", load_yaml(home(name)), home(name).parent)
+    return server
 
 
 def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
@@ -219,6 +244,10 @@ def repeated(store: str, tracking_uri: str | None) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _known(option: str, value: str, table: Any) -> None:

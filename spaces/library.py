@@ -181,12 +181,17 @@ SPACES: dict[str, Space] = {
 
 def load_space(path: Path) -> Space:
     """A space from a YAML file with the fields of `Space`, paths in it from the file's folder. Raises ConfigError."""
-    try:
-        space = Space.model_validate(load_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(explain(error, Space, str(path))) from None
+    space = read_space(path)
     dimensions = tuple(_anchored(dimension, path.parent) for dimension in space.dimensions)
     return space.model_copy(update={"settings": anchored(space.settings, path.parent), "dimensions": dimensions})
+
+
+def read_space(path: Path) -> Space:
+    """As it is written. Raises ConfigError."""
+    try:
+        return Space.model_validate(load_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(explain(error, Space, str(path))) from None
 
 
 def _anchored(dimension: Dimension, folder: Path) -> Dimension:
