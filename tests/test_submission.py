@@ -45,7 +45,7 @@ RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 
 
 class Head:
-    """Takes jobs as Ray's client does; what is sent is kept in `kept`, and its job says `says` (None: that it begins) and ends as `ends`."""
+    """Takes jobs as Ray's client does, and keeps what is sent; its job says `says` (None: that it begins) and ends as `ends`."""
 
     def __init__(self, kept: Path, says: Sequence[str] | None = None, ends: JobStatus = JobStatus.RUNNING) -> None:
         self.kept, self.says, self.ends = kept, says, ends
