@@ -162,6 +162,15 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
 
+def refuse_with_ablate(options: SweepOptions) -> None:
+    """An ablation's arms come from its sweep alone. Raises ConfigError."""
+    plain = SweepOptions()
+    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start", "scheduler"):
+        if getattr(options, option) != getattr(plain, option):
+            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
+            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
+
+
 def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":
     """The cluster that a sweep is sent to, once every place that the options name can be reached from there.
 

@@ -99,15 +99,14 @@ class JobServer:
 class Submission:
     """A sweep on its way.
 
-    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", command="python rin.py resume s --store /shared/runs --address auto",
-    begun=True, follow=("ray job logs --follow raysubmit_4LamXRuQpYdSMg7J --address http://head:8265", ...))
+    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", sweep="s", follow=("ray job logs --follow raysubmit_4LamXRuQ...", ...),
+    command="python rin.py resume s --store /shared/runs --address auto")
     """
 
     id: str
+    sweep: str
     command: str
     """What runs on the head node."""
-    begun: bool
-    """Whether the job has said so; False: it had not said anything yet when the time to wait was over."""
     follow: tuple[str, ...]
     """Command lines that show how it goes, and that end it."""
 
@@ -180,10 +179,7 @@ def check_space_paths(origin: str, space: Space, folder: Path) -> None:
 
 
 def submit_sweep(server: JobServer, study: StudyConfig, arms: Sequence[Arm]) -> Submission:
-    """A new sweep, checked as far as it can be here. Returns when its job has begun, or is late.
-
-    Raises ConfigError for what the user can mend: before anything is sent, or with what the job said when it ended at once.
-    """
+    """A new sweep, checked as far as it can be here. Raises ConfigError before anything is sent."""
     refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in flatten(study.settings).items())])
     return _send(server, study.name, ["resume", study.name, "--store", study.store], (study, arms))
 
@@ -221,14 +217,13 @@ def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[Stu
             },
             metadata={"sweep": name},
         )
-        begun = _has_begun(server.client, job, name)
     places = [part for option in ("--store", "--tracking-uri") if option in words for part in (option, words[words.index(option) + 1])]
     follow = (
         f"ray job logs --follow {job} --address {server.address}",
         shlex.join(["rin", "status", name, *places]),
         f"ray job stop {job} --address {server.address}",
     )
-    return Submission(id=job, command=command, begun=begun, follow=follow)
+    return Submission(id=job, sweep=name, command=command, follow=follow)
 
 
 def _taken(client: Any, **job: Any) -> str:
@@ -244,20 +239,24 @@ def _taken(client: Any, **job: Any) -> str:
             time.sleep(1)
 
 
-def _has_begun(client: Any, job: str, name: str) -> bool:
-    """Whether the sweep has been announced in the job's output. Raises ConfigError with the last word of a job that ended before."""
+def has_begun(server: JobServer, job: Submission) -> bool:
+    """Whether the job has said that its sweep begins; False when it is late. Raises ConfigError with the last word of one that ended
+    before."""
+    signs = (f"sweep {job.sweep}:", "building ")  # the base model is built for a sweep that is free to begin
     until = time.monotonic() + SIGN_SECONDS
-    while True:
-        ended = client.get_job_status(job).is_terminal()  # first: then the output is whole
-        lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
-        if any(line.startswith(f"sweep {name}:") for line in lines):
-            return True
-        if ended:
-            said = next((line for line in reversed(lines) if line.startswith("rin: ")), (lines or [client.get_job_info(job).message])[-1])
-            raise ConfigError(f"job {job} ended before the sweep began: {strip_password(said.removeprefix('rin: '))}")
-        if time.monotonic() > until:
-            return False
-        time.sleep(1)
+    with _told_by_the_cluster(server.address):
+        while True:
+            ended = server.client.get_job_status(job.id).is_terminal()  # first: then the output is whole
+            lines = [line for line in server.client.get_job_logs(job.id).splitlines() if line.strip()]
+            if any(line.startswith(signs) for line in lines):
+                return True
+            if ended:
+                refusals = [line.removeprefix("rin: ") for line in lines if line.startswith("rin: ")]
+                said = [server.client.get_job_info(job.id).message, *lines[-1:], *refusals][-1]
+                raise ConfigError(f"job {job.id} ended before the sweep began: {strip_password(said)}")
+            if time.monotonic() > until:
+                return False
+            time.sleep(1)
 
 
 def _packages(folder: Path) -> list[str]:

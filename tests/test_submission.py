@@ -12,6 +12,7 @@ import urllib.request
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from search.submission import (
     check_paths,
     check_places,
     check_space_paths,
+    has_begun,
     job_server,
     ship,
     submit_resume,
@@ -70,7 +72,7 @@ class Head:
         return "".join(f"{line}\n" for line in says)
 
     def get_job_info(self, job: str) -> Any:
-        return type("Info", (), {"message": "runtime environment: no space left"})
+        return SimpleNamespace(message="runtime environment: no space left")
 
 
 def server(head: Any, *, on_this_machine: bool = True) -> JobServer:
@@ -225,6 +227,7 @@ def test_a_sweep_travels_with_all_that_was_read_here(
     assert job["entrypoint"] == f"python rin.py resume s --store {store} --address auto"
     assert out.splitlines()[0] == f"submitted as job-1: {job['entrypoint']}"
     assert f"  rin status s --store {store}" in out.splitlines()
+    assert out.endswith("it has begun\n")
     assert job["metadata"] == {"sweep": "s"}
     assert head.packages == ["dashboards", "search", "spaces", "trainable"]
     assert not store.exists(), "the job writes the store, and nobody else"
@@ -316,14 +319,28 @@ def test_a_job_that_ends_before_the_sweep_begins_is_told_with_its_last_word(
     says: Sequence[str], ends: JobStatus, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=f"job job-1 ended before the sweep began: .*{re.escape(said)}"):
-        submit_sweep(server(Head(tmp_path / "kept", says, ends)), study(tmp_path), [])
+        followed(Head(tmp_path / "kept", says, ends), tmp_path)
 
 
-def test_a_sweep_that_has_begun_or_is_late_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = Head(tmp_path / "a", ["building", "sweep s: 3 trials", "candidate"], JobStatus.SUCCEEDED)
-    assert submit_sweep(server(done), study(tmp_path), []).begun
+def followed(head: Head, store: Path) -> bool:
+    return has_begun(server(head), submit_sweep(server(head), study(store), []))
+
+
+@pytest.mark.parametrize(
+    ("says", "ends", "begun"),
+    [
+        (["sweep s: 3 trials"], JobStatus.RUNNING, True),
+        (["told", "sweep s: 3 trials", "candidate"], JobStatus.SUCCEEDED, True),
+        (["building the embedded base model, once: 2 minutes"], JobStatus.RUNNING, True),
+        (["sweep other: 3 trials"], JobStatus.RUNNING, False),
+        ([], JobStatus.PENDING, False),
+    ],
+)
+def test_a_job_is_listened_to_until_its_sweep_begins(
+    says: Sequence[str], ends: JobStatus, begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(submission, "SIGN_SECONDS", 0.0)
-    assert not submit_sweep(server(Head(tmp_path / "b", [], JobStatus.PENDING)), study(tmp_path), []).begun
+    assert followed(Head(tmp_path / "kept", says, ends), tmp_path) == begun
 
 
 # In the job
@@ -399,7 +416,7 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         assert done.returncode == 0, done.stderr
         (job,) = re.findall(r"submitted as (\w+):", done.stdout)
         assert f"rin status s --store {laptop}/runs" in done.stdout
-        assert "not said anything" not in done.stdout
+        assert done.stdout.endswith("it has begun\n")
         space = (laptop / "space.yaml").rename(laptop / "away.yaml")
 
         stranger = urllib.request.Request(f"{running.dashboard}/api/jobs/")
