@@ -31,6 +31,7 @@ from search.secrets import strip_password
 from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
+from spaces.paths import home
 from spaces.reading import explain
 from spaces.workloads import WORKLOADS
 from trainable.folder import Folder
@@ -134,13 +135,16 @@ def check_name(name: str) -> str:
 
 
 def absolute_store(store: str) -> str:
-    """A relative folder is anchored here; a URI stays as it is. Raises ConfigError for one that holds a secret: it is written down."""
+    """A relative folder is anchored here, `~` is the user's home; a URI stays as it is.
+
+    Raises ConfigError for one that holds a secret: it is written down.
+    """
     if strip_password(store) != store:
         raise ConfigError(
             f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many files; leave it out and "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    return store if "://" in store else str(Path(store).absolute())
+    return store if "://" in store else str(home(store).absolute())
 
 
 def save_study_config(config: StudyConfig) -> None:

