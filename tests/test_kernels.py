@@ -43,6 +43,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", ["default", "avx2", "avx512"])
 def test_each_build_equals_eager_torch(vectors: str) -> None:
     if vectors == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -121,6 +122,7 @@ def test_it_can_be_compiled_around() -> None:
 # --- building it -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_line_says_so_and_the_values_stay(tmp_path: Path) -> None:
     code = (
         "import logging; logging.basicConfig(format='%(message)s')\n"
@@ -155,6 +157,7 @@ def test_a_cache_that_cannot_be_written_is_a_reason_too(monkeypatch: pytest.Monk
         cpu.build()
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     """The compiler is wrapped in a script that counts its runs."""
     log, wrapper = tmp_path / "log", tmp_path / "c++"

@@ -29,6 +29,7 @@ from search.store import default_tracking_uri
 from search.tracking import MLflowCallback, check_tracking, load_study
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import as_tree, flatten_fields
+from tests.conftest import require
 from trainable.signals import NAMES
 
 EXPERIMENT = "e13 sweep"
@@ -187,7 +188,8 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        assert program, "this test needs a browser: apt-get update && apt-get install -y chromium"
+        require(program, "needs a browser: apt-get update && apt-get install -y chromium")
+        assert program is not None
         switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn

