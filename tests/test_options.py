@@ -308,11 +308,13 @@ def test_a_trial_s_mistakes(point: str | None, config: Path | None, workload: st
         trial_config(point, config, workload, [])
 
 
+@pytest.mark.slow
 def test_options_import_nothing_heavy() -> None:
     code = "import sys, dashboards.options; print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_settings_is_told_before_the_slow_imports() -> None:
     code = (
         "import sys\nfrom dashboards.options import SweepOptions, study_config\nfrom spaces.errors import ConfigError\n"

@@ -521,6 +521,7 @@ running.train()
 """
 
 
+@pytest.mark.slow
 def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: Path, undisturbed: Path) -> None:
     command = [sys.executable, "-c", HANGS, json.dumps(setting(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=300)

@@ -24,7 +24,7 @@ from search.store import StudyConfig, absolute_store, check_name, load_study_con
 from spaces.errors import ConfigError
 from spaces.library import SPACES, load_space
 from spaces.reading import load_yaml, parse_overrides, parse_yaml
-from tests.processes import program
+from tests.processes import program, rin
 from tests.ray_nodes import free_port
 from tests.test_architecture import MODULES, relative
 
@@ -159,11 +159,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                         " ".join(process.cmdline()) for process in psutil.Process(running.pid).children(recursive=True) if alive(process)
                     }
         assert running.returncode == 0, said
-        more = [["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]]
-        for command in more:
-            options = ["--store", str(folder / "runs"), *(tracking if command[0] != "list" else [])]
-            done = subprocess.run([*RIN, *command, *options], cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            said += done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in secrets.items():
+                patch.setenv(name, value)
+            for command in (["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]):
+                done = rin(*command, "--store", str(folder / "runs"), *(tracking if command[0] != "list" else []), cwd=folder)
+                assert done.code == 0, done.err
+                said += done.out + done.err
         yield {"folder": folder, "ray": Path(ray), "said": said, "listening": listening, "called": called}
 
 
@@ -249,15 +251,12 @@ def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
     """Every file that Tune pickled, and each place where a pickle could lie in wait, is a bomb when the sweep is resumed."""
     mark = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(mark))
-    store = ["--store", str(tmp_path / "runs")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def rin(*command: str) -> str:
-        done = subprocess.run([*RIN, *command, *store], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def done(*command: str) -> None:
+        said = rin(*command, "--store", str(tmp_path / "runs"), cwd=tmp_path)
+        assert said.code == 0, said.err
 
-    rin("sweep", *SHORT, "--name", "s")
+    done("sweep", *SHORT, "--name", "s")
     sweep = tmp_path / "runs" / "s"
     (sweep / "trials" / "c01-0" / "outcome.json").unlink()  # so that there is something to resume
     planted = [path for path in (sweep / "tune").rglob("*") if path.is_file()]
@@ -266,7 +265,7 @@ def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
     for path in planted:
         path.write_bytes(bomb)
     for command in (["list"], ["status", "s"], ["resume", "s"], ["export", "s"]):
-        rin(*command)
+        done(*command)
     assert (sweep / "trials" / "c01-0" / "outcome.json").exists(), "it was resumed"
     assert not mark.exists()
 
@@ -287,9 +286,9 @@ def test_no_name_of_a_sweep_leads_out_of_the_store(name: str, tmp_path: Path) ->
 
 
 def test_the_command_line_refuses_such_a_name_before_it_writes_anything(tmp_path: Path) -> None:
-    done = subprocess.run([*RIN, "sweep", *SHORT, "--name", "../out"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--name ../out" in done.stderr
+    done = rin("sweep", *SHORT, "--name", "../out", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "--name ../out" in done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -121,11 +121,13 @@ def sweep(uri: str, experiment: str, tmp_path: Path) -> Iterator[Sweep]:
 # Where the tracking is
 
 
+@pytest.mark.slow
 def test_importing_tracking_imports_neither_mlflow_nor_ray_nor_torch() -> None:
     code = "import sys, search.tracking, search.mirror; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_use", ["check_tracking(uri, 'x', owner)", "known_trials(uri, 'x', owner)"])
 def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) -> None:
     if first_use.startswith("known"):  # which makes no database
