@@ -291,13 +291,13 @@ def test_samples_depend_on_the_key_alone(checked: Checked) -> None:
 
 
 @only_tiny
-def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked) -> None:
     """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
     policy, backend, _, _ = checked
-    monkeypatch.setattr(backend, "max_new_tokens", 1)
     with deployed(policy):
         backend.sync(policy)
-        (drawn,) = backend.generate(policy, [[3, 4, 12]], group_size=4096, temperature=0.8, batch_size=64, key=(0, 0))
+        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=(0, 0, 0))
+        (drawn,) = backend.generate(policy, request)
         logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
     expected = torch.softmax(logits / 0.8, -1) * len(drawn)
     counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
