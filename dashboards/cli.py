@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
     from search.study import StudyResult
+    from search.submission import JobServer, Submission
 
 app = typer.Typer(
     name="rin",
@@ -46,11 +47,9 @@ def sweep(
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
     if ablate is not None:
-        _refuse_with_ablate(options)
+        given.refuse_with_ablate(options)
     study = study_config(options)
-    if submit is not None:
-        _submit(submit, study.name if ablate is None or options.name is not None else f"{ablate}-ablation")
-        return
+    server = None if submit is None else given.destination(submit, options)
     from search.ablation import ablation
     from search.lineup import fixed_arms
     from search.study import evidence_of, run_study
@@ -62,18 +61,14 @@ def sweep(
         study, arms = parts.config, list(parts.arms)
         for line in parts.skipped:
             print(line)
+    if server is not None:
+        from search.submission import submit_sweep
+
+        _follow(server, submit_sweep(server, study, arms))
+        return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
     _run(study.name, study.runs, options.store, options.tracking_uri, lambda view, progress: run_study(study, view, progress, arms))
-
-
-def _refuse_with_ablate(options: SweepOptions) -> None:
-    """An ablation's arms come from its sweep alone."""
-    plain = SweepOptions()
-    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
-        if getattr(options, option) != getattr(plain, option):
-            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
-            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
 
 
 @app.command()
@@ -88,7 +83,10 @@ def resume(
 ) -> None:
     """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
     if submit is not None:
-        _submit(submit, name)
+        from search.submission import submit_resume
+
+        server = given.destination(submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True)
+        _follow(server, submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent))
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
@@ -106,13 +104,14 @@ def resume(
     _run(study.name, study.runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
-def _submit(address: str, name: str) -> None:
-    from search.cluster import submit
+def _follow(server: "JobServer", job: "Submission") -> None:
+    """Until the job has said that the sweep begins, or that it does not."""
+    from search.submission import has_begun
 
-    job = submit(sys.argv[1:], address, name)
     print(f"submitted as {job.id}: {job.command}")
     for line in job.follow:
-        print(f"  {line}")
+        print(f"  {line}", flush=True)
+    print("it has begun" if has_begun(server, job) else "it has not said anything yet: the cluster is busy, or its nodes are still coming")
 
 
 def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
@@ -186,7 +185,7 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
 
 
 def _show_front(console: Any, result: "StudyResult") -> None:
-    from search.searchers import pareto_front
+    from search.objectives import pareto_front
 
     front = pareto_front([arm for arm in result.arms if arm.origin != "control"], result.config.objectives)
     names = ", ".join(arm.name for arm in front) or "empty"
@@ -205,6 +204,7 @@ def trial(
     settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
     from dashboards.tables import terminal
+    from dashboards.trial_text import outcome_lines, step_line
     from trainable.engine import TrialFailed
     from trainable.trial import Trial
 
@@ -218,7 +218,7 @@ def trial(
                 if as_json:
                     print(json.dumps(report.as_tree()), flush=True)
                 else:
-                    console.print(_step_line(report), highlight=False, soft_wrap=True)
+                    console.print(step_line(report), markup=False, soft_wrap=True, highlight=False)
             outcome = running.outcome()
     except TrialFailed as failure:
         print(f"rin: failed: {failure}", file=sys.stderr)
@@ -226,20 +226,8 @@ def trial(
     if as_json:
         print(json.dumps(outcome.as_tree()))
         return
-    scores = outcome.eval
-    rule = f" by rule {outcome.rule}" if outcome.rule else ""
-    console.print(f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s", highlight=False)
-    console.print(
-        f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({settings.quant.mode}), "
-        f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
-        highlight=False,
-    )
-    receipt = outcome.receipt
-    console.print(f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights", highlight=False)
-    for warning in receipt.warnings:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True, highlight=False)
-    for alarm in outcome.alarms[:5]:
-        console.print(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}", markup=False, soft_wrap=True, highlight=False)
+    for line in outcome_lines(outcome, settings.quant.mode):
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -466,31 +454,20 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _step_line(report: Any) -> str:
-    signals = report.signals
-    parts = [
-        f"step {report.step:3d}",
-        f"sigma {report.sigma:.4g}",
-        f"reward {signals['grpo/reward']:.3f}",
-        f"entropy {signals['gen/entropy']:.3f}",
-        f"length {signals['gen/length']:.1f}",
-        f"kept {signals['filter/kept_groups']:.0f}",
-        f"{report.seconds:.2f} s",
-    ]
-    if "eval/accuracy" in signals:
-        parts.append(f"accuracy {signals['eval/accuracy']:.4f}")
-    if report.verdict.collapsed:
-        parts.append(f"COLLAPSE {report.verdict.rule}: {report.verdict.evidence}")
-    return "  ".join(parts)
-
-
 def main() -> None:
-    """Entry point: a ConfigError becomes one line and exit code 2."""
+    """Entry point."""
     for talkative in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed; it warns about itself
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    try:
+    with exit_codes():
         _with_allocator_settings()
         app()
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """A ConfigError becomes one line and exit code 2, a full disk one line and exit code 1."""
+    try:
+        yield
     except ConfigError as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2)

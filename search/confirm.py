@@ -10,6 +10,7 @@ A confirmation is a study of its own, NAME-confirm, with two arms: everything th
 calling it again goes on where it stopped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -146,7 +147,7 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
     by_seed = {run.seed: run for run in treated}, {run.seed: run for run in plain}
     a, b = ([runs[seed] for seed in seeds] for runs in by_seed)
     if not seeds:
-        comparison = Comparison(difference=0.0, replicates=0, margin=MARGIN)
+        comparison = Comparison(difference=math.nan, replicates=0, margin=MARGIN)
     else:
         correct = None
         if all(run.correct is not None for run in (*a, *b)):

@@ -17,11 +17,11 @@ from typing import Any
 import ray
 from ray import tune
 
-from search.arms import Arm, read_arms, trial_folder, write_arm
+from search.arms import Arm, read_arms, trial_folder
 from search.budget import Budget
 from search.cluster import check_fits, connected, resources
-from search.lineup import base_tree
-from search.searchers import RinSearch, read_evidence
+from search.evidence import read_evidence
+from search.searchers import RinSearch
 from search.store import StudyConfig
 from search.tracking import Tracker
 from spaces.config import TrialConfig
@@ -65,7 +65,7 @@ def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker:
     Raises ConfigError for what no node can hold, KeyboardInterrupt for a second Ctrl-C.
     """
     with _ray(study):
-        searcher = searcher_of(study, arms)
+        searcher = RinSearch(study, arms, read_evidence(study))
         workload = WORKLOADS[study.workload]
         tuner = tune.Tuner(
             tune.with_resources(RinTrainable, resources(workload, study.cpus, study.gpus)),
@@ -99,37 +99,6 @@ def _in_flight(config: StudyConfig) -> int:
         return 0
     bundle = resources(WORKLOADS[config.workload], config.cpus, config.gpus).bundles[0]
     return 1 + min(int(ray.cluster_resources()[kind] // amount) for kind, amount in bundle.items())
-
-
-def searcher_of(study: StudyConfig, arms: Sequence[Arm]) -> RinSearch:
-    """Made from what is written down; a new arm is written down before it is handed out."""
-    numbers = {arm.name: number for number, arm in enumerate(arms)}
-    # Tune pickles the searcher into the store, and a tracking URI may hold a password.
-    study = study.model_copy(update={"tracking_uri": ""})
-
-    def record(arm: Arm) -> None:
-        assert arm.name not in numbers, arm.name
-        numbers[arm.name] = len(numbers)
-        write_arm(study, numbers[arm.name], arm)
-
-    searcher = RinSearch(
-        space=study.space,
-        base=base_tree(study),
-        fixed=(),
-        known=arms,
-        record=record,
-        place=lambda arm, replicate: trial_folder(study, arm, replicate).uri,
-        outcome=lambda arm, replicate: read_outcome(trial_folder(study, arm, replicate)),
-        configurations=study.trials,
-        replicates=study.replicates,
-        seed=study.seed,
-        searcher=study.searcher,
-        objectives=study.objectives,
-        evidence=read_evidence(study),
-    )
-    if study.kind == "confirm":
-        searcher.waiting.sort(key=lambda run: run[1])  # pair by pair: a budget that ends leaves whole pairs
-    return searcher
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]

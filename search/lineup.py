@@ -6,15 +6,15 @@ moves an accuracy by points, so every policy that a point or the space brings ha
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from search.arms import Arm, filter_policy
 from search.store import StudyConfig
 from spaces.config import ConfigError
 from spaces.library import Choice
+from spaces.paths import home, load_settings
 from spaces.points import POINTS
-from spaces.reading import load_yaml, merge, read_config
+from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 
 
@@ -70,7 +70,7 @@ def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm
 
 def _point(named: str) -> tuple[str, Mapping[str, Any]]:
     """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such files)."""
-    path = Path(named)
+    path = home(named)
     if path.suffix not in (".yaml", ".yml"):
         if named not in POINTS:
             raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
@@ -79,5 +79,5 @@ def _point(named: str) -> tuple[str, Mapping[str, Any]]:
         raise ConfigError(
             f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )
-    settings = load_yaml(path)
+    settings = load_settings(path)
     return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}

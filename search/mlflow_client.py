@@ -15,6 +15,7 @@ from typing import Any
 
 from search.secrets import strip_password
 from spaces.config import ConfigError
+from spaces.paths import home
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -32,9 +33,9 @@ SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
 
 
 def absolute_uri(uri: str) -> str:
-    """A relative sqlite path is anchored here: a resumed sweep may start in another folder."""
+    """A relative sqlite path is anchored here, `~` is the user's home: a resumed sweep may start in another folder."""
     prefix = "sqlite:///"
-    return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
+    return prefix + str(home(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,10 +23,10 @@ from search.arms import (
     replicates_of,
     unfinished,
 )
+from search.evidence import known_of, read_evidence
 from search.importance import Importance, importance
 from search.ledger import Ledger, read_ledger
 from search.proposals import optuna_study
-from search.searchers import known_of, read_evidence
 from search.statistics import ArmComparison, Comparison, adjust, compare_arms
 from search.store import StudyConfig, is_driven
 from search.tolerance import Boundary, NoisyRun, boundaries
@@ -83,7 +83,7 @@ class ArmReport:
     @property
     def difference(self) -> float | None:
         """To its control, a share: mean over common seeds; None where there is none."""
-        return None if self.corrected is None else self.corrected.difference
+        return None if self.corrected is None or self.corrected.replicates == 0 else self.corrected.difference
 
     @property
     def verdict(self) -> str:

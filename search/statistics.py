@@ -36,7 +36,6 @@ Looks while replicates are added: `search/sequential.py`. What a number of them 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -64,7 +63,7 @@ class Comparison:
     verdict: Verdict = "undecided"
     """`better` and `worse`: the interval excludes 0. `same`: it lies within the margin. Else `undecided`."""
     difference: float
-    """Treated minus control, a share (0.01 = one point), over the seeds of both; without one, over all runs."""
+    """Treated minus control, a share (0.01 = one point), over the seeds of both; NaN where there is none."""
     low: float = -math.inf
     high: float = math.inf
     """Interval of the difference; infinite where its spread is not known (one pair, or copies of one)."""
@@ -332,8 +331,7 @@ def _on_common_seeds(treated: Sequence[Replicate], control: Sequence[Replicate],
     seeds = sorted(arms[0].keys() & arms[1].keys())
     unpaired = len(treated) + len(control) - 2 * len(seeds)
     if not seeds:
-        difference = fmean(run.accuracy for run in treated) - fmean(run.accuracy for run in control)
-        return Comparison(difference=difference, replicates=0, unpaired=unpaired, margin=margin)
+        return Comparison(difference=math.nan, replicates=0, unpaired=unpaired, margin=margin)
     a, b = ([arm[seed] for seed in seeds] for arm in arms)
     kept = [run.correct for run in (*a, *b) if run.correct is not None]
     seen = compare(

@@ -31,6 +31,7 @@ from search.secrets import strip_password
 from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
+from spaces.paths import home
 from spaces.reading import explain
 from spaces.workloads import WORKLOADS
 from trainable.folder import Folder
@@ -38,6 +39,10 @@ from trainable.folder import Folder
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
 VERSION = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+SearcherName = Literal["gp", "tpe", "random", "grid", "qmc"]
+ObjectiveName = Literal["accuracy", "collapses", "hours"]
 
 
 def new_id() -> str:
@@ -74,8 +79,8 @@ class StudyConfig(BaseModel):
     """Runs per configuration, with seeds seed, seed + 1, ..."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
-    searcher: str = "gp"
-    objectives: tuple[str, ...] = ("accuracy",)
+    searcher: SearcherName = "gp"
+    objectives: tuple[ObjectiveName, ...] = Field(("accuracy",), min_length=1)
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""
@@ -130,13 +135,16 @@ def check_name(name: str) -> str:
 
 
 def absolute_store(store: str) -> str:
-    """A relative folder is anchored here; a URI stays as it is. Raises ConfigError for one that holds a secret: it is written down."""
+    """A relative folder is anchored here, `~` is the user's home; a URI stays as it is.
+
+    Raises ConfigError for one that holds a secret: it is written down.
+    """
     if strip_password(store) != store:
         raise ConfigError(
             f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many files; leave it out and "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    return store if "://" in store else str(Path(store).absolute())
+    return store if "://" in store else str(home(store).absolute())
 
 
 def save_study_config(config: StudyConfig) -> None:

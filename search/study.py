@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, unfinished, write_arm
 from search.budget import Budget
+from search.evidence import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.execution import View, run_trials
 from search.export import to_yaml
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
-from search.searchers import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
 from search.tracking import Tracker
 from spaces.config import ConfigError
@@ -53,6 +53,13 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
 
     Raises ConfigError before any training for whatever the user can mend.
     """
+    begin_study(config, progress, fixed)
+    with only_driver(config):
+        return _advance(config, view)
+
+
+def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
+    """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another process."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
     if STUDY_FILE in config.folder.names():
         raise ConfigError(
@@ -69,7 +76,6 @@ def run_study(config: StudyConfig, view: View, progress: Progress | None = None,
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
         save_study_config(config)
-        return _advance(config, view)
 
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:

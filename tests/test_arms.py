@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from search.arms import Arm, read_arms, trial_config, trial_folder, unfinished, write_arm
-from search.searchers import Evidence, read_evidence, write_evidence
+from search.evidence import Evidence, read_evidence, write_evidence
 from search.store import StudyConfig
 from spaces.config import ConfigError
 from tests.written_sweeps import make_arm, outcome, study, write_trial

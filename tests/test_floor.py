@@ -188,7 +188,7 @@ def test_rows_at_a_time_change_no_more_than_rounding(model_folder: ModelFolder, 
     with deployed(policy):
         expected = cached_logps(policy, replace(batch, group_size=1), TEMPERATURE, 100)
         found = cached_logps(policy, batch, TEMPERATURE, micro)
-    torch.testing.assert_close(found[inside], expected[inside], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[inside], expected[inside], rtol=5e-5, atol=5e-5)  # up to 1.6e-5, by processor
 
 
 # --- the floor ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """From the options of `rin` to the study that runs, or to one line that says what is wrong."""
 
+import os
 import re
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from dashboards.options import (
     repeated,
     study_config,
     trial_config,
-    with_absolute_paths,
 )
-from search.searchers import OBJECTIVES, SEARCHERS
+from search.lineup import fixed_arms
+from search.objectives import OBJECTIVES
+from search.proposals import SEARCHERS
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.points import POINTS
+from spaces.reading import as_tree, dump_yaml
 from spaces.workloads import WORKLOADS
 from tests.written_sweeps import study
 
@@ -180,15 +183,43 @@ def test_a_file_of_the_user_s_is_a_space_too(tmp_path: Path) -> None:
 
 
 def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in other folders; what is no file here (a name on a hub, the embedded model) stays as it is."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "q.jsonl").write_text("")
-    settings = with_absolute_paths({"model": {"name": "weights"}, "task": {"path": "q.jsonl"}, "eval": {"questions": 3}})
-    assert settings == {"model": {"name": str(tmp_path / "weights")}, "task": {"path": str(tmp_path / "q.jsonl")}, "eval": {"questions": 3}}
-    unchanged: dict[str, Any] = {"model": {"name": "embedded"}, "task": {"path": "missing.jsonl"}}
-    assert with_absolute_paths(unchanged) == {"model": {"name": "embedded"}, "task": {"path": "missing.jsonl"}}
-    assert with_absolute_paths({"model": 3}) == {"model": 3}, "a mistake that is told elsewhere"
+    """On the command line from this folder, in a file from the file's folder: trials run in others."""
+    (tmp_path / "here" / "weights").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = ["model.name=weights", "model.recipe=null", "task.name=gsm8k"]
+    assert made(tmp_path, overrides=[*model, "task.path=q.jsonl"]).settings["task"]["path"] == str(tmp_path / "here" / "q.jsonl")
+    (tmp_path / "there" / "mine.yaml").write_text(
+        "name: mine\ndescription: my own\nsettings: {model: {name: ../here/weights, recipe: null}, task: {name: gsm8k, path: q.jsonl}}\n"
+        "dimensions:\n- {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.01}}\n"
+    )
+    (tmp_path / "there" / "longer.yaml").write_text("task: {path: longer.jsonl}\n")
+    config = made(tmp_path, space="../there/mine.yaml", points="../there/longer.yaml")
+    weights = f"{tmp_path}/here/weights"
+    assert {arm.name: places(as_tree(arm.config)) for arm in fixed_arms(config)} == {
+        "control": (weights, f"{tmp_path}/there/q.jsonl"),
+        "longer": (weights, f"{tmp_path}/there/longer.jsonl"),
+    }
+    trial = trial_config(None, Path("../there/longer.yaml"), None, [*model])
+    assert places(as_tree(trial)) == (weights, f"{tmp_path}/there/longer.jsonl")
+
+
+def places(tree: Any) -> tuple[str, str]:
+    """The model's and the data's, without the `..` that may be in them."""
+    paths = tree["model"]["name"], tree["task"]["path"]
+    assert all(path.startswith("/") for path in paths)
+    return os.path.normpath(paths[0]), os.path.normpath(paths[1])
+
+
+def test_the_home_is_written_as_a_shell_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a comma or an equals sign no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "space.yaml").write_text(dump_yaml(as_tree(SPACES["sigma"])))
+    (tmp_path / "point.yaml").write_text("noise: {sigma_start: 0.02}\n")
+    config = made(tmp_path, space="~/space.yaml", points="e12,~/point.yaml", store="~/runs", tracking_uri="sqlite:///~/m.db")
+    assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), f"sqlite:///{tmp_path}/m.db")
+    assert "point" in [arm.name for arm in fixed_arms(config)]
+    assert trial_config("control", None, "tiny", ["model.name=~/m", "model.recipe=null", "task.name=gsm8k"]).model.name == f"{tmp_path}/m"
 
 
 # A sweep that is there

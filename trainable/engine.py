@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from trainable.episode import Completion
+from trainable.hashing import stable_hash
 from trainable.model import Policy, bare_name
 from trainable.quantization import Arithmetic, QuantLinear
-from trainable.seeds import stable_hash
 
 CONFIG_FILE = "rin_quantization.json"
 """How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM method reads."""

