@@ -7,6 +7,7 @@ checksum of the answer: then one changed token anywhere shows.
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
-from trainable.checkpoint import load_state, save_state
+from trainable.checkpoint import VERSION, load_state, save_state
 from trainable.evaluation import evaluate, evaluate_unquantized
 from trainable.folder import Folder
 from trainable.model import block_of
@@ -165,8 +166,8 @@ def test_each_phase_is_announced_as_it_begins(tiny: Tiny) -> None:
 def test_a_checkpoint_of_another_version_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     save_state(Folder(str(tmp_path)), Trial(tiny()).state_dict())
     file = tmp_path / "progress.json"
-    file.write_text(file.read_text().replace('"version": 2', '"version": 99', 1))
-    with pytest.raises(ConfigError, match=r"checkpoint version 99, this program reads 2; use the program that wrote it"):
+    file.write_text(file.read_text().replace(f'"version": {VERSION}', '"version": 99', 1))
+    with pytest.raises(ConfigError, match=f"checkpoint version 99, this program reads {VERSION}; use the program that wrote it"):
         load_state(Folder(str(tmp_path)))
 
 
@@ -357,13 +358,13 @@ def test_a_collapse_ends_the_trial_at_once_with_its_name_and_its_results(tiny: T
 @pytest.mark.parametrize(("mode", "updates"), [("enforce", 0), ("monitor", 2), ("off", 2)])
 def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tiny, mode: str, updates: int) -> None:
     trial = Trial(tiny("grpo.filter_groups=resample", "grpo.max_gen_batches=1", f"collapse.mode={mode}"))
-    with_variance: set[str] = set()
+    asked: Counter[str] = Counter()
 
     def rarely(question: Question, text: str) -> float:
-        """Groups of two prompts differ within themselves; all others are all wrong."""
-        if len(with_variance) < 2:
-            with_variance.add(question.prompt)
-        return checksum(question, text) if question.prompt in with_variance else 0.0
+        """Every other completion of two prompts is right, whatever it says; all others are wrong."""
+        if len(asked) < 2 or question.prompt in asked:
+            asked[question.prompt] += 1
+        return float(asked[question.prompt] % 2)
 
     trial._begin()
     trial.task.rewards["exact"] = rarely

@@ -78,7 +78,7 @@ def _measured(meter: _Meter) -> None:
         finally:
             meter.delivering += time.thread_time() - started
 
-    tracking.MlflowWriter.send = sending  # type: ignore[method-assign]
+    tracking.MlflowWriter.send = sending  # type: ignore[assignment,method-assign]
 
 
 def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> None:
