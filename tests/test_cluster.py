@@ -20,13 +20,15 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
 from search.cluster import check_fits, connected, resources
-from search.tracking import load_config, load_study
 from spaces.errors import ConfigError
-from spaces.reading import parse_yaml, read_config
+from spaces.reading import parse_yaml
 from spaces.workloads import WORKLOADS
 from tests.processes import program
 from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
+from tests.real_mlflow import runs
+from trainable.folder import Folder
 from trainable.trial import run_trial
+from trainable.trial_folder import read_outcome
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "cluster"
@@ -136,15 +138,16 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
                 said, _ = sweep.communicate(timeout=300)
         assert sweep.returncode == 0, said
 
-    records = load_study(f"sqlite:///{tmp_path}/mlflow.db", "s")
-    assert [(record.arm, record.replicate, record.status) for record in records] == [("control", 0, "completed"), ("c01", 0, "completed")]
-    assert all(record.ended is not None for record in records)
+    shown = [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in runs(f"sqlite:///{tmp_path}/mlflow.db", "s")]
+    assert shown == [("control", "completed", "FINISHED"), ("c01", "completed", "FINISHED")]
     assert {folder.name: len(list(folder.glob("attempt-*.json"))) for folder in trials.iterdir()} == {"control-0": 2, "c01-0": 1}
     killed, went_on = (json.loads((trials / "control-0" / f"attempt-00{number}.json").read_text()) for number in (1, 2))
     assert (killed["ended"], went_on["ended"]) == ("", "outcome")
     assert went_on["first_step"] > 0, "it did not begin again"
     reports = json.loads((trials / "control-0" / "outcome.json").read_text())["reports"]
-    undisturbed = list(run_trial(read_config(load_config(f"sqlite:///{tmp_path}/mlflow.db", records[0].run_id))))
+    outcome = read_outcome(Folder(str(trials / "control-0")))
+    assert outcome is not None
+    undisturbed = list(run_trial(outcome.config))
     for name in ("grpo/reward", "gen/entropy", "grpo/grad_norm"):
         assert [report[name] for report in reports] == [report.signals[name] for report in undisturbed]
 

@@ -20,7 +20,6 @@ from trainable.embedded import character_tokenizer
 from trainable.model import Policy, load_policy
 from trainable.noise import (
     SCHEDULES,
-    Effect,
     NoiseTarget,
     effect_warnings,
     injected,
@@ -32,6 +31,7 @@ from trainable.noise import (
     stage_at,
     zone_layers,
 )
+from trainable.outcome import Effect
 from trainable.quantization import fake_quantize
 
 STEPS = 29

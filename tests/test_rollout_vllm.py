@@ -398,12 +398,12 @@ def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats
     ours, torch_outcome = run(tiny(*SHORT, "rollout.backend=torch", "rollout.kv_cache_gib=1.0"))
     assert [report.sigma for report in reports] == [report.sigma for report in ours]
     for named in ("quantized", "noised"):
-        assert outcome.receipt[named] == torch_outcome.receipt[named]
-    assert [(e["name"], e["stage"], e["nominal"]) for e in outcome.receipt["effects"]] == [
-        (e["name"], e["stage"], e["nominal"]) for e in torch_outcome.receipt["effects"]
+        assert getattr(outcome.receipt, named) == getattr(torch_outcome.receipt, named)
+    assert [(e.name, e.stage, e.nominal) for e in outcome.receipt.effects] == [
+        (e.name, e.stage, e.nominal) for e in torch_outcome.receipt.effects
     ]
-    assert outcome.eval["accuracy_start"] == torch_outcome.eval["accuracy_start"]
-    assert outcome.eval["accuracy_bf16_start"] == torch_outcome.eval["accuracy_bf16_start"]
+    assert outcome.eval.accuracy_start == torch_outcome.eval.accuracy_start
+    assert outcome.eval.accuracy_bf16_start == torch_outcome.eval.accuracy_bf16_start
     assert outcome.eval == same.eval
     assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
     assert "rollout_corr/floor_kl" in reports[0].signals

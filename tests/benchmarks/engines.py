@@ -107,10 +107,8 @@ def backends() -> list[str]:
                 sigmas.append(trial.step().sigma)
             outcome = trial.outcome()
             trial.close()
-            accuracies.append(outcome.eval["accuracy"])
-            told.append(
-                (sigmas, outcome.receipt["quantized"], outcome.receipt["noised"], [e["nominal"] for e in outcome.receipt["effects"]])
-            )
+            accuracies.append(outcome.eval.accuracy)
+            told.append((sigmas, outcome.receipt.quantized, outcome.receipt.noised, [e.nominal for e in outcome.receipt.effects]))
         assert told[0] == told[1], "equal receipts and sigmas"
     difference = compare(found["vllm"], found["torch"])
     rows = [f"| {backend} | {', '.join(f'{100 * value:.1f}' for value in values)} |" for backend, values in found.items()]
