@@ -180,22 +180,30 @@ def check_space_paths(origin: str, space: Space, folder: Path) -> None:
 
 def submit_sweep(server: JobServer, study: StudyConfig, arms: Sequence[Arm]) -> Submission:
     """A new sweep, checked as far as it can be here. Raises ConfigError before anything is sent."""
-    refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in flatten(study.settings).items())])
-    return _send(server, study.name, ["resume", study.name, "--store", study.store], (study, arms))
+    settings = flatten(study.space.settings) | flatten(study.settings)
+    refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in settings.items())])
+    return _send(server, study.name, ["--store", study.store], shipped=(study, arms))
 
 
 def submit_resume(
     server: JobServer, name: str, store: str, *, tracking_uri: str | None, budget: float | None, concurrent: int | None
 ) -> Submission:
-    """A sweep that lies in `store` already, on the cluster or here; as `submit_sweep`."""
-    words = ["resume", check_name(name), "--store", absolute_store(store)]
-    words += [] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)]
-    words += [] if budget is None else ["--budget", f"{budget:g}"]
-    words += [] if concurrent is None else ["--concurrent", str(concurrent)]
-    return _send(server, name, words)
+    """A sweep that lies in `store` already, wherever that is. Raises ConfigError before anything is sent."""
+    places = ["--store", absolute_store(store)] + ([] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)])
+    changes = [] if budget is None else ["--budget", f"{budget:g}"]
+    changes += [] if concurrent is None else ["--concurrent", str(concurrent)]
+    return _send(server, check_name(name), places, changes)
 
 
-def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[StudyConfig, Sequence[Arm]] | None = None) -> Submission:
+def _send(
+    server: JobServer,
+    name: str,
+    places: Sequence[str],
+    changes: Sequence[str] = (),
+    shipped: tuple[StudyConfig, Sequence[Arm]] | None = None,
+) -> Submission:
+    """`places` and `changes` are options of `rin resume`; `rin status` needs the first too."""
+    words = ["resume", name, *places, *changes]
     refuse_secrets(words)
     command = shlex.join(["python", "rin.py", *words, "--address", "auto"])
     with tempfile.TemporaryDirectory(prefix="rin-job-") as folder, _told_by_the_cluster(server.address):
@@ -217,7 +225,6 @@ def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[Stu
             },
             metadata={"sweep": name},
         )
-    places = [part for option in ("--store", "--tracking-uri") if option in words for part in (option, words[words.index(option) + 1])]
     follow = (
         f"ray job logs --follow {job} --address {server.address}",
         shlex.join(["rin", "status", name, *places]),
