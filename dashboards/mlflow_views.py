@@ -60,17 +60,12 @@ PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": ["rollou
 # The view
 
 
-def save_view(uri: str, experiment: str) -> str:
-    """Its share key. Saving it again changes nothing, or undoes what was changed under its name: keep your own view under
-    another name.
+def save_view(uri: str, experiment: str) -> tuple[str, str]:
+    """Its (share key, experiment id). Saving it again changes nothing, or undoes what was changed under its name: keep your own view
+    under another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
-    return _save_view(uri, experiment)[0]
-
-
-def _save_view(uri: str, experiment: str) -> tuple[str, str]:
-    """(share key, experiment id)."""
     with one_line(uri, f"cannot save the view of experiment {experiment}"):
         mlflow = client(uri)
         found = mlflow.get_experiment_by_name(experiment)
@@ -135,10 +130,10 @@ def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, o
     ConfigError when the port is not free, before anything is started, and RuntimeError when the server ends by itself.
     """
     if uri.startswith(("http://", "https://")):
-        key, experiment_id = _save_view(uri, experiment)
+        key, experiment_id = save_view(uri, experiment)
         return on_ready(view_url(strip_password(uri), experiment_id, key))
     _check_port(host, port)
-    key, experiment_id = _save_view(uri, experiment)
+    key, experiment_id = save_view(uri, experiment)
     base = f"http://{host}:{port}"
     with suppress(KeyboardInterrupt), _ended_like_ctrl_c(), _server(uri, host, port) as (process, log):
         _wait_until_ready(process, log, f"{base}/health")

@@ -1,6 +1,7 @@
 """What the options of `rin` mean: their help, and the way from options to a StudyConfig or a TrialConfig.
 
-Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one line.
+Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one
+line.
 """
 
 import inspect
@@ -85,7 +86,8 @@ NO_USE_IN_A_PLAN = (
 
 
 def takes_sweep_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that typer gives the fields of SweepOptions, before what it asks for itself, and that gets them as one record.
+    """A command that typer gives the fields of SweepOptions, before what it asks for itself, and that gets them as one
+    record.
 
     `without`: fields that are no option of this command and keep their defaults.
     """

@@ -1,4 +1,5 @@
-"""One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines out."""
+"""One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
+out."""
 
 from trainable.outcome import Outcome, StepReport
 

@@ -1,8 +1,8 @@
 """Where a sweep runs: what a trial asks of a node, and the Ray that carries it, of this machine alone or a cluster's.
 
-A local Ray belongs to one sweep: it listens on localhost only and ends with it. A cluster is somebody else's: it is entered and
-left, and shows what it is told to whoever sees its dashboard, so no password goes there. A sweep that is to outlive this machine
-is sent there whole: `search/submission.py`.
+A local Ray belongs to one sweep: it listens on localhost only and ends with it. A cluster is somebody else's: it is
+entered and left, and shows what it is told to whoever sees its dashboard, so no password goes there. A sweep that is to
+outlive this machine is sent there whole: `search/submission.py`.
 
 Left out: `ray://` clients, which die with the laptop.
 """
@@ -34,10 +34,11 @@ TOKEN_REMEDY = (
 
 
 def resources(workload: Workload, cpus: int | None = None, gpus: float | None = None) -> tune.PlacementGroupFactory:
-    """What one trial occupies, for `tune.with_resources`: one bundle, because a trial is one process and must lie on one node.
+    """What one trial occupies, for `tune.with_resources`: one bundle, because a trial is one process and must lie on
+    one node.
 
-    `gpus` may be a fraction: 0.5 puts two trials on a GPU (their memory is not fenced off from each other). A trial computes on
-    one GPU, so more than one is refused: the rest would be held and idle. Raises ConfigError.
+    `gpus` may be a fraction: 0.5 puts two trials on a GPU (their memory is not fenced off from each other). A trial
+    computes on one GPU, so more than one is refused: the rest would be held and idle. Raises ConfigError.
     """
     cpus = workload.trial_cpus if cpus is None else cpus
     gpus = workload.trial_gpus if gpus is None else gpus

@@ -1,8 +1,8 @@
 """The way to MLflow: where a tracking URI leads, a client for it, and one line for whatever goes wrong there.
 
-Three things that MLflow does by itself are undone here, before anything else may use it: it retries for minutes where nothing
-answers, it makes an empty database where one is only looked for, and it prints a page for each error that it raises. It takes
-1.5 s to import and reads its switches then, so whoever needs it calls `client` first.
+Three things that MLflow does by itself are undone here, before anything else may use it: it retries for minutes where
+nothing answers, it makes an empty database where one is only looked for, and it prints a page for each error that it
+raises. It takes 1.5 s to import and reads its switches then, so whoever needs it calls `client` first.
 """
 
 import logging
@@ -72,7 +72,8 @@ def claim(uri: str, experiment: str, owner: Owner) -> None:
 
 
 def client(uri: str, create: bool = False) -> Any:
-    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in ENVIRONMENT."""
+    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in
+    ENVIRONMENT."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

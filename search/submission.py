@@ -1,21 +1,21 @@
 """A sweep as a Ray job: it outlives the laptop that asked for it.
 
-What is sent is the sweep itself: its StudyConfig and its fixed arms, made and checked on this machine, in the files that a store
-holds them in. The job on the head node writes them into the sweep's store, where the name must be free, as anywhere else, and goes
-on by `rin resume NAME --address auto`. So this machine need not reach the store, nothing that a user wrote is read a second time
-elsewhere, and a sweep whose job dies is one that was interrupted. What the job says first is waited for and told: a refusal there is
-a refusal here. Besides the sweep:
+What is sent is the sweep itself: its StudyConfig and its fixed arms, made and checked on this machine, in the files
+that a store holds them in. The job on the head node writes them into the sweep's store, where the name must be free, as
+anywhere else, and goes on by `rin resume NAME --address auto`. So this machine need not reach the store, nothing that a
+user wrote is read a second time elsewhere, and a sweep whose job dies is one that was interrupted. What the job says
+first is waited for and told: a refusal there is a refusal here. Besides the sweep:
 
-*The program.* The four packages are shipped as they lie here (editable or installed) in `py_modules`, which Ray puts on the
-PYTHONPATH of the job and of every trial, ahead of what a node may have installed; so the cluster runs this version, and needs only
-its dependencies (torch, ray, mlflow, ...). A wheel would be installed anew on every node, torch and all.
+*The program.* The four packages are shipped as they lie here (editable or installed) in `py_modules`, which Ray puts on
+the PYTHONPATH of the job and of every trial, ahead of what a node may have installed; so the cluster runs this version,
+and needs only its dependencies (torch, ray, mlflow, ...). A wheel would be installed anew on every node, torch and all.
 
-*Places.* `runs` is a folder on this machine, and so is a relative path in a setting. Unless the whole cluster is this machine, a
-store, tracking, data and models that every node can reach must be named.
+*Places.* `runs` is a folder on this machine, and so is a relative path in a setting. Unless the whole cluster is this
+machine, a store, tracking, data and models that every node can reach must be named.
 
-*Secrets.* Ray shows a job's command, its metadata and its runtime environment to whoever sees the dashboard. There is no place in
-a submission that hides a password, so one that contains a password is refused: passwords belong into the environment of the
-cluster (`ray start` on the head node hands its own to the job).
+*Secrets.* Ray shows a job's command, its metadata and its runtime environment to whoever sees the dashboard. There is
+no place in a submission that hides a password, so one that contains a password is refused: passwords belong into the
+environment of the cluster (`ray start` on the head node hands its own to the job).
 
 Left out: images (a job runs in the environment that the cluster has).
 """
@@ -60,7 +60,8 @@ STOP_SECONDS = 120
 AGENT_SECONDS = 60.0
 """How long a cluster may lack what takes jobs, which its dashboard announces before it is there."""
 SIGN_SECONDS = 120.0
-"""How long a job's first word is waited for; it needs half a minute to unpack and to import, and longer where nodes are busy."""
+"""How long a job's first word is waited for; it needs half a minute to unpack and to import, and longer where nodes are
+busy."""
 
 ENTRY = f'''"""Begins the sweep that came with the job, if one did, and starts rin: on the head node, with the packages of the job."""
 
@@ -92,15 +93,16 @@ class JobServer:
     client: Any
     """A JobSubmissionClient."""
     on_this_machine: bool
-    """Whether every node is this machine. The address does not tell: http://localhost:8265 is often the end of a tunnel."""
+    """Whether every node is this machine. The address does not tell: http://localhost:8265 is often the end of a
+    tunnel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A sweep on its way.
 
-    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", sweep="s", follow=("ray job logs --follow raysubmit_4LamXRuQ...", ...),
-    command="python rin.py resume s --store /shared/runs --address auto")
+    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", sweep="s", follow=("ray job logs --follow
+    raysubmit_4LamXRuQ...", ...), command="python rin.py resume s --store /shared/runs --address auto")
     """
 
     id: str
@@ -158,7 +160,8 @@ def check_places(store: str, tracking_uri: str | None, *, begun: bool) -> None:
 
 
 def check_paths(origin: str, settings: dict[str, Any], folder: Path) -> None:
-    """Of settings as they were written, for a sweep that runs on other machines. Raises ConfigError for a path of this one."""
+    """Of settings as they were written, for a sweep that runs on other machines. Raises ConfigError for a path of this
+    one."""
     for key, value in relative_paths(settings, folder):
         raise ConfigError(
             f"{origin}{key}={value}: lies on this machine, and trials run on others; put it on storage that every node shares "
@@ -180,22 +183,30 @@ def check_space_paths(origin: str, space: Space, folder: Path) -> None:
 
 def submit_sweep(server: JobServer, study: StudyConfig, arms: Sequence[Arm]) -> Submission:
     """A new sweep, checked as far as it can be here. Raises ConfigError before anything is sent."""
-    refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in flatten(study.settings).items())])
-    return _send(server, study.name, ["resume", study.name, "--store", study.store], (study, arms))
+    settings = flatten(study.space.settings) | flatten(study.settings)
+    refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in settings.items())])
+    return _send(server, study.name, ["--store", study.store], shipped=(study, arms))
 
 
 def submit_resume(
     server: JobServer, name: str, store: str, *, tracking_uri: str | None, budget: float | None, concurrent: int | None
 ) -> Submission:
-    """A sweep that lies in `store` already, on the cluster or here; as `submit_sweep`."""
-    words = ["resume", check_name(name), "--store", absolute_store(store)]
-    words += [] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)]
-    words += [] if budget is None else ["--budget", f"{budget:g}"]
-    words += [] if concurrent is None else ["--concurrent", str(concurrent)]
-    return _send(server, name, words)
+    """A sweep that lies in `store` already, wherever that is. Raises ConfigError before anything is sent."""
+    places = ["--store", absolute_store(store)] + ([] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)])
+    changes = [] if budget is None else ["--budget", f"{budget:g}"]
+    changes += [] if concurrent is None else ["--concurrent", str(concurrent)]
+    return _send(server, check_name(name), places, changes)
 
 
-def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[StudyConfig, Sequence[Arm]] | None = None) -> Submission:
+def _send(
+    server: JobServer,
+    name: str,
+    places: Sequence[str],
+    changes: Sequence[str] = (),
+    shipped: tuple[StudyConfig, Sequence[Arm]] | None = None,
+) -> Submission:
+    """`places` and `changes` are options of `rin resume`; `rin status` needs the first too."""
+    words = ["resume", name, *places, *changes]
     refuse_secrets(words)
     command = shlex.join(["python", "rin.py", *words, "--address", "auto"])
     with tempfile.TemporaryDirectory(prefix="rin-job-") as folder, _told_by_the_cluster(server.address):
@@ -217,7 +228,6 @@ def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[Stu
             },
             metadata={"sweep": name},
         )
-    places = [part for option in ("--store", "--tracking-uri") if option in words for part in (option, words[words.index(option) + 1])]
     follow = (
         f"ray job logs --follow {job} --address {server.address}",
         shlex.join(["rin", "status", name, *places]),
@@ -227,7 +237,8 @@ def _send(server: JobServer, name: str, words: Sequence[str], shipped: tuple[Stu
 
 
 def _taken(client: Any, **job: Any) -> str:
-    """The id of the job, once the cluster has taken it: the agent of a head that has just started may come up later than its dashboard."""
+    """The id of the job, once the cluster has taken it: the agent of a head that has just started may come up later
+    than its dashboard."""
     until = time.monotonic() + AGENT_SECONDS
     while True:
         try:
@@ -240,8 +251,8 @@ def _taken(client: Any, **job: Any) -> str:
 
 
 def has_begun(server: JobServer, job: Submission) -> bool:
-    """Whether the job has said that its sweep begins; False when it is late. Raises ConfigError with the last word of one that ended
-    before."""
+    """Whether the job has said that its sweep begins; False when it is late. Raises ConfigError with the last word of
+    one that ended before."""
     signs = (f"sweep {job.sweep}:", "building ")  # the base model is built for a sweep that is free to begin
     until = time.monotonic() + SIGN_SECONDS
     with _told_by_the_cluster(server.address):
@@ -260,7 +271,8 @@ def has_begun(server: JobServer, job: Submission) -> bool:
 
 
 def _packages(folder: Path) -> list[str]:
-    """Copies of the four packages as they are imported here, without compiled files, whose times would upload them anew."""
+    """Copies of the four packages as they are imported here, without compiled files, whose times would upload them
+    anew."""
     copies = []
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
@@ -297,7 +309,8 @@ def ship(study: StudyConfig, arms: Sequence[Arm], folder: Path) -> None:
 
 
 def begin_shipped(folder: str, progress: Progress | None = None) -> list[str]:
-    """In the job: begin the sweep that came with it, if one did, in its store. Returns what its searcher is told beforehand.
+    """In the job: begin the sweep that came with it, if one did, in its store. Returns what its searcher is told
+    beforehand.
 
     Raises ConfigError when its name is taken, and for whatever else a sweep is refused.
     """

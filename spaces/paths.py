@@ -1,9 +1,10 @@
 """Settings that name files: which they are says the configuration, where they lie is settled when they are read.
 
-A trial runs in another folder than the command that asked for it, and often on another machine. So a path is made absolute where
-it comes in: on the command line from the current folder, in a YAML file (a space, a point, a trial) from that file's folder; `~` is
-the user's home. `model.name` may be a name instead (`embedded`, an id on a hub): it is a path where it is written as one (`./`,
-`../`, `~`) or where something of that name lies there, and what is no path stays as it is.
+A trial runs in another folder than the command that asked for it, and often on another machine. So a path is made
+absolute where it comes in: on the command line from the current folder, in a YAML file (a space, a point, a trial) from
+that file's folder; `~` is the user's home. `model.name` may be a name instead (`embedded`, an id on a hub): it is a
+path where it is written as one (`./`, `../`, `~`) or where something of that name lies there, and what is no path stays
+as it is.
 """
 
 from collections.abc import Iterator, Mapping

@@ -117,13 +117,13 @@ def experiment(uri: str) -> Any:
 def test_view_fits_into_its_tag_and_saving_it_again_changes_nothing(uri: str) -> None:
     from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
 
-    key = save_view(uri, EXPERIMENT)
+    key, number = save_view(uri, EXPERIMENT)
     first = dict(experiment(uri).tags)
     assert TAG in first
     assert f"mlflow.sharedViewState.{key}" == TAG
     assert len(first[TAG]) < MAX_EXPERIMENT_TAG_VAL_LENGTH / 2
     assert json.loads(json.loads(first[TAG])["state"]) == view_state()
-    assert save_view(uri, EXPERIMENT) == key
+    assert save_view(uri, EXPERIMENT) == (key, number)
     assert experiment(uri).tags == first
 
 
@@ -154,7 +154,7 @@ def test_unknown_experiment_is_the_users_mistake(uri: str) -> None:
 
 
 def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_views, "_save_view", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(mlflow_views, "save_view", lambda *_: pytest.fail("went on"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"):
