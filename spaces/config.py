@@ -158,6 +158,9 @@ class QuantConfig(Record):
     """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
     scale_rule: ScaleRule = "floor"
     """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`)."""
+    hadamard: bool = Field(False, strict=True)
+    """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
+    stays as it is, and next to no dead zone is left."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part)."""
     skip_layers: tuple[int, ...] = ()
@@ -172,6 +175,12 @@ class QuantConfig(Record):
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
             raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
+        return self
+
+    @model_validator(mode="after")
+    def _hadamard_has_a_use(self) -> Self:
+        if self.hadamard and self.weights == self.activations == "none":
+            raise ValueError("hadamard=true does nothing where nothing is quantised; remove it or choose a format")
         return self
 
 

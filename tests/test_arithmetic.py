@@ -20,7 +20,12 @@ from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic, InputSourc
 IDS = torch.tensor([[3, 4, 12, 5, 14, 7], [9, 1, 1, 13, 2, 8]])
 W4A4 = Arithmetic()
 W4A8 = Arithmetic(activations="mxfp8")
-CHOICES: dict[str, tuple[Any, ...]] = {"weights": get_args(Format), "activations": get_args(Format), "scale_rule": get_args(ScaleRule)}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": get_args(Format),
+    "activations": get_args(Format),
+    "scale_rule": get_args(ScaleRule),
+    "hadamard": (False, True),
+}
 
 
 def policy_of(folder: str, arithmetic: Arithmetic = W4A4, **model: Any) -> Policy:
@@ -78,6 +83,7 @@ def test_a_rule_that_a_format_does_not_know_makes_no_other_operand() -> None:
     assert Arithmetic(activations="none", scale_rule="even").input == AS_IT_IS
     assert Arithmetic(activations="nvfp4", scale_rule="ceil").input == Arithmetic(activations="nvfp4").input
     assert Arithmetic(scale_rule="ceil").input != Arithmetic().input
+    assert Arithmetic(activations="none", hadamard=True).input != AS_IT_IS, "it is turned, though not rounded"
     assert Arithmetic().input != Arithmetic().weight, "nvfp4 tells them apart"
 
 

@@ -40,8 +40,8 @@ several layers make the same operand of is made once, by the module in front of 
 layers are, and is decided anew whenever that changes (`model.computing`).
 
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
-of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
-gradients.
+of its weights); quantised gradients. A Hadamard rotation of both operands is an option (trainable/hadamard.py), because it removes the dead
+zone that noise is meant to act on.
 
 Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements of a block.
 """
@@ -57,6 +57,7 @@ from torch import Tensor, nn
 
 from spaces.config import QuantConfig
 from spaces.formats import FORMATS, Element, Format
+from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
@@ -227,36 +228,52 @@ def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
 class Operand:
     """What becomes of a tensor before it is multiplied. Two that are equal do the same.
 
-    Example: Operand(format="mxfp4", scale_rule="floor", per_tensor=False)
+    Example: Operand(format="mxfp4", scale_rule="floor", per_tensor=False, hadamard=False)
     """
 
     format: str
     scale_rule: str
     """`floor` where the format has no choice of rules."""
     per_tensor: bool
+    hadamard: bool
+    """Turned by the Hadamard matrix first (trainable/hadamard.py)."""
 
     def of(self, x: Tensor) -> Tensor:
         """`x` [..., I] as it is multiplied; its gradient passes straight through the rounding."""
-        return ste_quantize(x, self.format, self.scale_rule, per_tensor=self.per_tensor)
+        return self._rounded(self._turned(x))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return rotate(x) if self.hadamard else x
+
+    def _rounded(self, turned: Tensor) -> Tensor:
+        return ste_quantize(turned, self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     def seen(self, given: Tensor) -> Tensor:
-        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding."""
-        return given
+        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding.
+
+        Turned back into the model's own basis: an adapter can be merged, and means the same in every arithmetic.
+        """
+        return self._turned(given)
 
     def noised(self, weight: Tensor, shift: Tensor, placement: str) -> Tensor:
-        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype."""
+        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype.
+
+        Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise of one size nor
+        its rms, so a sigma means the same with and without one.
+        """
+        turned = self._turned(weight)
         if placement == "before":
-            return self.of((weight.float() + shift).to(weight.dtype))
-        return (self.of(weight).float() + shift).to(weight.dtype)
+            return self._rounded((turned.float() + shift).to(weight.dtype))
+        return (self._rounded(turned).float() + shift).to(weight.dtype)
 
     def step(self, weight: Tensor) -> Tensor:
         """What noise is counted in: per element of `weight` the distance of grid points (see `element_step`), fp32."""
-        return element_step(weight.float(), self.format, self.scale_rule, per_tensor=self.per_tensor)
+        return element_step(self._turned(weight.float()), self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     @property
-    def codes(self) -> tuple[int, int]:
+    def codes(self) -> tuple[int, int, bool]:
         """The last arguments of a fused kernel that makes this operand of its output; it has no `per_tensor`."""
-        return kernel_codes(self.format, self.scale_rule)
+        return (*kernel_codes(self.format, self.scale_rule), self.hadamard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +289,8 @@ class Arithmetic:
     """Format of the input."""
     scale_rule: str = "floor"
     """As in SCALE_RULES."""
+    hadamard: bool = False
+    """Both operands are turned by the Hadamard matrix, also one that is not quantised: else their product would be another."""
 
     @classmethod
     def of(cls, quant: QuantConfig) -> "Arithmetic":
@@ -293,19 +312,21 @@ class Arithmetic:
     def _operand(self, fmt: str, *, per_tensor: bool) -> Operand:
         form = FORMATS[fmt]
         free = form.element is not None and form.scale is None
-        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor)
+        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor, hadamard=self.hadamard)
 
     def check_fits(self, name: str, in_features: int) -> None:
         """Raises ValueError, which names the layer, if a block does not divide in_features."""
-        for form in (FORMATS[self.weights], FORMATS[self.activations]):
-            if in_features % form.block != 0:
+        blocks = {FORMATS[fmt].name: FORMATS[fmt].block for fmt in (self.weights, self.activations)}
+        for what, block in (blocks | {"a Hadamard rotation": POINTS if self.hadamard else 1}).items():
+            if in_features % block != 0:
                 raise ValueError(
-                    f"{name}: {form.name} needs in_features that are a multiple of {form.block}, "
+                    f"{name}: {what} needs in_features that are a multiple of {block}, "
                     f"but got {in_features}; name this layer in quant.exclude"
                 )
 
     def __str__(self) -> str:
-        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}"
+        turned = f", {POINTS}-point Hadamard rotation of both" if self.hadamard else ""
+        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}{turned}"
 
 
 UNQUANTIZED = Arithmetic(weights="none", activations="none")
