@@ -292,6 +292,9 @@ class Arithmetic:
     hadamard: bool = False
     """Both operands are turned by the Hadamard matrix, also one that is not quantised: else their product would be another."""
 
+    backward: str = "dequantized"
+    """Which operands gradients are products with: those that were multiplied, or the tensors they were made from."""
+
     @classmethod
     def of(cls, quant: QuantConfig) -> "Arithmetic":
         """Of the layers that a configuration does not exclude."""
@@ -304,6 +307,11 @@ class Arithmetic:
     @property
     def input(self) -> Operand:
         return self._operand(self.activations, per_tensor=False)
+
+    @property
+    def needs_input(self) -> bool:
+        """The input itself is wanted, and not its operand alone: nobody may make that in front of the layer."""
+        return self.backward == "high_precision" and self.input != AS_IT_IS
 
     @property
     def weight(self) -> Operand:
@@ -326,17 +334,37 @@ class Arithmetic:
 
     def __str__(self) -> str:
         turned = f", {POINTS}-point Hadamard rotation of both" if self.hadamard else ""
-        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}{turned}"
+        back = "" if self.backward == "dequantized" else ", gradients by the operands before that"
+        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}{turned}{back}"
 
 
 UNQUANTIZED = Arithmetic(weights="none", activations="none")
 AS_IT_IS = UNQUANTIZED.input
 
 
+class _HighPrecision(torch.autograd.Function):
+    """y = Q(x) Q(W)^T + b forward; backward the gradients of x W^T + b, of whose operands each is kept only if needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, quantized: Tensor) -> Tensor:
+        of_input, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
+        return F.linear(operand, quantized, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, (x, weight) = grads[0], ctx.saved_tensors  # [..., O], [..., I], [O, I]
+        rows = dy.reshape(-1, dy.shape[-1])  # [R, O]
+        dx = dy @ weight if weight is not None else None
+        dw = rows.T @ x.reshape(-1, x.shape[-1]) if x is not None else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
 class QuantLinear(nn.Linear):
     """`nn.Linear` on quantised operands, y = Q(x) Q(W)^T + b. Build it with `from_linear`.
 
-    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed.
+    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed. With
+    backward=high_precision: dx = dy W, dW = dy^T x, and x and W are kept.
     Rollout and evaluation: `deployed_weight` stands in for Q(W), which is then computed once and not once per token.
     """
 
@@ -369,12 +397,19 @@ class QuantLinear(nn.Linear):
         self.arithmetic, self._input, self._weight = arithmetic, arithmetic.input, arithmetic.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.arithmetic.backward == "high_precision" and self.deployed_weight is None:
+            return self._high_precision(x)
         if self.quantize_input:
             x = self._input.of(x)
         if self.deployed_weight is not None:
             assert not torch.is_grad_enabled(), f"{self.name}: training must not see the weights of the rollout"
             return F.linear(x, self.deployed_weight, self.bias)
         return F.linear(x, self._weight.of(self.weight), self.bias)
+
+    def _high_precision(self, x: Tensor) -> Tensor:
+        operand = self._input.of(x.detach()) if self.quantize_input else x.detach()
+        y: Tensor = _HighPrecision.apply(x, self.weight, self.bias, operand, self.quantized_weight())  # type: ignore[no-untyped-call]
+        return y
 
     def seen(self, x: Tensor) -> Tensor:
         """What an adapter beside this layer reads, in the dtype of x: of the input x the part that the layer sees.
@@ -420,7 +455,7 @@ class InputSource(nn.Module):
     def share(self) -> None:
         """Decide who quantises, from what the readers are now."""
         operands = {reader.arithmetic.input for reader in self.readers}
-        shared = len(operands) == 1 and not self.apart
+        shared = len(operands) == 1 and not self.apart and not any(reader.arithmetic.needs_input for reader in self.readers)
         self.output = operands.pop() if shared else AS_IT_IS
         for reader in self.readers:
             reader.quantize_input = not shared
