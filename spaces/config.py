@@ -32,6 +32,7 @@ Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
 Schedule = Literal["qerl_code", "qerl_paper", "linear", "cosine", "log", "constant"]
 Zone = Literal["first", "early_mid", "middle", "late_mid", "last"]
+Backward = Literal["dequantized", "high_precision"]
 Module = Literal["rmsnorm", "linear"]
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
@@ -161,6 +162,12 @@ class QuantConfig(Record):
     """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
     scale_rule: ScaleRule = "floor"
     """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`)."""
+    hadamard: bool = Field(False, strict=True)
+    """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
+    stays as it is, and next to no dead zone is left."""
+    backward: Backward = "dequantized"
+    """Gradients are products with the quantised operands, as the forward pass is, or with those before quantisation
+    (high_precision: dx = dy W, dW = dy^T x). Adapters are not quantised, and have their own gradient either way."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part)."""
     skip_layers: tuple[int, ...] = ()
@@ -175,6 +182,14 @@ class QuantConfig(Record):
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
             raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_operands_have_a_use(self) -> Self:
+        if self.hadamard and self.weights == self.activations == "none":
+            raise ValueError("hadamard=true does nothing where nothing is quantised; remove it or choose a format")
+        if self.backward != "dequantized" and self.weights == self.activations == "none":
+            raise ValueError(f"backward={self.backward} does nothing where nothing is quantised; remove it or choose a format")
         return self
 
 
@@ -487,6 +502,11 @@ class TrialConfig(Record):
     def _parts_fit(self) -> Self:
         if self.noise.scale == "step" and self.noise.sigma_start > 0 and self.quant.weights == "none":
             raise ValueError("noise.scale=step needs quantised weights, but quant.weights=none; set noise.scale=rms")
+        if self.quant.backward != "dequantized" and self.model.adapter == "lora" and self.quant.weights == "none":
+            raise ValueError(
+                f"quant.backward={self.quant.backward} does nothing with model.adapter=lora and quant.weights=none: "
+                "only the weights that are frozen would make a difference; remove it or choose a format"
+            )
         if self.grpo.overlong_buffer >= self.rollout.max_new_tokens and self.grpo.overlong_buffer > 0:
             raise ValueError(
                 f"grpo.overlong_buffer must be below rollout.max_new_tokens, but got {self.grpo.overlong_buffer} "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spaces.config import Format, ModelConfig, QuantConfig, ScaleRule
+from spaces.config import Backward, Format, ModelConfig, QuantConfig, ScaleRule
 from tests.conftest import ModelFolder
 from trainable.engine import CONFIG_FILE, arithmetic_of, quantization_tree
 from trainable.kernels import cpu
@@ -20,7 +20,13 @@ from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic, InputSourc
 IDS = torch.tensor([[3, 4, 12, 5, 14, 7], [9, 1, 1, 13, 2, 8]])
 W4A4 = Arithmetic()
 W4A8 = Arithmetic(activations="mxfp8")
-CHOICES: dict[str, tuple[Any, ...]] = {"weights": get_args(Format), "activations": get_args(Format), "scale_rule": get_args(ScaleRule)}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weights": get_args(Format),
+    "activations": get_args(Format),
+    "scale_rule": get_args(ScaleRule),
+    "hadamard": (False, True),
+    "backward": get_args(Backward),
+}
 
 
 def policy_of(folder: str, arithmetic: Arithmetic = W4A4, **model: Any) -> Policy:
@@ -78,6 +84,7 @@ def test_a_rule_that_a_format_does_not_know_makes_no_other_operand() -> None:
     assert Arithmetic(activations="none", scale_rule="even").input == AS_IT_IS
     assert Arithmetic(activations="nvfp4", scale_rule="ceil").input == Arithmetic(activations="nvfp4").input
     assert Arithmetic(scale_rule="ceil").input != Arithmetic().input
+    assert Arithmetic(activations="none", hadamard=True).input != AS_IT_IS, "it is turned, though not rounded"
     assert Arithmetic().input != Arithmetic().weight, "nvfp4 tells them apart"
 
 
@@ -164,6 +171,20 @@ def test_contexts_within_contexts_decide_anew_and_restore_what_was(model_folder:
         assert state(policy) == second
     assert state(policy) == start
     assert len({str(one) for one in (start, second, third)}) == 3
+
+
+def test_a_reader_that_wants_its_input_itself_gets_it(model_folder: ModelFolder) -> None:
+    """Whoever else reads the norm: an operand made in front of them would be all that is left of the input."""
+    policy = policy_of(model_folder("qwen2"))
+    up = "model.layers.1.mlp.up_proj"
+
+    def sharing(**changes: Any) -> bool:
+        with computing(policy, {up: replace(W4A4, backward="high_precision", **changes)}):
+            return not policy.linears["model.layers.1.mlp.gate_proj"].quantize_input
+
+    assert not sharing()
+    with computing(policy, {"model.layers.1.mlp.gate_proj": Arithmetic(activations="none")}):
+        assert sharing(activations="none"), "an input that is its own operand"
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def gradients_of_the_norm(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        cuda.RMSNorm.apply(*ours, 1e-6, *kernel_codes(fmt, "floor")).backward(grad.to(device))
+        cuda.RMSNorm.apply(*ours, 1e-6, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
         normed(*theirs, 1e-6).backward(grad)
         close = 1e-5 if dtype == torch.float32 else 3e-2
         for a, b in zip(ours, theirs, strict=True):
@@ -173,7 +173,7 @@ def gradients_of_the_activation(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        cuda.SwiGLU.apply(*ours, *kernel_codes(fmt, "floor")).backward(grad.to(device))
+        cuda.SwiGLU.apply(*ours, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
         (nn.functional.silu(theirs[0]) * theirs[1]).backward(grad)
         for a, b in zip(ours, theirs, strict=True):
             assert a.grad is not None
@@ -184,8 +184,8 @@ def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         kernel = cuda.load()
         assert kernel is not None
-        y = cuda.RMSNorm.apply(x, weight[0], 1e-6, 0, 0)
-        y = cuda.SwiGLU.apply(y, x, 0, 0)
+        y = cuda.RMSNorm.apply(x, weight[0], 1e-6, 0, 0, True)
+        y = cuda.SwiGLU.apply(y, x, 0, 0, True)
         return y @ kernel(weight, *kernel_codes("nvfp4", "floor"), True).t()
 
     x, weight = drawn(8, 64).to(device).requires_grad_(), drawn(32, 64, name="weight").to(device)
@@ -315,7 +315,7 @@ def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(mo
     layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
     layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(1e-6, -1, 0), (1e-6, *kernel_codes("mxfp8", "even"))]
+    assert calls == [(1e-6, -1, 0, False), (1e-6, *kernel_codes("mxfp8", "even"), False)]
 
 
 def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +328,7 @@ def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_for
     layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
     layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(-1, 0), kernel_codes("mxfp8", "even")]
+    assert calls == [(-1, 0, False), (*kernel_codes("mxfp8", "even"), False)]
 
 
 def test_an_activation_or_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:

@@ -292,7 +292,7 @@ def test_the_activation_and_its_gradients_are_torch_s_bit_for_bit(shape: tuple[i
     results = []
     for activation in (cpu_kernels().swiglu, lambda gate, up, *_: nn.functional.silu(gate) * up):
         inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-        y = activation(*inputs, -1, 0)
+        y = activation(*inputs, -1, 0, False)
         y.backward(grad)
         results.append((y.detach(), *(x.grad for x in inputs)))
     for name, ours, theirs in zip(("y", "gate", "up"), *results, strict=True):
@@ -305,7 +305,7 @@ def test_the_activation_does_not_hide_what_is_not_finite(bad: float) -> None:
     for place in range(2):
         inputs = [torch.ones(3, 32), torch.ones(3, 32)]
         inputs[place][1, 5] = bad
-        y = cpu_kernels().swiglu(*inputs, -1, 0)
+        y = cpu_kernels().swiglu(*inputs, -1, 0, False)
         expected = nn.functional.silu(inputs[0]) * inputs[1]
         torch.testing.assert_close(y, expected, equal_nan=True)
         assert y[[0, 2]].isfinite().all()
@@ -335,8 +335,8 @@ def test_the_mlp_quantises_as_the_layers_in_it_would(monkeypatch: pytest.MonkeyP
 def test_arguments_of_another_kind_are_named() -> None:
     x = torch.ones(2, 32)
     with pytest.raises(TypeError, match="a tensor is wanted, not int"):
-        cpu_kernels().swiglu(x, 3, -1, 0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="4 arguments are wanted, not 2"):
+        cpu_kernels().swiglu(x, 3, -1, 0, False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="5 arguments are wanted, not 2"):
         cpu_kernels().swiglu(x, x)  # type: ignore[call-arg]
 
 
@@ -345,10 +345,14 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
     kernels, x, weight = cpu_kernels(), torch.ones(4, 32), torch.ones(32)
     for wrong in (torch.ones(4, 16), torch.ones(32), torch.ones(2, 32)):
         with pytest.raises(ValueError, match=r"gate \[4, 32\] and up"):
-            kernels.swiglu(x, wrong, -1, 0)
+            kernels.swiglu(x, wrong, -1, 0, False)
         with pytest.raises(ValueError, match=r"x \[4, 32\] and residual"):
-            kernels.rms_norm(x, wrong, weight, 1e-6, -1, 0)
-    for activation in (lambda x: kernels.swiglu(x, x, 0, 0), lambda x: kernels.rms_norm(x, None, torch.ones(x.shape[-1]), 1e-6, 0, 0)):
+            kernels.rms_norm(x, wrong, weight, 1e-6, -1, 0, False)
+    ones = torch.ones
+    for activation in (
+        lambda x: kernels.swiglu(x, x, 0, 0, False),
+        lambda x: kernels.rms_norm(x, None, ones(x.shape[-1]), 1e-6, 0, 0, False),
+    ):
         with pytest.raises(ValueError, match="rows of 40 are not whole vectors"):
             activation(torch.ones(4, 40))
         with pytest.raises(ValueError, match="rows of 0 are not whole vectors"):
@@ -356,7 +360,7 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         with pytest.raises(ValueError, match="mxfp4 needs a last dim that is a multiple of 32, but got 48"):
             activation(torch.ones(4, 48))
     with pytest.raises(ValueError, match=r"a weight \[16\] for rows of 32"):
-        kernels.rms_norm(x, None, torch.ones(16), 1e-6, -1, 0)
+        kernels.rms_norm(x, None, torch.ones(16), 1e-6, -1, 0, False)
     with pytest.raises(RuntimeError, match="angles are not contiguous"):
         kernels.rotary(torch.ones(8, 2, 8), torch.ones(8, 8).t(), torch.ones(8, 8))
 
@@ -366,8 +370,8 @@ def test_gradients_of_gradients_are_refused() -> None:
     kernels, x = cpu_kernels(), torch.ones(4, 32, requires_grad=True)
     angles = torch.ones(4, 32)
     for y in (
-        kernels.swiglu(x, x, -1, 0),
-        kernels.rms_norm(x, None, torch.ones(32), 1e-6, -1, 0),
+        kernels.swiglu(x, x, -1, 0, False),
+        kernels.rms_norm(x, None, torch.ones(32), 1e-6, -1, 0, False),
         kernels.rotary(x[:, None], angles, angles),
     ):
         with pytest.raises(NotImplementedError, match="has none of its own"):

@@ -36,7 +36,7 @@ for fmt, rule in ALL:
             x = sample(kind, fmt, dtype)
             assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
 gate, up = (4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
-assert torch.equal(kernels.swiglu(gate, up, -1, 0), torch.nn.functional.silu(gate) * up)
+assert torch.equal(kernels.swiglu(gate, up, -1, 0, False), torch.nn.functional.silu(gate) * up)
 print(torch.backends.cpu.get_cpu_capability())
 """
 

@@ -150,6 +150,9 @@ def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: E
         ("quant.exclude=[o_proj]",),  # so the tied head is quantised
         ("model.adapter=lora",),
         ("model.adapter=lora", "quant.activations=none"),
+        ("quant.backward=high_precision",),
+        ("quant.hadamard=true", "quant.exclude=[o_proj]"),  # the head is rotated, its embedding not
+        ("quant.hadamard=true", "model.adapter=lora", "quant.activations=nvfp4", "quant.exclude=[lm_head, q_proj]"),
     ],
     ids=lambda overrides: "-".join(part.split(".")[-1] for part in overrides) or "w4a4",
 )

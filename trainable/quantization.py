@@ -40,8 +40,8 @@ several layers make the same operand of is made once, by the module in front of 
 layers are, and is decided anew whenever that changes (`model.computing`).
 
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
-of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
-gradients.
+of its weights); quantised gradients. A Hadamard rotation of both operands is an option (trainable/hadamard.py), because it removes the dead
+zone that noise is meant to act on.
 
 Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements of a block.
 """
@@ -57,6 +57,7 @@ from torch import Tensor, nn
 
 from spaces.config import QuantConfig
 from spaces.formats import FORMATS, Element, Format
+from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
@@ -227,36 +228,52 @@ def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
 class Operand:
     """What becomes of a tensor before it is multiplied. Two that are equal do the same.
 
-    Example: Operand(format="mxfp4", scale_rule="floor", per_tensor=False)
+    Example: Operand(format="mxfp4", scale_rule="floor", per_tensor=False, hadamard=False)
     """
 
     format: str
     scale_rule: str
     """`floor` where the format has no choice of rules."""
     per_tensor: bool
+    hadamard: bool
+    """Turned by the Hadamard matrix first (trainable/hadamard.py)."""
 
     def of(self, x: Tensor) -> Tensor:
         """`x` [..., I] as it is multiplied; its gradient passes straight through the rounding."""
-        return ste_quantize(x, self.format, self.scale_rule, per_tensor=self.per_tensor)
+        return self._rounded(self._turned(x))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return rotate(x) if self.hadamard else x
+
+    def _rounded(self, turned: Tensor) -> Tensor:
+        return ste_quantize(turned, self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     def seen(self, given: Tensor) -> Tensor:
-        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding."""
-        return given
+        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding.
+
+        Turned back into the model's own basis: an adapter can be merged, and means the same in every arithmetic.
+        """
+        return self._turned(given)
 
     def noised(self, weight: Tensor, shift: Tensor, placement: str) -> Tensor:
-        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype."""
+        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype.
+
+        Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise of one size nor
+        its rms, so a sigma means the same with and without one.
+        """
+        turned = self._turned(weight)
         if placement == "before":
-            return self.of((weight.float() + shift).to(weight.dtype))
-        return (self.of(weight).float() + shift).to(weight.dtype)
+            return self._rounded((turned.float() + shift).to(weight.dtype))
+        return (self._rounded(turned).float() + shift).to(weight.dtype)
 
     def step(self, weight: Tensor) -> Tensor:
         """What noise is counted in: per element of `weight` the distance of grid points (see `element_step`), fp32."""
-        return element_step(weight.float(), self.format, self.scale_rule, per_tensor=self.per_tensor)
+        return element_step(self._turned(weight.float()), self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     @property
-    def codes(self) -> tuple[int, int]:
+    def codes(self) -> tuple[int, int, bool]:
         """The last arguments of a fused kernel that makes this operand of its output; it has no `per_tensor`."""
-        return kernel_codes(self.format, self.scale_rule)
+        return (*kernel_codes(self.format, self.scale_rule), self.hadamard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +289,11 @@ class Arithmetic:
     """Format of the input."""
     scale_rule: str = "floor"
     """As in SCALE_RULES."""
+    hadamard: bool = False
+    """Both operands are turned by the Hadamard matrix, also one that is not quantised: else their product would be another."""
+
+    backward: str = "dequantized"
+    """Which operands gradients are products with: those that were multiplied, or the tensors they were made from."""
 
     @classmethod
     def of(cls, quant: QuantConfig) -> "Arithmetic":
@@ -287,35 +309,62 @@ class Arithmetic:
         return self._operand(self.activations, per_tensor=False)
 
     @property
+    def needs_input(self) -> bool:
+        """The input itself is wanted, and not its operand alone: nobody may make that in front of the layer."""
+        return self.backward == "high_precision" and self.input != AS_IT_IS
+
+    @property
     def weight(self) -> Operand:
         return self._operand(self.weights, per_tensor=True)
 
     def _operand(self, fmt: str, *, per_tensor: bool) -> Operand:
         form = FORMATS[fmt]
         free = form.element is not None and form.scale is None
-        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor)
+        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor, hadamard=self.hadamard)
 
     def check_fits(self, name: str, in_features: int) -> None:
         """Raises ValueError, which names the layer, if a block does not divide in_features."""
-        for form in (FORMATS[self.weights], FORMATS[self.activations]):
-            if in_features % form.block != 0:
+        blocks = {FORMATS[fmt].name: FORMATS[fmt].block for fmt in (self.weights, self.activations)}
+        for what, block in (blocks | {"a Hadamard rotation": POINTS if self.hadamard else 1}).items():
+            if in_features % block != 0:
                 raise ValueError(
-                    f"{name}: {form.name} needs in_features that are a multiple of {form.block}, "
+                    f"{name}: {what} needs in_features that are a multiple of {block}, "
                     f"but got {in_features}; name this layer in quant.exclude"
                 )
 
     def __str__(self) -> str:
-        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}"
+        turned = f", {POINTS}-point Hadamard rotation of both" if self.hadamard else ""
+        back = "" if self.backward == "dequantized" else ", gradients by the operands before that"
+        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}{turned}{back}"
 
 
 UNQUANTIZED = Arithmetic(weights="none", activations="none")
 AS_IT_IS = UNQUANTIZED.input
 
 
+class _HighPrecision(torch.autograd.Function):
+    """y = Q(x) Q(W)^T + b forward; backward the gradients of x W^T + b, of whose operands each is kept only if needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, quantized: Tensor) -> Tensor:
+        of_input, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
+        return F.linear(operand, quantized, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, (x, weight) = grads[0], ctx.saved_tensors  # [..., O], [..., I], [O, I]
+        rows = dy.reshape(-1, dy.shape[-1])  # [R, O]
+        dx = dy @ weight if weight is not None else None
+        dw = rows.T @ x.reshape(-1, x.shape[-1]) if x is not None else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
 class QuantLinear(nn.Linear):
     """`nn.Linear` on quantised operands, y = Q(x) Q(W)^T + b. Build it with `from_linear`.
 
-    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed.
+    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed. With
+    backward=high_precision: dx = dy W, dW = dy^T x, and x and W are kept.
     Rollout and evaluation: `deployed_weight` stands in for Q(W), which is then computed once and not once per token.
     """
 
@@ -348,12 +397,19 @@ class QuantLinear(nn.Linear):
         self.arithmetic, self._input, self._weight = arithmetic, arithmetic.input, arithmetic.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.arithmetic.backward == "high_precision" and self.deployed_weight is None:
+            return self._high_precision(x)
         if self.quantize_input:
             x = self._input.of(x)
         if self.deployed_weight is not None:
             assert not torch.is_grad_enabled(), f"{self.name}: training must not see the weights of the rollout"
             return F.linear(x, self.deployed_weight, self.bias)
         return F.linear(x, self._weight.of(self.weight), self.bias)
+
+    def _high_precision(self, x: Tensor) -> Tensor:
+        operand = self._input.of(x.detach()) if self.quantize_input else x.detach()
+        y: Tensor = _HighPrecision.apply(x, self.weight, self.bias, operand, self.quantized_weight())  # type: ignore[no-untyped-call]
+        return y
 
     def seen(self, x: Tensor) -> Tensor:
         """What an adapter beside this layer reads, in the dtype of x: of the input x the part that the layer sees.
@@ -399,7 +455,7 @@ class InputSource(nn.Module):
     def share(self) -> None:
         """Decide who quantises, from what the readers are now."""
         operands = {reader.arithmetic.input for reader in self.readers}
-        shared = len(operands) == 1 and not self.apart
+        shared = len(operands) == 1 and not self.apart and not any(reader.arithmetic.needs_input for reader in self.readers)
         self.output = operands.pop() if shared else AS_IT_IS
         for reader in self.readers:
             reader.quantize_input = not shared

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spaces.formats import FORMATS
+from trainable.hadamard import rotate
 from trainable.kernels.cpu import Kernel
 
 log = logging.getLogger(__name__)
@@ -180,34 +181,44 @@ class RMSNorm(torch.autograd.Function):
     """`rms_norm` without its second result. Keeps x and one number a row; computed in fp32, and rounded at the end."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, *codes: int) -> Tensor:
-        y, inverse = rms_norm(x, weight, epsilon, *codes)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int, rotated: bool) -> Tensor:
+        y, inverse = rms_norm(x, weight, epsilon, *((-1, 0) if rotated else (code, addend)))
         ctx.save_for_backward(x, weight, inverse)
-        return y
+        ctx.rotated = rotated
+        return _rotated(y, code, addend) if rotated else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        dy, inverse = grads[0].to(torch.float32), inverse.view(*x.shape[:-1], 1)
+        dy = rotate(grads[0]) if ctx.rotated else grads[0]
+        dy, inverse = dy.to(torch.float32), inverse.view(*x.shape[:-1], 1)
         h = x * inverse  # fp32, as `inverse` is
         g = dy * weight
         dx = (g - h * (g * h).mean(-1, keepdim=True)) * inverse
         dw = (dy * h).reshape(-1, x.shape[-1]).sum(0)
-        return dx.to(x.dtype), dw.to(weight.dtype), None, None, None
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None, None, None
 
 
 class SwiGLU(torch.autograd.Function):
     """`swiglu`. Keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *codes: int) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, code: int, addend: int, rotated: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return swiglu(gate, up, *codes)
+        ctx.rotated = rotated
+        return _rotated(swiglu(gate, up, -1, 0), code, addend) if rotated else swiglu(gate, up, code, addend)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None
+        dy = rotate(grads[0]) if ctx.rotated else grads[0]
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate), None, None, None
+
+
+def _rotated(y: Tensor, code: int, addend: int) -> Tensor:
+    """Q(y H): the rotation is eager torch here, the rest is fused."""
+    turned = rotate(y.detach())
+    return fake_quantize(turned, code, addend, False) if code >= 0 else turned
 
 
 # --- operators -----------------------------------------------------------------------------------------------------------------------
