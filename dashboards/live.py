@@ -12,8 +12,9 @@ from rich.table import Table
 
 from dashboards.tables import COLORS, describe_noise, points
 from search.execution import TrialEvent, View
+from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 
-_NUMBERS = ("grpo/reward", "gen/entropy", "gen/gibberish", "eval/accuracy")
+_NUMBERS = (REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
             describe_noise(event.config),
             f"[{COLORS.get(event.status, 'white')}]{status}[/]",
             f"{event.step}/{event.config.grpo.steps}",
-            f"{event.metrics.get('rin/sigma', 0):.4g}",
+            f"{event.metrics.get(SIGMA, 0):.4g}",
             points(reward),
             "-" if entropy is None else f"{entropy:.2f}",
             points(gibberish),
@@ -66,12 +67,12 @@ class _PlainLines:
     def __call__(self, event: TrialEvent) -> None:
         if event.status == "running" and event.step == 0:
             self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
-        elif event.status == "running" and "eval/accuracy" in event.metrics:
-            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics['eval/accuracy'])}")
+        elif event.status == "running" and ACCURACY in event.metrics:
+            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics[ACCURACY])}")
         elif event.status != "running":
             self.ended += 1
             rule = f", rule {event.rule}" if event.rule else ""
-            accuracy = points(event.metrics.get("eval/accuracy"))
+            accuracy = points(event.metrics.get(ACCURACY))
             self._say(f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}")
 
     def _say(self, line: str) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 from search.mlflow_client import ENVIRONMENT, absolute_uri, client, one_line
 from search.secrets import strip_password
 from spaces.config import ConfigError
+from trainable.metrics import ACCURACY, ALL_WRONG, ENTROPY, GIBBERISH, REWARD, ROLLOUT_KL, SIGMA
 
 KEY = "rin-sweep"
 NAME = "RIN sweep"
@@ -41,20 +42,19 @@ TAG = f"mlflow.sharedViewState.{KEY}"
 START_SECONDS = 120.0  # 5 s on a quiet machine; the first start after an installation compiles mlflow's modules
 STOP_SECONDS = 10.0  # then it is killed
 
-ACCURACY = "eval/accuracy"
 COLUMNS = {
     **{"tags.`status`": 95, "tags.`collapse/rule`": 115},
     **{"params.`noise.modules`": 115, "params.`noise.sigma_start`": 135, "params.`noise.layers`": 100},
-    **{"metrics.`eval/accuracy`": 110, "metrics.`gen/entropy`": 105, "metrics.`grpo/reward`": 105},
+    **{f"metrics.`{ACCURACY}`": 110, f"metrics.`{ENTROPY}`": 105, f"metrics.`{REWARD}`": 105},
     **{"tags.`arm`": 80, "tags.`replicate`": 80},  # last, because a run's name is arm/replicate already
 }
 """In this order, with their widths in pixels: all but the last two fit beside the name of the run in a window of 1,500."""
 ALWAYS_SHOWN = {"attributes.`Run Name`": 130, "runDateAndNestInfo": 148}
-SCATTERS = (("noise.sigma_start", "PARAM"), ("rollout_corr/kl", "METRIC"))
+SCATTERS = (("noise.sigma_start", "PARAM"), (ROLLOUT_KL, "METRIC"))
 """Horizontal axes; the vertical one is the accuracy."""
-LINES = (ACCURACY, "grpo/reward", "gen/entropy", "rin/sigma", "gen/gibberish", "filter/all_wrong")
+LINES = (ACCURACY, REWARD, ENTROPY, SIGMA, GIBBERISH, ALL_WRONG)
 """Over the step."""
-PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": ["rollout_corr/kl", "gen/entropy", "grpo/reward", ACCURACY]}
+PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": [ROLLOUT_KL, ENTROPY, REWARD, ACCURACY]}
 
 
 # The view

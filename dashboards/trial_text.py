@@ -1,6 +1,7 @@
 """One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
 out."""
 
+from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
 from trainable.outcome import Outcome, StepReport
 
 ALARMS_SHOWN = 5
@@ -12,14 +13,14 @@ def step_line(report: StepReport) -> str:
     parts = [
         f"step {report.step:3d}",
         f"sigma {report.sigma:.4g}",
-        f"reward {signals['grpo/reward']:.3f}",
-        f"entropy {signals['gen/entropy']:.3f}",
-        f"length {signals['gen/length']:.1f}",
-        f"kept {signals['filter/kept_groups']:.0f}",
+        f"reward {signals[REWARD]:.3f}",
+        f"entropy {signals[ENTROPY]:.3f}",
+        f"length {signals[LENGTH]:.1f}",
+        f"kept {signals[KEPT_GROUPS]:.0f}",
         f"{report.seconds:.2f} s",
     ]
-    if "eval/accuracy" in signals:
-        parts.append(f"accuracy {signals['eval/accuracy']:.4f}")
+    if ACCURACY in signals:
+        parts.append(f"accuracy {signals[ACCURACY]:.4f}")
     if report.verdict.collapsed:
         parts.append(f"COLLAPSE {report.verdict.rule}: {report.verdict.evidence}")
     return "  ".join(parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from search.arms import Arm, trial_folder
 from search.store import StudyConfig, gpus_of, slots_of
+from trainable.metrics import ROLLOUT_SECONDS, WASTED
 from trainable.trial_folder import Attempt, read_attempts, read_reports
 
 
@@ -50,7 +51,7 @@ def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
                 collapsed += hours
             useful = sum(report.seconds for report in reports) / 3600 * slots
             repeated += max(hours - useful - slots * _first_start_hours(attempts), 0.0) if len(attempts) > 1 else 0.0
-            filtered += slots * sum(report.signals["perf/rollout_seconds"] * report.signals["filter/wasted"] for report in reports) / 3600
+            filtered += slots * sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports) / 3600
     return Ledger(
         hours=sum(by_arm.values()), collapsed=collapsed, repeated=repeated, filtered=filtered, arms=by_arm, gpu=gpus_of(config) > 0
     )

@@ -36,7 +36,8 @@ from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client
 from search.secrets import strip_password
 from search.store import StudyConfig
 from spaces.reading import as_tree, dump_yaml, flatten
-from trainable.outcome import STEPS_DONE, Outcome, Sample, Status, StepReport
+from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
+from trainable.outcome import Outcome, Sample, Status, StepReport
 from trainable.trial_folder import TrialState, read_reports, read_trial
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def standing(state: TrialState) -> str:
 
 def _metrics(report: StepReport) -> dict[str, float]:
     record = report.as_record()
-    return {"perf/step_seconds": report.seconds} | {name: float(value) for name, value in record.items() if "/" in name}
+    return {STEP_SECONDS: report.seconds} | {name: float(value) for name, value in record.items() if "/" in name}
 
 
 def _ms(seconds: float | None) -> int:
@@ -184,8 +185,8 @@ def _ms(seconds: float | None) -> int:
 
 
 def _scores(outcome: Outcome) -> dict[str, float]:
-    numbers = {f"eval/{name}": value for name, value in asdict(outcome.eval).items() if isinstance(value, int | float)}
-    return {**numbers, "perf/trial_seconds": outcome.seconds}
+    numbers = {f"{EVAL}{name}": value for name, value in asdict(outcome.eval).items() if isinstance(value, int | float)}
+    return {**numbers, TRIAL_SECONDS: outcome.seconds}
 
 
 def _reason(state: TrialState) -> dict[str, str]:
@@ -323,8 +324,8 @@ class Delivery:
 class MlflowWriter:
     """Applies records to MLflow; each is safe to apply twice.
 
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
-    64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or `told`
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"gen/length":
+    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or `told`
     (tags), which waits for the files before it; `time` is Unix ms.
     """
 

@@ -78,7 +78,7 @@ INSIDE |= {"engine_core", "hf_quantizer", "mlflow.sharedViewState", "mlflow.logg
 PRIVATE: dict[str, set[str]] = {
     "dashboards/mlflow_views.py": {"mlflow.sharedViewState"},
     "search/checkpoint_export.py": {"hf_quantizer"},
-    "search/proposals.py": {"_rng"},
+    "search/smooth_gp.py": {"_rng"},
     "search/ray_internals.py": {"ray._private", "ray.tune.execution", "_do_request"},
     "search/searchers.py": {"ray.tune.utils"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
@@ -167,7 +167,7 @@ def test_what_is_taken_from_inside_ray_is_there() -> None:
 
 
 def test_what_the_gaussian_process_replaces_inside_optuna_is_there() -> None:
-    """Two of them are overwritten in search/proposals.py, which the walk cannot tell from names of our own."""
+    """Two of them are overwritten in search/smooth_gp.py, which the walk cannot tell from names of our own."""
     from optuna.samplers import GPSampler
 
     assert {"_log_prior", "_optimize_acqf", "_rng"} <= set(dir(GPSampler(seed=0)))
@@ -227,3 +227,26 @@ CONTRACTS: list[tuple[dict[str, Any], Any]] = [
 @pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"])
 def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(table: dict[str, Any], choices: Any) -> None:
     assert tuple(table) == get_args(choices)
+
+
+METRIC = re.compile(r"(rin|grpo|filter|gen|rollout_corr|eval|perf)/[a-z_0-9]+")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_metrics_are_spelled_where_their_meaning_stands(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    spelled = {found[0] for node in constants if id(node) not in prose and (found := METRIC.search(node.value))}
+    assert spelled == set() or relative(path).endswith("/metrics.py")
+
+
+def test_every_signal_has_one_name_and_every_name_a_meaning() -> None:
+    from dataclasses import fields
+
+    from trainable.metrics import METRICS
+    from trainable.signals import NAMES, Signals
+
+    assert set(NAMES) == {field.name for field in fields(Signals)} - {"rewards"}
+    assert len(set(NAMES.values())) == len(NAMES)
+    assert all(METRICS.values())

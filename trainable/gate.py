@@ -23,6 +23,7 @@ from spaces.config import RolloutConfig
 from trainable.engine import Engine, TrialFailed, deployed_weights, digest
 from trainable.floor import APART, Floor, gap, measure_floor
 from trainable.logps import Batch, completion_logps
+from trainable.metrics import FLOOR_KL, GATE_KL
 from trainable.model import Policy, bare_name, unshared
 
 RULE = "rollout_mismatch"
@@ -85,7 +86,7 @@ def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
             f"training from itself by {floor.kl:.3g} and {usual:.3g}; tokens of {100 * flipped:.0f} % of the prompts differ. Weights and "
             "single layers are equal, so attention, norms or sampling differ",
         )
-    return {"rollout_corr/floor_kl": floor.kl, "rollout_corr/gate_kl": found.kl}
+    return {FLOOR_KL: floor.kl, GATE_KL: found.kl}
 
 
 def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> dict[str, Tensor]:

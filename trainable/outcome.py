@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from spaces.config import TrialConfig
 from spaces.reading import as_tree, read_config
+from trainable.metrics import SIGMA, STEPS_DONE
 
 Ending = Literal["completed", "collapsed", "stopped"]
 """completed: all steps were made; collapsed: a rule ended it; stopped: from outside, and evaluated as it left."""
@@ -33,7 +34,6 @@ class CollapseVerdict:
 
 
 HEALTHY = CollapseVerdict(collapsed=False)
-STEPS_DONE = "rin/steps_done"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class StepReport:
         signals = {name: float(value) for name, value in record.items() if "/" in name and name != STEPS_DONE}
         return cls(
             step=record["step"],
-            sigma=signals["rin/sigma"],
+            sigma=signals[SIGMA],
             signals=signals,
             verdict=CollapseVerdict(collapsed=bool(rule), rule=rule, evidence=record["evidence"]),
             seconds=record["seconds"],

@@ -32,6 +32,14 @@ from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
 from trainable.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
+from trainable.metrics import (
+    ACCURACY,
+    EVAL,
+    ROLLOUT_SECONDS,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    UPDATE_SECONDS,
+)
 from trainable.model import deployed, load_policy
 from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.outcome import (
@@ -149,10 +157,10 @@ class Trial:
         finished = time.perf_counter()
         tokens = sum(len(e.completion.ids) for group in groups for e in group)
         metrics |= {
-            "perf/rollout_seconds": sampled - begun,
-            "perf/update_seconds": updated - sampled,
-            "perf/step_seconds": finished - started,
-            "perf/tokens_per_second": tokens / (sampled - begun),
+            ROLLOUT_SECONDS: sampled - begun,
+            UPDATE_SECONDS: updated - sampled,
+            STEP_SECONDS: finished - started,
+            TOKENS_PER_SECOND: tokens / (sampled - begun),
         }
         self.so_far.seconds += finished - started
         return StepReport(
@@ -231,8 +239,7 @@ class Trial:
         outcome = filter_groups("off", groups, len(groups))
         batch = self._batch(groups)
         self.detector.observe(self._measure(groups, batch, outcome, 1, 0.0, None), quiet=True)
-        parts = {f"eval/{name}_start": value for name, value in deployed_eval.parts.items()}
-        start = {"eval/accuracy_start": deployed_eval.accuracy, "eval/accuracy_bf16_start": plain_eval.accuracy, **parts}
+        start = {f"{name}_start": value for name, value in _metrics(deployed_eval, plain_eval).items()}
         return start | ({} if self.agreed else self._agree(batch))
 
     def _agree(self, batch: Batch) -> dict[str, float]:
@@ -378,7 +385,7 @@ class Trial:
         if self.so_far.start is None:
             self._begin()
         deployed_eval, plain_eval = self.so_far.end = self._evaluate()
-        return {**_metrics(deployed_eval), "eval/accuracy_bf16": plain_eval.accuracy}
+        return _metrics(deployed_eval, plain_eval)
 
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
         """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
@@ -399,8 +406,10 @@ def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generato
         trial.close()
 
 
-def _metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {"eval/accuracy": evaluation.accuracy, **{f"eval/{name}": value for name, value in evaluation.parts.items()}}
+def _metrics(evaluation: Evaluation, unquantized: Evaluation | None = None) -> dict[str, float]:
+    parts = {f"{EVAL}{name}": value for name, value in evaluation.parts.items()}
+    plain = {} if unquantized is None else {f"{ACCURACY}_bf16": unquantized.accuracy}
+    return {ACCURACY: evaluation.accuracy, **plain, **parts}
 
 
 def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluation]) -> Scores:
