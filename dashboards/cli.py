@@ -205,7 +205,7 @@ def trial(
     from dashboards.live import build_progress
     from dashboards.tables import terminal
     from dashboards.trial_text import outcome_lines, step_line
-    from trainable.engine import TrialFailed
+    from trainable.engines.engine import TrialFailed
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)
@@ -419,7 +419,7 @@ def probe(
         check_plot(plot)
     from dashboards.live import build_progress
     from dashboards.tables import terminal
-    from trainable.embedded import ensure_base
+    from trainable.policy.embedded import ensure_base
 
     if plan.config.model.recipe is not None:
         with build_progress(terminal(stderr=as_json)) as progress:

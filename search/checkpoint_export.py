@@ -34,16 +34,17 @@ from search.arms import Candidate, trial_folder
 from search.store import StudyConfig
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, dump_yaml
-from trainable.checkpoint import load_final
-from trainable.embedded import Progress
-from trainable.engine import CONFIG_FILE, quantization_tree
+from trainable.disk.checkpoint import load_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import FINAL_FILE, OUTCOME_FILE
+from trainable.engines.engine import CONFIG_FILE, quantization_tree
 from trainable.evaluation import Evaluation, evaluate
-from trainable.folder import Folder
-from trainable.model import Policy, computing, load_policy
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
+from trainable.policy.embedded import Progress
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, computing
 from trainable.quantization import UNQUANTIZED, Arithmetic
-from trainable.tasks import build_task
-from trainable.trial_folder import FINAL_FILE, OUTCOME_FILE
+from trainable.tasks.table import build_task
 
 PACKED, TRIAL_FILE = "packed", "trial.yaml"
 WHO = {

@@ -23,7 +23,7 @@ from search.statistics import ArmComparison, Comparison, compare_arms
 from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
 from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
-from trainable.embedded import Progress
+from trainable.policy.embedded import Progress
 
 FRESH = 1000
 """Distance between the sweep's seeds and the confirmation's."""

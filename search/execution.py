@@ -26,10 +26,10 @@ from search.store import StudyConfig
 from search.tracking import Tracker
 from spaces.config import TrialConfig
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
 from trainable.outcome import Outcome, Status, StepReport
 from trainable.ray_trainable import RinTrainable
-from trainable.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
 
 RETRIES = 2
 """Times that a trial is started again from its checkpoint after its process died, hung or raised."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from search.arms import Arm, trial_folder
 from search.store import StudyConfig, gpus_of, slots_of
+from trainable.disk.trial_folder import Attempt, read_attempts, read_reports
 from trainable.metrics import ROLLOUT_SECONDS, WASTED
-from trainable.trial_folder import Attempt, read_attempts, read_reports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

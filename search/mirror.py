@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from search.arms import Arm, read_arms, trial_folder
 from search.store import StudyConfig
 from search.tracking import Tracker, known_trials, standing, trial_key
-from trainable.trial_folder import read_reports, read_trial
+from trainable.disk.trial_folder import read_reports, read_trial
 
 
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:

@@ -16,7 +16,7 @@ from search.store import StudyConfig, gpus_of, load_study_config, slots_of, swee
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
 from spaces.workloads import WORKLOADS
-from trainable.trial_folder import read_attempts
+from trainable.disk.trial_folder import read_attempts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,8 +32,8 @@ from search.store import StudyConfig, is_driven
 from search.tolerance import Boundary, NoisyRun, boundaries
 from spaces.config import TrialConfig
 from spaces.errors import NoCandidate
+from trainable.disk.trial_folder import TrialState
 from trainable.outcome import EffectReceipt
-from trainable.trial_folder import TrialState
 
 MARGIN = 0.01
 """Accuracies within one point count as the same."""

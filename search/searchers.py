@@ -20,8 +20,8 @@ from search.proposals import SEARCHERS, Params, every, settings_of
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from trainable.disk.trial_folder import read_outcome
 from trainable.outcome import Outcome
-from trainable.trial_folder import read_outcome
 
 _ENUMERABLE = 20_000  # configurations of a finite space that are tried one by one to find out whether all have been run
 

@@ -4,7 +4,7 @@
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
-    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/trial_folder.py`)
+    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/disk/trial_folder.py`)
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
     STORE/NAME/best.yaml                  the candidate
@@ -34,7 +34,7 @@ from spaces.library import Space
 from spaces.paths import home
 from spaces.reading import explain
 from spaces.workloads import WORKLOADS
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
 VERSION = 3

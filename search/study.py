@@ -28,9 +28,9 @@ from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, 
 from search.tracking import Tracker
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
-from trainable.embedded import Progress, ensure_base
-from trainable.model import load_policy
 from trainable.noise import noise_targets
+from trainable.policy.embedded import Progress, ensure_base
+from trainable.policy.loading import load_policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,8 @@ from spaces.errors import ConfigError
 from spaces.library import Choice, Space
 from spaces.paths import relative_paths
 from spaces.reading import flatten, unflatten
-from trainable.embedded import Progress
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
+from trainable.policy.embedded import Progress
 
 PACKAGES = ("spaces", "trainable", "search", "dashboards")
 SHIPPED = "sweep"

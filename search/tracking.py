@@ -36,9 +36,9 @@ from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client
 from search.secrets import strip_password
 from search.store import StudyConfig
 from spaces.reading import as_tree, dump_yaml, flatten
+from trainable.disk.trial_folder import TrialState, read_reports, read_trial
 from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
 from trainable.outcome import Outcome, Sample, Status, StepReport
-from trainable.trial_folder import TrialState, read_reports, read_trial
 
 log = logging.getLogger(__name__)
 

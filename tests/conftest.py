@@ -32,12 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from spaces.config import TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from trainable.embedded import character_tokenizer
 from trainable.episode import Completion, Episode, Group
-from trainable.model import Policy, deployed
+from trainable.policy.embedded import character_tokenizer
+from trainable.policy.policy import Policy, deployed
 from trainable.rollout import generate
 from trainable.seeds import generator
-from trainable.tasks import Question, Score
+from trainable.tasks.task import Question, Score
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,8 @@ from spaces.config import ConfigError
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import Tiny
-from trainable.backend import TorchBackend, require_vllm, start_backend
-from trainable.model import load_policy
+from trainable.engines.backend import TorchBackend, require_vllm, start_backend
+from trainable.policy.loading import load_policy
 
 RIN = Path(sys.executable).with_name("rin")
 NO_LIBRARY = "operator torchvision::nms does not exist"

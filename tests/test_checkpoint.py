@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from spaces.config import ConfigError
-from trainable.checkpoint import VERSION, load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
-from trainable.folder import Folder
+from trainable.disk.checkpoint import VERSION, load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
+from trainable.disk.folder import Folder
 
 TENSORS, VALUES = "tensors.safetensors", "progress.json"
 

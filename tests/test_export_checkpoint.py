@@ -24,16 +24,17 @@ from spaces.reading import as_tree, load_yaml, merge, read_config
 from tests.conftest import require
 from tests.processes import rin
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
-from trainable.checkpoint import load_final, save_final
-from trainable.engine import CONFIG_FILE, set_vllm_switches
+from trainable.disk.checkpoint import load_final, save_final
+from trainable.disk.trial_folder import FINAL_FILE
+from trainable.engines.engine import CONFIG_FILE, set_vllm_switches
 from trainable.evaluation import evaluate
-from trainable.model import Policy, load_policy
 from trainable.outcome import Outcome
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.quantization import Arithmetic, fake_quantize
 from trainable.ray_trainable import RinTrainable
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 from trainable.trial import Trial
-from trainable.trial_folder import FINAL_FILE
 
 SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_rate": 1e-4}}
 """Steps that move the weights and leave the model a tenth of right answers, and enough questions for rules to differ on some."""
@@ -562,7 +563,7 @@ from torch.nn import functional as F
 
 from tests.test_packing import unpacked
 from trainable.quantization import fake_quantize
-from trainable.rollout_vllm import LLM, SamplingParams
+from trainable.engines.vllm import LLM, SamplingParams
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, register_linear_kernel
 from vllm.platforms.interface import PlatformEnum
 

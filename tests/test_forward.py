@@ -13,18 +13,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-import trainable.logps
+import trainable.forward.logps
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
-from trainable import decoder as decoding
-from trainable.decoder import _Fused, _Ours, _Transformers, decoder
-from trainable.embedded import character_tokenizer
-from trainable.forward import forward_of, left_padded, positions
+from trainable.forward import decoder as decoding
+from trainable.forward.decoder import _Fused, _Ours, _Transformers, decoder
+from trainable.forward.logps import Batch, completion_logps, make_batch
+from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.kernels import cpu
-from trainable.logps import Batch, completion_logps, make_batch
-from trainable.mlp import GatedMLP
-from trainable.model import Policy, deployed, load_policy
-from trainable.norm import RMSNorm
+from trainable.layers.mlp import GatedMLP
+from trainable.layers.norm import RMSNorm
+from trainable.policy.embedded import character_tokenizer
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
 from trainable.seeds import generator
 
@@ -175,7 +176,7 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
     batch = sampled_batch(policy)
     results = []
     for packed in (batch, replace(batch, group_size=1)):
-        monkeypatch.setattr(trainable.logps, "_PACKED_TOKENS", longest)
+        monkeypatch.setattr(trainable.forward.logps, "_PACKED_TOKENS", longest)
         logps, entropies = completion_logps(policy, packed, 0.7)
         inside = batch.mask > 0
         loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()

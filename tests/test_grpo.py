@@ -18,6 +18,7 @@ import trainable.grpo
 from spaces.config import GRPOConfig, Loss, ModelConfig, QuantConfig, RolloutConfig
 from tests.conftest import ModelFolder, completed, episode, ragged_prompts, sampled_groups
 from trainable.episode import Group
+from trainable.forward.logps import Batch, completion_logps, importance_weights, make_batch, with_old_logps
 from trainable.grpo import (
     filter_groups,
     group_advantages,
@@ -27,8 +28,8 @@ from trainable.grpo import (
     update,
     warmup_factor,
 )
-from trainable.logps import Batch, completion_logps, importance_weights, make_batch, with_old_logps
-from trainable.model import Policy, load_policy
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.seeds import generator
 
 LOSSES = get_args(Loss)

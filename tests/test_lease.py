@@ -13,7 +13,7 @@ import pytest
 
 from search import lease
 from search.lease import FILE, STALE_SECONDS, Lease
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 
 
 class Busy(Exception):

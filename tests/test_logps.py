@@ -8,8 +8,9 @@ import torch
 
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
-from trainable.logps import Batch, importance_weights, make_batch
-from trainable.model import Policy, load_policy
+from trainable.forward.logps import Batch, importance_weights, make_batch
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.seeds import generator
 
 W16A16 = QuantConfig(weights="none", activations="none")

@@ -20,9 +20,9 @@ from search.tracking import Delivery, Tracker, known_trials
 from spaces.config import ConfigError
 from tests.real_mlflow import Server, everything, files, points, runs
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
-from trainable.checkpoint import save_checkpoint
+from trainable.disk.checkpoint import save_checkpoint
+from trainable.disk.trial_folder import AttemptLog, write_outcome
 from trainable.outcome import HEALTHY, CollapseVerdict, StepReport
-from trainable.trial_folder import AttemptLog, write_outcome
 
 SETTINGS = {"eval": {"questions": 4}}
 

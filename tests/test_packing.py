@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ModelFolder
-from trainable.engine import CONFIG_FILE
+from trainable.engines.engine import CONFIG_FILE
 from trainable.packing import MAGNITUDES, no_packed_form, pack, pack_checkpoint, quantization_config, uneven_blocks
 from trainable.quantization import SCALE_RULES, Arithmetic, fake_quantize
 

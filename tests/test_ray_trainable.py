@@ -18,12 +18,9 @@ from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.checkpoint import VERSION, load_final, save_checkpoint, save_final
-from trainable.folder import Folder
-from trainable.outcome import Outcome
-from trainable.ray_trainable import RinTrainable
-from trainable.trial import Trial, run_trial
-from trainable.trial_folder import (
+from trainable.disk.checkpoint import VERSION, load_final, save_checkpoint, save_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import (
     FINAL_FILE,
     OUTCOME_FILE,
     STOPPED_FILE,
@@ -33,6 +30,9 @@ from trainable.trial_folder import (
     read_stopped,
     read_trial,
 )
+from trainable.outcome import Outcome
+from trainable.ray_trainable import RinTrainable
+from trainable.trial import Trial, run_trial
 
 STEP = trainable.ray_trainable.TrialWorker.step
 

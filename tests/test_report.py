@@ -21,7 +21,7 @@ from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from spaces.library import SPACES
 from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, receipt, study, write_sweep, write_trial
-from trainable.trial_folder import write_stopped
+from trainable.disk.trial_folder import write_stopped
 
 CONTROL = [280, 291, 276, 288, 283]
 AHEAD = [332, 338, 331, 337, 340]  # about 13 points above, in every seed

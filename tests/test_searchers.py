@@ -17,9 +17,9 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.library import SPACES, Choice, Dimension, Float, Int, Space
 from spaces.reading import merge, read_config
 from tests.searches import STOPPED, Search, choices, cliff, control, drive, outcome, reread, searcher, trees
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import write_outcome
 from trainable.outcome import Outcome
-from trainable.trial_folder import write_outcome
 
 WITHOUT_A_MODEL = ["random", "grid", "qmc"]
 

@@ -27,8 +27,8 @@ from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.reading import load_yaml, parse_yaml, read_config
 from tests.real_mlflow import points, runs, text
+from trainable.disk.trial_folder import read_reports, read_stopped
 from trainable.trial import Trial
-from trainable.trial_folder import read_reports, read_stopped
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
 

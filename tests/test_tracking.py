@@ -30,8 +30,8 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
 from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, free_port, points, runs, text
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
+from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome, write_stopped
 from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
-from trainable.trial_folder import AttemptLog, read_reports, write_outcome, write_stopped
 
 SAMPLE = Sample(step=0, prompt="1+2=", completion="3", answer="3", reward=1.0)
 SOMEBODY = Owner(id="0" * 32, store="/somewhere")

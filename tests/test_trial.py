@@ -20,14 +20,14 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
-from trainable.checkpoint import VERSION, load_state, save_state
+from trainable.disk.checkpoint import VERSION, load_state, save_state
+from trainable.disk.folder import Folder
 from trainable.evaluation import evaluate, evaluate_unquantized
-from trainable.folder import Folder
-from trainable.model import block_of
 from trainable.noise import sigma_at
 from trainable.outcome import Outcome, StepReport
+from trainable.policy.policy import block_of
 from trainable.seeds import generator
-from trainable.tasks import Question
+from trainable.tasks.task import Question
 from trainable.trial import Trial, run_trial
 
 LINEAR_NOISE = ("noise.modules=[linear]", "noise.sigma_start=0.02", "noise.sigma_end=0.005")

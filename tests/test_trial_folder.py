@@ -8,9 +8,8 @@ import pytest
 
 from spaces.config import ConfigError
 from tests.written_sweeps import attempt, make_arm, outcome, report, study
-from trainable.folder import Folder
-from trainable.outcome import Ending, Outcome, StepReport
-from trainable.trial_folder import (
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import (
     end_attempt,
     read_attempts,
     read_outcome,
@@ -20,6 +19,7 @@ from trainable.trial_folder import (
     write_outcome,
     write_stopped,
 )
+from trainable.outcome import Ending, Outcome, StepReport
 
 
 @pytest.fixture

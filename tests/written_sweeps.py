@@ -10,8 +10,8 @@ from search.lineup import base_tree
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.library import SPACES
 from spaces.reading import merge, parse_overrides, read_config
+from trainable.disk.trial_folder import write_outcome
 from trainable.outcome import HEALTHY, Effect, EffectReceipt, Ending, Outcome, Scores, StepReport
-from trainable.trial_folder import write_outcome
 
 QUESTIONS = 400
 

@@ -6,7 +6,7 @@ learns, measures or judges reads episodes; neither needs to know the other, nor 
 
 from dataclasses import dataclass
 
-from trainable.tasks import Question, Score
+from trainable.tasks.task import Question, Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

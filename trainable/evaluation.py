@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spaces.config import TrialConfig
-from trainable.backend import Backend, TorchBackend
-from trainable.engine import Request
-from trainable.model import Policy, deployed, unquantized
+from trainable.engines.backend import Backend, TorchBackend
+from trainable.engines.engine import Request
+from trainable.policy.policy import Policy, deployed, unquantized
 from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean
-from trainable.tasks import Question, Task
+from trainable.tasks.task import Question, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from spaces.config import ConfigError
-from trainable.decoder import decoder
-from trainable.logps import Batch, clean_logps, importance_weights
-from trainable.model import Policy, block_of
+from trainable.forward.decoder import decoder
+from trainable.forward.logps import Batch, clean_logps, importance_weights
+from trainable.policy.policy import Policy, block_of
 
 APART = 1e-4
 """In nats. Sums in another order stay below it in fp32, a flipped rounding hardly ever does."""

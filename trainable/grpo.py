@@ -11,7 +11,7 @@ were once taken for a broken run. Rejected groups are counted apart as all-wrong
 latter is success.
 
 Mini-batches are made of whole groups, as in verl: a group's completions share its prompt, which is computed once for
-all of them (`trainable/logps.py`).
+all of them (`trainable/forward/logps.py`).
 
 Shapes: B = completions, G = completions of a prompt, T = completion tokens (right-padded).
 """
@@ -23,8 +23,8 @@ import torch
 
 from spaces.config import FilterPolicy, GRPOConfig, Loss, RolloutConfig
 from trainable.episode import FilterOutcome, Group
-from trainable.logps import Batch, completion_logps, importance_weights
-from trainable.model import Policy
+from trainable.forward.logps import Batch, completion_logps, importance_weights
+from trainable.policy.policy import Policy
 from trainable.signals import UpdateMetrics
 
 _EPSILON = 1e-4  # added to the std of a group, as in TRL

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from spaces.config import ConfigError, NoiseConfig, ZoneSigma
-from trainable.model import Policy, block_of, deployed
 from trainable.outcome import Effect
+from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import QuantLinear
 from trainable.seeds import generator
 

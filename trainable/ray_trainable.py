@@ -21,12 +21,9 @@ from typing import Any
 from ray import tune
 
 from spaces.config import TrialConfig
-from trainable.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
-from trainable.engine import TrialFailed
-from trainable.folder import Folder
-from trainable.outcome import Outcome, StepReport
-from trainable.trial import Trial
-from trainable.trial_folder import (
+from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import (
     FINAL_FILE,
     STOPPED_FILE,
     AttemptLog,
@@ -35,7 +32,10 @@ from trainable.trial_folder import (
     write_outcome,
     write_stopped,
 )
-from trainable.watchdog import Watchdog
+from trainable.disk.watchdog import Watchdog
+from trainable.engines.engine import TrialFailed
+from trainable.outcome import Outcome, StepReport
+from trainable.trial import Trial
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from spaces.config import ConfigError, TaskConfig
-from trainable.decoder import decoder
 from trainable.episode import Completion, Episode, Group
-from trainable.forward import left_padded
-from trainable.model import Policy
-from trainable.tasks import Question, Task
+from trainable.forward.decoder import decoder
+from trainable.forward.transformer import left_padded
+from trainable.policy.policy import Policy
+from trainable.tasks.task import Question, Task
 
 _WORTH_RETIRING = 0.25
 """Share of the rows in work that have ended, from which it pays to copy the cache of the others."""

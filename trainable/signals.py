@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from trainable.episode import FilterOutcome, Group
-from trainable.logps import Batch, ImportanceWeights
+from trainable.forward.logps import Batch, ImportanceWeights
 from trainable.metrics import METRICS, REWARD
 
 _N_GRAM = 4  # of the repetition signal

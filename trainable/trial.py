@@ -23,15 +23,14 @@ from typing import Any
 import torch
 
 from spaces.config import TrialConfig
-from trainable import gate
-from trainable.backend import start_backend
 from trainable.collapse import CollapseDetector
-from trainable.embedded import Progress
-from trainable.engine import Request
+from trainable.engines import gate
+from trainable.engines.backend import start_backend
+from trainable.engines.engine import Request
 from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
+from trainable.forward.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
-from trainable.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
 from trainable.metrics import (
     ACCURACY,
     EVAL,
@@ -40,7 +39,6 @@ from trainable.metrics import (
     TOKENS_PER_SECOND,
     UPDATE_SECONDS,
 )
-from trainable.model import deployed, load_policy
 from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.outcome import (
     HEALTHY,
@@ -53,10 +51,13 @@ from trainable.outcome import (
     Scores,
     StepReport,
 )
+from trainable.policy.embedded import Progress
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
 from trainable.rollout import encode_prompts, judge
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 
 _SAMPLES_PER_STEP = 4
 _BASELINE_STEP = -1  # names the baseline's random draws

@@ -13,13 +13,15 @@ from search.statistics import compare
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import never_end, ratio, spread
-from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.embedded import base_folder
-from trainable.engine import Request
-from trainable.forward import left_padded
-from trainable.model import SMOLLM2_FILE, Policy, _smollm2_folder, deployed, load_policy
+from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
+from trainable.engines.engine import Request
+from trainable.forward.transformer import left_padded
+from trainable.policy.embedded import base_folder
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, _smollm2_folder, deployed
+from trainable.policy.sources import SMOLLM2_FILE
 from trainable.rollout import encode_prompts
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 from trainable.trial import Trial
 
 SHAPES = (("embedded", 6, (1, 32, 256)), ("smollm2-135m", 16, (1, 32, 256)), ("smollm2-135m", 96, (32,)))

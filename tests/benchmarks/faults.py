@@ -48,7 +48,7 @@ import os, sys, time, importlib.abc, importlib.util
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "trainable.backend":
+        if name != "trainable.engines.backend":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -31,8 +31,8 @@ from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
 from spaces.library import SPACES
 from spaces.reading import parse_overrides
+from trainable.disk.trial_folder import read_reports
 from trainable.outcome import Outcome, StepReport
-from trainable.trial_folder import read_reports
 
 DOCS = Path(__file__).parents[2] / "docs"
 POINTS = ("bf16", "e13i-baseline", "e13i-v2", "e13i-v4-filter-off", "e13m-rmsnorm")

@@ -2,7 +2,7 @@
 
 An engine computes with weights that it is given before every rollout, under the names that training uses, and holds nothing that
 it was not given (`deployed_weights`). It is asked for tokens, for its weights as it has them, and for single layers: the last
-two are how `trainable/gate.py` proves that it computes what training computes.
+two are how `trainable/engines/gate.py` proves that it computes what training computes.
 
 Shapes: R = rows (tokens), I = inputs of a layer, O = its outputs, r = rank of an adapter.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainable.episode import Completion
 from trainable.hashing import stable_hash
-from trainable.model import Policy, bare_name
+from trainable.policy.policy import Policy, bare_name
 from trainable.quantization import Arithmetic, QuantLinear
 
 CONFIG_FILE = "rin_quantization.json"
@@ -101,7 +101,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """What `trainable/rollout_vllm.py` is in this process and `trainable/engine_process.py` in another one."""
+    """What `trainable/engines/vllm.py` is in this process and `trainable/engines/process.py` in another one."""
 
     def sync(self, weights: Mapping[str, Tensor], *, quantize_inputs: bool) -> None:
         """Compute with these from now on; `quantize_inputs` false: the unquantised model, for `accuracy_bf16`."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from spaces.config import ConfigError
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 from trainable.outcome import Outcome, Status, StepReport
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ import torch
 
 from spaces.config import Correction
 from trainable.episode import Group
-from trainable.forward import forward_of, left_padded, positions
-from trainable.model import Policy
+from trainable.forward.transformer import forward_of, left_padded, positions
+from trainable.policy.policy import Policy
 
 _PACKED_TOKENS = 512
 """Longest row of a prompt with several completions. Up to here attention is little of the work, also what is masked."""

@@ -1,7 +1,7 @@
 """Generation, a token at a time: prompts are read once per group, then all completions grow together.
 
 The key/value cache is laid out once for the longest completion, instead of being copied at every token; rows that have ended can leave
-the batch. Architectures that `trainable/forward.py` does not know go through transformers' forward and its growing cache.
+the batch. Architectures that `trainable/forward/transformer.py` does not know go through transformers' forward and its growing cache.
 
 Shapes: P = prompts, G = completions per prompt, B = rows in work, at first P * G, L = prompt tokens (left-padded), S = L + longest
 completion, N = key/value heads, D = their size, V = vocabulary.
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from trainable.forward import Angles, Forward, Mixer, forward_of, positions
+from trainable.forward.transformer import Angles, Forward, Mixer, forward_of, positions
 from trainable.kernels import cpu
-from trainable.model import Policy
+from trainable.policy.policy import Policy
 
 
 class Decoder(Protocol):

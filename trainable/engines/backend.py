@@ -2,7 +2,7 @@
 
 Both are given the weights that the policy computes with at this moment, quantised and with this step's noise, and draw from the names of
 (seed, step, batch) instead of from a running generator: the same call gives the same completions, also after a restart. Which tokens
-are drawn differs between the two, because vLLM has its own sampler; their distributions are what `trainable/gate.py` compares.
+are drawn differs between the two, because vLLM has its own sampler; their distributions are what `trainable/engines/gate.py` compares.
 
 The torch backend knows the whole distribution at every token and gives its entropy exactly. vLLM gives the log-probs of the sampled
 tokens, whose negative mean is an unbiased estimate of it.
@@ -12,9 +12,9 @@ import importlib.util
 from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
-from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
+from trainable.engines.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
 from trainable.episode import Completion
-from trainable.model import Policy
+from trainable.policy.policy import Policy
 from trainable.rollout import generate
 from trainable.seeds import generator
 
@@ -115,10 +115,10 @@ def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
     require_vllm()
     rollout = config.rollout
     if rollout.engine == "process":
-        from trainable.engine_process import ProcessEngine, start_child
+        from trainable.engines.process import ProcessEngine, start_child
 
         return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds)
-    from trainable.rollout_vllm import VllmEngine
+    from trainable.engines.vllm import VllmEngine
 
     try:
         return VllmEngine(settings)
@@ -134,7 +134,7 @@ def require_vllm() -> None:
         raise ConfigError(f"rollout.backend=vllm: vLLM is not installed; {remedy}")
     set_vllm_switches()
     try:
-        import trainable.rollout_vllm  # noqa: F401
+        import trainable.engines.vllm  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"rollout.backend=vllm: vLLM does not import here ({reason}); rin doctor says more; {remedy}") from None

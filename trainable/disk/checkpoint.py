@@ -19,8 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from spaces.config import ConfigError
-from trainable.folder import Folder
-from trainable.trial_folder import FINAL_FILE, PROGRESS_FILE, checkpoints, progress_parts, progress_text
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import FINAL_FILE, PROGRESS_FILE, checkpoints, progress_parts, progress_text
 
 VERSION = 3
 KEPT = 2

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from trainable.engine import Engine, EngineSettings, Request, TrialFailed, set_vllm_switches
+from trainable.engines.engine import Engine, EngineSettings, Request, TrialFailed, set_vllm_switches
 from trainable.episode import Completion
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Child:
 
 def start_child(settings: EngineSettings, seconds: float) -> Child:
     """A child whose engine is ready. Raises EngineDied when it does not come up in time, TrialFailed when it cannot."""
-    child = Child([sys.executable, "-m", "trainable.engine_process"])
+    child = Child([sys.executable, "-m", "trainable.engines.process"])
     try:
         child.ask("start", seconds, **settings.as_tree())
     except RuntimeError as error:
@@ -188,7 +188,7 @@ def _completion(ids: list[int], logps: list[float], entropy: float, finished: bo
 def serve(channel: "Connection[Any, Any]") -> None:
     """Answer until the trial goes; the first call is `start`."""
     set_vllm_switches()
-    from trainable.rollout_vllm import VllmEngine
+    from trainable.engines.vllm import VllmEngine
 
     engine: VllmEngine | None = None
     while True:

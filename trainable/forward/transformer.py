@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainable.kernels import cpu
-from trainable.model import KNOWN_BLOCKS, Policy
-from trainable.norm import RMSNorm
+from trainable.layers.norm import RMSNorm
+from trainable.policy.policy import KNOWN_BLOCKS, Policy
 
 _STEADY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotation whose angles depend on a token's position alone, and not on how many there are."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainable.kernels import cpu, cuda
-from trainable.norm import LANES
+from trainable.layers.norm import LANES
 from trainable.quantization import InputSource, QuantLinear
 
 

@@ -41,8 +41,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
-from trainable import vllm_heads
-from trainable.engine import CONFIG_FILE, EngineSettings, Request, arithmetic_of, digest
+from trainable.engines import vllm_heads
+from trainable.engines.engine import CONFIG_FILE, EngineSettings, Request, arithmetic_of, digest
 from trainable.episode import Completion
 from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic
 

@@ -23,30 +23,22 @@ returns nan or infinity, is a bug and fails the trial.
 Left out: chat templates (they need the tokenizer), length penalties (`grpo.py`), curricula.
 """
 
-import difflib
 import hashlib
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from random import Random
 from typing import Any, Literal
 
-from spaces.config import ConfigError, TaskConfig
-from trainable.gsm8k import Problem, flexible_number, load_problems, strict_number
-from trainable.gym import open_gym
+from spaces.config import ConfigError
 
 Split = Literal["train", "selection", "confirm"]
 HeldOut = Literal["selection", "confirm"]
 
 PATIENCE = 1000
 """Draws in a row without a new question after which a share counts as exhausted."""
-ADDITION_SHARE = 0.10
-GYM_SHARE = 0.25
-GSM8K_PROMPT = '{question}\n\nReason step by step. On the last line write "#### " followed by the final answer as a bare number.'
-GYM_PROMPT = "{question}\n\nAnswer with the result alone, without any explanation."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,107 +140,3 @@ def split_of(text: str, share: float) -> Split:
     """Where a question belongs by a hash of its text; `share` is the size of each held-out set."""
     position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32  # [0, 1)
     return "selection" if position < share else "confirm" if position < 2 * share else "train"
-
-
-def addition_question(rng: Random, digits: int, split: Split, *, short_ones: bool = False) -> Question:
-    """One random sum of a share: both numbers below 10^digits, evenly, so that most have `digits` digits.
-
-    With `short_ones` every length is as likely as the others: the easy examples from which the embedded base learns to add at all.
-    """
-    number = _number_of_any_length if short_ones else _number
-    while True:
-        a, b = number(rng, digits), number(rng, digits)
-        if split_of(f"{min(a, b)}+{max(a, b)}", ADDITION_SHARE) == split:
-            return Question(prompt=f"{a}+{b}=", answer=str(a + b))
-
-
-def _number(rng: Random, digits: int) -> int:
-    return int(rng.random() * 10**digits)  # of Random's methods, random() alone is promised to be the same in every Python
-
-
-def _number_of_any_length(rng: Random, digits: int) -> int:
-    length = 1 + int(rng.random() * digits)
-    low = 10 ** (length - 1) if length > 1 else 0
-    return low + int(rng.random() * (10**length - low))
-
-
-def exact_reward(question: Question, completion: str) -> float:
-    """1 when the completion is the answer, character by character."""
-    return float(completion == question.answer)
-
-
-def unsigned_reward(question: Question, completion: str) -> float:
-    """1 when the completion is the answer but for a leading "+": whether the sum is known, whatever the habit."""
-    return float(completion.removeprefix("+") == question.answer)
-
-
-def _build_addition(config: TaskConfig) -> Task:
-    def draws(rng: Random, split: Split) -> Iterator[Question]:
-        while True:
-            yield addition_question(rng, config.digits, split)
-
-    rewards: dict[str, RewardFunction] = {"exact": exact_reward, "unsigned": unsigned_reward}
-    return ProceduralTask(name=config.name, rewards=rewards, weights={"exact": 1.0, "unsigned": 0.0}, judge="exact", draws=draws)
-
-
-def strict_reward(question: Question, completion: str) -> float:
-    """1 when the number after the last "####" is the answer."""
-    return float(strict_number(completion) == Decimal(question.answer))
-
-
-def flexible_reward(question: Question, completion: str) -> float:
-    """1 when the last number of the completion is the answer."""
-    return float(flexible_number(completion) == Decimal(question.answer))
-
-
-def _build_gsm8k(config: TaskConfig) -> Task:
-    problems, template = load_problems(config.path), _template(config, GSM8K_PROMPT)
-
-    def questions(part: Sequence[Problem]) -> list[Question]:
-        return [Question(prompt=template.replace("{question}", problem.question), answer=problem.answer) for problem in part]
-
-    sets: dict[Split, Sequence[Question]] = {
-        "train": questions(problems.train),
-        "selection": questions(problems.selection),
-        "confirm": questions(problems.confirm),
-    }
-    rewards: dict[str, RewardFunction] = {"strict": strict_reward, "flexible": flexible_reward}
-    return FiniteTask(name=config.name, rewards=rewards, weights={"strict": 1.0, "flexible": 0.0}, judge="strict", questions=sets)
-
-
-def _template(config: TaskConfig, default: str) -> str:
-    if config.prompt is not None and "{question}" not in config.prompt:
-        raise ConfigError(f"task.prompt={config.prompt[:60]}: has no place for the question; put {{question}} into it")
-    return default if config.prompt is None else config.prompt
-
-
-def _build_gym(config: TaskConfig) -> Task:
-    dataset, template = open_gym(config.name.partition(":")[2], dict(config.options)), _template(config, GYM_PROMPT)
-
-    def draws(rng: Random, split: Split) -> Iterator[Question | None]:
-        for entry in dataset.entries(rng):
-            prompt = template.replace("{question}", entry["question"])
-            mine = split_of(entry["question"], GYM_SHARE) == split
-            yield Question(prompt=prompt, answer=str(entry["answer"]), entry=entry) if mine else None
-
-    def score(question: Question, completion: str) -> float:
-        return dataset.score(completion, question.entry)
-
-    return ProceduralTask(name=config.name, rewards={"score": score}, weights={"score": 1.0}, judge="score", draws=draws)
-
-
-def build_task(config: TaskConfig) -> Task:
-    """Raises ConfigError for a task, a data set, an option or a file that does not exist."""
-    kind, colon, dataset = config.name.partition(":")
-    if kind not in TASKS or bool(colon) != (kind == "reasoning_gym"):
-        near = difflib.get_close_matches(kind, TASKS, n=1, cutoff=0.0)[0]
-        near += f":{dataset or 'chain_sum'}" if near == "reasoning_gym" else ""
-        raise ConfigError(f"task.name={config.name}: no such task; did you mean {near}?")
-    return TASKS[kind](config)
-
-
-TASKS: dict[str, Callable[[TaskConfig], Task]] = {
-    "addition": _build_addition,
-    "gsm8k": _build_gsm8k,
-    "reasoning_gym": _build_gym,
-}

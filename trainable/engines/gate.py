@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from spaces.config import RolloutConfig
-from trainable.engine import Engine, TrialFailed, deployed_weights, digest
+from trainable.engines.engine import Engine, TrialFailed, deployed_weights, digest
 from trainable.floor import APART, Floor, gap, measure_floor
-from trainable.logps import Batch, completion_logps
+from trainable.forward.logps import Batch, completion_logps
 from trainable.metrics import FLOOR_KL, GATE_KL
-from trainable.model import Policy, bare_name, unshared
+from trainable.policy.policy import Policy, bare_name, unshared
 
 RULE = "rollout_mismatch"
 LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
