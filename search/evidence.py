@@ -83,8 +83,8 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
             if key in differences:
                 there, here = differences[key]
                 raise ConfigError(
-                    f"--evidence {name}: {key}={there} there and {here} in this sweep, where sigma means something else; "
-                    "leave it out, or search a space that contains it"
+                    f"--evidence {name}: {key}={there} there and {here} in this sweep, where sigma means something "
+                    "else; leave it out, or search a space that contains it"
                 )
         other = ", ".join(f"{key}={there} (here {here})" for key, (there, here) in differences.items())
         found.append(

@@ -21,8 +21,8 @@ the spread is never taken below what the questions leave open:
 - *Neither is known*: differences without any spread leave the interval infinite and the verdict `undecided`.
 
 **Arms whose seeds do not all match** (a run failed, or has not ended): the seeds that both arms have are compared, and
-what has no partner is counted as `unpaired`. Left out: a mixed model over all runs. At so few replicates it may not be
-given more degrees of freedom than the pairs have, so it wins a slightly smaller standard error and no more.
+what has no partner is counted as `unpaired`. Left out: a mixed model over all runs. Its intervals are 5 to 22 %
+narrower (simulated, 3 to 5 common seeds among 4 to 8); running what is missing (`rin resume`) wins more.
 
 **Collapses** (`compare_arms`): intention to treat. A collapsed run keeps its place, with the accuracy of its clean
 model at the stop; to drop it would compare the lucky seeds of one arm with all seeds of the other. How often arms

@@ -1,4 +1,4 @@
-"""Named search spaces: many points, written as data. `search/searchers.py` alone turns them into a sampler's words.
+"""Named search spaces: many points, written as data. `search/proposals.py` alone turns them into a sampler's words.
 
 A space is a tuple of dimensions over dotted configuration keys. The same key may occur twice under different conditions, because
 sigma is not comparable between module kinds or precisions: RMSNorm gains are near 1 and linear weights near 0.05, so one absolute
