@@ -20,7 +20,7 @@ import typer
 
 from dashboards import options as given
 from dashboards.options import DEFAULT_STORE, SweepOptions, find_sweep, repeated, study_config, trial_config
-from spaces.errors import ConfigError
+from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
     from search.study import StudyResult
@@ -43,6 +43,7 @@ def sweep(
         str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
     ] = None,
     submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
+    scheduler: Annotated[str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
     if ablate is not None:
@@ -50,7 +51,8 @@ def sweep(
     study = study_config(options)
     server = None if submit is None else given.destination(submit, options)
     from search.ablation import ablation
-    from search.study import evidence_of, fixed_arms, run_study
+    from search.lineup import fixed_arms
+    from search.study import evidence_of, run_study
 
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
@@ -92,7 +94,7 @@ def resume(
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
-    from search.journal import read_arms, unfinished
+    from search.arms import read_arms, unfinished
     from search.study import resume_study
 
     changes = {"budget_hours": budget, "concurrent": concurrent}
@@ -115,7 +117,9 @@ def _follow(server: "JobServer", job: "Submission") -> None:
 def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
     """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that goes on."""
     from dashboards.live import build_progress, sweep_view
-    from dashboards.tables import arm_rows, arm_table, terminal
+    from dashboards.tables import arm_table, terminal
+    from search.arms import failures
+    from search.report import arm_reports
 
     console = terminal()
     left = f", {to_go} to go" if to_go is not None else ""
@@ -123,18 +127,22 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
     with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
         result = run(view, progress)
     where = repeated(store, tracking_uri)
-    if result.tracking_lost:
-        print(f"{result.tracking_lost}\nwhat the trials reported is kept; then: rin status {name}{where}", file=sys.stderr)
-        raise typer.Exit(1)
-    console.print(arm_table(arm_rows(result.records), f"sweep {name}, in {result.config.folder.uri}"))
-    if result.best is None:
+    title = f"sweep {name}, in {result.config.folder.uri}"
+    console.print(arm_table(arm_reports(result.config, result.arms), title))
+    if result.candidate is None:
         hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
-        console.print(f"no configuration has completed all its replicates: nothing to export{hint}", soft_wrap=True)
+        console.print(f"no configuration with noise has completed all its replicates: nothing to export{hint}", soft_wrap=True)
     else:
         _show_candidate(console, result, where)
-    failed = [record for record in result.records if record.status == "failed"]
-    for record in failed:
-        print(f"{record.arm}/{record.replicate} failed: {record.reason}", file=sys.stderr)
+    if result.untold:
+        print(
+            f"MLflow did not take {result.untold} records; the sweep's folder has what they are of. "
+            f"Once it answers: rin resume {name}{where}",
+            file=sys.stderr,
+        )
+    failed = failures(result.config, result.arms)
+    for line in failed:
+        print(line, file=sys.stderr)
     if result.config.runs < runs:
         console.print(f"the space has no further configuration: {result.config.trials} were all", soft_wrap=True)
     if not result.unfinished:
@@ -152,15 +160,16 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
 def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
     from search.store import BEST_FILE
 
-    best, name = result.best, result.config.name
+    best, name = result.candidate, result.config.name
     assert best is not None
+    assert best.difference is not None
     console.print(
-        f"candidate: {best.arm}, accuracy {best.accuracy:.4f} on the selection questions "
-        "(chosen and judged on the same questions: not a finding)",
+        f"candidate: {best.arm.name}, {100 * best.difference:+.1f} points against {best.control.name} on the selection "
+        "questions (chosen and judged on the same questions: not a finding)",
         soft_wrap=True,
     )
-    if best.origin == "control":
-        console.print("that is the control itself: no configuration with noise came out ahead of it", soft_wrap=True)
+    if best.difference <= 0:
+        console.print("no configuration with noise came out ahead of its control", soft_wrap=True)
     if len(result.config.objectives) > 1:
         _show_front(console, result)
     folder = result.config.folder
@@ -176,10 +185,9 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
 
 
 def _show_front(console: Any, result: "StudyResult") -> None:
-    from search.journal import read_arms
-    from search.searchers import pareto_front
+    from search.objectives import pareto_front
 
-    front = pareto_front([arm for arm in read_arms(result.config) if arm.origin != "control"], result.config.objectives)
+    front = pareto_front([arm for arm in result.arms if arm.origin != "control"], result.config.objectives)
     names = ", ".join(arm.name for arm in front) or "empty"
     console.print(f"Pareto front of {', '.join(result.config.objectives)}: {names}", soft_wrap=True, highlight=False)
 
@@ -239,34 +247,17 @@ def plan(options: SweepOptions) -> None:
 @app.command("list")
 def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = False) -> None:
     """Sweeps in the store."""
-    from search.store import absolute_store, load_study_config, sweeps
-    from search.tracking import load_study
+    from dashboards.listing import sweep_line, sweep_row
+    from search.store import absolute_store, sweeps
 
-    rows: list[dict[str, Any]] = []
     place = absolute_store(store)
-    for name in sweeps(place):
-        try:
-            study = load_study_config(place, name)
-        except ConfigError as error:  # of another version, or damaged: the others are still to be seen
-            rows.append({"name": name, "space": "", "workload": "", "runs": 0, "of": 0, "status": {}, "problem": str(error)})
-            continue
-        row: dict[str, Any] = {"name": study.name, "space": study.space.name, "workload": study.workload}
-        try:
-            records = load_study(study.tracking_uri, study.name)
-        except ConfigError as error:
-            rows.append({**row, "runs": 0, "of": study.runs, "status": {"unknown": 0}, "problem": str(error)})
-            continue
-        counts: dict[str, int] = {}
-        for record in records:
-            counts[record.status] = counts.get(record.status, 0) + 1
-        rows.append({**row, "runs": len(records), "of": study.runs, "status": counts})
+    rows = [sweep_row(place, name) for name in sweeps(place)]
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
         print(f"no sweeps in {store}; start one with: rin sweep")
     for row in [] if as_json else rows:
-        counts_text = row.get("problem") or ", ".join(f"{count} {status}" for status, count in row["status"].items())
-        print(f"{row['name']:32s} {row['space']:10s} {row['workload']:20s} {row['runs']}/{row['of']} runs: {counts_text}")
+        print(sweep_line(row))
 
 
 @app.command()
@@ -274,26 +265,28 @@ def status(
     name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
 ) -> None:
     """Every configuration of a sweep."""
-    from dataclasses import asdict
-
     study = find_sweep(name, store, tracking_uri)
-    from dashboards.tables import arm_rows, arm_table, terminal
+    from dashboards.tables import arm_table, status_row, terminal
+    from search.arms import failures, read_arms, unfinished
+    from search.report import arm_reports
     from search.store import is_driven
-    from search.tracking import load_study
 
-    records = load_study(study.tracking_uri, study.name)
-    rows = arm_rows(records)
+    arms = read_arms(study)
+    rows = arm_reports(study, arms)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps([status_row(row) for row in rows], indent=1))
         return
-    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {study.runs} trials begun"))
-    ended = sum(record.status in ("completed", "collapsed") for record in records)
+    begun = sum(trial.status != "waiting" for row in rows for trial in row.trials)
+    terminal().print(arm_table(rows, f"sweep {name}: {begun} of {study.runs} trials begun"))
+    left = unfinished(study, arms)
     if is_driven(study):
         print("it is running")
-    elif ended < study.runs and study.scheduler == "none":
+    elif left:
+        for line in failures(study, arms):
+            print(line)
         again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
         where = repeated(store, tracking_uri)
-        print(f"{study.runs - ended} trials are not finished and nobody is running them; go on: {again}{where}")
+        print(f"{left} trials are not finished and nobody is running them; go on: {again}{where}")
 
 
 @app.command()
@@ -304,8 +297,8 @@ def report(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import terminal
+    from search.arms import read_arms, unfinished
     from search.confirm import judge
-    from search.journal import read_arms, unfinished
     from search.report import report_study
 
     if study.kind == "confirm":
@@ -341,7 +334,7 @@ def confirm(
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import terminal
     from search.confirm import confirm as run_confirmation
-    from search.statistics import CONFIRM
+    from search.sequential import CONFIRM
 
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
@@ -360,22 +353,27 @@ def confirm(
 def export(
     name: given.Name,
     to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
+    arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     output: Annotated[Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")] = None,
     store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
 ) -> None:
-    """The best feasible configuration of a sweep, or its model."""
-    study = find_sweep(name, store, tracking_uri)
-    from search.export import EXPORTS, choose_best
-    from search.tracking import load_study
+    """The candidate of a sweep: its configuration, or its model."""
+    study = find_sweep(name, store, None)
+    from search.arms import candidate_of, read_arms
+    from search.export import EXPORTS
 
     if to not in (*EXPORTS, "checkpoint"):
         raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}, checkpoint")
-    best = choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri, study.replicates)
+    candidate = candidate_of(study, read_arms(study), arm)
     if to == "checkpoint":
-        _export_model(study, best, output or Path(f"{name}-checkpoint"))
+        from dashboards.live import build_progress
+        from dashboards.tables import terminal
+        from search.checkpoint_export import export_checkpoint
+
+        with build_progress(terminal()) as progress:
+            export_checkpoint(candidate, output or Path(f"{name}-checkpoint"), progress=progress)
         return
-    text = EXPORTS[to](best)
+    text = EXPORTS[to](candidate)
     if output is None:
         print(text, end="")
     else:
@@ -383,15 +381,6 @@ def export(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in a folder that exists") from None
-
-
-def _export_model(study: Any, best: Any, folder: Path) -> None:
-    from dashboards.live import build_progress
-    from dashboards.tables import terminal
-    from search.checkpoint_export import export_checkpoint
-
-    with build_progress(terminal()) as progress:
-        export_checkpoint(study, best, folder, progress=progress)
 
 
 @app.command()
@@ -404,7 +393,11 @@ def ui(
     """MLflow's UI on the sweep's saved view (on localhost; Ctrl-C ends it)."""
     study = find_sweep(name, store, tracking_uri)
     from dashboards.mlflow_views import serve_ui
+    from search.mirror import send_missing
+    from search.store import is_driven
 
+    if not is_driven(study):
+        send_missing(study)
     serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
 
 
@@ -478,6 +471,9 @@ def exit_codes() -> Iterator[None]:
     except ConfigError as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2)
+    except NoCandidate as nothing:
+        print(f"rin: {nothing}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         full = _full_disk(error)
         if full is None:

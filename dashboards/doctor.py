@@ -144,11 +144,11 @@ def _ray() -> Check:
 
 
 def _mlflow() -> Check:
-    from search.mlflow_client import check_tracking
+    from search.mlflow_client import Owner, check_tracking
     from search.store import default_tracking_uri
 
     with tempfile.TemporaryDirectory() as folder:
-        check_tracking(default_tracking_uri(folder), "doctor")
+        check_tracking(default_tracking_uri(folder), "doctor", Owner(id="doctor", store=folder))
     return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
 
 

@@ -1,7 +1,7 @@
 """One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
 out."""
 
-from trainable.trial import Outcome, StepReport
+from trainable.outcome import Outcome, StepReport
 
 ALARMS_SHOWN = 5
 
@@ -31,9 +31,9 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
     rule = f" by rule {outcome.rule}" if outcome.rule else ""
     return [
         f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s",
-        f"accuracy {scores['accuracy_start']:.4f} -> {scores['accuracy']:.4f} ({mode}), "
-        f"{scores['accuracy_bf16_start']:.4f} -> {scores['accuracy_bf16']:.4f} (unquantised), {scores['n']} questions",
-        f"quantised {len(receipt['quantized'])} layers, noised {len(receipt['noised'])} weights",
-        *(f"warning: {warning}" for warning in receipt["warnings"]),
-        *(f"alarm at step {alarm['step']}: {alarm['rule']}: {alarm['evidence']}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
+        f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
+        f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
+        f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights",
+        *(f"warning: {warning}" for warning in receipt.warnings),
+        *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
     ]

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,38 @@ def absolute_uri(uri: str) -> str:
     return prefix + str(home(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
 
 
-def check_tracking(uri: str, experiment: str, store: Path | None = None) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose an experiment is. Names are no proof: a folder is deleted and its name used again, two stores share one server."""
+
+    id: str
+    """Random, of the sweep."""
+    store: str
+    """Where the sweep lies."""
+
+
+OWNER_TAG, STORE_TAG = "sweep_id", "sweep_store"
+"""Of an experiment."""
+
+
+def check_tracking(uri: str, experiment: str, owner: Owner) -> str:
     """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
 
-    Files of runs go where an MLflow server wants them; with a database and no server beside it if it is a file,
-    otherwise into `store`.
+    An experiment that nobody has claimed may be anybody's: a start that goes no further leaves no claim, and its name
+    is free.
     """
     with one_line(uri, f"cannot write to experiment {experiment}"):
         mlflow = client(uri, create=True)
-        number = experiment_id(mlflow, uri, experiment, store)
+        number = experiment_id(mlflow, uri, experiment, owner)
         mlflow.set_experiment_tag(number, "written_by", "rin-search")
         return number
+
+
+def claim(uri: str, experiment: str, owner: Owner) -> None:
+    """From here on the experiment is this sweep's. Raises ConfigError when it is another's, or cannot be written to."""
+    with one_line(uri, f"cannot write to experiment {experiment}"):
+        mlflow = client(uri, create=True)
+        claimed_experiment(mlflow, uri, experiment, owner)
 
 
 def client(uri: str, create: bool = False) -> Any:
@@ -81,16 +103,40 @@ def _knock(uri: str, create: bool) -> None:
         engine.dispose()
 
 
-def experiment_id(mlflow: Any, uri: str, name: str, store: Path | None = None) -> str:
+def experiment_id(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
+    """Made if it is new. Files of its runs go where an MLflow server wants them; with a database and no server beside it if it is a
+    file, otherwise into the sweep's store. Raises ConfigError for one that was deleted, and for another sweep's.
+    """
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
         if experiment.lifecycle_stage != "active":
             raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
+        refuse_other_owner(experiment, uri, owner)
         return str(experiment.experiment_id)
     scheme, _, database = absolute_uri(uri).partition(":///")
+    store = None if "://" in owner.store else Path(owner.store)
     place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
     folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
     return str(mlflow.create_experiment(name, artifact_location=folder))
+
+
+def claimed_experiment(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
+    """`experiment_id`, with the owner's tags on it."""
+    number = experiment_id(mlflow, uri, name, owner)
+    mlflow.set_experiment_tag(number, OWNER_TAG, owner.id)
+    mlflow.set_experiment_tag(number, STORE_TAG, owner.store)
+    return number
+
+
+def refuse_other_owner(experiment: Any, uri: str, owner: Owner) -> None:
+    """Raises ConfigError: the runs of two sweeps in one experiment would be told apart by nobody."""
+    claimed = experiment.tags.get(OWNER_TAG, owner.id)
+    if claimed != owner.id:
+        where = experiment.tags.get(STORE_TAG, "a store that it does not name")
+        raise ConfigError(
+            f"--name {experiment.name}: tracking {strip_password(uri)} has an experiment of that name, of another sweep ({claimed[:8]}, "
+            f"which lies or lay in {where}); give another --name, or another --tracking-uri"
+        )
 
 
 def _is_sql(uri: str) -> bool:

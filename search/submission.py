@@ -37,11 +37,11 @@ from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
 
+from search.arms import Arm, read_arms, write_arm
 from search.cluster import TOKEN_REMEDY, refuse_secrets
-from search.journal import read_arms, read_evidence, write_arm
+from search.evidence import read_evidence
 from search.mlflow_client import absolute_uri
 from search.ray_internals import host_names
-from search.searchers import Arm
 from search.secrets import strip_password
 from search.store import STUDY_FILE, StudyConfig, absolute_store, check_name, sweeps
 from search.study import begin_study

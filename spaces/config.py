@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from spaces.errors import ConfigError as ConfigError
+from spaces.formats import FORMATS
 
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
@@ -168,14 +169,22 @@ class QuantConfig(Record):
     @property
     def mode(self) -> str:
         """`W4A4`, `W4A16`, ... : the words of the field."""
-        bits = {"none": 16, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
-        return f"W{bits[self.weights]}A{bits[self.activations]}"
+        return f"W{FORMATS[self.weights].bits}A{FORMATS[self.activations].bits}"
 
     @model_validator(mode="after")
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
             raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
         return self
+
+
+MODES: dict[str, dict[str, Format]] = {
+    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
+    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
+    "W4A16": {"weights": "mxfp4", "activations": "none"},
+    "W16A16": {"weights": "none", "activations": "none"},
+}
+"""Settings of `quant` by the field's word for them, in OCP's formats; from the coarsest on."""
 
 
 class ZoneSigma(Record):
@@ -338,14 +347,12 @@ class GRPOConfig(Record):
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long completions)."""
-    engine: Literal["inside", "process", "server"] = "inside"
-    """Where vLLM runs: inside the trial's process, in a child of it, or on the server at `server`."""
-    server: str | None = None
-    """HOST:PORT of `python -m trainable.engine_process --listen`; only with engine=server."""
+    engine: Literal["inside", "process"] = "inside"
+    """Where vLLM runs: inside the trial's process, or in a child of it."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory of vLLM's key/value cache, in GiB."""
     start_seconds: float = Field(300.0, gt=0)
-    """Longest start of an engine outside of the trial's process, after which it counts as dead (one inside: hang_seconds)."""
+    """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
     answer_seconds: float = Field(1800.0, gt=0)
     """Longest answer of such an engine: one batch of generation, or one weight sync."""
     temperature: float = Field(1.0, gt=0)
@@ -365,16 +372,13 @@ class RolloutConfig(Record):
     def _engine_options_have_a_use(self) -> Self:
         for keys, needed, used in (
             (("engine", "kv_cache_gib"), "backend=vllm", self.backend == "vllm"),
-            (("start_seconds", "answer_seconds"), "engine=process or engine=server", self.engine != "inside"),
-            (("server",), "engine=server", self.engine == "server"),
+            (("start_seconds", "answer_seconds"), "engine=process", self.engine == "process"),
         ):
             for key in keys:
                 if not used and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}={getattr(self, key)} does nothing without {needed}; set that or remove it")
         if self.backend == "vllm" and self.temperature > 2:
             raise ValueError(f"backend=vllm samples at temperatures up to 2, but got temperature={self.temperature:g}")
-        if self.engine == "server" and self.server is None:
-            raise ValueError("engine=server needs server=HOST:PORT")
         return self
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spaces.config import ConfigError
+from spaces.config import MODES, ConfigError
 from spaces.paths import anchored, anchored_value
 from spaces.reading import explain, load_yaml
 
@@ -101,12 +101,6 @@ class Space(_Record):
 LINEAR_SIGMA = {"W4A4": (0.002, 0.02), "W4A8": (0.005, 0.04), "W4A16": (0.01, 0.08), "W16A16": (0.01, 0.08)}
 # RMSNorm gains are near 1: QeRL's published starts run from 0.01 to 0.05.
 RMSNORM_SIGMA = {"W4A4": (0.005, 0.1), "W4A8": (0.005, 0.1), "W4A16": (0.01, 0.15), "W16A16": (0.01, 0.15)}
-_MODE_SETTINGS: dict[str, dict[str, Any]] = {
-    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
-    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
-    "W4A16": {"weights": "mxfp4", "activations": "none"},
-    "W16A16": {"weights": "none", "activations": "none"},
-}
 
 
 def _choice(*values: Any) -> Choice:
@@ -170,10 +164,10 @@ SPACES: dict[str, Space] = {
             Space(
                 name=mode.lower(),
                 description=f"which sigma, on which module kind, in {mode}",
-                settings={"quant": _MODE_SETTINGS[mode]},
+                settings={"quant": MODES[mode]},
                 dimensions=(_MODULES, *_sigma_start(mode), _SIGMA_END),
             )
-            for mode in _MODE_SETTINGS
+            for mode in MODES
         ),
     )
 }

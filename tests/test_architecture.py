@@ -4,13 +4,16 @@ import ast
 import importlib.metadata
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from spaces import config
+from search import objectives, proposals, store
+from spaces import config, formats
 from trainable import noise, quantization
 
 ROOT = Path(__file__).parents[1]
@@ -75,9 +78,8 @@ INSIDE |= {"engine_core", "hf_quantizer", "mlflow.sharedViewState", "mlflow.logg
 PRIVATE: dict[str, set[str]] = {
     "dashboards/mlflow_views.py": {"mlflow.sharedViewState"},
     "search/checkpoint_export.py": {"hf_quantizer"},
-    "search/proposals.py": {"_rng"},
     "search/ray_internals.py": {"ray._private", "ray.tune.execution", "_do_request"},
-    "search/searchers.py": {"ray.tune.utils"},
+    "search/smooth_gp.py": {"_rng"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
     "trainable/floor.py": {"_attn_implementation"},
     "trainable/forward.py": {"_attn_implementation"},
@@ -163,13 +165,6 @@ def test_what_is_taken_from_inside_ray_is_there() -> None:
     assert callable(JobSubmissionClient._do_request)
 
 
-def test_what_the_gaussian_process_replaces_inside_optuna_is_there() -> None:
-    """Two of them are overwritten in search/proposals.py, which the walk cannot tell from names of our own."""
-    from optuna.samplers import GPSampler
-
-    assert {"_log_prior", "_optimize_acqf", "_rng"} <= set(dir(GPSampler(seed=0)))
-
-
 @pytest.mark.parametrize("package", [*PACKAGES, "tests"])
 def test_package_files_hold_a_docstring_only(package: str) -> None:
     for path in (ROOT / package).rglob("__init__.py"):
@@ -193,15 +188,34 @@ def test_the_four_names_belong_to_this_distribution_alone() -> None:
     assert {name: sorted(set(owners.get(name, []))) for name in PACKAGES} == {name: ["rin-search"] for name in PACKAGES}
 
 
+def test_only_the_trial_knows_the_method_that_learns() -> None:
+    """What generates, measures or judges reads episodes and log-probs, whichever method learns from them."""
+    assert [relative(path) for path in MODULES if "trainable.grpo" in imports(path)] == ["trainable/trial.py"]
+
+
+def test_records_of_a_rollout_are_read_without_torch() -> None:
+    asked = "import sys, trainable.episode; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "False"
+
+
+def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
+    modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential"
+    code = f"import sys, {', '.join(f'search.{name}' for name in modules)}; print({{'torch', 'ray', 'mlflow'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
-    (quantization.FORMATS, config.Format),
+    (formats.FORMATS, config.Format),
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),
+    (proposals.SEARCHERS, store.SearcherName),
+    (objectives.OBJECTIVES, store.ObjectiveName),
 ]
 
 
-@pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES"])
+@pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"])
 def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(table: dict[str, Any], choices: Any) -> None:
     assert tuple(table) == get_args(choices)

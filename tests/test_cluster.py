@@ -176,6 +176,7 @@ def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() ->
         jsonschema.validate(job, schema)
 
 
+@pytest.mark.slow
 def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> None:
     """The very command of the example, on a process that is called as rin is, and on itself."""
     job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
@@ -195,6 +196,7 @@ def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> Non
         assert running.wait(10) == 7
 
 
+@pytest.mark.slow
 def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(tmp_path: Path) -> None:
     """The script itself, with Slurm and Ray played by six shell scripts: TERM reaches rin, which gets its time, then requeue."""
     tools = tmp_path / "rin-search" / ".venv" / "bin"

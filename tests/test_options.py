@@ -22,10 +22,10 @@ from dashboards.options import (
     study_config,
     trial_config,
 )
-from search.schedulers import SCHEDULERS
-from search.searchers import OBJECTIVES, SEARCHERS
+from search.lineup import fixed_arms
+from search.objectives import OBJECTIVES
+from search.proposals import SEARCHERS
 from search.store import StudyConfig, default_tracking_uri, save_study_config
-from search.study import fixed_arms
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.points import POINTS
@@ -43,7 +43,7 @@ def test_without_options_it_is_the_default_sweep_in_this_folder(tmp_path: Path, 
     config = study_config(SweepOptions())
     assert re.fullmatch(r"sigma-\d{8}-\d{6}", config.name)
     assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 8, 1)
-    assert (config.searcher, config.scheduler, config.objectives) == ("gp", "none", ("accuracy",))
+    assert (config.searcher, config.objectives) == ("gp", ("accuracy",))
     assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), default_tracking_uri(str(tmp_path / "runs")))
     assert list(tmp_path.iterdir()) == []
 
@@ -62,7 +62,6 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "warm_start": "earlier",
         "searcher": "tpe",
         "objectives": ["accuracy", "collapses", "accuracy"],
-        "scheduler": "none",
         "budget": 1.5,
         "cpus": 2,
         "gpus": 0.5,
@@ -73,7 +72,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
     assert set(given) | {"store"} == {field.name for field in fields(SweepOptions)}, "a new option belongs into this test"
     config = made(tmp_path, **given)
     assert (config.name, config.space.name, config.workload, config.trials, config.replicates) == ("mine", "schedule", "tiny", 12, 3)
-    assert (config.concurrent, config.seed, config.searcher, config.scheduler) == (2, 5, "tpe", "none")
+    assert (config.concurrent, config.seed, config.searcher) == (2, 5, "tpe")
     assert config.settings == {"noise": {"modules": "linear"}, "eval": {"questions": 16}}
     assert (config.points, config.evidence, config.warm_start) == (("e12", "e13h"), ("e13i-baseline",), "earlier")
     assert config.objectives == ("accuracy", "collapses")
@@ -88,7 +87,6 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"space": "missing.yaml"}, "missing.yaml"),
         ({"workload": "big"}, f"--workload big: unknown; choose one of {', '.join(WORKLOADS)}"),
         ({"searcher": "magic"}, f"--searcher magic: unknown; choose one of {', '.join(SEARCHERS)}"),
-        ({"scheduler": "magic"}, f"--scheduler magic: unknown; choose one of {', '.join(SCHEDULERS)}"),
         ({"objectives": ["fun"]}, f"--objective fun: unknown; choose one of {', '.join(OBJECTIVES)}"),
         ({"points": "e99"}, "--points e99: unknown point"),
         ({"name": "../up"}, "--name ../up: use letters"),
@@ -127,7 +125,7 @@ def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.Mon
     plan += ["--set", "noise.modules=linear", "--set", "eval.questions=16", "--points", "e12,e13h", "--searcher", "tpe"]
     plan += ["--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
     more = ["--evidence", "e13i-baseline", "--warm-start", "earlier", "--objective", "accuracy", "--objective", "hours"]
-    more += ["--scheduler", "none", "--name", "mine", "--tracking-uri", "http://host:5000", "--address", "HEAD:6379"]
+    more += ["--name", "mine", "--tracking-uri", "http://host:5000", "--address", "HEAD:6379"]
     planned = SweepOptions(
         space="schedule",
         workload="tiny",
@@ -148,7 +146,6 @@ def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.Mon
         evidence="e13i-baseline",
         warm_start="earlier",
         objectives=["accuracy", "hours"],
-        scheduler="none",
         name="mine",
         tracking_uri="http://host:5000",
         address="HEAD:6379",
@@ -159,7 +156,8 @@ def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.Mon
 def test_a_plan_has_the_options_of_a_sweep_that_it_has_a_use_for() -> None:
     group: Any = typer.main.get_command(cli.app)
     sweep, plan = ({p.name: p for p in group.commands[name].params if p.name != "help"} for name in ("sweep", "plan"))
-    assert set(sweep) == {field.name for field in fields(SweepOptions)} | {"ablate", "submit"}
+    assert set(sweep) == {field.name for field in fields(SweepOptions)} | {"ablate", "submit", "scheduler"}
+    assert sweep["scheduler"].hidden, "it is there to be refused with the reason"
     assert set(plan) == {field.name for field in fields(SweepOptions)} - set(NO_USE_IN_A_PLAN)
     assert {name: plan[name].help for name in plan} == {name: sweep[name].help for name in plan}
 
@@ -198,7 +196,7 @@ def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypa
     (tmp_path / "there" / "longer.yaml").write_text("task: {path: longer.jsonl}\n")
     config = made(tmp_path, space="../there/mine.yaml", points="../there/longer.yaml")
     weights = f"{tmp_path}/here/weights"
-    assert {arm.name: places(arm.tree) for arm in fixed_arms(config)} == {
+    assert {arm.name: places(as_tree(arm.config)) for arm in fixed_arms(config)} == {
         "control": (weights, f"{tmp_path}/there/q.jsonl"),
         "longer": (weights, f"{tmp_path}/there/longer.jsonl"),
     }
@@ -310,11 +308,13 @@ def test_a_trial_s_mistakes(point: str | None, config: Path | None, workload: st
         trial_config(point, config, workload, [])
 
 
+@pytest.mark.slow
 def test_options_import_nothing_heavy() -> None:
     code = "import sys, dashboards.options; print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_settings_is_told_before_the_slow_imports() -> None:
     code = (
         "import sys\nfrom dashboards.options import SweepOptions, study_config\nfrom spaces.errors import ConfigError\n"

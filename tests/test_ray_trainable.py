@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
 
 import trainable.ray_trainable
-from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
 from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
@@ -521,6 +521,7 @@ running.train()
 """
 
 
+@pytest.mark.slow
 def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: Path, undisturbed: Path) -> None:
     command = [sys.executable, "-c", HANGS, json.dumps(setting(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=300)

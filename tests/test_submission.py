@@ -21,7 +21,8 @@ from ray.job_submission import JobStatus
 
 from dashboards import cli
 from search import submission
-from search.journal import read_arms, read_evidence
+from search.arms import read_arms
+from search.evidence import read_evidence
 from search.store import load_study_config, save_study_config
 from search.study import fixed_arms
 from search.submission import (
@@ -238,7 +239,7 @@ def test_a_sweep_travels_with_all_that_was_read_here(
     assert begin_shipped(str(tmp_path / "kept" / "sweep")) == []
     begun = load_study_config(str(store), "s")
     assert (begun.space.name, begun.trials, begun.settings) == ("mine", 3, {"noise": {"sigma_end": 0.0005}})
-    assert [(arm.name, arm.tree["noise"]["sigma_start"]) for arm in read_arms(begun)] == [("control", 0.0), ("point", 0.0015)]
+    assert [(arm.name, arm.config.noise.sigma_start) for arm in read_arms(begun)] == [("control", 0.0), ("point", 0.0015)]
 
 
 def test_on_other_machines_relative_paths_are_refused_wherever_they_stand(

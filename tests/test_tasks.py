@@ -147,6 +147,7 @@ def test_added_reward_counts_by_its_weight_and_leaves_correctness_alone(task: Ta
     assert not score.correct
 
 
+@pytest.mark.slow
 def test_questions_are_the_same_in_another_process() -> None:
     code = (
         "from spaces.config import TaskConfig; from trainable.tasks import build_task\n"
@@ -556,6 +557,7 @@ def test_options_without_variety_are_explained_and_do_not_hang() -> None:
         task.held_out("confirm", 4)
 
 
+@pytest.mark.slow
 def test_tasks_are_built_without_torch_and_without_reasoning_gym() -> None:
     code = (
         "import sys; from spaces.config import TaskConfig; from trainable.tasks import build_task\n"

@@ -353,13 +353,13 @@ def test_a_collapse_ends_the_trial_at_once_with_its_name_and_its_results(tiny: T
 @pytest.mark.parametrize(("mode", "updates"), [("enforce", 0), ("monitor", 2), ("off", 2)])
 def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tiny, mode: str, updates: int) -> None:
     trial = Trial(tiny("grpo.filter_groups=resample", "grpo.max_gen_batches=1", f"collapse.mode={mode}"))
-    with_variance: set[str] = set()
+    asked: dict[str, int] = {}
 
     def rarely(question: Question, text: str) -> float:
-        """Groups of two prompts differ within themselves; all others are all wrong."""
-        if len(with_variance) < 2:
-            with_variance.add(question.prompt)
-        return checksum(question, text) if question.prompt in with_variance else 0.0
+        """Groups of two prompts differ within themselves, whatever was sampled; all others are all wrong."""
+        if len(asked) < 2 or question.prompt in asked:
+            asked[question.prompt] = asked.get(question.prompt, 0) + 1
+        return float(asked.get(question.prompt, 0) % 2)
 
     trial._begin()
     trial.task.rewards["exact"] = rarely

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import json, os, sys, time
 from trainable import watchdog

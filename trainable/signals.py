@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from trainable.grpo import Batch, FilterOutcome, UpdateMetrics
-from trainable.rollout import Group
+from trainable.episode import FilterOutcome, Group
+from trainable.logps import Batch, ImportanceWeights
 
 _N_GRAM = 4  # of the repetition signal
 
@@ -64,6 +64,18 @@ class Signals:
         """Tracked name -> value, for everything that was measured."""
         metrics = {name: value for attribute, name in NAMES.items() if (value := getattr(self, attribute)) is not None}
         return metrics | {f"grpo/reward/{name}": value for name, value in self.rewards}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateMetrics:
+    """Means over a step's updates."""
+
+    loss: float
+    grad_norm: float
+    """Largest global norm before clipping. Not finite: the update was not applied, so that the weights stay usable."""
+    clip_fraction: float
+    reference_kl: float
+    correction: ImportanceWeights
 
 
 def measure(

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 from search.journal import read_arms
+
 from search.store import load_study_config
 from search.tracking import load_study
 from spaces.reading import merge, read_config
@@ -185,15 +185,19 @@ def kill_actors(sweep: Sweep) -> None:
     running = sweep.start()
     for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(1, 8))
-        until = time.monotonic() + 60
-        while running.poll() is None and time.monotonic() < until:
-            victims = actors(running)
-            if victims:
-                sweep.draw.choice(victims).kill()
-                sweep.tally.faults += 1
-                break
-            time.sleep(0.1)
+        kill_an_actor(sweep, running)
     running.wait(DEADLINE)
+
+
+def kill_an_actor(sweep: Sweep, running: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while running.poll() is None and time.monotonic() < until:
+        victims = actors(running)
+        if victims:
+            sweep.draw.choice(victims).kill()
+            sweep.tally.faults += 1
+            break
+        time.sleep(0.1)
 
 
 def damage_checkpoint(sweep: Sweep) -> None:
@@ -238,12 +242,23 @@ def freeze(sweep: Sweep) -> None:
     for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(0, 4))
         if running.poll() is None:
-            Path(sweep.environment["RIN_FREEZE"]).touch()
-            until = time.monotonic() + 60
-            while Path(sweep.environment["RIN_FREEZE"]).exists() and running.poll() is None and time.monotonic() < until:
-                time.sleep(0.1)
-            sweep.tally.faults += not Path(sweep.environment["RIN_FREEZE"]).exists()
+            freeze_a_rollout(sweep, running)
     running.wait(DEADLINE)
+
+
+def prepare_freeze(sweep: Sweep) -> None:
+    (sweep.store / "sitecustomize.py").write_text(FREEZE)
+    sweep.environment = {"RIN_FREEZE": str(sweep.store / "freeze"), "PYTHONPATH": str(sweep.store)}
+    sweep.more += ("--set", "hang_seconds=5")
+
+
+def freeze_a_rollout(sweep: Sweep, running: subprocess.Popen[str]) -> None:
+    file = Path(sweep.environment["RIN_FREEZE"])
+    file.touch()
+    until = time.monotonic() + 60
+    while file.exists() and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    sweep.tally.faults += not file.exists()
 
 
 def second_driver(sweep: Sweep) -> None:
@@ -277,7 +292,7 @@ def kill_mlflow(sweep: Sweep) -> None:
         server = _serve_mlflow(sweep)
     running.wait(DEADLINE)
     sweep.finish()
-    _check(sweep)
+    check(sweep)
     _kill_group(server)
 
 
@@ -314,7 +329,8 @@ def kill_node(sweep: Sweep) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------------------
 
 
-def _check(sweep: Sweep) -> None:
+def check(sweep: Sweep) -> None:
+    """Counts in its tally."""
     config = load_study_config(str(sweep.store), sweep.name)
     records = load_study(sweep.tracking or config.tracking_uri, sweep.name)
     arms, tally = read_arms(config), sweep.tally
@@ -402,7 +418,7 @@ def _is_trial(process: psutil.Process, session: int) -> bool:
 
 
 @contextmanager
-def _store(fault: str) -> Iterator[Path]:
+def new_store(fault: str) -> Iterator[Path]:
     """A folder; for a full disk a small file system of its own."""
     folder = Path(tempfile.mkdtemp(prefix=f"rin-{fault}-"))
     if fault == "disk":
@@ -443,7 +459,7 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
     tally, moments = Tally(), enough or fault.moments
     number = 0
     while tally.faults < moments and number < 3 * moments:
-        with _store(name) as store:
+        with new_store(name) as store:
             draw = random.Random(f"{seed} {name} {number}")
             sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=min(FAULTS_PER_SWEEP, moments - tally.faults))
             if name == "mlflow":
@@ -452,15 +468,13 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
                 sweep.more = ("--set", "grpo.steps=60")  # long enough for a second program to start beside it
                 sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
             if name == "hang":
-                (store / "sitecustomize.py").write_text(FREEZE)
-                sweep.environment = {"RIN_FREEZE": str(store / "freeze"), "PYTHONPATH": str(store)}
-                sweep.more = ("--set", "hang_seconds=5")
+                prepare_freeze(sweep)
             for _ in range(fault.per_sweep):
                 if sweep.outcomes() < TRIALS and tally.faults < moments:
                     fault.strike(sweep)
             if name != "mlflow":
                 sweep.finish()
-                _check(sweep)
+                check(sweep)
         number += 1
     return tally
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from search.journal import read_arms
 
 from search import tracking
-from search.journal import read_arms
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
 from spaces.library import SPACES

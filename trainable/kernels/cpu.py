@@ -40,8 +40,6 @@ from spaces.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
-"""Codes of the operator's argument `format`."""
 SOURCES = Path(__file__).parent
 _VECTORS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
