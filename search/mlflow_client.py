@@ -55,7 +55,8 @@ OWNER_TAG, STORE_TAG = "sweep_id", "sweep_store"
 def check_tracking(uri: str, experiment: str, owner: Owner) -> str:
     """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
 
-    An experiment that nobody has claimed may be anybody's: a start that goes no further leaves no claim, and its name is free.
+    An experiment that nobody has claimed may be anybody's: a start that goes no further leaves no claim, and its name
+    is free.
     """
     with one_line(uri, f"cannot write to experiment {experiment}"):
         mlflow = client(uri, create=True)
