@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from search.arms import Arm, read_arms, trial_folder
 from search.store import StudyConfig
 from search.tracking import Tracker, known_trials, standing, trial_key
-from trainable.disk.trial_folder import read_reports, read_trial
+from trainable.disk.trial_folder import read_trial
 
 
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
@@ -30,8 +30,6 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
             if told or never_began:
                 continue
             tracker.begin(arm, number, replicate)
-            for report in read_reports(folder):
-                tracker.report(arm, replicate, report)
             tracker.end(arm, replicate)
 
 

@@ -132,6 +132,8 @@ class Tracker:
         """Nobody works on it any more: what its folder says of its end."""
         folder = trial_folder(self._study, arm.name, replicate)
         state, reports = read_trial(folder, driven=False), read_reports(folder)
+        for report in reports:  # a trial that is stopped makes a step of which Tune does not hear
+            self.report(arm, replicate, report)
         status: Status = "stopped" if state.status == "waiting" else state.status
         self._runs[arm.name, replicate].status = status
         when = _ms(state.attempts[-1].seen if state.attempts else None)
