@@ -593,7 +593,7 @@ def loaded(folder):
         return found
     return compare
 
-for job in json.loads(sys.argv[1]):
+for job in json.load(sys.stdin):
     folder, packed = Path(job["folder"]), job["method"] is None
     inputs.clear()
     form = dict(quantization=job["method"], dtype="auto" if packed else "float32")
@@ -631,8 +631,10 @@ def served(make: Make) -> Served:
         jobs.append({"folder": str(folder), "method": method, "prompts": prompts, **limits})
         tasks.append((task, questions, tokenizer))
     set_vllm_switches()  # which the process inherits
-    command = [sys.executable, "-c", SERVE, json.dumps(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], input=json.dumps(jobs), capture_output=True, text=True, check=False, timeout=600, cwd=root
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line.removeprefix("SAID")) for line in done.stdout.splitlines() if line.startswith("SAID")]
     answered = {}
