@@ -234,7 +234,7 @@ class Browser:
         deadline = time.monotonic() + seconds
         while not self.evaluate(ready):
             assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
-            time.sleep(1)
+            time.sleep(0.2)
 
     def close(self) -> None:
         with suppress(AssertionError, BrokenPipeError):
