@@ -305,6 +305,7 @@ PACKED = {
 }
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 @pytest.mark.parametrize(("overrides", "inputs"), PACKED.values(), ids=PACKED)
 def test_transformers_computes_with_the_packed_form_what_it_computes_with_fake_quantised_weights(
     make: Make, overrides: tuple[str, ...], inputs: str
