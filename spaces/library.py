@@ -6,11 +6,13 @@ range for both would compare a whisper with a shout. The ranges for linear layer
 Choices are labels (strings) with a value behind each, so that a stored study never meets a list or a new object.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spaces.config import ConfigError
+from spaces.config import MODES, ConfigError
+from spaces.paths import anchored, anchored_value
 from spaces.reading import explain, load_yaml
 
 
@@ -99,12 +101,6 @@ class Space(_Record):
 LINEAR_SIGMA = {"W4A4": (0.002, 0.02), "W4A8": (0.005, 0.04), "W4A16": (0.01, 0.08), "W16A16": (0.01, 0.08)}
 # RMSNorm gains are near 1: QeRL's published starts run from 0.01 to 0.05.
 RMSNORM_SIGMA = {"W4A4": (0.005, 0.1), "W4A8": (0.005, 0.1), "W4A16": (0.01, 0.15), "W16A16": (0.01, 0.15)}
-_MODE_SETTINGS: dict[str, dict[str, Any]] = {
-    "W4A4": {"weights": "mxfp4", "activations": "mxfp4"},
-    "W4A8": {"weights": "mxfp4", "activations": "mxfp8"},
-    "W4A16": {"weights": "mxfp4", "activations": "none"},
-    "W16A16": {"weights": "none", "activations": "none"},
-}
 
 
 def _choice(*values: Any) -> Choice:
@@ -168,18 +164,33 @@ SPACES: dict[str, Space] = {
             Space(
                 name=mode.lower(),
                 description=f"which sigma, on which module kind, in {mode}",
-                settings={"quant": _MODE_SETTINGS[mode]},
+                settings={"quant": MODES[mode]},
                 dimensions=(_MODULES, *_sigma_start(mode), _SIGMA_END),
             )
-            for mode in _MODE_SETTINGS
+            for mode in MODES
         ),
     )
 }
 
 
-def load_space(path: Any) -> Space:
-    """A space from a YAML file with the fields of `Space`. Raises ConfigError."""
+def load_space(path: Path) -> Space:
+    """A space from a YAML file with the fields of `Space`, paths in it from the file's folder. Raises ConfigError."""
+    space = read_space(path)
+    dimensions = tuple(_anchored(dimension, path.parent) for dimension in space.dimensions)
+    return space.model_copy(update={"settings": anchored(space.settings, path.parent), "dimensions": dimensions})
+
+
+def read_space(path: Path) -> Space:
+    """As it is written. Raises ConfigError."""
     try:
         return Space.model_validate(load_yaml(path))
     except ValidationError as error:
         raise ConfigError(explain(error, Space, str(path))) from None
+
+
+def _anchored(dimension: Dimension, folder: Path) -> Dimension:
+    """Models or data to choose from are named from the root too."""
+    if not isinstance(dimension.domain, Choice):
+        return dimension
+    options = {label: anchored_value(dimension.key, value, folder) for label, value in dimension.domain.options.items()}
+    return dimension.model_copy(update={"domain": Choice(options=options)})

@@ -33,8 +33,9 @@ from spaces.config import TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from trainable.embedded import character_tokenizer
+from trainable.episode import Completion, Episode, Group
 from trainable.model import Policy, deployed
-from trainable.rollout import Completion, Episode, Group, generate
+from trainable.rollout import generate
 from trainable.seeds import generator
 from trainable.tasks import Question, Score
 

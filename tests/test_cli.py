@@ -15,8 +15,8 @@ import typer
 
 from dashboards import cli
 from dashboards.doctor import Check, examine
-from search.store import StudyConfig, default_tracking_uri, save_study_config, sweeps
-from search.tracking import load_study
+from search.arms import read_arms
+from search.store import StudyConfig, load_study_config, save_study_config, sweeps
 from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
 from tests import processes
@@ -104,7 +104,8 @@ def test_every_command_explains_itself_and_its_options(
         (["sweep", "--ablate", "nobody"], "NAME=nobody: no sweep of that name"),
         (["sweep", "--warm-start", "nobody", "--workload", "tiny"], "NAME=nobody: no sweep of that name"),
         (["sweep", "--evidence", "e99", "--workload", "tiny"], "--evidence e99"),
-        (["sweep", "--scheduler", "magic"], "--scheduler magic: unknown"),
+        (["sweep", "--scheduler", "asha"], "--scheduler asha: no trial is stopped because others lead"),
+        (["sweep", "--scheduler", "none"], "leave it out"),
         (["sweep", "--objective", "fun"], "--objective fun: unknown"),
         (["sweep", "--budget", "0"], "--budget 0: nothing could run"),
         (["sweep", "--store", "s3://bucket/runs"], "a database cannot lie there; give --tracking-uri"),
@@ -289,8 +290,9 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert TrialConfig.model_validate(tree).threads == 1
     repeated = rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
     outcome = json.loads(repeated.stdout.splitlines()[-1])
-    records = load_study(default_tracking_uri(str(tmp_path / "runs")), "first")
-    assert any(r.metrics["eval/accuracy"] == outcome["eval"]["accuracy"] for r in records)
+    arms = {arm.name: arm for arm in read_arms(load_study_config(str(tmp_path / "runs"), "first"))}
+    candidate = next(row["arm"] for row in rows if row["candidate"])
+    assert outcome["eval"]["correct"] == list(arms[candidate].results[0].eval.correct)
     assert processes.rin("export", "first", "--to", "verl", cwd=tmp_path).out.startswith("++trainer.noise_injection.enabled=")
     refused = processes.rin("export", "first", "--to", "toml", cwd=tmp_path)
     assert (refused.code, "choose one of yaml, verl" in refused.err) == (2, True)

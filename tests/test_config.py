@@ -263,6 +263,18 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["model.lora_rank=8"], ["model", "lora_rank=8", "adapter=full", "set adapter=lora"]),
     (["model.lora_alpha=8"], ["model", "lora_alpha=8.0", "adapter=full", "set adapter=lora"]),
     (["model.name=x", "model.recipe.depth=4"], ["model", "recipe", "name=x", "null"]),
+    (["quant.backward=exact"], ["quant.backward=exact", "'dequantized' or 'high_precision'"]),
+    (
+        ["quant.backward=high_precision", "quant.weights=none", "quant.activations=none"],
+        ["quant", "backward=high_precision", "nothing is quantised"],
+    ),
+    (
+        ["quant.backward=high_precision", "quant.weights=none", "model.adapter=lora"],
+        ["quant.backward=high_precision", "model.adapter=lora", "quant.weights=none", "remove it"],
+    ),
+    (["quant.hadamard=1"], ["quant.hadamard=1", "boolean"]),
+    (["quant.hadamard=yes"], ["quant.hadamard=yes", "boolean"]),
+    (["quant.hadamard=true", "quant.weights=none", "quant.activations=none"], ["quant", "hadamard=true", "nothing is quantised"]),
     (["quant.weights=nvfp4", "quant.activations=none", "quant.scale_rule=ceil"], ["quant", "scale_rule=ceil", "mxfp4 or mxfp8"]),
     (["noise.modules=linear", "noise.final_norm=true"], ["noise", "final_norm=true", "['linear']", "set final_norm=false"]),
     (["noise.placement=after"], ["noise", "placement=after", "add linear", "set placement=before"]),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
 from trainable import mlp, norm
 from trainable.kernels import cuda
-from trainable.quantization import QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
+from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
 from trainable.seeds import generator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,7 +129,7 @@ def gradients_of_the_norm(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        norm._FusedOnCuda.apply(*ours, 1e-6, *kernel_codes(fmt, "floor")).backward(grad.to(device))
+        cuda.RMSNorm.apply(*ours, 1e-6, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
         normed(*theirs, 1e-6).backward(grad)
         close = 1e-5 if dtype == torch.float32 else 3e-2
         for a, b in zip(ours, theirs, strict=True):
@@ -173,7 +173,7 @@ def gradients_of_the_activation(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        mlp._FusedOnCuda.apply(*ours, *kernel_codes(fmt, "floor")).backward(grad.to(device))
+        cuda.SwiGLU.apply(*ours, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
         (nn.functional.silu(theirs[0]) * theirs[1]).backward(grad)
         for a, b in zip(ours, theirs, strict=True):
             assert a.grad is not None
@@ -184,8 +184,8 @@ def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         kernel = cuda.load()
         assert kernel is not None
-        y = norm._FusedOnCuda.apply(x, weight[0], 1e-6, 0, 0)
-        y = mlp._FusedOnCuda.apply(y, x, 0, 0)
+        y = cuda.RMSNorm.apply(x, weight[0], 1e-6, 0, 0, True)
+        y = cuda.SwiGLU.apply(y, x, 0, 0, True)
         return y @ kernel(weight, *kernel_codes("nvfp4", "floor"), True).t()
 
     x, weight = drawn(8, 64).to(device).requires_grad_(), drawn(32, 64, name="weight").to(device)
@@ -307,24 +307,28 @@ def test_a_cuda_tensor_goes_to_the_kernel_and_without_triton_to_eager_torch(monk
 
 def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(norm, "_FusedOnCuda", SimpleNamespace(apply=lambda x, weight, *arguments: calls.append(arguments)))
+    monkeypatch.setattr(cuda, "RMSNorm", SimpleNamespace(apply=lambda x, weight, *arguments: calls.append(arguments)))
     monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)
     layer = norm.RMSNorm(nn.Parameter(torch.ones(64)), 1e-6)
     layer(on_cuda(4, 64))
-    layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format="mxfp8", scale_rule="even"),)
+    how = Arithmetic(activations="mxfp8", scale_rule="even")
+    layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
+    layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(1e-6, -1, 0), (1e-6, *kernel_codes("mxfp8", "even"))]
+    assert calls == [(1e-6, -1, 0, False), (1e-6, *kernel_codes("mxfp8", "even"), False)]
 
 
 def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(mlp, "_FusedOnCuda", SimpleNamespace(apply=lambda gate, up, *arguments: calls.append(arguments)))
+    monkeypatch.setattr(cuda, "SwiGLU", SimpleNamespace(apply=lambda gate, up, *arguments: calls.append(arguments)))
     monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)
     layer = mlp.GatedMLP(nn.Identity(), nn.Identity(), nn.Identity())
     layer(on_cuda(4, 64))
-    layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format="mxfp8", scale_rule="even"),)
+    how = Arithmetic(activations="mxfp8", scale_rule="even")
+    layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
+    layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(-1, 0), kernel_codes("mxfp8", "even")]
+    assert calls == [(-1, 0, False), (*kernel_codes("mxfp8", "even"), False)]
 
 
 def test_an_activation_or_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:

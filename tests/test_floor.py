@@ -18,10 +18,11 @@ import trainable.floor
 from spaces.config import ConfigError, Correction, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, byte_tokenizer, ragged_prompts, sampled_groups
 from trainable.decoder import _Transformers, decoder
-from trainable.floor import Floor, Gap, attention, cached_logps, computing, eager_logps, first_blocks, gap, measure_floor
+from trainable.floor import Floor, Gap, attention, cached_logps, eager_logps, first_blocks, gap, measure_floor
 from trainable.forward import forward_of
-from trainable.grpo import Batch, clean_logps, make_batch
-from trainable.model import Policy, deployed, load_policy
+from trainable.logps import Batch, clean_logps, make_batch
+from trainable.model import Policy, computing, deployed, load_policy
+from trainable.quantization import Arithmetic, InputSource
 from trainable.seeds import generator
 
 W16A16 = QuantConfig(weights="none", activations="none")
@@ -187,7 +188,7 @@ def test_rows_at_a_time_change_no_more_than_rounding(model_folder: ModelFolder, 
     with deployed(policy):
         expected = cached_logps(policy, replace(batch, group_size=1), TEMPERATURE, 100)
         found = cached_logps(policy, batch, TEMPERATURE, micro)
-    torch.testing.assert_close(found[inside], expected[inside], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(found[inside], expected[inside], rtol=5e-5, atol=5e-5)  # up to 1.6e-5, by processor
 
 
 # --- the floor ---------------------------------------------------------------------------------------------------------------
@@ -322,7 +323,8 @@ def settings_of(policy: Policy) -> dict[str, Any]:
         "attention": config._attn_implementation,
         "config": copy.deepcopy(config.to_dict()),
         "modules": [(name, id(module)) for name, module in network.named_modules()],
-        "formats": [(m.weight_format, m.activation_format, m.scale_rule, m.quantize_input) for m in policy.linears.values()],
+        "formats": [(m.arithmetic, m.quantize_input) for m in policy.linears.values()],
+        "shared": [(m.readers, m.output) for m in network.modules() if isinstance(m, InputSource)],
         "deployed": [m.deployed_weight for m in policy.linears.values()],
         "parts": (policy.depth, list(policy.linears), list(policy.norms)),
     }
@@ -331,7 +333,7 @@ def settings_of(policy: Policy) -> dict[str, Any]:
 @contextmanager
 def every_setting(policy: Policy) -> Iterator[None]:
     with (
-        computing(policy, QuantConfig(activations="mxfp8", scale_rule="even")),
+        computing(policy, Arithmetic(activations="mxfp8", scale_rule="even")),
         first_blocks(policy, 2) as part,
         deployed(part),
         attention(part, "eager"),
@@ -413,18 +415,12 @@ def test_switched_formats_are_those_of_a_policy_loaded_with_them(model_folder: M
     policy = policy_of(model_folder(), coarse, adapter=adapter)
     with deployed(loaded):
         expected = clean_logps(loaded, batch, TEMPERATURE, MICRO)
-    with computing(policy, quant), deployed(policy):
+    with computing(policy, Arithmetic.of(quant)), deployed(policy):
         found = clean_logps(policy, batch, TEMPERATURE, MICRO)
     assert torch.equal(found, expected)
     with deployed(policy):
         back = clean_logps(policy, batch, TEMPERATURE, MICRO)
     assert torch.equal(back, expected) == (quant == coarse)
-
-
-def test_formats_are_not_switched_where_it_was_not_decided_who_shares_an_input(model_folder: ModelFolder) -> None:
-    policy = policy_of(model_folder(), QuantConfig(activations="none"))
-    with pytest.raises(AssertionError, match="W4A4"), computing(policy, QuantConfig()):
-        pass
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
@@ -461,7 +457,7 @@ def test_a_real_model_has_a_floor_in_w4a4_and_next_to_none_in_16_bits() -> None:
         policy, found = load_policy(ModelConfig(name="smollm2-135m", dtype=dtype), QuantConfig(), seed=0), []
         prompts = [policy.tokenizer(f"State the final answer to {a} + {a + 7} =")["input_ids"] for a in (3, 25, 48, 71)]
         for quant in quants:
-            with computing(policy, quant):
+            with computing(policy, Arithmetic.of(quant)):
                 batch = make_batch(policy, sampled_groups(policy, prompts, group_size=2, temperature=1.0), torch.zeros(4, 2))
                 with deployed(policy):
                     found.append(measure_floor(policy, batch, 1.0, MICRO))

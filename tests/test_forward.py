@@ -13,20 +13,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-import trainable.grpo
+import trainable.logps
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
 from trainable import decoder as decoding
 from trainable.decoder import _Fused, _Ours, _Transformers, decoder
 from trainable.embedded import character_tokenizer
-from trainable.forward import forward_of, positions
-from trainable.grpo import Batch, completion_logps, make_batch
+from trainable.forward import forward_of, left_padded, positions
 from trainable.kernels import cpu
+from trainable.logps import Batch, completion_logps, make_batch
 from trainable.mlp import GatedMLP
 from trainable.model import Policy, deployed, load_policy
 from trainable.norm import RMSNorm
-from trainable.quantization import QuantLinear, fake_quantize
-from trainable.rollout import left_padded
+from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
 from trainable.seeds import generator
 
 ChangedFolder = Callable[..., str]
@@ -176,7 +175,7 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
     batch = sampled_batch(policy)
     results = []
     for packed in (batch, replace(batch, group_size=1)):
-        monkeypatch.setattr(trainable.grpo, "_PACKED_TOKENS", longest)
+        monkeypatch.setattr(trainable.logps, "_PACKED_TOKENS", longest)
         logps, entropies = completion_logps(policy, packed, 0.7)
         inside = batch.mask > 0
         loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()
@@ -198,25 +197,6 @@ def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     others = torch.arange(len(batch)) % 6 != 0
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[~others], after[~others])
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)]
-)
-def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: list[int]) -> None:
-    zeros = torch.zeros(30, 1)
-    batch = Batch(
-        prompt_ids=zeros,
-        prompt_mask=zeros,
-        completion_ids=zeros,
-        mask=zeros,
-        rollout_logps=zeros,
-        advantages=zeros[:, 0],
-        old_logps=zeros,
-        group_size=6,
-    )
-    lengths = [rows.stop - rows.start for rows in batch.slices(size)]
-    assert lengths == (expected if size < 30 else [30])
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +234,9 @@ def test_the_norm_quantises_as_the_layers_behind_it_would(fmt: str) -> None:
     norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(64, generator=generator("weight"))), 1e-6)
     x = torch.randn(10, 64, generator=generator("x"), requires_grad=True)
     plain = norm(x)
-    norm.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", activation_format=fmt, scale_rule="even"),)
+    how = Arithmetic(activations=fmt, scale_rule="even")
+    norm.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
+    norm.share()
     assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
     with torch.no_grad():
         assert torch.equal(norm(x), fake_quantize(plain, fmt, "even"))
@@ -278,6 +260,7 @@ def test_the_norm_of_a_sum_is_that_of_the_sum(monkeypatch: pytest.MonkeyPatch, f
         monkeypatch.setattr(cpu, "load", lambda: None)
     norm = RMSNorm(nn.Parameter(1 + 0.1 * torch.randn(96, generator=generator("weight"))), 1e-6)
     norm.readers = (QuantLinear.from_linear(nn.Linear(96, 8), name="reader"),)
+    norm.share()
     source = generator("x")
     grads = torch.randn(2, 5, 7, 96, generator=source)
     inputs = [torch.randn(5, 7, 96, generator=source).requires_grad_() for _ in range(2)]
@@ -309,7 +292,7 @@ def test_the_activation_and_its_gradients_are_torch_s_bit_for_bit(shape: tuple[i
     results = []
     for activation in (cpu_kernels().swiglu, lambda gate, up, *_: nn.functional.silu(gate) * up):
         inputs = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-        y = activation(*inputs, -1, 0)
+        y = activation(*inputs, -1, 0, False)
         y.backward(grad)
         results.append((y.detach(), *(x.grad for x in inputs)))
     for name, ours, theirs in zip(("y", "gate", "up"), *results, strict=True):
@@ -322,7 +305,7 @@ def test_the_activation_does_not_hide_what_is_not_finite(bad: float) -> None:
     for place in range(2):
         inputs = [torch.ones(3, 32), torch.ones(3, 32)]
         inputs[place][1, 5] = bad
-        y = cpu_kernels().swiglu(*inputs, -1, 0)
+        y = cpu_kernels().swiglu(*inputs, -1, 0, False)
         expected = nn.functional.silu(inputs[0]) * inputs[1]
         torch.testing.assert_close(y, expected, equal_nan=True)
         assert y[[0, 2]].isfinite().all()
@@ -334,14 +317,16 @@ def test_the_mlp_quantises_as_the_layers_in_it_would(monkeypatch: pytest.MonkeyP
     if not fused:
         monkeypatch.setattr(cpu, "load", lambda: None)
     linears = {name: nn.Linear(*sizes) for name, sizes in {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}.items()}
-    gate, up, down = (QuantLinear.from_linear(linear, name=name, activation_format=fmt) for name, linear in linears.items())
+    how = Arithmetic(activations=fmt)
+    gate, up, down = (QuantLinear.from_linear(linear, name=name, arithmetic=how) for name, linear in linears.items())
     mlp = GatedMLP(gate, up, down)
     x = torch.randn(40, 32, generator=generator("x"), requires_grad=True)
     parameters = [x, *mlp.parameters()]
     expected = down(nn.functional.silu(gate(x)) * up(x))
     theirs = torch.autograd.grad(expected.square().sum(), parameters)
-    for readers in ((), (down,)):
-        mlp.readers, down.quantize_input = readers, not readers
+    for mlp.apart in (True, False):
+        mlp.share()
+        assert down.quantize_input == mlp.apart
         assert torch.equal(mlp(x), expected)
         for a, b in zip(torch.autograd.grad(mlp(x).square().sum(), parameters), theirs, strict=True):
             assert torch.equal(a, b)
@@ -350,8 +335,8 @@ def test_the_mlp_quantises_as_the_layers_in_it_would(monkeypatch: pytest.MonkeyP
 def test_arguments_of_another_kind_are_named() -> None:
     x = torch.ones(2, 32)
     with pytest.raises(TypeError, match="a tensor is wanted, not int"):
-        cpu_kernels().swiglu(x, 3, -1, 0)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="4 arguments are wanted, not 2"):
+        cpu_kernels().swiglu(x, 3, -1, 0, False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="5 arguments are wanted, not 2"):
         cpu_kernels().swiglu(x, x)  # type: ignore[call-arg]
 
 
@@ -360,10 +345,14 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
     kernels, x, weight = cpu_kernels(), torch.ones(4, 32), torch.ones(32)
     for wrong in (torch.ones(4, 16), torch.ones(32), torch.ones(2, 32)):
         with pytest.raises(ValueError, match=r"gate \[4, 32\] and up"):
-            kernels.swiglu(x, wrong, -1, 0)
+            kernels.swiglu(x, wrong, -1, 0, False)
         with pytest.raises(ValueError, match=r"x \[4, 32\] and residual"):
-            kernels.rms_norm(x, wrong, weight, 1e-6, -1, 0)
-    for activation in (lambda x: kernels.swiglu(x, x, 0, 0), lambda x: kernels.rms_norm(x, None, torch.ones(x.shape[-1]), 1e-6, 0, 0)):
+            kernels.rms_norm(x, wrong, weight, 1e-6, -1, 0, False)
+    ones = torch.ones
+    for activation in (
+        lambda x: kernels.swiglu(x, x, 0, 0, False),
+        lambda x: kernels.rms_norm(x, None, ones(x.shape[-1]), 1e-6, 0, 0, False),
+    ):
         with pytest.raises(ValueError, match="rows of 40 are not whole vectors"):
             activation(torch.ones(4, 40))
         with pytest.raises(ValueError, match="rows of 0 are not whole vectors"):
@@ -371,7 +360,7 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         with pytest.raises(ValueError, match="mxfp4 needs a last dim that is a multiple of 32, but got 48"):
             activation(torch.ones(4, 48))
     with pytest.raises(ValueError, match=r"a weight \[16\] for rows of 32"):
-        kernels.rms_norm(x, None, torch.ones(16), 1e-6, -1, 0)
+        kernels.rms_norm(x, None, torch.ones(16), 1e-6, -1, 0, False)
     with pytest.raises(RuntimeError, match="angles are not contiguous"):
         kernels.rotary(torch.ones(8, 2, 8), torch.ones(8, 8).t(), torch.ones(8, 8))
 
@@ -381,8 +370,8 @@ def test_gradients_of_gradients_are_refused() -> None:
     kernels, x = cpu_kernels(), torch.ones(4, 32, requires_grad=True)
     angles = torch.ones(4, 32)
     for y in (
-        kernels.swiglu(x, x, -1, 0),
-        kernels.rms_norm(x, None, torch.ones(32), 1e-6, -1, 0),
+        kernels.swiglu(x, x, -1, 0, False),
+        kernels.rms_norm(x, None, torch.ones(32), 1e-6, -1, 0, False),
         kernels.rotary(x[:, None], angles, angles),
     ):
         with pytest.raises(NotImplementedError, match="has none of its own"):

@@ -16,7 +16,7 @@ import trainable.model
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, Tiny
 from trainable.model import Policy, block_of, deployed, load_policy, matches, unquantized
-from trainable.quantization import QuantLinear, fake_quantize
+from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear, fake_quantize
 
 PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -82,8 +82,7 @@ def test_a_pattern_excludes_whole_name_parts(model_folder: ModelFolder, pattern:
     assert set(policy.linears) - set(policy.quantized) == excluded
     assert len(policy.linears) == 12 * len(PROJECTIONS), "an excluded layer of a block stays wrapped, so that noise can see it"
     for name, linear in policy.linears.items():
-        formats = ("none", "none") if name in excluded else ("mxfp4", "mxfp4")
-        assert (linear.weight_format, linear.activation_format) == formats
+        assert linear.arithmetic == (UNQUANTIZED if name in excluded else Arithmetic())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def with_random_adapters(policy: Policy) -> Policy:
 def test_adapters_see_the_quantised_input_and_are_not_quantised(
     model_folder: ModelFolder, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
         adapted = adapted_layer(policy, name)
@@ -225,8 +224,8 @@ def test_adapters_see_the_quantised_input_and_are_not_quantised(
         first, second = adapted.lora_A["default"], adapted.lora_B["default"]
         assert type(first) is type(second) is nn.Linear
         x = torch.randn(3, linear.in_features)
-        seen = fake_quantize(x, linear.activation_format)
-        base = F.linear(seen, fake_quantize(linear.weight, linear.weight_format), linear.bias)
+        seen = fake_quantize(x, linear.arithmetic.activations)
+        base = F.linear(seen, fake_quantize(linear.weight, linear.arithmetic.weights), linear.bias)
         expected = base + 12.0 / 4 * (seen @ first.weight.T @ second.weight.T)
         torch.testing.assert_close(adapted(x), expected)
 
@@ -248,7 +247,7 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
 def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.model, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
     adapted = adapted_layer(policy, name)
@@ -280,8 +279,8 @@ def test_adapters_depend_on_the_seed_alone(model_folder: ModelFolder) -> None:
 # --- for a while -------------------------------------------------------------------------------------------------------------
 
 
-def formats(policy: Policy) -> list[tuple[str, str, bool]]:
-    return [(m.weight_format, m.activation_format, m.quantize_input) for m in policy.linears.values()]
+def formats(policy: Policy) -> list[tuple[Arithmetic, bool]]:
+    return [(m.arithmetic, m.quantize_input) for m in policy.linears.values()]
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -416,27 +415,3 @@ def test_weights_that_are_missing_or_do_not_fit_are_not_drawn_at_random(model_fo
             load_policy(ModelConfig(name=str(tmp_path)), W4A4, seed=0)
     save_file(whole | {"another": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     load_policy(ModelConfig(name=str(tmp_path)), W4A4, seed=0)  # what is there besides does no harm
-
-
-@pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_a_shared_quantised_input_gives_the_bits_of_one_quantisation_per_layer(
-    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, adapter: str
-) -> None:
-    ids = torch.tensor([[3, 4, 12, 5, 14, 7]])
-    config = ModelConfig(name=model_folder("qwen2"), adapter=adapter)  # type: ignore[arg-type]
-    results = []
-    for sharing in (True, False):
-        if not sharing:
-            monkeypatch.setattr(trainable.model, "_share_inputs", lambda network, linears, norms: None)
-            monkeypatch.setattr(trainable.model, "_own_mlps", lambda network: None)
-        policy = load_policy(config, QuantConfig(), 0)
-        shared = sum(not linear.quantize_input for linear in policy.linears.values())
-        assert shared == (18 if sharing else 0) or adapter == "lora"
-        logits = policy.model(input_ids=ids).logits
-        logits.square().sum().backward()
-        results.append((logits.detach(), {name: p.grad for name, p in policy.trainable().items()}))
-    (logits, gradients), (other_logits, other_gradients) = results
-    assert torch.equal(logits, other_logits)
-    for name, gradient in gradients.items():
-        assert gradient is not None
-        torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-4, atol=1e-6)

@@ -17,10 +17,10 @@ from spaces.points import POINTS, SRDD_MULTIPLIERS
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.embedded import character_tokenizer
+from trainable.hadamard import rotate
 from trainable.model import Policy, load_policy
 from trainable.noise import (
     SCHEDULES,
-    Effect,
     NoiseTarget,
     effect_warnings,
     injected,
@@ -32,7 +32,9 @@ from trainable.noise import (
     stage_at,
     zone_layers,
 )
-from trainable.quantization import fake_quantize
+from trainable.outcome import Effect
+from trainable.quantization import element_step, fake_quantize
+from trainable.seeds import generator
 
 STEPS = 29
 HIDDEN = 64
@@ -578,6 +580,30 @@ def test_placement_says_whether_noise_passes_the_quantiser(fmt: Any, load: Load)
         torch.testing.assert_close(after[name].double(), fake_quantize(weight, fmt, per_tensor=True).double() + shift, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("placement", ["before", "after"])
+@pytest.mark.parametrize(("fmt", "scale"), [("mxfp4", "absolute"), ("mxfp4", "step"), ("nvfp4", "step"), ("none", "rms")])
+def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(fmt: Any, scale: Any, placement: Any, load: Load) -> None:
+    """And arrives with the rms that it has on a weight that is not rotated, in the basis of either."""
+    policy = load(weights=fmt, hadamard=True)
+    sigma = 0.02 if scale == "absolute" else 0.3
+    noise = NoiseConfig(sigma_start=sigma, sigma_end=sigma, modules=("linear",), scale=scale, placement=placement)
+    got = during(policy, noise)
+    for name, weight in got.items():
+        if "norm" in name:
+            continue
+        master = policy.linears[name.removesuffix(".weight")].weight.detach()
+        turned = rotate(master)
+        unit = {"absolute": 1.0, "rms": rms(master)}.get(scale) or element_step(turned, fmt, per_tensor=True)
+        shift = torch.randn(master.shape, generator=generator("noise", 0, STEPS - 1, name)) * sigma * unit
+        if placement == "before":
+            expected = fake_quantize(turned + shift, fmt, per_tensor=True)
+            assert ((weight - expected).abs() > 1e-6).float().mean() < 0.001, "but for the last bit of rms"
+        else:
+            torch.testing.assert_close(weight, fake_quantize(turned, fmt, per_tensor=True) + shift, rtol=1e-6, atol=1e-7)
+            back = rotate(weight - fake_quantize(turned, fmt, per_tensor=True))
+            assert rms(back) == pytest.approx(rms(shift), rel=1e-4), "the change of the weight in the model's own basis"
+
+
 def test_noise_is_added_in_fp32_and_cast_to_bf16_afterwards(load: Load) -> None:
     narrow, wide = load(dtype="bfloat16", weights="none"), load(weights="none")
     with torch.no_grad():
@@ -599,6 +625,8 @@ PROVEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"modules": ["rmsnorm", "linear"], "final_norm": True}, {}),
     ({"modules": "linear", "placement": "after"}, {}),
     ({"modules": "linear", "scale": "step"}, {}),
+    ({"modules": "linear", "scale": "step"}, {"hadamard": True, "weights": "nvfp4"}),
+    ({"modules": "linear", "placement": "after"}, {"hadamard": True, "adapter": "lora"}),
     ({"modules": ["rmsnorm", "linear"], "scale": "rms"}, {"dtype": "bfloat16"}),
     ({"modules": ["rmsnorm", "linear"], "layer_multipliers": [1, 2, 3, 4]}, {"adapter": "lora", "skip_layers": (0,)}),
 ]

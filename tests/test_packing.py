@@ -1,6 +1,7 @@
 """Packed MXFP4: what other programs unpack equals `fake_quantize` bit for bit, by the library's own decompressor."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from tests.conftest import ModelFolder
 from trainable.engine import CONFIG_FILE
 from trainable.packing import MAGNITUDES, no_packed_form, pack, pack_checkpoint, quantization_config, uneven_blocks
-from trainable.quantization import SCALE_RULES, fake_quantize
+from trainable.quantization import SCALE_RULES, Arithmetic, fake_quantize
 
 library: Any = pytest.importorskip("compressed_tensors.compressors")
 quantization: Any = pytest.importorskip("compressed_tensors.quantization")
@@ -133,7 +134,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     ],
 )
 def test_which_formats_can_be_packed_and_why_not(weight_format: str, input_format: str, said: str) -> None:
-    reason = no_packed_form(weight_format, input_format)
+    reason = no_packed_form(Arithmetic(weights=weight_format, activations=input_format))
     assert said in reason
     assert bool(reason) == bool(said)
 
@@ -143,7 +144,7 @@ def test_parts_of_a_block_that_vllm_computes_as_one_are_named_when_they_are_unev
     block |= {f"model.layers.0.mlp.{name}_proj": "mxfp4" for name in ("gate", "up", "down")}
 
     def uneven(*changes: str) -> list[str]:
-        layers = {name: {"weights": "none" if name.endswith(changes) else form} for name, form in block.items()}
+        layers = {name: Arithmetic(weights="none" if name.endswith(changes) else form) for name, form in block.items()}
         return uneven_blocks(layers)
 
     assert uneven("nothing") == uneven("o_proj", "down_proj") == uneven("q_proj", "k_proj", "v_proj") == []
@@ -158,9 +159,10 @@ def plain(folder: str, **formats: str) -> Path:
     """With the formats of layers by their last name; others mxfp4/none."""
     place = Path(folder)
     names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
-    layers = {name: {"weights": formats.get(name.split(".")[-1], "mxfp4"), "activations": "none"} for name in names}
-    layers |= {name: {"weights": form, "activations": "none"} for name, form in formats.items() if name == "lm_head"}
-    (place / CONFIG_FILE).write_text(json.dumps({"version": 1, "scale_rule": "rceil", "layers": layers}))
+    chosen = {name: formats.get(name.split(".")[-1], "mxfp4") for name in names}
+    chosen |= {name: form for name, form in formats.items() if name == "lm_head"}
+    layers = {name: asdict(Arithmetic(weights=form, activations="none", scale_rule="rceil")) for name, form in chosen.items()}
+    (place / CONFIG_FILE).write_text(json.dumps({"version": 2, "layers": layers}))
     return place
 
 

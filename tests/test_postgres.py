@@ -165,6 +165,9 @@ def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postg
     assert PASSWORD not in said + printed + exported
     assert files_with("straight", tmp_path), "the search below would find something"
     assert files_with(PASSWORD, tmp_path) == []
+    again = rin(tmp_path, "resume", "straight", *given)
+    assert PASSWORD not in again
+    check_sweep(postgres, "straight")
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from dashboards import cli
 from dashboards.probe import (
     DTYPES,
     GROUP_SIZE,
-    MODES,
     Plan,
     Row,
     as_tree,
@@ -30,11 +29,11 @@ from dashboards.probe import (
     plan_probe,
     settings,
 )
-from spaces.config import ConfigError, Correction
+from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, byte_tokenizer
 from trainable.floor import Floor, Gap, eager_logps, gap, measure_floor
-from trainable.grpo import clean_logps, make_batch
+from trainable.logps import clean_logps, make_batch
 from trainable.model import deployed, load_policy
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator

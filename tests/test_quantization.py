@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spaces.config import Format as FormatName
 from spaces.config import ScaleRule
+from spaces.formats import FORMATS
 from trainable import quantization
-from trainable.quantization import FORMATS, SCALE_RULES, QuantLinear, element_step, fake_quantize, ste_quantize
+from trainable.quantization import SCALE_RULES, Arithmetic, QuantLinear, element_step, fake_quantize, ste_quantize
 
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -434,9 +435,7 @@ def quant_linear(weights: str = "mxfp4", activations: str = "mxfp4", rule: str =
     return QuantLinear.from_linear(
         nn.Linear(64, 48, bias=bias),
         name="q_proj",
-        weight_format=weights,
-        activation_format=activations,
-        scale_rule=rule,
+        arithmetic=Arithmetic(weights=weights, activations=activations, scale_rule=rule),
     )
 
 
@@ -553,8 +552,9 @@ def test_the_layer_shares_the_parameters_it_is_built_from() -> None:
 @pytest.mark.parametrize(("weights", "activations"), [("mxfp4", "none"), ("none", "mxfp8"), ("nvfp4", "mxfp4")])
 def test_a_layer_that_cannot_be_quantised_is_named_together_with_the_remedy(weights: str, activations: str) -> None:
     message = r"layers\.3\.down_proj: .* multiple of 32, but got 48; name this layer in quant\.exclude"
+    how = Arithmetic(weights=weights, activations=activations)
     with pytest.raises(ValueError, match=message):
-        QuantLinear.from_linear(nn.Linear(48, 8), name="layers.3.down_proj", weight_format=weights, activation_format=activations)
+        QuantLinear.from_linear(nn.Linear(48, 8), name="layers.3.down_proj", arithmetic=how)
 
 
 def test_the_deployed_weight_is_used_as_it_is() -> None:

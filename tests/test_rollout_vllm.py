@@ -8,6 +8,7 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +24,14 @@ from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny, ragged_prompts, require
 from trainable import gate
 from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.engine import TrialFailed, deployed_weights, digest
+from trainable.engine import Request, TrialFailed, deployed_weights, digest
+from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.grpo import Batch, clean_logps, make_batch, with_old_logps
+from trainable.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.model import Policy, deployed, load_policy
 from trainable.noise import injected, noise_targets
-from trainable.rollout import Episode, Group, encode_prompts
+from trainable.quantization import Arithmetic
+from trainable.rollout import encode_prompts
 from trainable.tasks import Question, Score, build_task
 from trainable.trial import Trial, run_trial
 
@@ -68,10 +71,14 @@ def engine_of() -> Iterator[Engines]:
         backend.close()
 
 
+def request_of(prompts: list[list[int]], **options: Any) -> Request:
+    return Request(prompts=prompts, **{"max_new_tokens": 6, "group_size": 1, "temperature": 0.0, "batch_size": 64, **options})
+
+
 def rollout(policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0) -> Batch:
     """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or `injected`."""
     backend.sync(policy)
-    sampled = backend.generate(policy, prompts, group_size=GROUP, temperature=temperature, batch_size=64, key=key)
+    sampled = backend.generate(policy, request_of(prompts, group_size=GROUP, temperature=temperature, draw=(0, *key)))
     groups: list[Group] = [
         tuple(
             Episode(
@@ -143,6 +150,9 @@ def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: E
         ("quant.exclude=[o_proj]",),  # so the tied head is quantised
         ("model.adapter=lora",),
         ("model.adapter=lora", "quant.activations=none"),
+        ("quant.backward=high_precision",),
+        ("quant.hadamard=true", "quant.exclude=[o_proj]"),  # the head is rotated, its embedding not
+        ("quant.hadamard=true", "model.adapter=lora", "quant.activations=nvfp4", "quant.exclude=[lm_head, q_proj]"),
     ],
     ids=lambda overrides: "-".join(part.split(".")[-1] for part in overrides) or "w4a4",
 )
@@ -151,7 +161,7 @@ def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engi
     update(policy, 0)  # adapters begin at zero
     with deployed(policy):
         batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
-        flips = any(linear.activation_format != "none" for linear in policy.linears.values())
+        flips = any(linear.arithmetic.activations != "none" for linear in policy.linears.values())
         assert (gaps(batch) > SUMS).double().mean() <= (0.25 if flips else 0.0)  # a flip in one of the 8 prompts moves all of its tokens
         gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
@@ -163,11 +173,10 @@ def test_greedy_answers_are_those_of_the_torch_backend(engine_of: Engines, model
     config = with_model(model_folder(kind, tied=tied, text=True))
     policy, backend, _ = engine_of(config)
     prompts = ragged_prompts(12, vocabulary=200)
-    options: dict[str, Any] = {"group_size": 1, "temperature": 0.0, "batch_size": 64, "key": ()}
+    request = request_of(prompts, max_new_tokens=12)
     with deployed(policy):
         backend.sync(policy)
-        theirs = backend.generate(policy, prompts, **options)
-        ours = TorchBackend(config).generate(policy, prompts, **options)
+        theirs, ours = backend.generate(policy, request), TorchBackend().generate(policy, request)
     assert [[one.ids for one in group] for group in theirs] == [[one.ids for one in group] for group in ours]
 
 
@@ -226,8 +235,8 @@ def set_scale_rule(backend: VllmBackend, rule: str) -> None:
 
     def change(model: Any) -> None:
         for module in model.modules():
-            if hasattr(module, "rin_parts"):
-                module.quant_method.rin.scale_rule = rule
+            for part in getattr(module, "rin_parts", ()):
+                part.arithmetic = replace(part.arithmetic, scale_rule=rule)
 
     backend.engine._on_model(change)  # type: ignore[attr-defined]
 
@@ -285,13 +294,13 @@ def test_samples_depend_on_the_key_alone(checked: Checked) -> None:
 
 
 @only_tiny
-def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked) -> None:
     """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
     policy, backend, _, _ = checked
-    monkeypatch.setattr(backend, "max_new_tokens", 1)
     with deployed(policy):
         backend.sync(policy)
-        (drawn,) = backend.generate(policy, [[3, 4, 12]], group_size=4096, temperature=0.8, batch_size=64, key=(0, 0))
+        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=(0, 0, 0))
+        (drawn,) = backend.generate(policy, request)
         logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
     expected = torch.softmax(logits / 0.8, -1) * len(drawn)
     counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
@@ -392,12 +401,12 @@ def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats
     ours, torch_outcome = run(tiny(*SHORT, "rollout.backend=torch", "rollout.kv_cache_gib=1.0"))
     assert [report.sigma for report in reports] == [report.sigma for report in ours]
     for named in ("quantized", "noised"):
-        assert outcome.receipt[named] == torch_outcome.receipt[named]
-    assert [(e["name"], e["stage"], e["nominal"]) for e in outcome.receipt["effects"]] == [
-        (e["name"], e["stage"], e["nominal"]) for e in torch_outcome.receipt["effects"]
+        assert getattr(outcome.receipt, named) == getattr(torch_outcome.receipt, named)
+    assert [(e.name, e.stage, e.nominal) for e in outcome.receipt.effects] == [
+        (e.name, e.stage, e.nominal) for e in torch_outcome.receipt.effects
     ]
-    assert outcome.eval["accuracy_start"] == torch_outcome.eval["accuracy_start"]
-    assert outcome.eval["accuracy_bf16_start"] == torch_outcome.eval["accuracy_bf16_start"]
+    assert outcome.eval.accuracy_start == torch_outcome.eval.accuracy_start
+    assert outcome.eval.accuracy_bf16_start == torch_outcome.eval.accuracy_bf16_start
     assert outcome.eval == same.eval
     assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
     assert "rollout_corr/floor_kl" in reports[0].signals
@@ -473,9 +482,7 @@ print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
     )
     (answer,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")] or [done.stderr[-2000:]]
     with deployed(policy):
-        ours = TorchBackend(with_model(str(folder), rollout=RolloutConfig(max_new_tokens=12))).generate(
-            policy, prompts, group_size=1, temperature=0.0, batch_size=64, key=()
-        )
+        ours = TorchBackend().generate(policy, request_of(prompts, max_new_tokens=12))
     assert json.loads(answer.removeprefix("ANSWER")) == [list(group[0].ids) for group in ours]
 
 
@@ -508,8 +515,7 @@ def test_a_tied_head_in_few_bits_is_refused() -> None:
     """A folder that holds one weight for both cannot be computed with as it says."""
     from trainable.rollout_vllm import RinHead, RinQuantization
 
-    layers = {"lm_head": {"weights": "mxfp4", "activations": "mxfp4"}}
-    head = RinHead(RinQuantization({"scale_rule": "floor", "layers": layers}), "lm_head")
+    head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()
     head.take(layer, [64])
     with pytest.raises(ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"):

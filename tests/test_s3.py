@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import FileSelector, FileSystem
 
-from search.tracking import load_study
 from tests.processes import program, rin
 from tests.ray_nodes import free_port
+from tests.real_mlflow import runs
 
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 SECRET = "canary-4711-s3"
@@ -91,9 +91,8 @@ def test_a_sweep_in_an_object_store_goes_on_after_its_driver_was_killed(endpoint
 
     said = said_here(tmp_path, "resume", "s", *places)
     assert "2 of 2" in said_here(tmp_path, "status", "s", *places)
-    records = load_study(tracking, "s")
-    assert [(record.arm, record.status) for record in records] == [("control", "completed"), ("c01", "completed")]
-    assert all(record.ended is not None for record in records)
+    shown = [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in runs(tracking, "s")]
+    assert shown == [(arm, "completed", "FINISHED") for arm in ("control", "c01")]
     there = files(store)
     assert {name for name in there if name.endswith("/outcome.json")} == {f"s/trials/{arm}-0/outcome.json" for arm in ("control", "c01")}
     second = json.loads(there["s/trials/c01-0/attempt-002.json"])

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from search.journal import read_arms
+from search.arms import read_arms
+from search.mirror import send_missing
 from search.secrets import strip_password
 from search.store import StudyConfig, absolute_store, check_name, load_study_config
-from search.tracking import SPOOL, deliver_spool
 from spaces.errors import ConfigError
 from spaces.library import SPACES, load_space
 from spaces.reading import load_yaml, parse_overrides, parse_yaml
@@ -316,16 +316,14 @@ def test_a_sweep_lies_where_it_is_found_and_not_where_it_says(foreign: StudyConf
 def test_no_name_of_an_arm_leads_out_of_the_store(foreign: StudyConfig, name: str, tmp_path: Path) -> None:
     arms = tmp_path / "runs" / "s" / "arms"
     arms.mkdir()
-    (arms / "0000.json").write_text(json.dumps({"name": name, "origin": "control", "tree": {}, "params": {}}))
+    (arms / "0000.json").write_text(json.dumps({"name": name, "origin": "control", "config": {}, "params": {}}))
     with pytest.raises(ConfigError, match="nothing may lead out of its folder"):
         read_arms(foreign)
 
 
-def test_delivering_what_somebody_else_left_writes_nothing_outside_of_the_store(foreign: StudyConfig, tmp_path: Path) -> None:
-    """Neither a new database where study.json names one, nor an artifact by a path that climbs."""
-    record = {"do": "file", "experiment": "e", "key": "e/control/0", "time": 1, "path": "../../../../climbed.txt", "text": "hello"}
-    (tmp_path / "runs" / "s" / SPOOL).write_text(json.dumps(record) + "\n")
-    deliver_spool(foreign.scratch, foreign.tracking_uri)
+def test_telling_mlflow_of_somebody_else_s_sweep_makes_no_database_where_it_names_one(foreign: StudyConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        send_missing(foreign)
     assert outside(tmp_path) == []
 
 

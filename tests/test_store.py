@@ -80,7 +80,7 @@ def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
         load_study_config(str(tmp_path), name)
 
 
-@pytest.mark.parametrize("version", [1, VERSION + 1, None, "x"])
+@pytest.mark.parametrize("version", [1, VERSION - 1, VERSION + 1, None, "x"])
 def test_another_version_is_refused_by_number(tmp_path: Path, version: Any) -> None:
     save_study_config(study(tmp_path))
     changed(tmp_path, version=version)

@@ -9,14 +9,14 @@ tokens, whose negative mean is an unbiased estimate of it.
 """
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
 from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
+from trainable.episode import Completion
 from trainable.model import Policy
-from trainable.rollout import Completion, generate
-from trainable.seeds import generator, stable_hash
+from trainable.rollout import generate
+from trainable.seeds import generator
 
 _LONGEST_REASON = 500
 """Characters of what a foreign engine says about itself."""
@@ -32,17 +32,8 @@ class Backend(Protocol):
     def sync(self, policy: Policy) -> None:
         """What is generated from now on is generated with the policy's present weights."""
 
-    def generate(
-        self,
-        policy: Policy,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        temperature: float,
-        batch_size: int,
-        key: tuple[object, ...],
-    ) -> list[list[Completion]]:
-        """`group_size` completions for each prompt; temperature 0 is greedy. `key` names the draw."""
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
+        """`group_size` completions for each prompt."""
 
     def rest(self) -> None:
         """No rollout for a while: training may have the memory."""
@@ -53,7 +44,7 @@ class Backend(Protocol):
 
 def start_backend(config: TrialConfig, policy: Policy) -> Backend:
     """Raises ConfigError where vLLM is wanted and not there, TrialFailed where it does not start."""
-    return TorchBackend(config) if config.rollout.backend == "torch" else VllmBackend(config, policy)
+    return TorchBackend() if config.rollout.backend == "torch" else VllmBackend(config, policy)
 
 
 class TorchBackend:
@@ -61,30 +52,18 @@ class TorchBackend:
 
     engine: Engine | None = None
 
-    def __init__(self, config: TrialConfig) -> None:
-        self.seed, self.max_new_tokens = config.seed, config.rollout.max_new_tokens
-
     def sync(self, policy: Policy) -> None:
         """They are the same weights."""
 
-    def generate(
-        self,
-        policy: Policy,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        temperature: float,
-        batch_size: int,
-        key: tuple[object, ...],
-    ) -> list[list[Completion]]:
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
         return generate(
             policy,
-            prompts,
-            group_size=group_size,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            batch_size=batch_size,
-            generator=generator("sample", self.seed, *key, device=policy.device) if temperature > 0 else None,
+            request.prompts,
+            group_size=request.group_size,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            batch_size=request.batch_size,
+            generator=generator("sample", *request.draw, device=policy.device) if request.temperature > 0 else None,
         )
 
     def rest(self) -> None:
@@ -95,37 +74,16 @@ class TorchBackend:
 
 
 class VllmBackend:
-    """vLLM, in this process, in a child of it, or on a server."""
+    """vLLM, in this process or in a child of it."""
 
     def __init__(self, config: TrialConfig, policy: Policy) -> None:
-        self.seed, self.max_new_tokens = config.seed, config.rollout.max_new_tokens
         self.engine: Engine = _start(config, _settings(config, policy))
 
     def sync(self, policy: Policy) -> None:
-        quantize = any(linear.activation_format != "none" for linear in policy.linears.values())
-        self.engine.sync(deployed_weights(policy), quantize_inputs=quantize)
+        self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
 
-    def generate(
-        self,
-        policy: Policy,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group_size: int,
-        temperature: float,
-        batch_size: int,
-        key: tuple[object, ...],
-    ) -> list[list[Completion]]:
-        request = Request(
-            prompts=tuple(tuple(ids) for ids in prompts),
-            seeds=tuple(stable_hash("sample", self.seed, *key, number) % 2**31 for number in range(len(prompts))),
-            group_size=group_size,
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-        )
-        return [
-            [Completion(ids=one.ids, logps=one.logps, entropy=-sum(one.logps) / len(one.logps), finished=one.finished) for one in group]
-            for group in self.engine.generate(request)
-        ]
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
+        return self.engine.generate(request)
 
     def rest(self) -> None:
         self.engine.sleep()
@@ -135,10 +93,7 @@ class VllmBackend:
 
 
 def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
-    network: Any = policy.model
-    if hasattr(network, "get_base_model"):
-        network = network.get_base_model()
-    model: dict[str, Any] = network.config.to_dict()
+    model: dict[str, Any] = policy.network.config.to_dict()
     model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
     if "lm_head" in policy.linears:
         model["tie_word_embeddings"] = False  # the head is quantised, embeddings are not: two weights
@@ -157,16 +112,12 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
 
 
 def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
-    from trainable.engine_process import Restarting, connect, start_process
-
-    rollout = config.rollout
-    limits = {"start_seconds": rollout.start_seconds, "answer_seconds": rollout.answer_seconds}
-    if rollout.server is not None:
-        address = rollout.server
-        return Restarting(lambda: connect(address, settings, **limits))
     require_vllm()
+    rollout = config.rollout
     if rollout.engine == "process":
-        return Restarting(lambda: start_process(settings, **limits))
+        from trainable.engine_process import ProcessEngine, start_child
+
+        return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds)
     from trainable.rollout_vllm import VllmEngine
 
     try:

@@ -10,7 +10,6 @@ power cut, a truncated upload) the one before it is taken, and that is said. Loa
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +20,13 @@ from safetensors.torch import save as save_tensors
 
 from spaces.config import ConfigError
 from trainable.folder import Folder
+from trainable.trial_folder import FINAL_FILE, PROGRESS_FILE, checkpoints, progress_parts, progress_text
 
-VERSION = 2
+VERSION = 3
 KEPT = 2
-FINAL_FILE = "final.safetensors"
 FINAL_VERSION = "1"
 _FINAL_KEY = "version checksum"  # one entry: the order of several is not fixed
 _TENSORS = "tensors.safetensors"
-_VALUES = "progress.json"
-_FOLDER = re.compile(r"checkpoint-(\d{6,})")
 
 
 def save_state(folder: Folder, state: Mapping[str, Any]) -> None:
@@ -38,15 +35,15 @@ def save_state(folder: Folder, state: Mapping[str, Any]) -> None:
     values = json.dumps({name: value for name, value in state.items() if name not in ("model", "optimizer")})
     head = {"version": VERSION, "tensors": _digest(tensors), "values": _digest(values.encode())}
     folder.write(_TENSORS, tensors)
-    folder.write(_VALUES, f"{json.dumps(head)}\n{values}\n")
+    folder.write(PROGRESS_FILE, progress_text(head, values))
 
 
 def load_state(folder: Folder) -> dict[str, Any]:
     """Read what `save_state` wrote. Raises ConfigError for another version, ValueError for a damaged or unfinished one."""
-    text = folder.read(_VALUES)
+    text = folder.read(PROGRESS_FILE)
     if text is None:
         raise ValueError("it was never finished")
-    first, _, values = text.rstrip(b"\n").partition(b"\n")
+    first, values = progress_parts(text)
     try:
         head = json.loads(first)
     except ValueError:
@@ -69,7 +66,7 @@ def load_state(folder: Folder) -> dict[str, Any]:
 def save_checkpoint(trial: Folder, step: int, state: Mapping[str, Any]) -> None:
     """Checkpoint of a trial after `step` steps; older ones than the newest two are removed. Raises OSError."""
     save_state(trial / f"checkpoint-{step:06d}", state)
-    for name in _checkpoints(trial)[KEPT:]:
+    for name in checkpoints(trial)[KEPT:]:
         trial.remove(name)
 
 
@@ -79,7 +76,7 @@ def newest_checkpoint(trial: Folder) -> tuple[dict[str, Any] | None, list[str]]:
     Raises ConfigError for one of another version: it is not damaged, and starting anew would throw its steps away.
     """
     passed: list[str] = []
-    for name in _checkpoints(trial):
+    for name in checkpoints(trial):
         try:
             return load_state(trial / name), passed
         except ConfigError:  # which is a ValueError, too
@@ -92,7 +89,7 @@ def newest_checkpoint(trial: Folder) -> tuple[dict[str, Any] | None, list[str]]:
 
 def remove_checkpoints(trial: Folder) -> None:
     """Of a trial that is over."""
-    for name in _checkpoints(trial):
+    for name in checkpoints(trial):
         trial.remove(name)
 
 
@@ -118,11 +115,6 @@ def load_final(trial: Folder) -> dict[str, torch.Tensor]:
     if checksum != _digest_of(weights):
         raise ValueError("is damaged (its checksum differs)")
     return weights
-
-
-def _checkpoints(trial: Folder) -> list[str]:
-    """Names, newest first."""
-    return sorted((name for name in trial.names() if _FOLDER.fullmatch(name)), key=lambda name: int(name.split("-")[1]), reverse=True)
 
 
 def _digest(data: bytes) -> str:

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from spaces.cache import cache_folder
 from spaces.config import BaseRecipe
-from trainable.seeds import stable_hash
+from trainable.hashing import stable_hash
 from trainable.tasks import addition_question
 
 hf_logging.disable_progress_bar()

@@ -11,15 +11,17 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from trainable.episode import Completion
+from trainable.hashing import stable_hash
 from trainable.model import Policy, bare_name
-from trainable.quantization import QuantLinear
+from trainable.quantization import Arithmetic, QuantLinear
 
 CONFIG_FILE = "rin_quantization.json"
 """How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM method reads."""
@@ -39,10 +41,6 @@ def set_vllm_switches() -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm.triton_utils").setLevel(logging.ERROR)  # speaks before it has read them
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
-class EngineDied(Exception):
-    """The engine's process ended or did not answer in time; it may be started again."""
 
 
 class TrialFailed(Exception):
@@ -83,31 +81,23 @@ class EngineSettings:
 class Request:
     """Prompts, and how to continue them.
 
-    Example: Request(prompts=((3, 4, 12),), seeds=(17,), group_size=8, max_new_tokens=6, temperature=1.0)
+    Example: Request(prompts=[[3, 4, 12]], group_size=8, max_new_tokens=6, temperature=1.0, batch_size=1024, draw=(0, 12, 0))
     """
 
-    prompts: tuple[tuple[int, ...], ...]
-    seeds: tuple[int, ...]
-    """Per prompt: what is sampled depends on it and not on what else is in the batch."""
+    prompts: Sequence[Sequence[int]]
     group_size: int
+    """Completions for each prompt."""
     max_new_tokens: int
     temperature: float
     """0 is greedy."""
+    batch_size: int
+    """Completions at once in training's own modules; an engine has `EngineSettings.sequences`."""
+    draw: Sequence[object] = ()
+    """Names what is sampled: (seed, step, batch) of a rollout. Greedy answers need no name."""
 
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """One completion: token ids and their log-probs at the sampling temperature."""
-
-    ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    finished: bool
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
+    def seed_of(self, prompt: int) -> int:
+        """Of the samples of the prompt with this number: they depend on it, and not on what else is in the batch."""
+        return stable_hash("sample", *self.draw, prompt) % 2**31
 
 
 class Engine(Protocol):
@@ -116,7 +106,7 @@ class Engine(Protocol):
     def sync(self, weights: Mapping[str, Tensor], *, quantize_inputs: bool) -> None:
         """Compute with these from now on; `quantize_inputs` false: the unquantised model, for `accuracy_bf16`."""
 
-    def generate(self, request: Request) -> list[list[Sampled]]:
+    def generate(self, request: Request) -> list[list[Completion]]:
         """`group_size` completions for each prompt."""
 
     def digests(self) -> dict[str, str]:
@@ -158,9 +148,14 @@ def deployed_weights(policy: Policy) -> dict[str, Tensor]:
 
 def quantization_tree(linears: Mapping[str, QuantLinear], *, synced: bool) -> dict[str, Any]:
     """Content of `CONFIG_FILE`. `synced`: weights arrive as they are to be computed with; otherwise they are clean masters."""
-    layers = {name: {"weights": linear.weight_format, "activations": linear.activation_format} for name, linear in linears.items()}
-    rules = {linear.scale_rule for linear in linears.values()}
-    return {"version": 1, "scale_rule": rules.pop() if rules else "floor", "layers": layers, "synced": synced}
+    return {"version": 2, "layers": {name: asdict(linear.arithmetic) for name, linear in linears.items()}, "synced": synced}
+
+
+def arithmetic_of(tree: Mapping[str, Any]) -> dict[str, Arithmetic]:
+    """How each linear layer computes, from the content of `CONFIG_FILE`. Raises ValueError for that of another version."""
+    if tree["version"] != 2:
+        raise ValueError(f"{CONFIG_FILE}: version {tree['version']} is of another rin-search; export the model again")
+    return {name: Arithmetic(**layer) for name, layer in tree["layers"].items()}
 
 
 def digest(tensor: Tensor) -> str:

@@ -13,11 +13,12 @@ demand is a multiple of the floor, measured on the same tokens. Two pairs are me
     cached   the generation decoder, fed the given tokens
     eager    transformers' forward with eager attention (of a policy that trains with eager attention: our forward with torch's sdpa)
 
-The numbers are those that an importance correction would see: k3-KL and effective sample share as in `grpo.importance_weights`, with two
-differences. They are computed in double precision: in single precision exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand
-times as large as itself. And k3 estimates KL(p || q) where p sampled the tokens, but here a third pass may have. Tokens that p finds
-unlikely, which p itself would hardly ever have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a
-token counts p / p_sampler times, which makes it an estimate of KL(p || q) again.
+The numbers are those that an importance correction would see: k3-KL and effective sample share as in
+`logps.importance_weights`, with two differences. They are computed in double precision: in single precision
+exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand times as large as itself. And k3 estimates KL(p || q)
+where p sampled the tokens, but here a third pass may have. Tokens that p finds unlikely, which p itself would hardly ever
+have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a token counts p / p_sampler
+times, which makes it an estimate of KL(p || q) again.
 
 Left out: other orders of summation (number of threads, size of a batch, another device). They are of the same kind and size.
 
@@ -28,14 +29,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError, QuantConfig
+from spaces.config import ConfigError
 from trainable.decoder import decoder
-from trainable.grpo import Batch, clean_logps, importance_weights
+from trainable.logps import Batch, clean_logps, importance_weights
 from trainable.model import Policy, block_of
 
 APART = 1e-4
@@ -137,8 +137,8 @@ def cached_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: 
     """Log-probs [B, T] as generation computes them: each prompt once for its group, then a token at a time. Of padding: anything."""
     pieces = []
     for rows in batch.slices(micro_batch):
-        together = min(batch.group_size, rows.stop - rows.start)
-        part = batch.rows(rows, together)
+        part = batch.part(rows)
+        together = part.group_size
         forward = decoder(policy, part.completion_ids.shape[1])
         logits = forward.prefill(part.prompt_ids[::together], part.prompt_mask[::together], together)  # [rows, V]
         columns = [_of_tokens(logits, part.completion_ids[:, 0], temperature)]
@@ -155,7 +155,7 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
-    trained: Any = policy.model.config
+    trained = policy.network.config
     with attention(policy, "sdpa" if trained._attn_implementation == "eager" else "eager"):
         return clean_logps(policy, batch, temperature, micro_batch)
 
@@ -163,7 +163,7 @@ def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: i
 @contextmanager
 def attention(policy: Policy, implementation: str) -> Iterator[None]:
     """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no choice."""
-    network = _network(policy)
+    network = policy.network
     before = network.config._attn_implementation
     try:
         try:
@@ -177,38 +177,14 @@ def attention(policy: Policy, implementation: str) -> Iterator[None]:
         network.config._attn_implementation = before
 
 
-def _network(policy: Policy) -> Any:
-    """The transformers model, without adapters around it."""
-    model: Any = policy.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-# --- the same weights in other settings --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def computing(policy: Policy, quant: QuantConfig) -> Iterator[None]:
-    """Other formats and another scale rule in all layers that are quantised; what is excluded stays so. Go into it before `deployed`.
-
-    The policy was loaded with quantised activations: which layers share an input that is quantised once was decided then.
-    """
-    layers = [policy.linears[name] for name in policy.quantized]
-    assert all(layer.activation_format != "none" for layer in layers), "load the policy in W4A4"
-    before = [(layer.weight_format, layer.activation_format, layer.scale_rule) for layer in layers]
-    try:
-        for layer in layers:
-            layer.weight_format, layer.activation_format, layer.scale_rule = quant.weights, quant.activations, quant.scale_rule
-        yield
-    finally:
-        for layer, settings in zip(layers, before, strict=True):
-            layer.weight_format, layer.activation_format, layer.scale_rule = settings
+# --- the same weights in a shallower model --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def first_blocks(policy: Policy, blocks: int) -> Iterator[Policy]:
     """The policy that goes from its `blocks`-th decoder block straight to the final norm and the head; the others are out of the way."""
     assert 1 <= blocks <= policy.depth, f"{blocks=} {policy.depth=}"
-    network = _network(policy)
+    network = policy.network
     name, stack = next(
         (name, module) for name, module in network.named_modules() if isinstance(module, nn.ModuleList) and block_of(f"{name}.0.") == 0
     )

@@ -8,7 +8,7 @@ architecture, or another attention than torch's scaled dot product, goes through
 Shapes: B = rows, T = tokens of this call, S = tokens seen, H = attention heads, N = key/value heads, D = their size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainable.kernels import cpu
-from trainable.model import Policy
+from trainable.model import KNOWN_BLOCKS, Policy
 from trainable.norm import RMSNorm
 
-_KNOWN = ("qwen2", "llama", "mistral")
 _STEADY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotation whose angles depend on a token's position alone, and not on how many there are."""
 
@@ -33,6 +32,14 @@ Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, rotated keys, values [B, N, T, D] of new tokens) -> those of all tokens seen [B, N, S, D]."""
 
 
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask [rows, L]."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)  # [rows, L]
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [rows, L]
+    return ids, mask
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -40,9 +47,9 @@ def positions(mask: Tensor) -> Tensor:
 
 def forward_of(policy: Policy) -> "Forward | None":
     """None for an architecture that it does not know, or whose norms are not ours."""
-    config: Any = policy.model.config
-    known = config.model_type in _KNOWN and config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
-    if not known or config.rope_parameters["rope_type"] not in _STEADY:
+    config = policy.network.config
+    known = config.model_type in KNOWN_BLOCKS and config._attn_implementation == "sdpa"
+    if not known or getattr(config, "sliding_window", None) or config.rope_parameters["rope_type"] not in _STEADY:
         return None
     forward = Forward(policy)
     return forward if isinstance(forward.body.norm, RMSNorm) else None
@@ -61,8 +68,7 @@ class Forward:
     """A policy's modules, and the way through them."""
 
     def __init__(self, policy: Policy) -> None:
-        model: Any = policy.model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal = policy.network
         self.body, self.head = causal.model, causal.lm_head
         self.blocks = [_Block(block) for block in self.body.layers]
         config = causal.config

@@ -22,11 +22,9 @@ from torch import Tensor
 from spaces.config import RolloutConfig
 from trainable.engine import Engine, TrialFailed, deployed_weights, digest
 from trainable.floor import APART, Floor, gap, measure_floor
-from trainable.grpo import Batch, completion_logps
-from trainable.mlp import GatedMLP
-from trainable.model import Policy, bare_name
-from trainable.norm import RMSNorm
-from trainable.quantization import fake_quantize
+from trainable.logps import Batch, completion_logps
+from trainable.metrics import FLOOR_KL, GATE_KL
+from trainable.model import Policy, bare_name, unshared
 
 RULE = "rollout_mismatch"
 LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -62,8 +60,11 @@ def check_weights(engine: Engine, policy: Policy) -> None:
 
 def check_layers(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig) -> None:
     """Part b, in model order: the first layer that differs is the one that is named."""
-    for name, x in _captured_inputs(policy, batch, rollout).items():
-        ours = _output(policy, name, x).cpu().float()
+    with unshared(policy), torch.no_grad():  # as in the engine, each layer gets its input as it is
+        inputs, layers = _captured_inputs(policy, batch, rollout), _layers(policy)
+        outputs = {name: layers[name](x).cpu().float() for name, x in inputs.items()}
+    for name, x in inputs.items():
+        ours = outputs[name]
         theirs = engine.linear(name, x.cpu()).float()
         tolerance = LAYER_TOLERANCE[x.dtype]
         difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)).item()
@@ -85,11 +86,11 @@ def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
             f"training from itself by {floor.kl:.3g} and {usual:.3g}; tokens of {100 * flipped:.0f} % of the prompts differ. Weights and "
             "single layers are equal, so attention, norms or sampling differ",
         )
-    return {"rollout_corr/floor_kl": floor.kl, "rollout_corr/gate_kl": found.kl}
+    return {FLOOR_KL: floor.kl, GATE_KL: found.kl}
 
 
 def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> dict[str, Tensor]:
-    """Some rows [<= 64, inputs] of what each linear layer is fed when training computes the batch's first group, before quantisation."""
+    """Some rows [<= 64, inputs] of what each linear layer is fed when training computes the batch's first group. Inside `unshared`."""
     inputs: dict[str, Tensor] = {}
 
     def capture(name: str) -> Any:
@@ -99,34 +100,16 @@ def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> di
 
         return hook
 
-    handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in _layers(policy)]
-    sources = [(module, module.readers) for module in policy.model.modules() if isinstance(module, RMSNorm | GatedMLP)]
+    handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in _layers(policy).items()]
     try:
-        for source, _ in sources:
-            source.readers = ()  # or it would hand its output on quantised, and nobody could see who quantises
-        with torch.no_grad():
-            completion_logps(policy, batch.rows(slice(0, batch.group_size)), rollout.temperature)
+        completion_logps(policy, batch.rows(slice(0, batch.group_size)), rollout.temperature)
     finally:
-        for source, readers in sources:
-            source.readers = readers
         for handle in handles:
             handle.remove()
     return inputs
 
 
-def _layers(policy: Policy) -> list[tuple[str, torch.nn.Module]]:
+def _layers(policy: Policy) -> dict[str, torch.nn.Module]:
     """Each linear layer by bare name, with its adapter where it has one."""
     adapted = {bare_name(name): module for name, module in policy.model.named_modules() if hasattr(module, "lora_A")}
-    return [(name, adapted.get(name, linear)) for name, linear in policy.linears.items()]
-
-
-@torch.no_grad()
-def _output(policy: Policy, name: str, x: Tensor) -> Tensor:
-    """What training's layer makes of x. It quantises here and nowhere else: not in the module before it, nor in a hook of its adapter."""
-    linear, layer = policy.linears[name], dict(_layers(policy))[name]
-    given, linear.quantize_input = linear.quantize_input, False
-    try:
-        y: Tensor = layer.forward(fake_quantize(x, linear.activation_format, linear.scale_rule))
-        return y
-    finally:
-        linear.quantize_input = given
+    return {name: adapted.get(name, linear) for name, linear in policy.linears.items()}

@@ -8,25 +8,22 @@ the backward pass, where torch keeps silu(gate) too. The backward pass of the qu
 Shapes: n = hidden size, m = intermediate size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainable.kernels import cpu, cuda
 from trainable.norm import LANES
-from trainable.quantization import QuantLinear, kernel_codes, ste_quantize
+from trainable.quantization import InputSource, QuantLinear
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(InputSource):
     """y = down(Q(silu(gate(x)) * up(x))) (SwiGLU, arXiv 2002.05202), for Qwen2, Llama and Mistral; on their own projections."""
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.readers: tuple[QuantLinear, ...] = ()
-        """The projection whose input format is that of Q; none: it quantises for itself."""
+        self.readers = (down_proj,) if isinstance(down_proj, QuantLinear) else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
@@ -35,26 +32,11 @@ class GatedMLP(nn.Module):
 
     def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
         """[.., m] both -> [.., m]."""
-        fmt, rule = (self.readers[0].activation_format, self.readers[0].scale_rule) if self.readers else ("none", "floor")
         if gate.is_cpu and gate.dtype == torch.float32 and gate.shape[-1] % LANES == 0 and not torch.compiler.is_compiling():
             kernels = cpu.load()
             if kernels is not None:
-                return kernels.swiglu(gate, up, *kernel_codes(fmt, rule))
+                return kernels.swiglu(gate, up, *self.output.codes)
         if gate.is_cuda and cuda.can_activate(gate, up):
-            on_device: Tensor = _FusedOnCuda.apply(gate, up, *kernel_codes(fmt, rule))  # type: ignore[no-untyped-call]
+            on_device: Tensor = cuda.SwiGLU.apply(gate, up, *self.output.codes)  # type: ignore[no-untyped-call]
             return on_device
-        return ste_quantize(F.silu(gate) * up, fmt, rule)
-
-
-class _FusedOnCuda(torch.autograd.Function):
-    """Keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return cuda.swiglu(gate, up, code, addend)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), grads[0] * F.silu(gate), None, None
+        return self.output.of(F.silu(gate) * up)

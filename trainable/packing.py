@@ -31,8 +31,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainable.engine import CONFIG_FILE
-from trainable.quantization import FORMATS, element_step, fake_quantize
+from spaces.formats import FORMATS
+from trainable.engine import CONFIG_FILE, arithmetic_of
+from trainable.quantization import Arithmetic, element_step, fake_quantize
 
 FORMAT = "mxfp4-pack-quantized"
 BLOCK = FORMATS["mxfp4"].block
@@ -48,8 +49,11 @@ _NO_KERNEL = {
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def no_packed_form(weights: str, activations: str) -> str:
-    """Why layers of these formats cannot be packed so that a stock program computes what was trained; empty if they can."""
+def no_packed_form(arithmetic: Arithmetic) -> str:
+    """Why layers that compute so cannot be packed so that a stock program computes what was trained; empty if they can."""
+    weights, activations = arithmetic.weights, arithmetic.activations
+    if arithmetic.hadamard:
+        return "inputs are turned by a Hadamard matrix before they are quantised, and the format has no word for that"
     if weights == activations == "none":
         return "nothing is quantised: the plain form is all there is"
     if weights == "none":
@@ -61,13 +65,13 @@ def no_packed_form(weights: str, activations: str) -> str:
     return "" if activations in ("none", "mxfp4") else f"{activations} inputs: {_NO_KERNEL[activations]}"
 
 
-def uneven_blocks(layers: Mapping[str, Mapping[str, str]]) -> list[str]:
+def uneven_blocks(layers: Mapping[str, Arithmetic]) -> list[str]:
     """Parts of blocks that vLLM computes as one layer, and refuses to load when some of its projections are packed and others not."""
     found = []
     for part, projections in _FUSED.items():
         for first in [name for name in layers if name.endswith(f".{projections[0]}")]:
             parent = first.removesuffix(projections[0])
-            if len({layers[parent + name]["weights"] for name in projections if parent + name in layers}) > 1:
+            if len({layers[parent + name].weights for name in projections if parent + name in layers}) > 1:
                 found.append(parent + part)
     return found
 
@@ -94,23 +98,22 @@ def pack_checkpoint(plain: Path, packed: Path) -> None:
 
     Example: pack_checkpoint(Path("best"), Path("best/packed")).
     """
-    table = json.loads((plain / CONFIG_FILE).read_text(encoding="utf-8"))
-    layers: Mapping[str, Mapping[str, str]] = table["layers"]
-    quantized = [name for name, formats in layers.items() if formats["weights"] != "none"]
-    (formats,) = {(layers[name]["weights"], layers[name]["activations"]) for name in quantized}
-    assert not no_packed_form(*formats), formats
+    layers = arithmetic_of(json.loads((plain / CONFIG_FILE).read_text(encoding="utf-8")))
+    quantized = [name for name, how in layers.items() if how.weights != "none"]
+    (arithmetic,) = {layers[name] for name in quantized}
+    assert not no_packed_form(arithmetic), arithmetic
     tensors: dict[str, Tensor] = {}
     for file in sorted(plain.glob("*.safetensors")):
         tensors |= load_file(file)
     config = json.loads((plain / "config.json").read_text(encoding="utf-8"))
     for name in quantized:
-        codes, scales = pack(tensors.pop(f"{name}.weight"), table["scale_rule"])
+        codes, scales = pack(tensors.pop(f"{name}.weight"), arithmetic.scale_rule)
         tensors |= {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}
     tensors = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    ignored = [name for name, formats in layers.items() if formats["weights"] == "none"] + ([] if "lm_head" in layers else ["lm_head"])
+    ignored = [name for name, how in layers.items() if how.weights == "none"] + ([] if "lm_head" in layers else ["lm_head"])
     config |= {
         "dtype": "bfloat16",
-        "quantization_config": quantization_config(ignored, inputs=formats[1] != "none", head="lm_head" in quantized),
+        "quantization_config": quantization_config(ignored, inputs=arithmetic.activations != "none", head="lm_head" in quantized),
     }
     packed.mkdir(parents=True, exist_ok=True)
     for file in plain.iterdir():  # the tokenizer and how to generate

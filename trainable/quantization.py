@@ -1,4 +1,4 @@
-"""Fake quantisation to 4 and 8 bits, and the linear layer that computes with it: the arithmetic under study.
+"""Fake quantisation to 4 and 8 bits, and how a linear layer computes with it: the arithmetic under study.
 
 Method. Neighbours on the last axis form a block. A block has one scale X, each element is rounded to the grid of a
 tiny float P, and the layer computes with X * P in the tensor's own dtype. Nothing is packed: the GEMM stays in 16 or
@@ -34,22 +34,30 @@ Speed. On CPU and CUDA devices a fused kernel does all of it in one pass (`train
 compiler (or Triton) take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and
 rounding by adding and subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
 
+How a layer computes is a record, `Arithmetic`; what becomes of one of its operands is another, `Operand`. Layers, engines, noise, folders
+and receipts hold or ask these, so that another transform of operands is written here and in the kernels, and nowhere else. An input that
+several layers make the same operand of is made once, by the module in front of them (`InputSource`); whether it is follows from what the
+layers are, and is decided anew whenever that changes (`model.computing`).
+
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
-of its weights); Hadamard rotations (they remove the dead zone that the noise is meant to act on); quantised
-gradients.
+of its weights); quantised gradients. A Hadamard rotation of both operands is an option (trainable/hadamard.py), because it removes the dead
+zone that noise is meant to act on.
 
 Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements of a block.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spaces.config import QuantConfig
+from spaces.formats import FORMATS, Element, Format
+from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
@@ -59,44 +67,6 @@ _FRACTION_BITS = 23
 _CHUNK = 1 << 17
 """Elements per chunk and CPU thread: input, output and scratch of 512 KiB each stay in an L2 cache of 2 MiB."""
 _NVFP4_MIN_AMAX = 2.0**-100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Element:
-    """The grid of a tiny float without Inf: all +- k * step, with the step of each binade."""
-
-    mantissa_bits: int
-    smallest_normal: float
-    largest: float
-
-    @property
-    def smallest_step(self) -> float:
-        """Distance of neighbours among the subnormals and in the first binade."""
-        return self.smallest_normal * 2.0**-self.mantissa_bits
-
-    @property
-    def largest_exponent(self) -> int:
-        """emax: the exponent of the largest value."""
-        return math.frexp(self.largest)[1] - 1
-
-    @property
-    def largest_fraction(self) -> int:
-        """Fraction bits that the largest value has in fp32."""
-        mantissa, _ = math.frexp(self.largest)
-        return round((2 * mantissa - 1) * (1 << _FRACTION_BITS))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
-    """How a block is stored."""
-
-    name: str
-    element: Element | None
-    """None: the tensor passes untouched."""
-    block: int
-    """Elements that share a scale."""
-    scale: Element | None = None
-    """None: a power of two (E8M0). Otherwise the grid of the block scale, under an fp32 outer scale."""
 
 
 # --- the function ----------------------------------------------------------------------------------------------------
@@ -224,7 +194,7 @@ def _round_to_grid_(y: Tensor, element: Element, scratch: Tensor) -> Tensor:
     return y.add_(binade, alpha=magic).sub_(binade, alpha=magic)
 
 
-# --- the layer -------------------------------------------------------------------------------------------------------
+# --- its gradient -------------------------------------------------------------------------------------------------------
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -251,78 +221,248 @@ def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
     return quantized
 
 
-class QuantLinear(nn.Linear):
-    """`nn.Linear` on quantised operands, y = Q(x) Q(W)^T + b; either format may be `none`. Build it with `from_linear`.
+# --- how a layer computes ---------------------------------------------------------------------------------------------
 
-    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """What becomes of a tensor before it is multiplied. Two that are equal do the same.
+
+    Example: Operand(format="mxfp4", scale_rule="floor", per_tensor=False, hadamard=False)
+    """
+
+    format: str
+    scale_rule: str
+    """`floor` where the format has no choice of rules."""
+    per_tensor: bool
+    hadamard: bool
+    """Turned by the Hadamard matrix first (trainable/hadamard.py)."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """`x` [..., I] as it is multiplied; its gradient passes straight through the rounding."""
+        return self._rounded(self._turned(x))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return rotate(x) if self.hadamard else x
+
+    def _rounded(self, turned: Tensor) -> Tensor:
+        return ste_quantize(turned, self.format, self.scale_rule, per_tensor=self.per_tensor)
+
+    def seen(self, given: Tensor) -> Tensor:
+        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding.
+
+        Turned back into the model's own basis: an adapter can be merged, and means the same in every arithmetic.
+        """
+        return self._turned(given)
+
+    def noised(self, weight: Tensor, shift: Tensor, placement: str) -> Tensor:
+        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype.
+
+        Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise of one size nor
+        its rms, so a sigma means the same with and without one.
+        """
+        turned = self._turned(weight)
+        if placement == "before":
+            return self._rounded((turned.float() + shift).to(weight.dtype))
+        return (self._rounded(turned).float() + shift).to(weight.dtype)
+
+    def step(self, weight: Tensor) -> Tensor:
+        """What noise is counted in: per element of `weight` the distance of grid points (see `element_step`), fp32."""
+        return element_step(self._turned(weight.float()), self.format, self.scale_rule, per_tensor=self.per_tensor)
+
+    @property
+    def codes(self) -> tuple[int, int, bool]:
+        """The last arguments of a fused kernel that makes this operand of its output; it has no `per_tensor`."""
+        return (*kernel_codes(self.format, self.scale_rule), self.hadamard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """How a linear layer computes; every field is one of `QuantConfig`. JSON: `asdict`, and back by `Arithmetic(**tree)`.
+
+    Example: Arithmetic(weights="mxfp4", activations="none")
+    """
+
+    weights: str = "mxfp4"
+    """Format of the weight, as in FORMATS."""
+    activations: str = "mxfp4"
+    """Format of the input."""
+    scale_rule: str = "floor"
+    """As in SCALE_RULES."""
+    hadamard: bool = False
+    """Both operands are turned by the Hadamard matrix, also one that is not quantised: else their product would be another."""
+
+    backward: str = "dequantized"
+    """Which operands gradients are products with: those that were multiplied, or the tensors they were made from."""
+
+    @classmethod
+    def of(cls, quant: QuantConfig) -> "Arithmetic":
+        """Of the layers that a configuration does not exclude."""
+        return cls(**{field.name: getattr(quant, field.name) for field in fields(cls)})
+
+    @property
+    def quantizes(self) -> bool:
+        return (self.weights, self.activations) != ("none", "none")
+
+    @property
+    def input(self) -> Operand:
+        return self._operand(self.activations, per_tensor=False)
+
+    @property
+    def needs_input(self) -> bool:
+        """The input itself is wanted, and not its operand alone: nobody may make that in front of the layer."""
+        return self.backward == "high_precision" and self.input != AS_IT_IS
+
+    @property
+    def weight(self) -> Operand:
+        return self._operand(self.weights, per_tensor=True)
+
+    def _operand(self, fmt: str, *, per_tensor: bool) -> Operand:
+        form = FORMATS[fmt]
+        free = form.element is not None and form.scale is None
+        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor, hadamard=self.hadamard)
+
+    def check_fits(self, name: str, in_features: int) -> None:
+        """Raises ValueError, which names the layer, if a block does not divide in_features."""
+        blocks = {FORMATS[fmt].name: FORMATS[fmt].block for fmt in (self.weights, self.activations)}
+        for what, block in (blocks | {"a Hadamard rotation": POINTS if self.hadamard else 1}).items():
+            if in_features % block != 0:
+                raise ValueError(
+                    f"{name}: {what} needs in_features that are a multiple of {block}, "
+                    f"but got {in_features}; name this layer in quant.exclude"
+                )
+
+    def __str__(self) -> str:
+        turned = f", {POINTS}-point Hadamard rotation of both" if self.hadamard else ""
+        back = "" if self.backward == "dequantized" else ", gradients by the operands before that"
+        return f"weights {self.weights}, activations {self.activations}, scale rule {self.scale_rule}{turned}{back}"
+
+
+UNQUANTIZED = Arithmetic(weights="none", activations="none")
+AS_IT_IS = UNQUANTIZED.input
+
+
+class _HighPrecision(torch.autograd.Function):
+    """y = Q(x) Q(W)^T + b forward; backward the gradients of x W^T + b, of whose operands each is kept only if needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, quantized: Tensor) -> Tensor:
+        of_input, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_input else None)
+        return F.linear(operand, quantized, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, (x, weight) = grads[0], ctx.saved_tensors  # [..., O], [..., I], [O, I]
+        rows = dy.reshape(-1, dy.shape[-1])  # [R, O]
+        dx = dy @ weight if weight is not None else None
+        dw = rows.T @ x.reshape(-1, x.shape[-1]) if x is not None else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` on quantised operands, y = Q(x) Q(W)^T + b. Build it with `from_linear`.
+
+    Training: dx = dy Q(W), dW = dy^T Q(x), db = sum dy. Only Q(x) and Q(W) are kept for it, each only if needed. With
+    backward=high_precision: dx = dy W, dW = dy^T x, and x and W are kept.
     Rollout and evaluation: `deployed_weight` stands in for Q(W), which is then computed once and not once per token.
     """
 
     name: str
-    weight_format: str
-    activation_format: str
-    scale_rule: str
+    arithmetic: Arithmetic
+    """Set by `compute_as`."""
     quantize_input: bool
-    """False: the input is quantised already, as when a LoRA adapter beside this layer is to see the same one."""
+    """False: the input comes as the operand that it is to be, made by the `InputSource` in front of this layer."""
     deployed_weight: Tensor | None = None
     """What the forward pass computes with, as it is: quantised, perhaps noised. A plain tensor, no parameter."""
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        name: str,
-        weight_format: str = "mxfp4",
-        activation_format: str = "mxfp4",
-        scale_rule: str = "floor",
-    ) -> "QuantLinear":
-        """A layer on the very parameters of `linear`: tied weights stay tied.
+    def from_linear(cls, linear: nn.Linear, *, name: str, arithmetic: Arithmetic = Arithmetic()) -> "QuantLinear":
+        """A layer on the very parameters of `linear`: tied weights stay tied. By default W4A4 in MXFP4.
 
         Raises ValueError, which names the layer, if a format's block does not divide in_features.
         """
-        for form in (FORMATS[weight_format], FORMATS[activation_format]):
-            if linear.in_features % form.block != 0:
-                raise ValueError(
-                    f"{name}: {form.name} needs in_features that are a multiple of {form.block}, "
-                    f"but got {linear.in_features}; name this layer in quant.exclude"
-                )
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.name, layer.scale_rule, layer.quantize_input = name, scale_rule, True
-        layer.weight_format, layer.activation_format = weight_format, activation_format
+        layer.name, layer.quantize_input = name, True
+        layer.compute_as(arithmetic)
         return layer.train(linear.training)
 
+    def compute_as(self, arithmetic: Arithmetic) -> None:
+        """From now on; who shares an input is to be decided anew (`model.computing` does both).
+
+        Raises ValueError, which names the layer, if a format's block does not divide in_features.
+        """
+        arithmetic.check_fits(self.name, self.in_features)
+        self.arithmetic, self._input, self._weight = arithmetic, arithmetic.input, arithmetic.weight
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.arithmetic.backward == "high_precision" and self.deployed_weight is None:
+            return self._high_precision(x)
         if self.quantize_input:
-            x = ste_quantize(x, self.activation_format, self.scale_rule)
+            x = self._input.of(x)
         if self.deployed_weight is not None:
             assert not torch.is_grad_enabled(), f"{self.name}: training must not see the weights of the rollout"
             return F.linear(x, self.deployed_weight, self.bias)
-        weight = ste_quantize(self.weight, self.weight_format, self.scale_rule, per_tensor=True)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self._weight.of(self.weight), self.bias)
+
+    def _high_precision(self, x: Tensor) -> Tensor:
+        operand = self._input.of(x.detach()) if self.quantize_input else x.detach()
+        y: Tensor = _HighPrecision.apply(x, self.weight, self.bias, operand, self.quantized_weight())  # type: ignore[no-untyped-call]
+        return y
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What an adapter beside this layer reads, in the dtype of x: of the input x the part that the layer sees.
+
+        Computed in the layer's dtype, as the layer's own operand is: peft casts to that of its adapters, which is wider.
+        """
+        given = x.to(self.weight.dtype)
+        return self._input.seen(self._input.of(given) if self.quantize_input else given).to(x.dtype)
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
         """Q of `weight`, by default the layer's own, as a plain tensor; with `none` it shares memory with it."""
         weight = self.weight if weight is None else weight
-        return fake_quantize(weight.detach(), self.weight_format, self.scale_rule, per_tensor=True)
+        return self._weight.of(weight.detach())
+
+    def noised_weight(self, shift: Tensor, placement: str) -> Tensor:
+        """Q of the layer's weight with noise, as a plain tensor (see `Operand.noised`)."""
+        return self._weight.noised(self.weight.detach(), shift, placement)
+
+    def weight_step(self) -> Tensor:
+        """See `Operand.step`."""
+        return self._weight.step(self.weight.detach())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weights={self.weight_format}, activations={self.activation_format}"
+        return f"{super().extra_repr()}, {self.arithmetic}"
+
+
+class InputSource(nn.Module):
+    """A module whose output some `QuantLinear`s read and nothing else does: a norm, or the product within a gated MLP.
+
+    Where all of them make the same operand of it, it is made here, once, and within a fused kernel: equal bits, less work.
+    """
+
+    readers: tuple[QuantLinear, ...]
+    apart: bool
+    """Each reader is to quantise for itself, whatever they are."""
+    output: Operand
+    """What it makes of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers, self.apart, self.output = (), False, AS_IT_IS
+
+    def share(self) -> None:
+        """Decide who quantises, from what the readers are now."""
+        operands = {reader.arithmetic.input for reader in self.readers}
+        shared = len(operands) == 1 and not self.apart and not any(reader.arithmetic.needs_input for reader in self.readers)
+        self.output = operands.pop() if shared else AS_IT_IS
+        for reader in self.readers:
+            reader.quantize_input = not shared
 
 
 # --- choices by name -------------------------------------------------------------------------------------------------
 
-
-E2M1 = Element(mantissa_bits=1, smallest_normal=1.0, largest=6.0)  # OCP MX v1.0, 5.3.3
-E4M3 = Element(mantissa_bits=3, smallest_normal=2.0**-6, largest=448.0)  # OCP MX v1.0, 5.3.1
-
-FORMATS: dict[str, Format] = {
-    "none": Format(name="none", element=None, block=1),
-    "mxfp4": Format(name="mxfp4", element=E2M1, block=32),
-    "mxfp8": Format(name="mxfp8", element=E4M3, block=32),
-    "nvfp4": Format(name="nvfp4", element=E2M1, block=16, scale=E4M3),
-}
 
 SCALE_RULES: dict[str, Callable[[Element], int]] = {
     # What is added to the bits of amax: where it carries into the exponent, the scale doubles.
@@ -332,5 +472,10 @@ SCALE_RULES: dict[str, Callable[[Element], int]] = {
     "ceil": lambda element: _FRACTION,
 }
 
-_CODES = {(fmt, rule): (code, SCALE_RULES[rule](FORMATS[fmt].element or E2M1)) for fmt, code in cpu.FORMATS.items() for rule in SCALE_RULES}
+_CODES = {
+    (name, rule): (form.code, SCALE_RULES[rule](form.element))
+    for name, form in FORMATS.items()
+    if form.element is not None
+    for rule in SCALE_RULES
+}
 """What the fused kernel takes for a format and a scale rule."""

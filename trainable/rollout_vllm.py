@@ -1,16 +1,16 @@
 """W4A4 inside vLLM: the same arithmetic as in training, in an engine that is built for generating.
 
 vLLM has no MXFP4 linear layer on a CPU, and on most GPUs serves W4A4 as W4A16 without saying so aloud. Its public hook for
-quantisation methods is enough to bring our own: `RinQuantization` gives every linear layer a `RinLinear`, which quantises the input by
-the very `fake_quantize` of training and multiplies with weights that arrive quantised, noised and checked. Nothing of vLLM is replaced:
-attention, cache, scheduler and sampler are its own, the layers under study are ours.
+quantisation methods is enough to bring our own: `RinQuantization` gives every linear layer a `RinLinear`, which makes of the input the
+very `Operand` of training and multiplies with weights that arrive quantised, noised and checked. Nothing of vLLM is
+replaced: attention, cache, scheduler and sampler are its own, the layers under study are ours.
 
 The engine starts with random weights. Before every rollout it is given all that training's own layers would compute with
 (`engine.deployed_weights`), so nothing of the last step can pile up; `digests` reads back what it really holds.
 
 vLLM fuses q, k, v and gate, up into one layer. Blocks lie along the input axis, so the rows of a fused weight are quantised as each was
-alone; every `Part` keeps its own formats and its own adapter. Adapters are computed beside the quantised weight, as in training, and not
-merged into it: 4 bits cannot hold the sum.
+alone; every `Part` keeps its own `Arithmetic` and its own adapter. Adapters are computed beside the quantised weight, as
+in training, and not merged into it: 4 bits cannot hold the sum.
 
 A folder that `rin export --to checkpoint` wrote holds clean master weights: there the layers quantise when they are loaded.
 
@@ -42,8 +42,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 
 from trainable import vllm_heads
-from trainable.engine import CONFIG_FILE, EngineSettings, Request, Sampled, digest
-from trainable.quantization import fake_quantize
+from trainable.engine import CONFIG_FILE, EngineSettings, Request, arithmetic_of, digest
+from trainable.episode import Completion
+from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic
 
 NAME = "rin"
 _GIB = 1 << 30
@@ -60,9 +61,7 @@ class Part:
     name: str
     start: int
     stop: int
-    weights: str
-    """Format, as in `quantization.FORMATS`."""
-    activations: str
+    arithmetic: Arithmetic
     adapter: tuple[Tensor, Tensor, float] | None = None
     """A [r, I], B [rows, r] and the factor of their product."""
 
@@ -72,8 +71,7 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         super().__init__()
-        self.scale_rule: str = tree["scale_rule"]
-        self.layers: Mapping[str, Mapping[str, str]] = tree["layers"]
+        self.layers = arithmetic_of(tree)
         self.synced: bool = tree.get("synced", False)
 
     def get_name(self) -> str:
@@ -115,10 +113,9 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
                 f"{prefix}: vLLM makes {len(rows)} parts of it, training has {names}; this architecture needs rollout.backend=torch"
             )
         starts = [sum(rows[:index]) for index in range(len(rows))]
-        formats = [self.layers.get(name, {"weights": "none", "activations": "none"}) for name in names]
         return [
-            Part(name=name, start=start, stop=start + count, weights=form["weights"], activations=form["activations"])
-            for name, start, count, form in zip(names, starts, rows, formats, strict=True)
+            Part(name=name, start=start, stop=start + count, arithmetic=self.layers.get(name, UNQUANTIZED))
+            for name, start, count in zip(names, starts, rows, strict=True)
         ]
 
 
@@ -137,23 +134,22 @@ class _Parts:
         if not self.rin.synced:
             for part in layer.rin_parts:
                 rows = layer.weight.data[part.start : part.stop]
-                rows.copy_(fake_quantize(rows, part.weights, self.rin.scale_rule, per_tensor=True))
+                rows.copy_(part.arithmetic.weight.of(rows))
 
     def compute(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O]; one multiplication for neighbours whose input is the same."""
         parts: list[Part] = layer.rin_parts
-        inputs: dict[str, Tensor] = {}
-        for form in {part.activations for part in parts}:
-            inputs[form] = fake_quantize(x, form, self.rin.scale_rule) if self.quantize_inputs else x
+        operands = [part.arithmetic.input if self.quantize_inputs else AS_IT_IS for part in parts]
+        inputs = {operand: operand.of(x) for operand in set(operands)}
         if len(inputs) == 1:
-            y = F.linear(inputs[parts[0].activations], layer.weight, bias)
+            y = F.linear(inputs[operands[0]], layer.weight, bias)
         else:
-            slices = [(inputs[p.activations], slice(p.start, p.stop)) for p in parts]
+            slices = [(inputs[operand], slice(part.start, part.stop)) for part, operand in zip(parts, operands, strict=True)]
             y = torch.cat([F.linear(given, layer.weight[rows], None if bias is None else bias[rows]) for given, rows in slices], -1)
-        for part in parts:
+        for part, operand in zip(parts, operands, strict=True):
             if part.adapter is not None:
                 down, up, factor = part.adapter
-                y[..., part.start : part.stop] += F.linear(F.linear(inputs[part.activations], down), up) * factor
+                y[..., part.start : part.stop] += F.linear(F.linear(operand.seen(inputs[operand]), down), up) * factor
         return y
 
 
@@ -193,7 +189,7 @@ class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Raises ValueError for a head in few bits: it has no weight of its own to hold them."""
-        if any((part.weights, part.activations) != ("none", "none") for part in layer.rin_parts):
+        if any(part.arithmetic.quantizes for part in layer.rin_parts):
             raise ValueError(f"{self.prefix} is quantised, its embedding is not; set tie_word_embeddings to false and store both")
         return super().tie_weights(layer, embed_tokens)
 
@@ -254,7 +250,7 @@ class VllmEngine:
             self.asleep = False
         self.llm.reset_prefix_cache()
 
-    def generate(self, request: Request) -> list[list[Sampled]]:
+    def generate(self, request: Request) -> list[list[Completion]]:
         greedy = request.temperature == 0
         end = self.settings.end_token
         stops = [end] if end < self.settings.model["vocab_size"] else []  # of some tokenizers it is none that the model can say
@@ -262,16 +258,16 @@ class VllmEngine:
             SamplingParams(
                 n=request.group_size,
                 temperature=request.temperature,
-                seed=None if greedy else seed,
+                seed=None if greedy else request.seed_of(number),
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=stops,
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
-            for seed in request.seeds
+            for number in range(len(request.prompts))
         ]
         outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in request.prompts], params, use_tqdm=False)
-        return [[_sampled(completion) for completion in output.outputs] for output in outputs]
+        return [[_completion(one) for one in output.outputs] for output in outputs]
 
     def digests(self) -> dict[str, str]:
         found: dict[str, str] = self._on_model(lambda model: {name: digest(tensor) for name, tensor in _tensors(model)})
@@ -350,10 +346,11 @@ def _rows(module: Any, part: Part) -> slice:
     return slice(part.start, part.stop) if isinstance(module, LinearBase) else slice(0, module.org_vocab_size)
 
 
-def _sampled(completion: Any) -> Sampled:
-    ids = tuple(completion.token_ids)
-    logps = tuple(table[token].logprob for token, table in zip(ids, completion.logprobs, strict=True))
-    return Sampled(ids=ids, logps=logps, finished=completion.finish_reason == "stop")
+def _completion(output: Any) -> Completion:
+    """vLLM gives the log-probs of the sampled tokens alone: their negative mean is an unbiased estimate of the entropy."""
+    ids = tuple(output.token_ids)
+    logps = tuple(table[token].logprob for token, table in zip(ids, output.logprobs, strict=True))
+    return Completion(ids=ids, logps=logps, entropy=-sum(logps) / len(logps), finished=output.finish_reason == "stop")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +30,11 @@ from typing import Any
 
 import psutil
 
-from search.journal import read_arms
-from search.store import load_study_config
-from search.tracking import load_study
-from spaces.reading import merge, read_config
+from search.arms import Arm, read_arms, trial_config
+from search.mirror import send_missing
+from search.store import StudyConfig, load_study_config
 from tests.benchmarks.bench import DOCS, RIN
+from tests.real_mlflow import runs
 from trainable.trial import Trial
 
 SETTINGS = ("grpo.steps=12", "eval.questions=32", "eval.every=4", "task.digits=1", "noise.num_stages=4")
@@ -332,18 +332,21 @@ def kill_node(sweep: Sweep) -> None:
 def check(sweep: Sweep) -> None:
     """Counts in its tally."""
     config = load_study_config(str(sweep.store), sweep.name)
-    records = load_study(sweep.tracking or config.tracking_uri, sweep.name)
-    arms, tally = read_arms(config), sweep.tally
-    keys = [(record.arm, record.replicate) for record in records]
+    config = config.model_copy(update={"tracking_uri": sweep.tracking or config.tracking_uri})
+    tally = sweep.tally
+    assert send_missing(config) == 0  # as the next resume, or the next look, would
+    shown, arms = runs(config.tracking_uri, sweep.name), read_arms(config)
+    keys = [(run.data.tags["arm"], int(run.data.tags["replicate"])) for run in shown]
     expected = {(arm, 0) for arm in ("control", *(f"c{number:02d}" for number in range(1, TRIALS)))}
     tally.sweeps += 1
     tally.expected += len(expected)
     tally.found += len(expected & set(keys))
     tally.twice += len(keys) - len(set(keys))
     tally.lost += len(expected - set(keys)) + len(expected - {(arm.name, k) for arm in arms for k in arm.results})
-    tally.unclosed += sum(record.ended is None or record.status not in ("completed", "collapsed") for record in records)
+    over = [run.info.status != "RUNNING" and run.data.tags["status"] in ("completed", "collapsed") for run in shown]
+    tally.unclosed += over.count(False)
     for arm in arms:
-        wrong = _differences(sweep, config, arm, next((r for r in records if r.arm == arm.name), None))
+        wrong = _differences(sweep, config, arm, next((run for run in shown if run.data.tags["arm"] == arm.name), None))
         tally.other_numbers += bool(wrong)
         tally.notes += [f"{sweep.name} {arm.name}: {line}" for line in wrong[:2]]
 
@@ -351,8 +354,8 @@ def check(sweep: Sweep) -> None:
 _UNDISTURBED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
 
 
-def _differences(sweep: Sweep, config: Any, arm: Any, record: Any) -> list[str]:
-    settings = read_config(merge(arm.tree, {"seed": config.seed}))
+def _differences(sweep: Sweep, config: StudyConfig, arm: Arm, run: Any) -> list[str]:
+    settings = trial_config(config, arm, 0)
     key = settings.model_dump_json(exclude={"hang_seconds"})
     if key not in _UNDISTURBED:
         trial = Trial(settings)
@@ -368,12 +371,12 @@ def _differences(sweep: Sweep, config: Any, arm: Any, record: Any) -> list[str]:
     for part in ("outcome", "rule", "step", "eval", "receipt", "alarms"):
         if json.dumps(tree["outcome"][part]) != json.dumps(outcome[part]):
             wrong.append(f"outcome.{part} differs")
-    if record is not None and record.metrics.get("eval/accuracy") != outcome["eval"]["accuracy"]:
-        wrong.append(f"MLflow has accuracy {record.metrics.get('eval/accuracy')}")
+    if run is not None and run.data.metrics.get("eval/accuracy") != outcome["eval"]["accuracy"]:
+        wrong.append(f"MLflow has accuracy {run.data.metrics.get('eval/accuracy')}")
     return wrong
 
 
-def _plain(report: dict[str, Any]) -> dict[str, float]:
+def _plain(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in report.items() if "/" in name and not name.startswith("perf/")}
 
 

@@ -16,8 +16,9 @@ from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import in_turns, ratio, spread
 from trainable.embedded import base_folder
+from trainable.forward import left_padded
 from trainable.model import Policy, deployed, load_policy
-from trainable.rollout import encode_prompts, generate, left_padded
+from trainable.rollout import encode_prompts, generate
 from trainable.tasks import build_task
 from trainable.trial import Trial
 

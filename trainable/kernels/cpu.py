@@ -11,6 +11,7 @@ Without a compiler one line says so, and eager torch computes the same, more slo
     blocks.h          what the formats have in common: grids and rounding
     mx.h              blocks of MXFP4 and MXFP8
     nvfp4.h           blocks of NVFP4
+    hadamard.h        the rotation of operands, and its backward pass
     fake_quantize.h   fake quantisation of a tensor, with the straight-through estimator
     rms_norm.h        RMSNorm with quantised output, and its backward pass
     swiglu.h          SwiGLU with quantised output, and its backward pass
@@ -40,8 +41,6 @@ from spaces.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"mxfp4": 0, "mxfp8": 1, "nvfp4": 2}
-"""Codes of the operator's argument `format`."""
 SOURCES = Path(__file__).parent
 _VECTORS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
@@ -66,13 +65,17 @@ class Kernels(Protocol):
     def ste_quantize(self, x: Tensor, code: int, addend: int, per_tensor: bool, /) -> Tensor:
         """`fake_quantize` with the identity as its gradient."""
 
-    def rms_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, code: int, addend: int, /
-    ) -> Any:  # a tuple for a residual, else a tensor: overloads of a protocol would say it three times
-        """Q(RMSNorm(x)) [.., n], n a multiple of 16; with a residual Q(RMSNorm(x + residual)) and x + residual. Code -1: no Q."""
+    def rotate(self, x: Tensor, /) -> Tensor:
+        """x [.., n] in the basis of the Hadamard matrix, n a multiple of 32; fp32, with its gradient."""
 
-    def swiglu(self, gate: Tensor, up: Tensor, code: int, addend: int, /) -> Tensor:
-        """Q(silu(gate) * up) [.., n], n a multiple of 16."""
+    def rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, code: int, addend: int, rotated: bool, /
+    ) -> Any:  # a tuple for a residual, else a tensor: overloads of a protocol would say it three times
+        """Q(RMSNorm(x)) [.., n], n a multiple of 16; with a residual Q(RMSNorm(x + residual)) and x + residual. Code -1: no Q.
+        Rotated: Q(RMSNorm(x) H)."""
+
+    def swiglu(self, gate: Tensor, up: Tensor, code: int, addend: int, rotated: bool, /) -> Tensor:
+        """Q(silu(gate) * up) [.., n], n a multiple of 16; rotated: Q((silu(gate) * up) H)."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor:
         """x [tokens, heads, D] by the angles of its tokens, cos and sin [tokens, D]."""

@@ -7,7 +7,7 @@ it is not installed `load` returns None, one line says so, and eager torch compu
 The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
 them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
 
-Left out: the backward passes of norm and SwiGLU, which are plain torch (norm.py, mlp.py).
+`RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the quantisation is the identity.
 """
 
 import functools
@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from trainable.kernels.cpu import FORMATS, Kernel
+from spaces.formats import FORMATS
+from trainable.hadamard import rotate
+from trainable.kernels.cpu import Kernel
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +29,7 @@ WIDEST = 1 << 14
 """Largest row that the norm holds in the registers of one program."""
 _TILE = 1 << 12
 """Elements of a tile: 32 for each of 128 threads."""
-_NAMES = {code: name for name, code in FORMATS.items()}
-_BLOCK = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
-_MANTISSA = {"mxfp4": 1, "mxfp8": 3}
+_BY_CODE = {form.code: form for form in FORMATS.values()}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FUSED_DTYPES = (torch.float32, torch.bfloat16)
 """Those in which the fused kernels round between two operations as torch does."""
@@ -97,11 +98,12 @@ def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tenso
     count, columns = x.numel(), x.shape[-1]
     if count == 0:
         return out
-    name = _NAMES[code]
+    form = _BY_CODE[code]
+    assert form.element is not None
     tiles = (-(-count // _TILE),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if name != "nvfp4":
-            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, _MANTISSA[name], _TILE // 32, **_OPTIONS)
+        if form.scale is None:
+            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, form.element.mantissa_bits, _TILE // 32, **_OPTIONS)
         elif per_tensor:
             kernels.nv_tensor[tiles](_bits(x), _bits(out), count, _largest(x), _TILE // 16, **_OPTIONS)
         else:
@@ -138,7 +140,7 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
         _check(gate, code)
     gate, up = gate.detach().contiguous(), up.detach().contiguous()
     out, count = torch.empty_like(gate), gate.numel()
-    whole_rows = code >= 0 and _NAMES[code] == "nvfp4"  # whose outer scale is known when the row is
+    whole_rows = _BY_CODE[code].scale is not None  # whose outer scale is known when the row is
     if count:
         with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
             kernels.swiglu_tensor[(-(-count // _TILE),)](
@@ -148,9 +150,9 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
 
 
 def _check(x: Tensor, code: int) -> None:
-    name, columns = _NAMES[code], x.shape[-1]
-    if columns % _BLOCK[name] != 0:
-        raise ValueError(f"{name} needs a last dim that is a multiple of {_BLOCK[name]}, but got {columns}; exclude it")
+    form, columns = _BY_CODE[code], x.shape[-1]
+    if columns % form.block != 0:
+        raise ValueError(f"{form.name} needs a last dim that is a multiple of {form.block}, but got {columns}; exclude it")
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -170,6 +172,53 @@ def _power_of_two(n: int) -> int:
 
 def _warps(elements: int) -> int:
     return min(16, max(1, elements // 1024))
+
+
+# --- with their gradients ---------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.autograd.Function):
+    """`rms_norm` without its second result. Keeps x and one number a row; computed in fp32, and rounded at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int, rotated: bool) -> Tensor:
+        y, inverse = rms_norm(x, weight, epsilon, *((-1, 0) if rotated else (code, addend)))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.rotated = rotated
+        return _rotated(y, code, addend) if rotated else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dy = rotate(grads[0]) if ctx.rotated else grads[0]
+        dy, inverse = dy.to(torch.float32), inverse.view(*x.shape[:-1], 1)
+        h = x * inverse  # fp32, as `inverse` is
+        g = dy * weight
+        dx = (g - h * (g * h).mean(-1, keepdim=True)) * inverse
+        dw = (dy * h).reshape(-1, x.shape[-1]).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None, None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu`. Keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, code: int, addend: int, rotated: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.rotated = rotated
+        return _rotated(swiglu(gate, up, -1, 0), code, addend) if rotated else swiglu(gate, up, code, addend)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dy = rotate(grads[0]) if ctx.rotated else grads[0]
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate), None, None, None
+
+
+def _rotated(y: Tensor, code: int, addend: int) -> Tensor:
+    """Q(y H): the rotation is eager torch here, the rest is fused."""
+    turned = rotate(y.detach())
+    return fake_quantize(turned, code, addend, False) if code >= 0 else turned
 
 
 # --- operators -----------------------------------------------------------------------------------------------------------------------

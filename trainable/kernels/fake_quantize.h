@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Format : int64_t { kNone = -1, kMxfp4, kMxfp8, kNvfp4 };  // the codes of FORMATS in cpu.py
+enum Format : int64_t { kNone = -1, kMxfp4, kMxfp8, kNvfp4 };  // the codes of FORMATS in spaces/formats.py
 constexpr const char* kNames[] = {"mxfp4", "mxfp8", "nvfp4"};
 constexpr int64_t kBlocks[] = {32, 32, 16};
 

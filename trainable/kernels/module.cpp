@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "fake_quantize.h"
+#include "hadamard.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "swiglu.h"
@@ -40,31 +41,41 @@ PyObject* py_ste_quantize(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// rms_norm(x, residual or None, weight, epsilon, format, addend) -> y, or (y, x + residual)
+// rotate(x) -> x in the basis of the Hadamard matrix, with its gradient
+PyObject* py_rotate(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::Tensor& x = tensor(given[0]);
+  return THPVariable_Wrap(learning() ? Rotation::apply(x) : rotate(x));
+  END_HANDLE_TH_ERRORS
+}
+
+// rms_norm(x, residual or None, weight, epsilon, format, addend, rotated) -> y, or (y, x + residual)
 PyObject* py_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const at::Tensor &x = tensor(given[0]), &weight = tensor(given[2]), residual = given[1] == Py_None ? at::Tensor() : tensor(given[1]);
   const double epsilon = PyFloat_AsDouble(given[3]);
   const int64_t format = integer(given[4]), addend = integer(given[5]);
+  const bool rotated = given[6] == Py_True;
   at::Tensor y, stream;
   if (!learning()) {
-    std::tie(y, stream, std::ignore) = rms_norm(x, residual, weight, epsilon, format, addend);
+    std::tie(y, stream, std::ignore) = rms_norm(x, residual, weight, epsilon, format, addend, rotated);
   } else if (residual.defined()) {
-    const auto both = RMSNorm::apply(x, std::optional(residual), weight, epsilon, format, addend);
+    const auto both = RMSNorm::apply(x, std::optional(residual), weight, epsilon, format, addend, rotated);
     y = both[0], stream = both[1];
   } else {
-    y = RMSNorm::apply(x, std::optional<at::Tensor>(), weight, epsilon, format, addend)[0];
+    y = RMSNorm::apply(x, std::optional<at::Tensor>(), weight, epsilon, format, addend, rotated)[0];
   }
   return residual.defined() ? Py_BuildValue("(NN)", THPVariable_Wrap(y), THPVariable_Wrap(stream)) : THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
 
-// swiglu(gate, up, format, addend) -> y
+// swiglu(gate, up, format, addend, rotated) -> y
 PyObject* py_swiglu(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const at::Tensor &gate = tensor(given[0]), &up = tensor(given[1]);
   const int64_t format = integer(given[2]), addend = integer(given[3]);
-  return THPVariable_Wrap(learning() ? SwiGLU::apply(gate, up, format, addend) : swiglu(gate, up, format, addend));
+  const bool rotated = given[4] == Py_True;
+  return THPVariable_Wrap(learning() ? SwiGLU::apply(gate, up, format, addend, rotated) : swiglu(gate, up, format, addend, rotated));
   END_HANDLE_TH_ERRORS
 }
 
@@ -97,8 +108,8 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<py_fake_quantize, 4>("fake_quantize"), method<py_ste_quantize, 4>("ste_quantize"), method<py_rms_norm, 6>("rms_norm"),
-    method<py_swiglu, 4>("swiglu"), method<py_rotary, 3>("rotary"), method<py_attend, 10>("attend"), {}};
+    method<py_fake_quantize, 4>("fake_quantize"), method<py_ste_quantize, 4>("ste_quantize"), method<py_rotate, 1>("rotate"),
+    method<py_rms_norm, 7>("rms_norm"), method<py_swiglu, 5>("swiglu"), method<py_rotary, 3>("rotary"), method<py_attend, 10>("attend"), {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "rin_kernels", nullptr, -1, methods};
 
 }  // namespace

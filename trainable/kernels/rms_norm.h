@@ -1,4 +1,5 @@
-// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), quantised while the row is in the cache; and before it, where
+// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), rotated if so wished and quantised while the row is in
+// the cache; and before it, where
 // x is the latest term of a residual stream, the sum with the stream so far.
 //
 // Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h. Quantisation counts as
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "fake_quantize.h"
+#include "hadamard.h"
 
 namespace {
 
@@ -17,10 +19,12 @@ inline f32x16 lanes(const float* x) { return load<f32x16>(x); }
 // x, and residual where it is defined, [.., n], n a multiple of 16. -> (y like x, the stream x + residual, 1 / sqrt(..) of each row
 // for the backward pass).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
-    const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend) {
+    const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend,
+    bool rotated) {
   RECORD_FUNCTION("rin::rms_norm", {});
   const at::Tensor x = any.contiguous(), before = residual.defined() ? residual.contiguous() : residual;
   check_row(x.size(-1), format);
+  if (rotated) check_rotated(x.size(-1));
   const int64_t n = x.size(-1), rows = x.numel() / n;
   TORCH_CHECK_VALUE(!before.defined() || before.sizes() == x.sizes(), "x ", x.sizes(), " and residual ", before.sizes());
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.numel() == n, "a weight ", weight.sizes(), " for rows of ", n);
@@ -42,6 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
       for (int64_t k = 0; k < n; k += 16) squares += lanes(from + k) * lanes(from + k);
       const float r = inverses[row] = 1.0f / std::sqrt(sum(squares) / n + static_cast<float>(epsilon));
       for (int64_t k = 0; k < n; k += 16) store(to + k, lanes(w + k) * (lanes(from + k) * r));
+      if (rotated) rotate_blocks(to, to, n / kRotated);
       if (format != kNone) quantize_row(to, to, n, format, addend);
     }
   });
@@ -91,8 +96,9 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
 struct RMSNorm : torch::autograd::Function<RMSNorm> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* saved, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
-      double epsilon, int64_t format, int64_t addend) {
-    const auto [y, stream, inverse] = rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend);
+      double epsilon, int64_t format, int64_t addend, bool rotated) {
+    const auto [y, stream, inverse] = rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend, rotated);
+    if (rotated) saved->saved_data["rotated"] = true;
     saved->save_for_backward({stream, weight, inverse});
     if (residual) return {y, stream};
     return {y};
@@ -101,8 +107,9 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
     only_once();
     const auto kept = saved->get_saved_variables();
     const bool streams = grads.size() == 2;
-    const auto [dx, dw] = rms_norm_backward(grads[0], streams ? grads[1] : at::Tensor(), kept[0], kept[1], kept[2]);
-    return {dx, streams ? dx : at::Tensor(), dw, {}, {}, {}};
+    const at::Tensor dy = saved->saved_data.empty() ? grads[0] : rotate(grads[0]);
+    const auto [dx, dw] = rms_norm_backward(dy, streams ? grads[1] : at::Tensor(), kept[0], kept[1], kept[2]);
+    return {dx, streams ? dx : at::Tensor(), dw, {}, {}, {}, {}};
   }
 };
 

@@ -1,4 +1,5 @@
-// SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), quantised while the row is in the cache.
+// SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), rotated if so wished and quantised while the row is in the
+// cache.
 //
 // e^x is torch's own in vectors, and the order of the operations too, so that every bit is that of torch's silu and product (which take the
 // last few elements of an odd piece one by one, with another exponential). Backward, with
@@ -8,17 +9,19 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include "fake_quantize.h"
+#include "hadamard.h"
 
 namespace {
 
 using Floats = at::vec::Vectorized<float>;
 
 // gate and up [.., n], n a multiple of 16. -> like them
-at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t format, int64_t addend) {
+at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t format, int64_t addend, bool rotated) {
   RECORD_FUNCTION("rin::swiglu", {});
   const at::Tensor gate = any_gate.contiguous(), up = any_up.contiguous(), y = made_like(gate);
   TORCH_CHECK_VALUE(gate.sizes() == up.sizes(), "gate ", gate.sizes(), " and up ", up.sizes());
   check_row(gate.size(-1), format);
+  if (rotated) check_rotated(gate.size(-1));
   const int64_t n = gate.size(-1), rows = gate.numel() / n;
   const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -29,6 +32,7 @@ at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t 
         const Floats x = Floats::loadu(g + k);
         ((x / (one + x.neg().exp())) * Floats::loadu(u + k)).store(out + k);
       }
+      if (rotated) rotate_blocks(out + row * n, out + row * n, n / kRotated);
       if (format != kNone) quantize_row(out + row * n, out + row * n, n, format, addend);
     }
   });
@@ -54,15 +58,18 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const 
 
 struct SwiGLU : torch::autograd::Function<SwiGLU> {
   static at::Tensor forward(
-      torch::autograd::AutogradContext* saved, const at::Tensor& gate, const at::Tensor& up, int64_t format, int64_t addend) {
+      torch::autograd::AutogradContext* saved, const at::Tensor& gate, const at::Tensor& up, int64_t format, int64_t addend,
+      bool rotated) {
     saved->save_for_backward({gate, up});
-    return swiglu(gate, up, format, addend);
+    if (rotated) saved->saved_data["rotated"] = true;
+    return swiglu(gate, up, format, addend, rotated);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
     only_once();
     const auto kept = saved->get_saved_variables();
-    const auto [dgate, dup] = swiglu_backward(grads[0], kept[0].contiguous(), kept[1].contiguous());
-    return {dgate, dup, {}, {}};
+    const at::Tensor dy = saved->saved_data.empty() ? grads[0] : rotate(grads[0]);
+    const auto [dgate, dup] = swiglu_backward(dy, kept[0].contiguous(), kept[1].contiguous());
+    return {dgate, dup, {}, {}, {}};
   }
 };
 

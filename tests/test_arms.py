@@ -1,14 +1,14 @@
 """Arms, evidence and what is still to be run, as a sweep writes them down and reads them back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from search.journal import read_arms, read_evidence, trial_folder, unfinished, write_arm, write_evidence
-from search.searchers import Arm, Evidence
+from search.arms import Arm, read_arms, trial_config, trial_folder, unfinished, write_arm
+from search.evidence import Evidence, read_evidence, write_evidence
 from search.store import StudyConfig
-from search.trials import write_decision
 from spaces.config import ConfigError
 from tests.written_sweeps import make_arm, outcome, study, write_trial
 
@@ -22,7 +22,7 @@ def test_arms_come_back_in_their_order_as_they_were(config: StudyConfig) -> None
     """Twelve of them: 10 comes after 9."""
     arms = [
         make_arm(config, "control"),
-        *(Arm(name=f"c{n:02}", origin="searcher", tree={"seed": n}, params={"sigma": 0.1 * n}) for n in range(11)),
+        *(Arm(name=f"c{n:02}", origin="searcher", config=make_arm(config, "x").config, params={"sigma": 0.1 * n}) for n in range(11)),
     ]
     for number, arm in reversed(list(enumerate(arms))):
         write_arm(config, number, arm)
@@ -35,7 +35,7 @@ def test_arms_come_back_from_an_object_store(s3_store: Callable[[str], str], tmp
     write_arm(config, 0, arm)
     write_trial(config, arm, 1, outcome(arm, 1, 300))
     (read,) = read_arms(config)
-    assert (read.name, dict(read.tree), list(read.results)) == ("control", dict(arm.tree), [1])
+    assert (read.name, read.config, list(read.results)) == ("control", arm.config, [1])
 
 
 def test_a_sweep_that_wrote_nothing_has_no_arms_and_no_evidence(config: StudyConfig) -> None:
@@ -53,19 +53,23 @@ def test_an_arm_has_the_outcomes_of_its_own_replicates_and_of_no_other_trial(con
     write_trial(config, arms[1], 1, outcome(arms[1], 1, 200))
     write_trial(config, arms[1], 2, outcome(arms[1], 2, 100))
     first, second = read_arms(config)
-    assert {k: (v or {})["eval"]["accuracy"] for k, v in first.results.items()} == {0: 0.75}
-    assert {k: (v or {})["eval"]["accuracy"] for k, v in second.results.items()} == {1: 0.5}
+    assert {k: v.eval.accuracy for k, v in first.results.items()} == {0: 0.75}
+    assert {k: v.eval.accuracy for k, v in second.results.items()} == {1: 0.5}
     assert unfinished(config, [first, second]) == 6 - 2
 
 
-def test_a_trial_that_a_scheduler_stopped_is_over_and_one_that_a_person_stopped_is_not(config: StudyConfig) -> None:
+def test_a_trial_runs_its_arm_s_configuration_with_its_replicate_s_seed(config: StudyConfig) -> None:
     arm = make_arm(config, "c01")
-    write_arm(config, 0, arm)
-    write_decision(trial_folder(config, "c01", 0), "by the scheduler asha after step 3")
-    trial_folder(config, "c01", 1).write("stopped.json", '{"version": 1, "outcome": {"outcome": "stopped"}, "reports": []}')
-    (read,) = read_arms(config)
-    assert read.results == {0: {"outcome": "stopped"}}
-    assert unfinished(config, [read]) == 5
+    ran = trial_config(config.model_copy(update={"seed": 40}), arm, 1)
+    assert ran.seed == 41
+    assert ran.model_copy(update={"seed": arm.config.seed}) == arm.config
+
+
+def test_an_arm_s_file_holds_every_setting_so_that_another_default_changes_nothing(config: StudyConfig) -> None:
+    write_arm(config, 0, make_arm(config, "c01"))
+    written = json.loads((config.folder / "arms").read("0000.json") or b"")["config"]
+    assert written["grpo"]["clip_high"] == 0.28, "a default"
+    assert "seed" not in written
 
 
 def test_evidence_comes_back_as_it_was(config: StudyConfig) -> None:
