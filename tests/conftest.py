@@ -45,8 +45,24 @@ ModelFolder = Callable[..., str]
 Tiny = Callable[..., TrialConfig]
 
 
-LONGEST = ("test_survival.py", "test_rollout_vllm.py", "test_engine_process.py", "test_mlflow_views.py", "test_study.py")
-"""Files whose tests take minutes: they begin first, so that no worker is left with one of them in the end."""
+LONGEST = (
+    "test_rollout_vllm.py",
+    "test_survival.py",
+    "test_claims.py",
+    "test_study.py",
+    "test_engine_process.py",
+    "test_cluster.py",
+    "test_security.py",
+    "test_kernels.py",
+    "test_postgres.py",
+    "test_tracking.py",
+    "test_export_checkpoint.py",
+    "test_s3.py",
+    "test_cli.py",
+    "test_mlflow_views.py",
+    "test_trial.py",
+)
+"""Files whose tests take half a minute or more, the longest first: what is left for the end is small, and all workers end together."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

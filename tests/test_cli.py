@@ -19,6 +19,7 @@ from search.arms import read_arms
 from search.store import StudyConfig, load_study_config, save_study_config, sweeps
 from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
+from tests import processes
 from tests.written_sweeps import make_arm, study, write_sweep
 
 RIN = Path(sys.executable).parent / "rin"
@@ -55,16 +56,8 @@ Said = tuple[int, str, str]
 
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> Said:
     """`rin` in this process, for what needs no process of its own."""
-    monkeypatch.setattr(sys, "argv", ["rin", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else `rin trial` starts its process again with it
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    done = processes.rin(*arguments)
+    return done.code, done.out, done.err
 
 
 def test_the_commands_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,20 +258,18 @@ def test_trial_prints_one_object_per_step_and_the_outcome_last() -> None:
     TrialConfig.model_validate(outcome["config"])
 
 
-@pytest.mark.slow
 def test_trial_in_words_says_how_it_ended_and_what_was_touched() -> None:
-    done = rin("trial", "e13i-v3", "--workload", "tiny", "--set", "eval.questions=16")
-    assert done.returncode == 0, done.stderr
-    assert "completed after 6 steps" in done.stdout
-    assert "quantised 14 layers, noised 4 weights" in done.stdout
+    done = processes.rin("trial", "e13i-v3", "--workload", "tiny", "--set", "eval.questions=16")
+    assert done.code == 0, done.err
+    assert "completed after 6 steps" in done.out
+    assert "quantised 14 layers, noised 4 weights" in done.out
 
 
-@pytest.mark.slow
 def test_plan_lists_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
-    done = rin("plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = processes.rin("plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path)
+    assert done.code == 0, done.err
     for said in ("control-resample", "e13i-baseline", "3 ", "runs: 18 = 6 configurations x 3 replicates", "trial-slot hours"):
-        assert said in done.stdout
+        assert said in done.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,12 +280,12 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert swept.returncode == 0, swept.stderr
     assert "candidate:" in swept.stdout
     assert "rin export first --to verl" in swept.stdout
-    (listed,) = json.loads(rin("list", "--json", cwd=tmp_path).stdout)
+    (listed,) = json.loads(processes.rin("list", "--json", cwd=tmp_path).out)
     assert (listed["name"], listed["runs"], listed["of"]) == ("first", 3, 3)
-    rows = json.loads(rin("status", "first", "--json", cwd=tmp_path).stdout)
+    rows = json.loads(processes.rin("status", "first", "--json", cwd=tmp_path).out)
     assert [row["arm"] for row in rows] == ["control", "c01", "c02"]
-    exported = rin("export", "first", "--output", "best.yaml", cwd=tmp_path)
-    assert exported.returncode == 0, exported.stderr
+    exported = processes.rin("export", "first", "--output", "best.yaml", cwd=tmp_path)
+    assert exported.code == 0, exported.err
     tree = parse_yaml((tmp_path / "best.yaml").read_text(), "best.yaml")
     assert TrialConfig.model_validate(tree).threads == 1
     repeated = rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
@@ -302,9 +293,9 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     arms = {arm.name: arm for arm in read_arms(load_study_config(str(tmp_path / "runs"), "first"))}
     candidate = next(row["arm"] for row in rows if row["candidate"])
     assert outcome["eval"]["correct"] == list(arms[candidate].results[0].eval.correct)
-    assert rin("export", "first", "--to", "verl", cwd=tmp_path).stdout.startswith("++trainer.noise_injection.enabled=")
-    refused = rin("export", "first", "--to", "toml", cwd=tmp_path)
-    assert (refused.returncode, "choose one of yaml, verl" in refused.stderr) == (2, True)
+    assert processes.rin("export", "first", "--to", "verl", cwd=tmp_path).out.startswith("++trainer.noise_injection.enabled=")
+    refused = processes.rin("export", "first", "--to", "toml", cwd=tmp_path)
+    assert (refused.code, "choose one of yaml, verl" in refused.err) == (2, True)
 
 
 @pytest.mark.slow

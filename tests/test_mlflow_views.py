@@ -32,6 +32,7 @@ from search.tracking import Tracker
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import flatten_fields
 from tests.conftest import require
+from tests.processes import program
 from tests.real_mlflow import free_port
 from tests.real_mlflow import runs as shown_runs
 from tests.written_sweeps import outcome, scores, study, write_trial
@@ -174,23 +175,27 @@ def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tm
 
 
 @contextmanager
-def serving(uri: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`rin ui` in a process of its own, and the address that it gives."""
+def serving(uri: str, number: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rin ui` in a process of its own, and the address that it gives; that signal ends it, with all its processes."""
     script = "import sys; from dashboards.mlflow_views import serve_ui; uri, name, port = sys.argv[1:]; "
     script += "serve_ui(uri, name, int(port), on_ready=lambda url: print(url, flush=True))"
     command = [sys.executable, "-c", script, uri, EXPERIMENT, str(free_port())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().strip()
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+    with program(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        yield process, url
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert 1 <= len(family) <= 2, "mlflow and its one worker"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    with socket.create_server(("127.0.0.1", int(url.split("/#/")[0].rsplit(":", 1)[1]))):
+        pass
 
 
 @pytest.fixture(scope="module")
 def page(filled: str) -> Iterator[str]:
-    with serving(filled) as (_, url):
+    with serving(filled, signal.SIGINT) as (_, url):  # Ctrl-C, behind the last test that looks at it
         yield url
 
 
@@ -239,7 +244,7 @@ class Browser:
         deadline = time.monotonic() + seconds
         while not self.evaluate(ready):
             assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
-            time.sleep(1)
+            time.sleep(0.2)
 
     def close(self) -> None:
         with suppress(AssertionError, BrokenPipeError):
@@ -331,14 +336,6 @@ def test_where_a_server_runs_already_only_the_view_is_saved(page: str, uri: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_server_with_all_its_processes(uri: str, number: int) -> None:
-    with serving(uri) as (process, url):
-        port = int(url.split("/#/")[0].rsplit(":", 1)[1])
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert 1 <= len(family) <= 2, "mlflow and its one worker"
-        process.send_signal(number)
-        assert process.wait(30) == 0
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    with socket.create_server(("127.0.0.1", port)):
-        pass
+def test_the_end_of_a_session_ends_the_server_with_all_its_processes_as_ctrl_c_does(uri: str) -> None:
+    with serving(uri, signal.SIGTERM) as (process, _):
+        assert process.poll() is None
