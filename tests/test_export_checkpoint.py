@@ -331,6 +331,7 @@ def test_what_is_not_quantised_is_ignored_by_name(make: Make) -> None:
         (("quant.activations=mxfp8",), "no packed form: mxfp8 inputs"),
         (("quant.weights=nvfp4", "quant.activations=nvfp4"), "no packed form: nvfp4"),
         (("quant.weights=mxfp8", "quant.activations=mxfp8"), "no packed form: mxfp8 weights"),
+        (("quant.hadamard=true",), "no packed form: inputs are turned by a Hadamard matrix"),
         (("quant.weights=none", "quant.activations=none"), "no packed form: nothing is quantised"),
         (("quant.skip_layers=[0, 1]",), "no packed form: nothing is quantised"),
     ],
@@ -621,7 +622,9 @@ def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides", [(), ("quant.exclude=[o_proj]", "quant.activations=none"), LORA], ids=["W4A4", "head, W4A16", "merged"]
+    "overrides",
+    [(), ("quant.exclude=[o_proj]", "quant.activations=none"), ("quant.hadamard=true",), LORA],
+    ids=["W4A4", "head, W4A16", "rotated", "merged"],
 )
 def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, overrides: tuple[str, ...]) -> None:
     exported = make(*overrides)

@@ -183,7 +183,7 @@ def _network(policy: Policy) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# --- the same weights in a shallower model --------------------------------------------------------------------------------------
+# --- the same weights in a shallower model -------------------------------------------------------------------------
 
 
 @contextmanager
