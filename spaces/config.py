@@ -189,7 +189,7 @@ class QuantConfig(Record):
         if self.hadamard and self.weights == self.activations == "none":
             raise ValueError("hadamard=true does nothing where nothing is quantised; remove it or choose a format")
         if self.backward != "dequantized" and self.weights == self.activations == "none":
-            raise ValueError(f"backward={self.backward} does nothing where nothing is quantised; remove it or choose a format")
+            raise ValueError(f"backward={self.backward} does nothing where nothing is quantised; choose a format")
         return self
 
 

@@ -1,8 +1,8 @@
 """The formats of an operand, once: their grids, blocks, and the numbers by which the fused kernels know them.
 
-OCP Microscaling Formats (MX) v1.0: MXFP4 and MXFP8 in blocks of 32 under a power of two. NVFP4 (arXiv 2509.25149): blocks of 16 under an
-E4M3 scale. What they mean for a tensor is said in trainable/quantization.py; the C++ and Triton sources have constants of their own, and a
-test compares them with these.
+OCP Microscaling Formats (MX) v1.0: MXFP4 and MXFP8 in blocks of 32 under a power of two. NVFP4 (arXiv 2509.25149):
+blocks of 16 under an E4M3 scale. What they mean for a tensor is said in trainable/quantization.py; the C++ and Triton
+sources have constants of their own, and a test compares them with these.
 """
 
 import math

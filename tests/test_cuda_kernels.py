@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
+from trainable.hadamard import rotate_eager
 from trainable.kernels import cuda
 from trainable.layers import mlp, norm
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
@@ -180,6 +181,26 @@ def gradients_of_the_activation(device: str) -> None:
             torch.testing.assert_close(a.grad.cpu(), b.grad)
 
 
+def rotated_operands(device: str) -> None:
+    """Fused norm and activation, then a rotation and a quantisation: operands and gradients, the latter turned back."""
+    for dtype, fmt in product((torch.float32, torch.bfloat16), ("none", *QUANTISED)):
+        x, weight, up = (
+            drawn(2, 3, 96, dtype=dtype),
+            1 + drawn(96, dtype=dtype, name="weight") / 10,
+            drawn(2, 3, 96, dtype=dtype, name="up"),
+        )
+        grad = drawn(2, 3, 96, dtype=dtype, name="grad")
+        for function, leaves, more in ((cuda.RMSNorm, (x, weight), (1e-6,)), (cuda.SwiGLU, (x, up), ())):
+            ours, theirs = ([leaf.to(device).requires_grad_() for leaf in leaves] for _ in range(2))
+            y = function.apply(*ours, *more, *kernel_codes(fmt, "floor"), True)
+            plain = function.apply(*theirs, *more, -1, 0, False)
+            turned = rotate_eager(plain.detach().cpu())
+            assert_same(y.detach().cpu(), turned if fmt == "none" else fake_quantize_eager(turned, fmt))
+            y.backward(grad.to(device))
+            plain.backward(rotate_eager(grad).to(device))
+            assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+
+
 def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         kernel = cuda.load()
@@ -203,7 +224,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     for check in (
         *(every_class_of_data, odd_shapes_and_views, bf16_beside_every_largest_value),
         *(norms, norms_of_any_width, norms_that_are_not_finite, gradients_of_the_norm),
-        *(activations, activations_that_are_not_finite, gradients_of_the_activation, compiled_around),
+        *(activations, activations_that_are_not_finite, gradients_of_the_activation),
+        *(rotated_operands, compiled_around),
     )
 }
 

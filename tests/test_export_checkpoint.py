@@ -342,6 +342,7 @@ def test_what_is_not_quantised_is_ignored_by_name(make: Make) -> None:
         (("quant.activations=mxfp8",), "no packed form: mxfp8 inputs"),
         (("quant.weights=nvfp4", "quant.activations=nvfp4"), "no packed form: nvfp4"),
         (("quant.weights=mxfp8", "quant.activations=mxfp8"), "no packed form: mxfp8 weights"),
+        (("quant.hadamard=true",), "no packed form: inputs are turned by a Hadamard matrix"),
         (("quant.weights=none", "quant.activations=none"), "no packed form: nothing is quantised"),
         (("quant.skip_layers=[0, 1]",), "no packed form: nothing is quantised"),
     ],
@@ -624,7 +625,7 @@ for job in json.load(sys.stdin):
 
 
 HEAD = ("quant.exclude=[o_proj]", "quant.activations=none")
-OURS = {"W4A4": (), "head, W4A16": HEAD, "merged": LORA}
+OURS = {"W4A4": (), "head, W4A16": HEAD, "rotated": ("quant.hadamard=true",), "merged": LORA}
 STOCK = {"W4A4": (), "head, W4A16": HEAD}
 Served = Callable[[tuple[str, ...], str | None], tuple[dict[str, Any], list[int]]]
 

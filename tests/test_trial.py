@@ -320,6 +320,8 @@ def test_the_keys_of_a_step_line_and_of_the_outcome_are_fixed(tiny: Tiny) -> Non
     receipt = outcome["receipt"]
     assert {"quantized", "noised", "effects"} <= set(receipt)
     assert len(receipt["quantized"]) == 14
+    w4a4 = {"weights": "mxfp4", "activations": "mxfp4", "scale_rule": "floor", "hadamard": False, "backward": "dequantized"}
+    assert receipt["arithmetic"] == [w4a4]
     assert receipt["noised"] == [f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")]
     assert {"stage", "step", "name", "layer", "nominal", "applied"} <= set(receipt["effects"][0])
     assert outcome["config"]["seed"] == 0

@@ -5,12 +5,12 @@ Turned by it, an outlier is spread over its block, whose values become nearly Ga
 them to zero. That is the counter-hypothesis to noise, which is meant to act on this dead zone.
 
 Since (x H)(W H)^T = x W^T, a layer that turns both its operands needs no way back: y = Q(x H) Q(W H)^T. The weight is
-turned when it is quantised, the input whenever it comes; both operands, also where one of them stays at 16 bits. Gradients
-follow by the chain rule, with the rounding as the identity: dx = (dy Q(W H)) H^T, dW = (dy^T Q(x H)) H^T.
+turned when it is quantised, the input whenever it comes; both operands, also where one of them stays at 16 bits.
+Gradients follow by the chain rule, with the rounding as the identity: dx = (dy Q(W H)) H^T, dW = (dy^T Q(x H)) H^T.
 
-A fast transform: sums and differences of pairs in a fixed order, in fp32, then one rounding to the dtype. A product with
-the matrix would add up in an order that depends on how many rows come along; so generation, training and engines have
-equal bits. On a CPU a kernel does it.
+A fast transform: sums and differences of pairs in a fixed order, in fp32, then one rounding to the dtype. A product
+with the matrix would add up in an order that depends on how many rows come along; so generation, training and engines
+have equal bits. On a CPU a kernel does it.
 
 Shapes: K = 32.
 """

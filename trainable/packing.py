@@ -50,7 +50,7 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def no_packed_form(arithmetic: Arithmetic) -> str:
-    """Why layers that compute so cannot be packed so that a stock program computes what was trained; empty if they can."""
+    """Why layers that compute so cannot be packed so that a stock program computes what was trained; else empty."""
     weights, activations = arithmetic.weights, arithmetic.activations
     if arithmetic.hadamard:
         return "inputs are turned by a Hadamard matrix before they are quantised, and the format has no word for that"

@@ -34,14 +34,15 @@ Speed. On CPU and CUDA devices a fused kernel does all of it in one pass (`train
 compiler (or Triton) take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and
 rounding by adding and subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
 
-How a layer computes is a record, `Arithmetic`; what becomes of one of its operands is another, `Operand`. Layers, engines, noise, folders
-and receipts hold or ask these, so that another transform of operands is written here and in the kernels, and nowhere else. An input that
-several layers make the same operand of is made once, by the module in front of them (`InputSource`); whether it is follows from what the
-layers are, and is decided anew whenever that changes (`model.computing`).
+How a layer computes is a record, `Arithmetic`; what becomes of one of its operands is another, `Operand`. Layers,
+engines, noise, folders and receipts hold or ask these, so that another transform of operands is written here and in the
+kernels, and nowhere else. An input that several layers make the same operand of is made once, by the module in front of
+them (`InputSource`); whether it is follows from what the layers are, and is decided anew whenever that changes
+(`model.computing`).
 
 Left out: packing; stochastic rounding (3 dB worse in the forward pass, and the policy would no longer be a function
-of its weights); quantised gradients. A Hadamard rotation of both operands is an option (trainable/hadamard.py), because it removes the dead
-zone that noise is meant to act on.
+of its weights); quantised gradients. A Hadamard rotation of both operands is an option (trainable/hadamard.py), because
+it removes the dead zone that noise is meant to act on.
 
 Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements of a block.
 """
@@ -194,7 +195,7 @@ def _round_to_grid_(y: Tensor, element: Element, scratch: Tensor) -> Tensor:
     return y.add_(binade, alpha=magic).sub_(binade, alpha=magic)
 
 
-# --- its gradient -------------------------------------------------------------------------------------------------------
+# --- its gradient ----------------------------------------------------------------------------------------------------
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -249,7 +250,7 @@ class Operand:
         return ste_quantize(turned, self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     def seen(self, given: Tensor) -> Tensor:
-        """What an adapter beside the layer reads where the layer multiplies `given`: the same, with the error of its rounding.
+        """What an adapter beside the layer reads where the layer multiplies `given`: with the error of its rounding.
 
         Turned back into the model's own basis: an adapter can be merged, and means the same in every arithmetic.
         """
@@ -258,8 +259,8 @@ class Operand:
     def noised(self, weight: Tensor, shift: Tensor, placement: str) -> Tensor:
         """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype.
 
-        Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise of one size nor
-        its rms, so a sigma means the same with and without one.
+        Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise
+        of one size nor its rms, so a sigma means the same with and without one.
         """
         turned = self._turned(weight)
         if placement == "before":
@@ -278,7 +279,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """How a linear layer computes; every field is one of `QuantConfig`. JSON: `asdict`, and back by `Arithmetic(**tree)`.
+    """How a linear layer computes; every field is one of `QuantConfig`. JSON: `asdict`, back by `Arithmetic(**tree)`.
 
     Example: Arithmetic(weights="mxfp4", activations="none")
     """
@@ -290,7 +291,7 @@ class Arithmetic:
     scale_rule: str = "floor"
     """As in SCALE_RULES."""
     hadamard: bool = False
-    """Both operands are turned by the Hadamard matrix, also one that is not quantised: else their product would be another."""
+    """Both operands are turned by the Hadamard matrix, also one that is not quantised, or the product would change."""
 
     backward: str = "dequantized"
     """Which operands gradients are products with: those that were multiplied, or the tensors they were made from."""
@@ -320,7 +321,8 @@ class Arithmetic:
     def _operand(self, fmt: str, *, per_tensor: bool) -> Operand:
         form = FORMATS[fmt]
         free = form.element is not None and form.scale is None
-        return Operand(format=fmt, scale_rule=self.scale_rule if free else "floor", per_tensor=per_tensor, hadamard=self.hadamard)
+        rule = self.scale_rule if free else "floor"
+        return Operand(format=fmt, scale_rule=rule, per_tensor=per_tensor, hadamard=self.hadamard)
 
     def check_fits(self, name: str, in_features: int) -> None:
         """Raises ValueError, which names the layer, if a block does not divide in_features."""
@@ -343,7 +345,7 @@ AS_IT_IS = UNQUANTIZED.input
 
 
 class _HighPrecision(torch.autograd.Function):
-    """y = Q(x) Q(W)^T + b forward; backward the gradients of x W^T + b, of whose operands each is kept only if needed."""
+    """y = Q(x) Q(W)^T + b; backward the gradients of x W^T + b, of whose operands each is kept only if needed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Tensor, quantized: Tensor) -> Tensor:
@@ -408,13 +410,14 @@ class QuantLinear(nn.Linear):
 
     def _high_precision(self, x: Tensor) -> Tensor:
         operand = self._input.of(x.detach()) if self.quantize_input else x.detach()
-        y: Tensor = _HighPrecision.apply(x, self.weight, self.bias, operand, self.quantized_weight())  # type: ignore[no-untyped-call]
+        arguments = (x, self.weight, self.bias, operand, self.quantized_weight())
+        y: Tensor = _HighPrecision.apply(*arguments)  # type: ignore[no-untyped-call]
         return y
 
     def seen(self, x: Tensor) -> Tensor:
         """What an adapter beside this layer reads, in the dtype of x: of the input x the part that the layer sees.
 
-        Computed in the layer's dtype, as the layer's own operand is: peft casts to that of its adapters, which is wider.
+        Computed in the layer's dtype, as the layer's own operand is: peft casts to its adapters', which is wider.
         """
         given = x.to(self.weight.dtype)
         return self._input.seen(self._input.of(given) if self.quantize_input else given).to(x.dtype)
@@ -439,7 +442,7 @@ class QuantLinear(nn.Linear):
 class InputSource(nn.Module):
     """A module whose output some `QuantLinear`s read and nothing else does: a norm, or the product within a gated MLP.
 
-    Where all of them make the same operand of it, it is made here, once, and within a fused kernel: equal bits, less work.
+    Where all of them make the same operand of it, it is made here, once, within a fused kernel: equal bits, less work.
     """
 
     readers: tuple[QuantLinear, ...]
@@ -455,7 +458,8 @@ class InputSource(nn.Module):
     def share(self) -> None:
         """Decide who quantises, from what the readers are now."""
         operands = {reader.arithmetic.input for reader in self.readers}
-        shared = len(operands) == 1 and not self.apart and not any(reader.arithmetic.needs_input for reader in self.readers)
+        wanted_itself = any(reader.arithmetic.needs_input for reader in self.readers)
+        shared = len(operands) == 1 and not self.apart and not wanted_itself
         self.output = operands.pop() if shared else AS_IT_IS
         for reader in self.readers:
             reader.quantize_input = not shared

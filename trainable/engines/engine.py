@@ -148,11 +148,12 @@ def deployed_weights(policy: Policy) -> dict[str, Tensor]:
 
 def quantization_tree(linears: Mapping[str, QuantLinear], *, synced: bool) -> dict[str, Any]:
     """Content of `CONFIG_FILE`. `synced`: weights arrive as they are to be computed with; otherwise they are clean masters."""
-    return {"version": 2, "layers": {name: asdict(linear.arithmetic) for name, linear in linears.items()}, "synced": synced}
+    layers = {name: asdict(linear.arithmetic) for name, linear in linears.items()}
+    return {"version": 2, "layers": layers, "synced": synced}
 
 
 def arithmetic_of(tree: Mapping[str, Any]) -> dict[str, Arithmetic]:
-    """How each linear layer computes, from the content of `CONFIG_FILE`. Raises ValueError for that of another version."""
+    """How each linear layer computes, from the content of `CONFIG_FILE`. Raises ValueError for another version's."""
     if tree["version"] != 2:
         raise ValueError(f"{CONFIG_FILE}: version {tree['version']} is of another rin-search; export the model again")
     return {name: Arithmetic(**layer) for name, layer in tree["layers"].items()}

@@ -90,7 +90,10 @@ def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
 
 
 def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> dict[str, Tensor]:
-    """Some rows [<= 64, inputs] of what each linear layer is fed when training computes the batch's first group. Inside `unshared`."""
+    """Some rows [<= 64, inputs] of what each linear layer is fed when training computes the batch's first group.
+
+    Inside `unshared`, where that is no operand yet.
+    """
     inputs: dict[str, Tensor] = {}
 
     def capture(name: str) -> Any:
@@ -100,7 +103,8 @@ def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> di
 
         return hook
 
-    handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in _layers(policy).items()]
+    layers = _layers(policy).items()
+    handles = [module.register_forward_pre_hook(capture(name), prepend=True) for name, module in layers]
     try:
         completion_logps(policy, batch.rows(slice(0, batch.group_size)), rollout.temperature)
     finally:

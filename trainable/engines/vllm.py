@@ -1,16 +1,16 @@
 """W4A4 inside vLLM: the same arithmetic as in training, in an engine that is built for generating.
 
-vLLM has no MXFP4 linear layer on a CPU, and on most GPUs serves W4A4 as W4A16 without saying so aloud. Its public hook for
-quantisation methods is enough to bring our own: `RinQuantization` gives every linear layer a `RinLinear`, which makes of the input the
-very `Operand` of training and multiplies with weights that arrive quantised, noised and checked. Nothing of vLLM is
-replaced: attention, cache, scheduler and sampler are its own, the layers under study are ours.
+vLLM has no MXFP4 linear layer on a CPU, and on most GPUs serves W4A4 as W4A16 without saying so aloud. Its public hook
+for quantisation methods is enough to bring our own: `RinQuantization` gives every linear layer a `RinLinear`, which
+makes of the input the very `Operand` of training and multiplies with weights that arrive quantised, noised and checked.
+Nothing of vLLM is replaced: attention, cache, scheduler and sampler are its own, the layers under study are ours.
 
 The engine starts with random weights. Before every rollout it is given all that training's own layers would compute with
 (`engine.deployed_weights`), so nothing of the last step can pile up; `digests` reads back what it really holds.
 
-vLLM fuses q, k, v and gate, up into one layer. Blocks lie along the input axis, so the rows of a fused weight are quantised as each was
-alone; every `Part` keeps its own `Arithmetic` and its own adapter. Adapters are computed beside the quantised weight, as
-in training, and not merged into it: 4 bits cannot hold the sum.
+vLLM fuses q, k, v and gate, up into one layer. Blocks lie along the input axis, so the rows of a fused weight are
+quantised as each was alone; every `Part` keeps its own `Arithmetic` and its own adapter. Adapters are computed beside
+the quantised weight, as in training, and not merged into it: 4 bits cannot hold the sum.
 
 A folder that `rin export --to checkpoint` wrote holds clean master weights: there the layers quantise when they are loaded.
 
@@ -144,7 +144,7 @@ class _Parts:
         if len(inputs) == 1:
             y = F.linear(inputs[operands[0]], layer.weight, bias)
         else:
-            slices = [(inputs[operand], slice(part.start, part.stop)) for part, operand in zip(parts, operands, strict=True)]
+            slices = [(inputs[operand], slice(p.start, p.stop)) for p, operand in zip(parts, operands, strict=True)]
             y = torch.cat([F.linear(given, layer.weight[rows], None if bias is None else bias[rows]) for given, rows in slices], -1)
         for part, operand in zip(parts, operands, strict=True):
             if part.adapter is not None:

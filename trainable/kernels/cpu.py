@@ -69,10 +69,18 @@ class Kernels(Protocol):
         """x [.., n] in the basis of the Hadamard matrix, n a multiple of 32; fp32, with its gradient."""
 
     def rms_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, code: int, addend: int, rotated: bool, /
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        code: int,
+        addend: int,
+        rotated: bool,
+        /,
     ) -> Any:  # a tuple for a residual, else a tensor: overloads of a protocol would say it three times
-        """Q(RMSNorm(x)) [.., n], n a multiple of 16; with a residual Q(RMSNorm(x + residual)) and x + residual. Code -1: no Q.
-        Rotated: Q(RMSNorm(x) H)."""
+        """Q(RMSNorm(x)) [.., n], n a multiple of 16; with a residual Q(RMSNorm(x + residual)) and x + residual.
+        Code -1: no Q; rotated: Q(RMSNorm(x) H)."""
 
     def swiglu(self, gate: Tensor, up: Tensor, code: int, addend: int, rotated: bool, /) -> Tensor:
         """Q(silu(gate) * up) [.., n], n a multiple of 16; rotated: Q((silu(gate) * up) H)."""

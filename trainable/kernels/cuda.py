@@ -7,7 +7,8 @@ it is not installed `load` returns None, one line says so, and eager torch compu
 The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
 them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
 
-`RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the quantisation is the identity.
+`RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the
+quantisation is the identity.
 """
 
 import functools
@@ -103,7 +104,8 @@ def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tenso
     tiles = (-(-count // _TILE),)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         if form.scale is None:
-            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, form.element.mantissa_bits, _TILE // 32, **_OPTIONS)
+            mantissa = form.element.mantissa_bits
+            kernels.mx_tensor[tiles](_bits(x), _bits(out), count, addend, mantissa, _TILE // 32, **_OPTIONS)
         elif per_tensor:
             kernels.nv_tensor[tiles](_bits(x), _bits(out), count, _largest(x), _TILE // 16, **_OPTIONS)
         else:

@@ -1,7 +1,7 @@
-// The Hadamard rotation of blocks of 32 side by side: Sylvester's matrix over sqrt(32), its own transpose and its own inverse.
+// The Hadamard rotation of blocks of 32 side by side: Sylvester's matrix over sqrt(32), its own transpose and inverse.
 //
-// Sums and differences of elements 16, 8, 4, 2 and 1 places apart, in this order and in fp32, then one product: as in trainable/hadamard.py,
-// whose eager torch is the definition, bit for bit. Backward it is the same rotation.
+// Sums and differences of elements 16, 8, 4, 2 and 1 places apart, in this order and in fp32, then one product: as in
+// trainable/hadamard.py, whose eager torch is the definition, bit for bit. Backward it is the same rotation.
 #pragma once
 
 #include "tensors.h"
@@ -21,8 +21,10 @@ constexpr u32x16 kUpper2 = {
 constexpr u32x16 kUpper1 = {
     0, kSign, 0, kSign, 0, kSign, 0, kSign, 0, kSign, 0, kSign, 0, kSign, 0, kSign};
 
-// The sum with the partner in the lower element of each pair, in the upper one the difference: the partner minus itself.
-inline f32x16 with_partner(f32x16 v, f32x16 partner, u32x16 upper) { return partner + bits_as<f32x16>(bits_as<u32x16>(v) ^ upper); }
+// The sum with the partner in the lower element of each pair, in the upper one the partner minus the element.
+inline f32x16 with_partner(f32x16 v, f32x16 partner, u32x16 upper) {
+  return partner + bits_as<f32x16>(bits_as<u32x16>(v) ^ upper);
+}
 
 inline f32x16 rotated_within(f32x16 v) {
   v = with_partner(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7), kUpper8);
@@ -43,7 +45,8 @@ inline void rotate_blocks(const float* x, float* out, int64_t blocks) {
 
 inline void check_rotated(int64_t columns) {
   TORCH_CHECK_VALUE(
-      columns % kRotated == 0, "a Hadamard rotation needs a last dim that is a multiple of ", kRotated, ", but got ", columns, "; exclude it");
+      columns % kRotated == 0, "a Hadamard rotation needs a last dim that is a multiple of ", kRotated, ", but got ",
+      columns, "; exclude it");
 }
 
 // fp32. -> like x
@@ -61,7 +64,8 @@ at::Tensor rotate(const at::Tensor& any) {
 
 struct Rotation : torch::autograd::Function<Rotation> {
   static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x) { return rotate(x); }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
     only_once();
     return {rotate(grads[0])};
   }

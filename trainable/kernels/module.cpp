@@ -75,7 +75,8 @@ PyObject* py_swiglu(PyObject*, PyObject* const* given, Py_ssize_t) {
   const at::Tensor &gate = tensor(given[0]), &up = tensor(given[1]);
   const int64_t format = integer(given[2]), addend = integer(given[3]);
   const bool rotated = given[4] == Py_True;
-  return THPVariable_Wrap(learning() ? SwiGLU::apply(gate, up, format, addend, rotated) : swiglu(gate, up, format, addend, rotated));
+  return THPVariable_Wrap(
+      learning() ? SwiGLU::apply(gate, up, format, addend, rotated) : swiglu(gate, up, format, addend, rotated));
   END_HANDLE_TH_ERRORS
 }
 
@@ -108,8 +109,10 @@ PyMethodDef method(const char* name) {
 }
 
 PyMethodDef methods[] = {
-    method<py_fake_quantize, 4>("fake_quantize"), method<py_ste_quantize, 4>("ste_quantize"), method<py_rotate, 1>("rotate"),
-    method<py_rms_norm, 7>("rms_norm"), method<py_swiglu, 5>("swiglu"), method<py_rotary, 3>("rotary"), method<py_attend, 10>("attend"), {}};
+    method<py_fake_quantize, 4>("fake_quantize"), method<py_ste_quantize, 4>("ste_quantize"),
+    method<py_rotate, 1>("rotate"),               method<py_rms_norm, 7>("rms_norm"),
+    method<py_swiglu, 5>("swiglu"),               method<py_rotary, 3>("rotary"),
+    method<py_attend, 10>("attend"),              {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "rin_kernels", nullptr, -1, methods};
 
 }  // namespace

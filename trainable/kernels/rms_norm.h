@@ -1,6 +1,6 @@
-// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), rotated if so wished and quantised while the row is in
-// the cache; and before it, where
-// x is the latest term of a residual stream, the sum with the stream so far.
+// RMSNorm (arXiv 1910.07467) of fp32 rows, y = w * x / sqrt(mean(x^2) + epsilon), rotated if so wished and quantised
+// while the row is in the cache; and before it, where x is the latest term of a residual stream, the sum with the
+// stream so far.
 //
 // Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h. Quantisation counts as
 // the identity (straight-through estimator). Sums are taken in 16 lanes, and over rows in one order for a given number of threads.
@@ -19,8 +19,8 @@ inline f32x16 lanes(const float* x) { return load<f32x16>(x); }
 // x, and residual where it is defined, [.., n], n a multiple of 16. -> (y like x, the stream x + residual, 1 / sqrt(..) of each row
 // for the backward pass).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
-    const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format, int64_t addend,
-    bool rotated) {
+    const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format,
+    int64_t addend, bool rotated) {
   RECORD_FUNCTION("rin::rms_norm", {});
   const at::Tensor x = any.contiguous(), before = residual.defined() ? residual.contiguous() : residual;
   check_row(x.size(-1), format);
@@ -97,7 +97,8 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* saved, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
       double epsilon, int64_t format, int64_t addend, bool rotated) {
-    const auto [y, stream, inverse] = rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend, rotated);
+    const auto [y, stream, inverse] =
+        rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend, rotated);
     if (rotated) saved->saved_data["rotated"] = true;
     saved->save_for_backward({stream, weight, inverse});
     if (residual) return {y, stream};

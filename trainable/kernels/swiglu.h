@@ -1,5 +1,5 @@
-// SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), rotated if so wished and quantised while the row is in the
-// cache.
+// SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), rotated if so wished and
+// quantised while the row is in the cache.
 //
 // e^x is torch's own in vectors, and the order of the operations too, so that every bit is that of torch's silu and product (which take the
 // last few elements of an odd piece one by one, with another exponential). Backward, with
@@ -58,8 +58,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const 
 
 struct SwiGLU : torch::autograd::Function<SwiGLU> {
   static at::Tensor forward(
-      torch::autograd::AutogradContext* saved, const at::Tensor& gate, const at::Tensor& up, int64_t format, int64_t addend,
-      bool rotated) {
+      torch::autograd::AutogradContext* saved, const at::Tensor& gate, const at::Tensor& up, int64_t format,
+      int64_t addend, bool rotated) {
     saved->save_for_backward({gate, up});
     if (rotated) saved->saved_data["rotated"] = true;
     return swiglu(gate, up, format, addend, rotated);

@@ -33,7 +33,8 @@ class RMSNorm(InputSource):
             y: Tensor = kernels.rms_norm(x, None, self.weight, self.epsilon, *self.output.codes)
             return y
         if x.is_cuda and cuda.can_norm(x, self.weight):
-            on_device: Tensor = cuda.RMSNorm.apply(x, self.weight, self.epsilon, *self.output.codes)  # type: ignore[no-untyped-call]
+            arguments = (x, self.weight, self.epsilon, *self.output.codes)
+            on_device: Tensor = cuda.RMSNorm.apply(*arguments)  # type: ignore[no-untyped-call]
             return on_device
         exact = x.to(torch.float32)
         normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)

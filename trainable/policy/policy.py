@@ -103,13 +103,15 @@ def deployed(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def computing(policy: Policy, arithmetic: Arithmetic | Mapping[str, Arithmetic]) -> Iterator[None]:
-    """Other arithmetic, by name of the layer, or one for all layers that are quantised now. Go into it before `deployed`.
+    """Other arithmetic, by name of the layer, or one for all layers that are quantised now. Before `deployed`.
 
-    Who quantises an input is decided anew, here and on the way back. Raises ValueError, which names the layer, where a format does not fit.
+    Who quantises an input is decided anew, here and on the way back. Raises ValueError, which names the layer, where a
+    format does not fit.
     """
     chosen = dict.fromkeys(policy.quantized, arithmetic) if isinstance(arithmetic, Arithmetic) else arithmetic
     before = {name: policy.linears[name].arithmetic for name in chosen}
-    assert all(policy.linears[name].deployed_weight is None for name in chosen), "weights are deployed in another arithmetic"
+    clean = all(policy.linears[name].deployed_weight is None for name in chosen)
+    assert clean, "weights are deployed in another arithmetic"
     try:
         _compute_as(policy, chosen)
         yield
