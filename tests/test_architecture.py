@@ -81,10 +81,8 @@ PRIVATE: dict[str, set[str]] = {
     "search/ray_internals.py": {"ray._private", "ray.tune.execution", "_do_request"},
     "search/smooth_gp.py": {"_rng"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
-    "trainable/floor.py": {"_attn_implementation"},
-    "trainable/forward/transformer.py": {"_attn_implementation"},
-    "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor"},
-    "trainable/engines/vllm_heads.py": {"vllm.v1"},
+    "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor", "vllm.v1"},
+    "trainable/policy/attention.py": {"_attn_implementation"},
 }
 
 

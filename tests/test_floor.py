@@ -17,10 +17,11 @@ from transformers.models.qwen2 import modeling_qwen2
 import trainable.floor
 from spaces.config import ConfigError, Correction, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, byte_tokenizer, ragged_prompts, sampled_groups
-from trainable.floor import Floor, Gap, attention, cached_logps, eager_logps, first_blocks, gap, measure_floor
+from trainable.floor import Floor, Gap, cached_logps, eager_logps, first_blocks, gap, measure_floor
 from trainable.forward.decoder import _Transformers, decoder
 from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.forward.transformer import forward_of
+from trainable.policy.attention import attention
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, computing, deployed
 from trainable.quantization import Arithmetic, InputSource

@@ -33,9 +33,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError
 from trainable.forward.decoder import decoder
 from trainable.forward.logps import Batch, clean_logps, importance_weights
+from trainable.policy.attention import attention, attention_of
 from trainable.policy.policy import Policy, block_of
 
 APART = 1e-4
@@ -155,26 +155,8 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
-    trained = policy.network.config
-    with attention(policy, "sdpa" if trained._attn_implementation == "eager" else "eager"):
+    with attention(policy, "sdpa" if attention_of(policy) == "eager" else "eager"):
         return clean_logps(policy, batch, temperature, micro_batch)
-
-
-@contextmanager
-def attention(policy: Policy, implementation: str) -> Iterator[None]:
-    """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no choice."""
-    network = policy.network
-    before = network.config._attn_implementation
-    try:
-        try:
-            network.set_attn_implementation(implementation)
-        except (ValueError, ImportError) as error:  # transformers' words for what an architecture does not support
-            raise ConfigError(f"model.attention={implementation}: {error}; take another model") from error
-        if network.config._attn_implementation != implementation:  # it only warns about those that it cannot switch
-            raise ConfigError(f"model.attention={implementation}: {type(network).__name__} cannot switch to it; take another model")
-        yield
-    finally:
-        network.config._attn_implementation = before
 
 
 # --- the same weights in a shallower model --------------------------------------------------------------------------------------

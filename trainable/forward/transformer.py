@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from trainable.kernels import cpu
 from trainable.layers.norm import RMSNorm
+from trainable.policy.attention import attention_of
 from trainable.policy.policy import KNOWN_BLOCKS, Policy
 
 _STEADY = ("default", "linear", "yarn", "llama3")
@@ -40,6 +41,12 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return ids, mask
 
 
+def head_size(config: Any) -> int:
+    """Numbers of an attention head, by a transformers configuration."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -48,7 +55,7 @@ def positions(mask: Tensor) -> Tensor:
 def forward_of(policy: Policy) -> "Forward | None":
     """None for an architecture that it does not know, or whose norms are not ours."""
     config = policy.network.config
-    known = config.model_type in KNOWN_BLOCKS and config._attn_implementation == "sdpa"
+    known = config.model_type in KNOWN_BLOCKS and attention_of(policy) == "sdpa"
     if not known or getattr(config, "sliding_window", None) or config.rope_parameters["rope_type"] not in _STEADY:
         return None
     forward = Forward(policy)
@@ -73,7 +80,7 @@ class Forward:
         self.blocks = [_Block(block) for block in self.body.layers]
         config = causal.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.size = head_size(config)
         self.scale: float = self.size**-0.5
         self.dtype = next(causal.parameters()).dtype
 
