@@ -124,6 +124,17 @@ def test_a_replicate_that_was_stopped_is_not_compared(tmp_path: Path) -> None:
     assert row(report, "c01").accuracy == pytest.approx((332 + 338 + 331 + 337) / 4 / QUESTIONS)
 
 
+def test_arms_without_a_common_seed_have_no_difference_anywhere(tmp_path: Path) -> None:
+    _, report = written(tmp_path, {"control": [280, 291, None, None, None], "c01": [None, None, 331, 337, ("collapsed", 90)]})
+    seen = row(report, "c01")
+    assert (seen.difference, seen.verdict) == (None, "undecided: no seed in both arms, needs at least 3 more replicates")
+    tree = next(arm for arm in strict(report)["arms"] if arm["arm"] == "c01")["comparison"]
+    assert (tree["difference"], tree["replicates"], tree["unpaired"]) == (None, 0, 5)
+    text = text_of(report)
+    assert "nan" not in text
+    assert "completed pairs alone unknown points [unknown]" in text
+
+
 def test_an_accuracy_that_is_not_a_number_is_missing_and_not_averaged(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=5)
     arms = [make_arm(config, "control"), make_arm(config, "c01")]

@@ -105,7 +105,10 @@ def test_json_that_is_no_study_is_refused_in_one_line(tmp_path: Path, text: str)
         load_study_config(str(tmp_path), "s")
 
 
-@pytest.mark.parametrize(("key", "value"), [("replicates", 0), ("trials", "many"), ("colour", "red"), ("budget_hours", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("replicates", 0), ("searcher", "cmaes"), ("objectives", []), ("trials", "many"), ("colour", "red"), ("budget_hours", -1)],
+)
 def test_a_value_that_cannot_be_is_named(tmp_path: Path, key: str, value: Any) -> None:
     save_study_config(study(tmp_path))
     changed(tmp_path, **{key: value})
