@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,11 @@ import typer
 
 from dashboards import options as given
 from dashboards.options import DEFAULT_STORE, SweepOptions, find_sweep, repeated, study_config, trial_config
-from spaces.errors import ConfigError
+from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
     from search.study import StudyResult
+    from search.submission import JobServer, Submission
 
 app = typer.Typer(
     name="rin",
@@ -34,95 +36,45 @@ app = typer.Typer(
 
 
 @app.command()
+@given.takes_sweep_options()
 def sweep(
-    space: given.Space = "sigma",
-    workload: given.Workload = "embedded",
-    trials: given.Trials = None,
-    replicates: given.Replicates = 1,
-    concurrent: given.Concurrent = None,
-    seed: given.Seed = 0,
-    overrides: given.Overrides = None,
-    points: given.Points = "",
-    evidence: given.Evidence = "",
-    warm_start: given.WarmStart = "",
-    ablate: given.Ablate = None,
-    searcher: given.Searcher = "gp",
-    objective: given.Objectives = None,
-    scheduler: given.Scheduler = "none",
-    budget: given.BudgetHours = None,
-    cpus: given.Cpus = None,
-    gpus: given.Gpus = None,
-    name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
-    address: given.Address = None,
+    options: SweepOptions,
+    ablate: Annotated[
+        str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
+    ] = None,
     submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
+    scheduler: Annotated[str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
-    options = SweepOptions(
-        space=space,
-        workload=workload,
-        trials=trials,
-        replicates=replicates,
-        concurrent=concurrent,
-        seed=seed,
-        overrides=overrides,
-        points=points,
-        evidence=evidence,
-        warm_start=warm_start,
-        searcher=searcher,
-        objectives=objective,
-        scheduler=scheduler,
-        budget=budget,
-        cpus=cpus,
-        gpus=gpus,
-        name=name,
-        store=store,
-        tracking_uri=tracking_uri,
-        address=address,
-    )
-    study = study_config(options)
     if ablate is not None:
-        _refuse_with_ablate(options)
-    if submit is not None:
-        _submit(submit, study.name if ablate is None or name is not None else f"{ablate}-ablation")
-        return
-    from search.study import evidence_of, fixed_arms, run_study
+        given.refuse_with_ablate(options)
+    study = study_config(options)
+    server = None if submit is None else given.destination(submit, options)
+    from search.ablation import ablation
+    from search.lineup import fixed_arms
+    from search.study import evidence_of, run_study
 
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
-        for known in evidence_of(study):
-            print(f"the searcher is told: {known.source}")
-        _run(
-            study.name,
-            study.trials * study.replicates,
-            options.store,
-            tracking_uri,
-            lambda view, progress: run_study(study, view, progress, arms),
-        )
+    else:
+        parts = ablation(find_sweep(ablate, options.store, options.tracking_uri), study, named=options.name is not None)
+        study, arms = parts.config, list(parts.arms)
+        for line in parts.skipped:
+            print(line)
+    if server is not None:
+        from search.submission import submit_sweep
+
+        _follow(server, submit_sweep(server, study, arms))
         return
-    from search.ablation import ablation
-
-    parts = ablation(find_sweep(ablate, store, tracking_uri), study, named=name is not None)
-    for line in parts.skipped:
-        print(line)
-    runs = parts.config.trials * parts.config.replicates
-    _run(parts.config.name, runs, store, tracking_uri, lambda view, progress: run_study(parts.config, view, progress, parts.arms))
-
-
-def _refuse_with_ablate(options: SweepOptions) -> None:
-    """An ablation's arms come from its sweep alone."""
-    plain = SweepOptions()
-    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start", "scheduler"):
-        if getattr(options, option) != getattr(plain, option):
-            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
-            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
+    for known in evidence_of(study):
+        print(f"the searcher is told: {known.source}")
+    _run(study.name, study.runs, options.store, options.tracking_uri, lambda view, progress: run_study(study, view, progress, arms))
 
 
 @app.command()
 def resume(
     name: given.Name,
-    budget: given.BudgetHours = None,
+    budget: given.Budget = None,
     concurrent: given.Concurrent = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
@@ -131,7 +83,10 @@ def resume(
 ) -> None:
     """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
     if submit is not None:
-        _submit(submit, name)
+        from search.submission import submit_resume
+
+        server = given.destination(submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True)
+        _follow(server, submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent))
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
@@ -139,30 +94,32 @@ def resume(
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
-    from search.journal import read_arms, unfinished
+    from search.arms import read_arms, unfinished
     from search.study import resume_study
 
     changes = {"budget_hours": budget, "concurrent": concurrent}
     study = study.model_copy(update={key: value for key, value in changes.items() if value is not None})
     study = study.model_copy(update={"address": given.ray_address(address, study.address)})
-    runs = study.trials * study.replicates
     to_go = unfinished(study, read_arms(study))
-    _run(study.name, runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
+    _run(study.name, study.runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
-def _submit(address: str, name: str) -> None:
-    from search.cluster import submit
+def _follow(server: "JobServer", job: "Submission") -> None:
+    """Until the job has said that the sweep begins, or that it does not."""
+    from search.submission import has_begun
 
-    job = submit(sys.argv[1:], address, name)
     print(f"submitted as {job.id}: {job.command}")
     for line in job.follow:
-        print(f"  {line}")
+        print(f"  {line}", flush=True)
+    print("it has begun" if has_begun(server, job) else "it has not said anything yet: the cluster is busy, or its nodes are still coming")
 
 
 def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
     """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that goes on."""
     from dashboards.live import build_progress, sweep_view
-    from dashboards.tables import arm_rows, arm_table, terminal
+    from dashboards.tables import arm_table, terminal
+    from search.arms import failures
+    from search.report import arm_reports
 
     console = terminal()
     left = f", {to_go} to go" if to_go is not None else ""
@@ -170,19 +127,23 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
     with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
         result = run(view, progress)
     where = repeated(store, tracking_uri)
-    if result.tracking_lost:
-        print(f"{result.tracking_lost}\nwhat the trials reported is kept; then: rin status {name}{where}", file=sys.stderr)
-        raise typer.Exit(1)
-    console.print(arm_table(arm_rows(result.records), f"sweep {name}, in {result.config.folder.uri}"))
-    if result.best is None:
+    title = f"sweep {name}, in {result.config.folder.uri}"
+    console.print(arm_table(arm_reports(result.config, result.arms), title))
+    if result.candidate is None:
         hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
-        console.print(f"no configuration has completed all its replicates: nothing to export{hint}", soft_wrap=True)
+        console.print(f"no configuration with noise has completed all its replicates: nothing to export{hint}", soft_wrap=True)
     else:
         _show_candidate(console, result, where)
-    failed = [record for record in result.records if record.status == "failed"]
-    for record in failed:
-        print(f"{record.arm}/{record.replicate} failed: {record.reason}", file=sys.stderr)
-    if result.config.trials * result.config.replicates < runs:
+    if result.untold:
+        print(
+            f"MLflow did not take {result.untold} records; the sweep's folder has what they are of. "
+            f"Once it answers: rin resume {name}{where}",
+            file=sys.stderr,
+        )
+    failed = failures(result.config, result.arms)
+    for line in failed:
+        print(line, file=sys.stderr)
+    if result.config.runs < runs:
         console.print(f"the space has no further configuration: {result.config.trials} were all", soft_wrap=True)
     if not result.unfinished:
         return
@@ -199,15 +160,16 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
 def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
     from search.store import BEST_FILE
 
-    best, name = result.best, result.config.name
+    best, name = result.candidate, result.config.name
     assert best is not None
+    assert best.difference is not None
     console.print(
-        f"candidate: {best.arm}, accuracy {best.accuracy:.4f} on the selection questions "
-        "(chosen and judged on the same questions: not a finding)",
+        f"candidate: {best.arm.name}, {100 * best.difference:+.1f} points against {best.control.name} on the selection "
+        "questions (chosen and judged on the same questions: not a finding)",
         soft_wrap=True,
     )
-    if best.origin == "control":
-        console.print("that is the control itself: no configuration with noise came out ahead of it", soft_wrap=True)
+    if best.difference <= 0:
+        console.print("no configuration with noise came out ahead of its control", soft_wrap=True)
     if len(result.config.objectives) > 1:
         _show_front(console, result)
     folder = result.config.folder
@@ -223,10 +185,9 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
 
 
 def _show_front(console: Any, result: "StudyResult") -> None:
-    from search.journal import read_arms
-    from search.searchers import pareto_front
+    from search.objectives import pareto_front
 
-    front = pareto_front([arm for arm in read_arms(result.config) if arm.origin != "control"], result.config.objectives)
+    front = pareto_front([arm for arm in result.arms if arm.origin != "control"], result.config.objectives)
     names = ", ".join(arm.name for arm in front) or "empty"
     console.print(f"Pareto front of {', '.join(result.config.objectives)}: {names}", soft_wrap=True, highlight=False)
 
@@ -243,7 +204,8 @@ def trial(
     settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
     from dashboards.tables import terminal
-    from trainable.engine import TrialFailed
+    from dashboards.trial_text import outcome_lines, step_line
+    from trainable.engines.engine import TrialFailed
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)
@@ -256,7 +218,7 @@ def trial(
                 if as_json:
                     print(json.dumps(report.as_tree()), flush=True)
                 else:
-                    console.print(_step_line(report), highlight=False, soft_wrap=True)
+                    console.print(step_line(report), markup=False, soft_wrap=True, highlight=False)
             outcome = running.outcome()
     except TrialFailed as failure:
         print(f"rin: failed: {failure}", file=sys.stderr)
@@ -264,56 +226,15 @@ def trial(
     if as_json:
         print(json.dumps(outcome.as_tree()))
         return
-    scores = outcome.eval
-    rule = f" by rule {outcome.rule}" if outcome.rule else ""
-    console.print(f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s", highlight=False)
-    console.print(
-        f"accuracy {scores['accuracy_start']:.4f} -> {scores['accuracy']:.4f} ({settings.quant.mode}), "
-        f"{scores['accuracy_bf16_start']:.4f} -> {scores['accuracy_bf16']:.4f} (unquantised), {scores['n']} questions",
-        highlight=False,
-    )
-    receipt = outcome.receipt
-    console.print(f"quantised {len(receipt['quantized'])} layers, noised {len(receipt['noised'])} weights", highlight=False)
-    for warning in receipt["warnings"]:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True, highlight=False)
-    for alarm in outcome.alarms[:5]:
-        console.print(f"alarm at step {alarm['step']}: {alarm['rule']}: {alarm['evidence']}", markup=False, soft_wrap=True, highlight=False)
+    for line in outcome_lines(outcome, settings.quant.mode):
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
-def plan(
-    space: given.Space = "sigma",
-    workload: given.Workload = "embedded",
-    trials: given.Trials = None,
-    replicates: given.Replicates = 1,
-    concurrent: given.Concurrent = None,
-    seed: given.Seed = 0,
-    overrides: given.Overrides = None,
-    points: given.Points = "",
-    searcher: given.Searcher = "gp",
-    budget: given.BudgetHours = None,
-    cpus: given.Cpus = None,
-    gpus: given.Gpus = None,
-    store: given.Store = DEFAULT_STORE,
-) -> None:
+@given.takes_sweep_options(without=given.NO_USE_IN_A_PLAN)
+def plan(options: SweepOptions) -> None:
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
-    options = SweepOptions(
-        space=space,
-        workload=workload,
-        trials=trials,
-        replicates=replicates,
-        concurrent=concurrent,
-        seed=seed,
-        overrides=overrides,
-        points=points,
-        searcher=searcher,
-        budget=budget,
-        cpus=cpus,
-        gpus=gpus,
-        name="plan",
-        store=store,
-        tracking_uri="sqlite:///:memory:",
-    )
+    options = replace(options, name="plan", tracking_uri="sqlite:///:memory:")
     import torch
 
     from dashboards.report_text import plan_lines
@@ -326,34 +247,17 @@ def plan(
 @app.command("list")
 def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = False) -> None:
     """Sweeps in the store."""
-    from search.store import absolute_store, load_study_config, sweeps
-    from search.tracking import load_study
+    from dashboards.listing import sweep_line, sweep_row
+    from search.store import absolute_store, sweeps
 
-    rows: list[dict[str, Any]] = []
     place = absolute_store(store)
-    for name in sweeps(place):
-        try:
-            study = load_study_config(place, name)
-        except ConfigError as error:  # of another version, or damaged: the others are still to be seen
-            rows.append({"name": name, "space": "", "workload": "", "runs": 0, "of": 0, "status": {}, "problem": str(error)})
-            continue
-        row: dict[str, Any] = {"name": study.name, "space": study.space.name, "workload": study.workload}
-        try:
-            records = load_study(study.tracking_uri, study.name)
-        except ConfigError as error:
-            rows.append({**row, "runs": 0, "of": study.trials * study.replicates, "status": {"unknown": 0}, "problem": str(error)})
-            continue
-        counts: dict[str, int] = {}
-        for record in records:
-            counts[record.status] = counts.get(record.status, 0) + 1
-        rows.append({**row, "runs": len(records), "of": study.trials * study.replicates, "status": counts})
+    rows = [sweep_row(place, name) for name in sweeps(place)]
     if as_json:
         print(json.dumps(rows, indent=1))
     elif not rows:
         print(f"no sweeps in {store}; start one with: rin sweep")
     for row in [] if as_json else rows:
-        counts_text = row.get("problem") or ", ".join(f"{count} {status}" for status, count in row["status"].items())
-        print(f"{row['name']:32s} {row['space']:10s} {row['workload']:20s} {row['runs']}/{row['of']} runs: {counts_text}")
+        print(sweep_line(row))
 
 
 @app.command()
@@ -361,27 +265,28 @@ def status(
     name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
 ) -> None:
     """Every configuration of a sweep."""
-    from dataclasses import asdict
-
     study = find_sweep(name, store, tracking_uri)
-    from dashboards.tables import arm_rows, arm_table, terminal
+    from dashboards.tables import arm_table, status_row, terminal
+    from search.arms import failures, read_arms, unfinished
+    from search.report import arm_reports
     from search.store import is_driven
-    from search.tracking import load_study
 
-    records = load_study(study.tracking_uri, study.name)
-    rows = arm_rows(records)
+    arms = read_arms(study)
+    rows = arm_reports(study, arms)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps([status_row(row) for row in rows], indent=1))
         return
-    runs = study.trials * study.replicates
-    terminal().print(arm_table(rows, f"sweep {name}: {len(records)} of {runs} trials begun"))
-    ended = sum(record.status in ("completed", "collapsed") for record in records)
+    begun = sum(trial.status != "waiting" for row in rows for trial in row.trials)
+    terminal().print(arm_table(rows, f"sweep {name}: {begun} of {study.runs} trials begun"))
+    left = unfinished(study, arms)
     if is_driven(study):
         print("it is running")
-    elif ended < runs and study.scheduler == "none":
+    elif left:
+        for line in failures(study, arms):
+            print(line)
         again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
         where = repeated(store, tracking_uri)
-        print(f"{runs - ended} trials are not finished and nobody is running them; go on: {again}{where}")
+        print(f"{left} trials are not finished and nobody is running them; go on: {again}{where}")
 
 
 @app.command()
@@ -392,8 +297,8 @@ def report(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import terminal
+    from search.arms import read_arms, unfinished
     from search.confirm import judge
-    from search.journal import read_arms, unfinished
     from search.report import report_study
 
     if study.kind == "confirm":
@@ -417,7 +322,7 @@ def confirm(
     name: given.Name,
     arm: Annotated[str | None, typer.Option(help="Another arm than the winner.")] = None,
     looks: Annotated[str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")] = None,
-    budget: given.BudgetHours = None,
+    budget: given.Budget = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
     address: given.Address = None,
@@ -429,7 +334,7 @@ def confirm(
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import terminal
     from search.confirm import confirm as run_confirmation
-    from search.statistics import CONFIRM
+    from search.sequential import CONFIRM
 
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
@@ -448,22 +353,27 @@ def confirm(
 def export(
     name: given.Name,
     to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
+    arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     output: Annotated[Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")] = None,
     store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
 ) -> None:
-    """The best feasible configuration of a sweep, or its model."""
-    study = find_sweep(name, store, tracking_uri)
-    from search.export import EXPORTS, choose_best
-    from search.tracking import load_study
+    """The candidate of a sweep: its configuration, or its model."""
+    study = find_sweep(name, store, None)
+    from search.arms import candidate_of, read_arms
+    from search.export import EXPORTS
 
     if to not in (*EXPORTS, "checkpoint"):
         raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}, checkpoint")
-    best = choose_best(study.name, load_study(study.tracking_uri, study.name), study.tracking_uri, study.replicates)
+    candidate = candidate_of(study, read_arms(study), arm)
     if to == "checkpoint":
-        _export_model(study, best, output or Path(f"{name}-checkpoint"))
+        from dashboards.live import build_progress
+        from dashboards.tables import terminal
+        from search.checkpoint_export import export_checkpoint
+
+        with build_progress(terminal()) as progress:
+            export_checkpoint(candidate, output or Path(f"{name}-checkpoint"), progress=progress)
         return
-    text = EXPORTS[to](best)
+    text = EXPORTS[to](candidate)
     if output is None:
         print(text, end="")
     else:
@@ -471,15 +381,6 @@ def export(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in a folder that exists") from None
-
-
-def _export_model(study: Any, best: Any, folder: Path) -> None:
-    from dashboards.live import build_progress
-    from dashboards.tables import terminal
-    from search.checkpoint_export import export_checkpoint
-
-    with build_progress(terminal()) as progress:
-        export_checkpoint(study, best, folder, progress=progress)
 
 
 @app.command()
@@ -492,7 +393,11 @@ def ui(
     """MLflow's UI on the sweep's saved view (on localhost; Ctrl-C ends it)."""
     study = find_sweep(name, store, tracking_uri)
     from dashboards.mlflow_views import serve_ui
+    from search.mirror import send_missing
+    from search.store import is_driven
 
+    if not is_driven(study):
+        send_missing(study)
     serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
 
 
@@ -514,7 +419,7 @@ def probe(
         check_plot(plot)
     from dashboards.live import build_progress
     from dashboards.tables import terminal
-    from trainable.embedded import ensure_base
+    from trainable.policy.embedded import ensure_base
 
     if plan.config.model.recipe is not None:
         with build_progress(terminal(stderr=as_json)) as progress:
@@ -549,34 +454,26 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _step_line(report: Any) -> str:
-    signals = report.signals
-    parts = [
-        f"step {report.step:3d}",
-        f"sigma {report.sigma:.4g}",
-        f"reward {signals['grpo/reward']:.3f}",
-        f"entropy {signals['gen/entropy']:.3f}",
-        f"length {signals['gen/length']:.1f}",
-        f"kept {signals['filter/kept_groups']:.0f}",
-        f"{report.seconds:.2f} s",
-    ]
-    if "eval/accuracy" in signals:
-        parts.append(f"accuracy {signals['eval/accuracy']:.4f}")
-    if report.verdict.collapsed:
-        parts.append(f"COLLAPSE {report.verdict.rule}: {report.verdict.evidence}")
-    return "  ".join(parts)
-
-
 def main() -> None:
-    """Entry point: a ConfigError becomes one line and exit code 2."""
+    """Entry point."""
     for talkative in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed; it warns about itself
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    try:
+    with exit_codes():
         _with_allocator_settings()
         app()
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """A ConfigError becomes one line and exit code 2, a full disk one line and exit code 1."""
+    try:
+        yield
     except ConfigError as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2)
+    except NoCandidate as nothing:
+        print(f"rin: {nothing}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         full = _full_disk(error)
         if full is None:

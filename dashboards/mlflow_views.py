@@ -31,9 +31,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from search.mlflow_client import ENVIRONMENT, absolute_uri, client, one_line
 from search.secrets import strip_password
-from search.tracking import ENVIRONMENT, _client, _one_line, absolute_uri
 from spaces.config import ConfigError
+from trainable.metrics import ACCURACY, ALL_WRONG, ENTROPY, GIBBERISH, REWARD, ROLLOUT_KL, SIGMA
 
 KEY = "rin-sweep"
 NAME = "RIN sweep"
@@ -41,44 +42,38 @@ TAG = f"mlflow.sharedViewState.{KEY}"
 START_SECONDS = 120.0  # 5 s on a quiet machine; the first start after an installation compiles mlflow's modules
 STOP_SECONDS = 10.0  # then it is killed
 
-ACCURACY = "eval/accuracy"
 COLUMNS = {
     **{"tags.`status`": 95, "tags.`collapse/rule`": 115},
     **{"params.`noise.modules`": 115, "params.`noise.sigma_start`": 135, "params.`noise.layers`": 100},
-    **{"metrics.`eval/accuracy`": 110, "metrics.`gen/entropy`": 105, "metrics.`grpo/reward`": 105},
+    **{f"metrics.`{ACCURACY}`": 110, f"metrics.`{ENTROPY}`": 105, f"metrics.`{REWARD}`": 105},
     **{"tags.`arm`": 80, "tags.`replicate`": 80},  # last, because a run's name is arm/replicate already
 }
 """In this order, with their widths in pixels: all but the last two fit beside the name of the run in a window of 1,500."""
 ALWAYS_SHOWN = {"attributes.`Run Name`": 130, "runDateAndNestInfo": 148}
-SCATTERS = (("noise.sigma_start", "PARAM"), ("rollout_corr/kl", "METRIC"))
+SCATTERS = (("noise.sigma_start", "PARAM"), (ROLLOUT_KL, "METRIC"))
 """Horizontal axes; the vertical one is the accuracy."""
-LINES = (ACCURACY, "grpo/reward", "gen/entropy", "rin/sigma", "gen/gibberish", "filter/all_wrong")
+LINES = (ACCURACY, REWARD, ENTROPY, SIGMA, GIBBERISH, ALL_WRONG)
 """Over the step."""
-PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": ["rollout_corr/kl", "gen/entropy", "grpo/reward", ACCURACY]}
+PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": [ROLLOUT_KL, ENTROPY, REWARD, ACCURACY]}
 
 
 # The view
 
 
-def save_view(uri: str, experiment: str) -> str:
-    """Its share key. Saving it again changes nothing, or undoes what was changed under its name: keep your own view under
-    another name.
+def save_view(uri: str, experiment: str) -> tuple[str, str]:
+    """Its (share key, experiment id). Saving it again changes nothing, or undoes what was changed under its name: keep your own view
+    under another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
-    return _save_view(uri, experiment)[0]
-
-
-def _save_view(uri: str, experiment: str) -> tuple[str, str]:
-    """(share key, experiment id)."""
-    with _one_line(uri, f"cannot save the view of experiment {experiment}"):
-        client = _client(uri)
-        found = client.get_experiment_by_name(experiment)
+    with one_line(uri, f"cannot save the view of experiment {experiment}"):
+        mlflow = client(uri)
+        found = mlflow.get_experiment_by_name(experiment)
         if found is None:
             raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
         view = envelope(created=found.creation_time)
         if found.tags.get(TAG) != view:
-            client.set_experiment_tag(found.experiment_id, TAG, view)
+            mlflow.set_experiment_tag(found.experiment_id, TAG, view)
         return KEY, str(found.experiment_id)
 
 
@@ -135,10 +130,10 @@ def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, o
     ConfigError when the port is not free, before anything is started, and RuntimeError when the server ends by itself.
     """
     if uri.startswith(("http://", "https://")):
-        key, experiment_id = _save_view(uri, experiment)
+        key, experiment_id = save_view(uri, experiment)
         return on_ready(view_url(strip_password(uri), experiment_id, key))
     _check_port(host, port)
-    key, experiment_id = _save_view(uri, experiment)
+    key, experiment_id = save_view(uri, experiment)
     base = f"http://{host}:{port}"
     with suppress(KeyboardInterrupt), _ended_like_ctrl_c(), _server(uri, host, port) as (process, log):
         _wait_until_ready(process, log, f"{base}/health")

@@ -1,13 +1,17 @@
 """What the options of `rin` mean: their help, and the way from options to a StudyConfig or a TrialConfig.
 
-Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one line.
+Imported by the command line at start, so nothing heavy is imported at the top. Every mistake is a ConfigError of one
+line.
 """
 
+import inspect
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,30 +19,18 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.store import StudyConfig
+    from search.submission import JobServer
     from spaces.config import TrialConfig
 
 Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
-Space = Annotated[str, typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file.")]
-Workload = Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need.")]
-Replicates = Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")]
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
-Seed = Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
-Points = Annotated[str, typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas.")]
-Evidence = Annotated[str, typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them.")]
-WarmStart = Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")]
-Ablate = Annotated[str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")]
-Searcher = Annotated[str, typer.Option(help="gp, tpe, cmaes, random, grid or qmc.")]
-Objectives = Annotated[list[str] | None, typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front.")]
-Scheduler = Annotated[str, typer.Option(help="none, or one that stops weak trials early where that can be right.")]
-BudgetHours = Annotated[float | None, typer.Option("--budget", min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
-Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
-Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")]
+Budget = Annotated[float | None, typer.Option(min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
 Store = Annotated[str, typer.Option(help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database.")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
 Address = Annotated[
-    str | None, typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before.")
+    str | None,
+    typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
@@ -46,119 +38,201 @@ DEFAULT_STORE = "runs"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepOptions:
-    """What `rin sweep` and `rin plan` were given."""
+    """What a sweep is asked for. Each field is an option of `rin sweep`, and of `rin plan` where it has a use there.
 
-    space: str = "sigma"
-    workload: str = "embedded"
-    trials: int | None = None
-    replicates: int = 1
-    concurrent: int | None = None
-    seed: int = 0
-    overrides: list[str] | None = None
-    points: str = ""
-    evidence: str = ""
-    warm_start: str = ""
-    searcher: str = "gp"
-    objectives: list[str] | None = None
-    scheduler: str = "none"
-    budget: float | None = None
-    cpus: int | None = None
-    gpus: float | None = None
-    name: str | None = None
-    store: str = DEFAULT_STORE
-    tracking_uri: str | None = None
-    address: str | None = None
+    Example: SweepOptions(workload="tiny", trials=3, overrides=["eval.questions=32"])
+    """
+
+    space: Annotated[
+        str,
+        typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file."),
+    ] = "sigma"
+    workload: Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")] = "embedded"
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need."),
+    ] = None
+    replicates: Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")] = 1
+    concurrent: Concurrent = None
+    seed: Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")] = 0
+    overrides: Overrides = None
+    points: Annotated[
+        str,
+        typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas."),
+    ] = ""
+    evidence: Annotated[
+        str,
+        typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them."),
+    ] = ""
+    warm_start: Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")] = ""
+    searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
+    objectives: Annotated[
+        list[str] | None,
+        typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
+    ] = None
+    budget: Budget = None
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")] = None
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")] = None
+    name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None
+    store: Store = DEFAULT_STORE
+    tracking_uri: TrackingUri = None
+    address: Address = None
+
+
+NO_USE_IN_A_PLAN = (
+    *("evidence", "warm_start", "objectives"),  # they change what is proposed, not how much runs
+    *("name", "tracking_uri", "address"),
+)
+
+
+def takes_sweep_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that typer gives the fields of SweepOptions, before what it asks for itself, and that gets them as one
+    record.
+
+    `without`: fields that are no option of this command and keep their defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(SweepOptions, include_extras=True)
+        kinds = inspect.Parameter
+        own = list(inspect.signature(command).parameters.values())[1:]
+        offered = [
+            kinds(field.name, kinds.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
+            for field in fields(SweepOptions)
+            if field.name not in without
+        ]
+        taken = {parameter.name for parameter in offered}
+
+        @wraps(command)
+        def called(**given: Any) -> None:
+            options = SweepOptions(**{name: value for name, value in given.items() if name in taken})
+            command(options, **{name: value for name, value in given.items() if name not in taken})
+
+        parameters = [*offered, *(parameter.replace(kind=kinds.KEYWORD_ONLY) for parameter in own)]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
+
+
+def refuse_scheduler(name: str | None) -> None:
+    """Other programs that sweep have schedulers. Raises ConfigError with the reason for whoever asks for one here."""
+    if name is not None:
+        raise ConfigError(
+            f"--scheduler {name}: no trial is stopped because others lead: while sigma differs, the order says who is "
+            "noisier now (noise on RMSNorm led by 9.5 points at step 20 of the recorded runs and lost by 5.4 at step 29); "
+            "leave it out, collapses end at once and --budget bounds the rest"
+        )
 
 
 def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
     from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
     from spaces.library import SPACES, load_space
+    from spaces.paths import anchored, home
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
-    if options.space not in SPACES and not options.space.endswith((".yaml", ".yml")):
+    if options.space not in SPACES and not _is_file(options.space):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
-    chosen = SPACES[options.space] if options.space in SPACES else load_space(Path(options.space))
+    chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    settings = with_absolute_paths(parse_overrides(options.overrides or []))
+    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
     read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
-    from search.schedulers import SCHEDULERS
-    from search.searchers import OBJECTIVES, SEARCHERS
-    from search.study import fixed_arms
-    from search.tracking import absolute_uri
+    from search.lineup import fixed_arms
+    from search.mlflow_client import absolute_uri
+    from search.objectives import OBJECTIVES
+    from search.proposals import SEARCHERS
 
     _known("--searcher", options.searcher, SEARCHERS)
-    _known("--scheduler", options.scheduler, SCHEDULERS)
     for objective in options.objectives or []:
         _known("--objective", objective, OBJECTIVES)
     if options.budget == 0:
         raise ConfigError("--budget 0: nothing could run; give hours above 0, or leave it out")
     store = absolute_store(options.store)
-    study = StudyConfig(
-        name=name,
-        space=chosen,
-        workload=options.workload,
-        settings=settings,
-        points=_names(options.points),
-        evidence=_names(options.evidence),
-        warm_start=options.warm_start,
-        trials=options.trials or 1000,
-        replicates=options.replicates,
-        concurrent=options.concurrent,
-        searcher=options.searcher,
-        objectives=tuple(dict.fromkeys(options.objectives or ["accuracy"])),
-        scheduler=options.scheduler,
-        seed=options.seed,
-        cpus=options.cpus,
-        gpus=options.gpus,
-        budget_hours=options.budget,
-        store=store,
-        tracking_uri=absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
-        address=ray_address(options.address, None),
-    )
+    same = {field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields}
+    changed = {
+        "name": name,
+        "space": chosen,
+        "settings": settings,
+        "points": _names(options.points),
+        "evidence": _names(options.evidence),
+        "trials": options.trials or 1000,
+        "objectives": tuple(dict.fromkeys(options.objectives or ["accuracy"])),
+        "budget_hours": options.budget,
+        "store": store,
+        "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
+        "address": ray_address(options.address, None),
+    }
+    study = StudyConfig(**same | changed)
     return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
 
 
-def with_absolute_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Trials run in other folders than this one: a local model or data file is named from the root."""
-    for section, key in (("model", "name"), ("task", "path")):
-        value = settings.get(section, {}).get(key) if isinstance(settings.get(section, {}), dict) else None
-        if isinstance(value, str) and Path(value).expanduser().exists():
-            settings[section][key] = str(Path(value).expanduser().absolute())
-    return settings
+def refuse_with_ablate(options: SweepOptions) -> None:
+    """An ablation's arms come from its sweep alone. Raises ConfigError."""
+    plain = SweepOptions()
+    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
+        if getattr(options, option) != getattr(plain, option):
+            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
+            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
+
+
+def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":
+    """The cluster that a sweep is sent to, once every place that the options name can be reached from there.
+
+    `begun`: the sweep lies in the store. Raises ConfigError.
+    """
+    from search.submission import check_paths, check_places, check_space_paths, job_server
+    from spaces.library import read_space
+    from spaces.paths import home
+    from spaces.reading import load_yaml, parse_overrides
+
+    if options.address is not None:
+        raise ConfigError("--address: --submit names the cluster already; leave --address out")
+    server = job_server(address)
+    if server.on_this_machine:
+        return server
+    check_places(options.store, options.tracking_uri, begun=begun)
+    check_paths("--set ", parse_overrides(options.overrides or []), Path.cwd())
+    if _is_file(options.space):
+        check_space_paths(f"{options.space}: ", read_space(home(options.space)), home(options.space).parent)
+    for name in filter(_is_file, _names(options.points)):
+        check_paths(f"{name}: ", load_yaml(home(name)), home(name).parent)
+    return server
 
 
 def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
     """A point of the plan on a workload, or a file. Raises ConfigError."""
+    from spaces.paths import anchored, load_settings
     from spaces.points import POINTS
-    from spaces.reading import load_yaml, merge, read_config
+    from spaces.reading import merge, parse_overrides, read_config
     from spaces.workloads import WORKLOADS
 
+    changes = anchored(parse_overrides(overrides), Path.cwd())
     if (point is None) == (config is None):
         raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
     if config is not None:
         if workload is not None:
             raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
-        return read_config(load_yaml(config), overrides, origin=str(config))
+        return read_config(merge(load_settings(config), changes), origin=str(config))
     assert point is not None
     _known("POINT", point, POINTS)
     _known("--workload", workload or "embedded", WORKLOADS)
-    return read_config(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), overrides, origin=point)
+    return read_config(merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point)
 
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
-    """A sweep of the store, with its tracking where it now is, and what an earlier command could not deliver delivered."""
+    """A sweep of the store, with its tracking where it now is. Raises ConfigError."""
+    from search.mlflow_client import absolute_uri
     from search.store import absolute_store, load_study_config
-    from search.tracking import absolute_uri, deliver_spool
 
     study = load_study_config(absolute_store(store), name)
     if tracking_uri is not None:
         study = study.model_copy(update={"tracking_uri": absolute_uri(tracking_uri)})
-    deliver_spool(study.scratch, study.tracking_uri)
     return study
 
 
@@ -187,6 +261,10 @@ def repeated(store: str, tracking_uri: str | None) -> str:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _known(option: str, value: str, table: Any) -> None:

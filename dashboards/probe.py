@@ -25,14 +25,16 @@ import torch
 from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
+from trainable.engines.gate import FLOOR_FACTOR
 from trainable.floor import APART, Floor, Gap, eager_logps, first_blocks, floor_of
-from trainable.gate import FLOOR_FACTOR
-from trainable.grpo import clean_logps, make_batch
-from trainable.model import Policy, computing, deployed, load_policy
+from trainable.forward.logps import clean_logps, make_batch
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, computing, deployed
 from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator
-from trainable.tasks import Question, Task, build_task
+from trainable.tasks.table import build_task
+from trainable.tasks.task import Question, Task
 
 DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
 GROUP_SIZE = 2

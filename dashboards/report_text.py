@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dashboards.live import text_params
 from dashboards.tables import describe_noise, duration, points
 from search.confirm import Confirmation
 from search.importance import Importance
@@ -15,7 +14,6 @@ from search.report import ArmReport, StudyReport
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.points import POINTS
 from spaces.reading import as_tree as config_tree
-from spaces.reading import read_config
 
 NOT_A_FINDING = (
     "ahead, behind: on the selection questions, by which arms were also chosen; corrected for {arms} arms that share a control. "
@@ -34,11 +32,11 @@ def report_table(report: StudyReport) -> Table:
         mark = " (candidate)" if row.candidate else ""
         table.add_row(
             row.arm + mark,
-            describe_noise(text_params(config_tree(row.config))),
+            describe_noise(row.config),
             _runs(row),
             "" if not row.collapsed else f"{row.collapsed}: {', '.join(row.rules)}",
             points(row.accuracy),
-            "" if row.corrected is None else f"{100 * row.corrected.difference:+.1f}",
+            "" if row.difference is None else f"{100 * row.difference:+.1f}",
             "" if row.corrected is None else interval(row.corrected),
             "-" if row.dose is None else f"{100 * row.dose:.2g} %",
             f"{row.hours:.3f}",
@@ -79,7 +77,7 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     seen, config = state.comparison, state.config
     lines = [
         f"{state.winner} against {state.control}: {seen.words()}",
-        f"  difference {100 * seen.difference:+.2f} points {interval(seen)} (95 % over all looks), "
+        f"  difference {_apart(seen, 2)} points {interval(seen)} (95 % over all looks), "
         f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
         f"  looks after {', '.join(map(str, state.looks))} replicates; collapsed replicates count with the accuracy at their stop",
     ]
@@ -87,7 +85,7 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
         risks = state.arms
         lines.append(f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}")
         if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
-            lines.append(f"  completed pairs alone: {100 * risks.completed.difference:+.2f} points {interval(risks.completed)}")
+            lines.append(f"  completed pairs alone: {_apart(risks.completed, 2)} points {interval(risks.completed)}")
     lines += [f"  {note}" for note in state.notes]
     if state.unfinished:
         arm = config.name.removeprefix(f"{config.parent}-confirm").removeprefix("-")
@@ -102,7 +100,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     for number, arm in enumerate(plan.arms):
         known = POINTS.get(arm.name)
         recorded = f"   recorded: collapsed at step {known.collapsed_at_step}" if known and known.collapsed_at_step is not None else ""
-        lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(text_params(config_tree(read_config(arm.tree))))}{recorded}")
+        lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(arm.config)}{recorded}")
     if plan.searched:
         lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
         for dimension in study.space.dimensions:
@@ -110,11 +108,11 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             values = " | ".join(domain.options) if domain.kind == "choice" else f"{domain.low:g} .. {domain.high:g}"
             condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
             lines.append(f"        {dimension.key:22s} {values}{condition}")
-    last = study.seed + study.replicates - 1
+    last = study.seed_of(study.replicates - 1)
     unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
     adjusted = plan.adjusted_share
     lines += [
-        f"runs: {plan.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
+        f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, {config.quant.mode}, "
         f"filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
@@ -134,6 +132,11 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             "how much differences vary from seed to seed is not known for this workload: what it can decide will show after 3 replicates"
         )
     return lines + [f"warning: {line}" for line in plan.warnings]
+
+
+def _apart(comparison: Comparison, digits: int = 1) -> str:
+    """In points; without a pair nobody knows."""
+    return "unknown" if comparison.replicates == 0 else f"{100 * comparison.difference:+.{digits}f}"
 
 
 def interval(comparison: Comparison) -> str:
@@ -159,7 +162,7 @@ def _risk(risk: CollapseRisk) -> str:
 
 def _completed(row: ArmReport) -> str:
     alone = row.comparison.completed if row.comparison is not None else None
-    return "" if alone is None else f"; completed runs alone {100 * alone.difference:+.1f} points {interval(alone)}"
+    return "" if alone is None else f"; completed pairs alone {_apart(alone)} points {interval(alone)}"
 
 
 def _missing(row: ArmReport) -> str:
@@ -238,7 +241,7 @@ def _comparison(comparison: Comparison) -> dict[str, object]:
             "p": comparison.p,
             "replicates": comparison.replicates,
             "needs": comparison.needs,
-            "method": comparison.method,
+            "unpaired": comparison.unpaired,
         }
     )
 

@@ -1,83 +1,59 @@
-"""Rows for people: pure functions from records to rows, and one that draws rows as a terminal table.
+"""Rows of the sweep as people read them: pure functions from records to cells, and one that draws them as a terminal table.
 
 NaN rule: an accuracy that is missing is shown as a dash; one that is not finite is shown as it is.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from search.export import ACCURACY, by_arm, control_of, feasible
-from search.tracking import TrialRecord
+from search.report import ArmReport
+from spaces.config import TrialConfig
 
-_COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmRow:
-    """One configuration of a sweep, its replicates taken together."""
-
-    arm: str
-    noise: str
-    status: str
-    rule: str
-    step: str
-    """Steps done, of a collapsed arm: where it ended."""
-    accuracy: float | None
-    """Median over replicates, of the clean model at its end, on the selection questions."""
-    start: float | None
-    difference: float | None
-    """Accuracy minus the median of the control with the same filter policy; no verdict."""
-    replicates: int
-    seconds: float
+COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
 
 
-def arm_rows(records: Sequence[TrialRecord]) -> list[ArmRow]:
-    """One row per configuration, in order of their first start."""
-    arms = by_arm(records)
-    return [_row(arm, runs, control_of(runs[0], arms)) for arm, runs in arms.items()]
-
-
-def describe_noise(params: Mapping[str, str]) -> str:
+def describe_noise(config: TrialConfig) -> str:
     """`rmsnorm 0.05 -> 0.0005`, with layers and other formats where they are not the default."""
-    start = float(params.get("noise.sigma_start", 0))
-    quant = f"{params.get('quant.weights', '')}/{params.get('quant.activations', '')}"
+    noise, quant = config.noise, f"{config.quant.weights}/{config.quant.activations}"
     suffix = "" if quant == "mxfp4/mxfp4" else f", {quant}"
-    if start == 0:
+    if noise.sigma_start == 0:
         return f"none{suffix}"
-    modules = params.get("noise.modules", "").strip("[]").replace('"', "").replace(",", "+")
-    layers = params.get("noise.layers", "all")
+    layers = noise.layers if isinstance(noise.layers, str) else f"[{','.join(map(str, noise.layers))}]"
     where = "" if layers == "all" else f" {layers}"
-    return f"{modules}{where} {start:.3g} -> {float(params.get('noise.sigma_end', 0)):.3g}{suffix}"
+    return f"{'+'.join(noise.modules)}{where} {noise.sigma_start:.3g} -> {noise.sigma_end:.3g}{suffix}"
 
 
-def _row(arm: str, runs: Sequence[TrialRecord], control: Sequence[TrialRecord]) -> ArmRow:
-    accuracies = [run.metrics[ACCURACY] for run in runs if ACCURACY in run.metrics]
-    accuracy = median(accuracies) if accuracies else None
-    baseline = median(run.metrics[ACCURACY] for run in control) if control and feasible(control) else None
-    starts = [run.metrics["eval/accuracy_start"] for run in runs if "eval/accuracy_start" in run.metrics]
-    counts = Counter(run.status for run in runs)
-    status = next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {word}" for word, n in counts.most_common())
-    steps = sorted({int(run.metrics["rin/steps_done"]) for run in runs if "rin/steps_done" in run.metrics})
-    return ArmRow(
-        arm=arm,
-        noise=describe_noise(runs[0].params),
-        status=status,
-        rule=", ".join(sorted({run.rule or (run.reason if run.status == "failed" else "") for run in runs} - {""})),
-        step="-".join(str(s) for s in (steps[:1] + steps[-1:] if len(steps) > 1 else steps)),
-        accuracy=accuracy,
-        start=median(starts) if starts else None,
-        difference=None if accuracy is None or baseline is None or runs is control else accuracy - baseline,
-        replicates=len(runs),
-        seconds=sum((run.ended or run.started) - run.started for run in runs),
-    )
+def status_row(row: ArmReport) -> dict[str, Any]:
+    """Of `rin status --json`; accuracies and differences are shares."""
+    return {
+        "arm": row.arm,
+        "noise": describe_noise(row.config),
+        "status": row.status,
+        "rule": why(row),
+        "step": steps_text(row),
+        "accuracy": row.accuracy,
+        "start": row.start,
+        "difference": row.difference,
+        "replicates": row.replicates,
+        "candidate": row.candidate,
+        "hours": row.hours,
+    }
 
 
-def arm_table(rows: Sequence[ArmRow], title: str) -> Table:
+def why(row: ArmReport) -> str:
+    """Rules by which its replicates collapsed, or what they failed by."""
+    return ", ".join(sorted({trial.rule or trial.reason for trial in row.trials} - {""}))
+
+
+def steps_text(row: ArmReport) -> str:
+    """Steps done: `29`, or `4-29` where replicates differ."""
+    return "-".join(map(str, row.steps if len(row.steps) < 2 else (row.steps[0], row.steps[-1])))
+
+
+def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
     """The table at the end of a sweep and of `rin status`."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in ("configuration", "noise", "status", "rule"):
@@ -85,18 +61,18 @@ def arm_table(rows: Sequence[ArmRow], title: str) -> Table:
     for name in ("steps", "start", "accuracy", "vs control", "runs", "time"):
         table.add_column(name, justify="right")
     for row in rows:
-        color = _COLORS.get(row.status, "")
+        color = COLORS.get(row.status, "")
         table.add_row(
-            row.arm,
-            row.noise,
+            row.arm + (" (candidate)" if row.candidate else ""),
+            describe_noise(row.config),
             f"[{color}]{row.status}[/]" if color else row.status,
-            row.rule,
-            row.step,
+            why(row),
+            steps_text(row),
             points(row.start),
             points(row.accuracy),
             "" if row.difference is None else f"{100 * row.difference:+.1f}",
-            str(row.replicates),
-            duration(row.seconds),
+            f"{row.replicates}" if not row.missing else f"{row.replicates}/{row.replicates + row.missing}",
+            duration(3600 * sum(trial.hours for trial in row.trials)),
         )
     return table
 

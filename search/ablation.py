@@ -10,11 +10,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from search.journal import read_arms
-from search.report import winner_of
-from search.searchers import Arm
+from search.arms import Arm, candidate_of, read_arms
 from search.store import StudyConfig
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.workloads import WORKLOADS
 
@@ -34,18 +32,21 @@ class Ablation:
 def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablation:
     """The study that takes the winner of `parent` apart; replicates, seed, budget, resources and place are those of `options`.
 
-    Raises ConfigError when the parent has no winner, or a winner that is the control.
+    Raises NoCandidate when the parent has none, ConfigError when it is a confirmation.
     """
     if parent.kind == "confirm":
         raise ConfigError(f"--ablate {parent.name}: is a confirmation; give the sweep: --ablate {parent.parent}")
-    arms = read_arms(parent)
-    best, control = winner_of(parent, arms)
+    candidate = candidate_of(parent, read_arms(parent))
+    best, control = candidate.arm, candidate.control
     threads = {"threads": options.cpus or WORKLOADS[parent.workload].trial_cpus}
-    won, plain = (as_tree(read_config(merge(arm.tree, threads))) for arm in (best, control))
-    steps, skipped = single_changes(won, plain)
-    chosen = [Arm(name=control.name, origin="control", tree=plain), Arm(name=best.name, origin="winner", tree=won)]
+    won, plain = (arm.config.model_copy(update=threads) for arm in (best, control))
+    steps, skipped = single_changes(as_tree(won), as_tree(plain))
+    chosen = [
+        Arm(name=control.name, origin="control", config=plain),
+        Arm(name=best.name, origin="winner", config=won),
+    ]
     short = _short_names(steps)
-    chosen += [Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", tree=tree) for key, tree in steps.items()]
+    chosen += [Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", config=config) for key, config in steps.items()]
     config = options.model_copy(
         update={
             "name": options.name if named else f"{parent.name}-ablation",
@@ -58,29 +59,25 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "evidence": (),
             "warm_start": "",
             "trials": len(chosen),
-            "scheduler": "none",
         }
     )
     return Ablation(config=config, arms=tuple(chosen), skipped=tuple(skipped))
 
 
-def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Key -> the winner's tree with that key as the control has it; then a line for each difference that gives no arm."""
+def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[dict[str, TrialConfig], list[str]]:
+    """Key -> the winner's configuration with that key as the control has it; then a line for each difference that gives no arm."""
     won, plain = flatten(winner), flatten(control)
-    steps: dict[str, dict[str, Any]] = {}
+    steps: dict[str, TrialConfig] = {}
     skipped = []
     for key, value in won.items():
         # Without noise there is no decay either: what the control has for sigma_end is none.
         target = won["noise.sigma_start"] if key == "noise.sigma_end" else plain.get(key)
         if key in _OF_THE_RUN or key == "noise.sigma_start" or target == value:
             continue
-        tree = merge(winner, unflatten({key: target}))
         try:
-            read_config(tree)
+            steps[key] = read_config(merge(winner, unflatten({key: target})))
         except ConfigError as error:
             skipped.append(f"{key}={value} cannot be taken back alone: {error}")
-            continue
-        steps[key] = tree
     if not steps:
         skipped.append("the winner differs from the control in noise.sigma_start alone; the control is that ablation")
     return steps, skipped

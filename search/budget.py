@@ -13,21 +13,9 @@ from typing import Any
 
 from ray import tune
 
-from search.journal import trial_folder
-from search.searchers import Arm
-from search.store import StudyConfig
-from search.trials import read_attempts, read_reports
-from spaces.workloads import WORKLOADS
-
-
-def gpus_of(config: StudyConfig) -> float:
-    """GPUs of one trial."""
-    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus
-
-
-def slots_of(config: StudyConfig) -> float:
-    """Hours that one hour of a trial counts: its GPUs, or 1 where it has none."""
-    return gpus_of(config) or 1.0
+from search.arms import Arm, trial_folder
+from search.store import StudyConfig, slots_of
+from trainable.disk.trial_folder import read_attempts, read_reports
 
 
 class Budget(tune.Stopper):  # type: ignore[misc]
@@ -41,7 +29,7 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0
         self._since: dict[str, float] = {}
-        reported = [report["seconds"] for folder in folders for report in read_reports(folder)] if config.budget_hours else []
+        reported = [report.seconds for folder in folders for report in read_reports(folder)] if config.budget_hours else []
         self._longest = max(reported, default=0.0)  # the first step of a trial, which evaluates
 
     def started(self, trial: str) -> None:

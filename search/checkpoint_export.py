@@ -1,6 +1,6 @@
 """The candidate's model, taken away: a folder that transformers and vLLM load, with how it computes and what it scores.
 
-    choose     the sweep's best arm, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
+    choose     the candidate, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
                (of an even number the lower of the two in the middle, of equals the first): the best one would be the luckiest one
     rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the base
     write      FOLDER: transformers' files with the clean master, unquantised; rin_quantization.json: how each linear layer computes;
@@ -24,26 +24,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from search.export import BestConfig
-from search.journal import trial_folder
+from search.arms import Candidate, trial_folder
 from search.store import StudyConfig
-from search.trials import OUTCOME_FILE, read_outcome
 from spaces.config import ConfigError, ModelConfig, TrialConfig
-from spaces.reading import as_tree, dump_yaml, read_config
-from trainable.checkpoint import FINAL_FILE, load_final
-from trainable.embedded import Progress
-from trainable.engine import CONFIG_FILE, quantization_tree
+from spaces.reading import as_tree, dump_yaml
+from trainable.disk.checkpoint import load_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import FINAL_FILE, OUTCOME_FILE
+from trainable.engines.engine import CONFIG_FILE, quantization_tree
 from trainable.evaluation import Evaluation, evaluate
-from trainable.folder import Folder
-from trainable.model import Policy, computing, load_policy
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
+from trainable.policy.embedded import Progress
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, computing
 from trainable.quantization import UNQUANTIZED, Arithmetic
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 
 PACKED, TRIAL_FILE = "packed", "trial.yaml"
 WHO = {
@@ -68,7 +69,7 @@ source of vLLM 0.32 and compressed-tensors 0.17 and 0.20; FlashInfer's rule from
 class Source:
     """The trial that is exported."""
 
-    best: BestConfig
+    candidate: Candidate
     replicate: int
     folder: Folder
     config: TrialConfig
@@ -89,15 +90,14 @@ class RuleAccuracy:
     """Of everything around the packed weights: the trial's dtype, and bfloat16, the packed form's."""
 
 
-def export_checkpoint(
-    study: StudyConfig, best: BestConfig, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None
-) -> None:
+def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None) -> None:
     """Write the folder and tell what was found.
 
     Raises ConfigError for a folder that holds something, and for a trial whose weights are missing or damaged.
     """
     _check_empty(folder)
-    source = _median_trial(study, best)
+    study = candidate.study
+    source = _median_trial(candidate)
     config, weights = source.config, _final_weights(study, source)
     with _threads(config.threads):
         policy = load_policy(config.model, config.quant, config.seed, progress)
@@ -136,25 +136,22 @@ def export_checkpoint(
 # --- choose and rebuild -----------------------------------------------------------------------------------------------------------
 
 
-def _median_trial(study: StudyConfig, best: BestConfig) -> Source:
-    """Raises ConfigError when the sweep's folder does not have the arm's outcomes."""
-    outcomes: list[tuple[float, int, dict[str, Any]]] = []
-    for replicate in range(study.replicates):
-        outcome = read_outcome(trial_folder(study, best.arm, replicate))
-        if outcome is not None and outcome["outcome"] == "completed":
-            outcomes.append((outcome["eval"]["accuracy"], replicate, outcome))
-    if not outcomes:
-        raise ConfigError(f"{study.trials_folder.uri}: holds no outcome of {best.arm}; export from the store in which the sweep ran")
-    accuracy, replicate, outcome = sorted(outcomes, key=lambda row: row[:2])[(len(outcomes) - 1) // 2]
-    folder = trial_folder(study, best.arm, replicate)
+def _median_trial(candidate: Candidate) -> Source:
+    """Raises ConfigError for an arm of which no replicate completed."""
+    study, arm = candidate.study, candidate.arm
+    completed = [(outcome.eval.accuracy, replicate) for replicate, outcome in arm.results.items() if outcome.outcome == "completed"]
+    if not completed:
+        raise ConfigError(f"--arm {arm.name}: no replicate of it completed, so there is no model to export; name another arm")
+    accuracy, replicate = sorted(completed)[(len(completed) - 1) // 2]
+    outcome = arm.results[replicate]
     return Source(
-        best=best,
+        candidate=candidate,
         replicate=replicate,
-        folder=folder,
-        config=read_config(outcome["config"], origin=f"{folder.uri}/{OUTCOME_FILE}"),
-        step=outcome["step"],
+        folder=trial_folder(study, arm.name, replicate),
+        config=outcome.config,
+        step=outcome.step,
         accuracy=accuracy,
-        correct=tuple(outcome["eval"]["correct"]),
+        correct=outcome.eval.correct,
     )
 
 
@@ -284,22 +281,23 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
 def _write_readme(
     folder: Path, study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
 ) -> None:
-    best, config = source.best, source.config
-    control = "did not complete" if best.control_accuracy is None else f"{best.control_accuracy:.4f}"
+    candidate, config = source.candidate, source.config
+    arm, runs, control = candidate.arm, candidate.accuracies, candidate.control_accuracies
+    beside = f"{fmean(control):.4f}" if control else "no outcome"
     asked = f"{len(source.correct)} questions of the split `{config.eval.split}`"
     lines = [
-        f"# {study.name}: {best.arm}, replicate {source.replicate}",
+        f"# {study.name}: {arm.name}, replicate {source.replicate}",
         "",
         f"The model of a candidate of the sweep `{study.name}`, written by `rin export {study.name} --to checkpoint`. A candidate is not a",
         "finding: it was chosen and judged on the same questions (`rin confirm` says more).",
         "",
         "| | |",
         "|---|---|",
-        f"| arm | {best.arm} ({best.origin}) |",
-        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(best.accuracies)} |",
+        f"| arm | {arm.name} ({arm.origin}) |",
+        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(runs)} |",
         f"| step | {source.step} of {config.grpo.steps} |",
         f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
-        f"| median of the arm, of its control | {best.accuracy:.4f}, {control} |",
+        f"| mean of the arm, of {candidate.control.name} | {fmean(runs):.4f}, {beside} |",
         f"| quantisation | {Arithmetic.of(config.quant)} |",
         f"| configuration | `{TRIAL_FILE}`; to train it again: `rin trial --config {TRIAL_FILE}` |",
         "",

@@ -3,25 +3,27 @@
 The winner of a sweep was chosen because it looked good, on the questions it was chosen by, with the seeds it was chosen with: its
 advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control with seeds that no arm has
 had, and is judged on questions that nobody has looked at. Replicates are added until the comparison is decided, by a rule that
-keeps the error level over all looks (`statistics.SequentialRule`); a decision stands, and what is undecided when the replicates or the
+keeps the error level over all looks (`search/sequential.py`); a decision stands, and what is undecided when the replicates or the
 budget end is called undecided.
 
 A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true of it, and
 calling it again goes on where it stopped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from search.journal import read_arms
-from search.report import MARGIN, replicates_of, winner_of
-from search.searchers import Arm
-from search.statistics import CONFIRM, MIN_REPLICATES, ArmComparison, Comparison, SequentialRule, compare_arms, sequential_compare
-from search.store import STUDY_FILE, StudyConfig, load_study_config, save_study_config, sweeps
-from search.study import View, resume_study, run_study
-from spaces.config import ConfigError
-from spaces.reading import merge
-from trainable.embedded import Progress
+from search.arms import Arm, candidate_of, failures, read_arms, replicates_of
+from search.execution import View
+from search.power import MIN_REPLICATES
+from search.report import MARGIN
+from search.sequential import CONFIRM, SequentialRule, sequential_compare
+from search.statistics import ArmComparison, Comparison, compare_arms
+from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
+from search.study import resume_study, run_study
+from spaces.config import ConfigError, TrialConfig
+from trainable.policy.embedded import Progress
 
 FRESH = 1000
 """Distance between the sweep's seeds and the confirmation's."""
@@ -52,18 +54,19 @@ class Confirmation:
 def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | None = None) -> tuple[StudyConfig, list[Arm]]:
     """The study NAME-confirm of a sweep (NAME-confirm-ARM for an arm that is not the winner), and its two arms.
 
-    Raises ConfigError when there is nothing to confirm.
+    Raises NoCandidate when there is nothing to confirm, ConfigError for an arm that does not exist.
     """
     if parent.kind == "confirm":
         raise ConfigError(f"NAME={parent.name}: is a confirmation itself; give the sweep: rin confirm {parent.parent}")
-    best, control = winner_of(parent, read_arms(parent), arm)
-    asked = {"eval": {"split": "confirm"}}
+    candidate = candidate_of(parent, read_arms(parent), arm)
+    best, control = candidate.arm, candidate.control
     arms = [
-        Arm(name=control.name, origin="control", tree=merge(control.tree, asked)),
-        Arm(name=best.name, origin="winner", tree=merge(best.tree, asked)),
+        Arm(name=control.name, origin="control", config=_on_confirm_questions(control.config)),
+        Arm(name=best.name, origin="winner", config=_on_confirm_questions(best.config)),
     ]
     config = parent.model_copy(
         update={
+            "id": new_id(),
             "name": _name_of(parent, arm),
             "kind": "confirm",
             "parent": parent.name,
@@ -71,7 +74,6 @@ def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | N
             "seed": parent.seed + parent.replicates + FRESH,
             "trials": 2,
             "replicates": looks[0],
-            "scheduler": "none",
             "points": (),
             "evidence": (),
             "warm_start": "",
@@ -113,10 +115,8 @@ def confirm(
             result = resume_study(config, view, progress)
         else:
             result, arms = run_study(config, view, progress, arms), None
-        failed = [f"{run.arm}/{run.replicate} failed: {run.reason}" for run in result.records if run.status == "failed"]
-        lost = [result.tracking_lost] if result.tracking_lost else []
         state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
-        state = replace(state, notes=(*failed, *lost, *_cautions(parent, state, arm)))
+        state = replace(state, notes=(*failures(result.config, result.arms), *_cautions(parent, state, arm)))
         if state.comparison.verdict != "undecided" or result.unfinished:
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
@@ -128,7 +128,7 @@ def confirm(
 def _cautions(parent: StudyConfig, state: Confirmation, arm: str | None) -> list[str]:
     """Whatever makes this answer another one than it seems."""
     cautions = []
-    now = winner_of(parent, read_arms(parent))[0].name if arm is None else arm
+    now = candidate_of(parent, read_arms(parent)).arm.name if arm is None else arm
     if now != state.winner:
         again = f"rin confirm {parent.name} --arm {now}"
         cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}: {again}")
@@ -147,7 +147,7 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
     by_seed = {run.seed: run for run in treated}, {run.seed: run for run in plain}
     a, b = ([runs[seed] for seed in seeds] for runs in by_seed)
     if not seeds:
-        comparison = Comparison(verdict="undecided", difference=0.0, low=-float("inf"), high=float("inf"), replicates=0, margin=MARGIN)
+        comparison = Comparison(difference=math.nan, replicates=0, margin=MARGIN)
     else:
         correct = None
         if all(run.correct is not None for run in (*a, *b)):
@@ -171,6 +171,10 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
         looks=rule.looks,
         budget_spent=ends,
     )
+
+
+def _on_confirm_questions(config: TrialConfig) -> TrialConfig:
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"split": "confirm"})})
 
 
 def _name_of(parent: StudyConfig, arm: str | None) -> str:

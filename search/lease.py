@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 
 FILE = "driver.json"
 RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 15.0, 60.0, 1.0

@@ -9,11 +9,10 @@ groups the filter threw away.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from search.budget import gpus_of, slots_of
-from search.journal import trial_folder
-from search.searchers import Arm
-from search.store import StudyConfig
-from search.trials import Attempt, read_attempts, read_reports
+from search.arms import Arm, trial_folder
+from search.store import StudyConfig, gpus_of, slots_of
+from trainable.disk.trial_folder import Attempt, read_attempts, read_reports
+from trainable.metrics import ROLLOUT_SECONDS, WASTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +47,11 @@ def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
             hours = slots * sum(attempt.hours for attempt in attempts)
             by_arm[arm.name] = by_arm.get(arm.name, 0.0) + hours
             outcome = arm.results.get(replicate)
-            if outcome is not None and outcome["outcome"] == "collapsed":
+            if outcome is not None and outcome.collapsed:
                 collapsed += hours
-            useful = sum(report["seconds"] for report in reports) / 3600 * slots
+            useful = sum(report.seconds for report in reports) / 3600 * slots
             repeated += max(hours - useful - slots * _first_start_hours(attempts), 0.0) if len(attempts) > 1 else 0.0
-            filtered += slots * sum(report["perf/rollout_seconds"] * report["filter/wasted"] for report in reports) / 3600
+            filtered += slots * sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports) / 3600
     return Ledger(
         hours=sum(by_arm.values()), collapsed=collapsed, repeated=repeated, filtered=filtered, arms=by_arm, gpu=gpus_of(config) > 0
     )

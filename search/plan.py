@@ -6,23 +6,17 @@ share of collapsed trials and the step at which they stopped in this store, or a
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-from search.budget import gpus_of, slots_of
-from search.journal import read_arms, trial_folder
-from search.report import control_for, replicates_of
-from search.searchers import Arm
-from search.statistics import detectable_difference
-from search.store import StudyConfig, load_study_config, sweeps
-from search.study import fixed_arms
-from search.trials import read_attempts
+from search.arms import Arm, control_for, read_arms, replicates_of, trial_folder
+from search.lineup import fixed_arms
+from search.power import detectable_difference
+from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
-from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
+from trainable.disk.trial_folder import read_attempts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +33,7 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
-    """Example: StudyPlan(arms=..., searched=7, runs=8, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0"""
+    """Example: StudyPlan(study=..., arms=..., searched=7, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0  # of 8 runs"""
 
     study: StudyConfig
     arms: tuple[Arm, ...]
@@ -60,18 +54,14 @@ class StudyPlan:
     """Of the control: what every configuration starts from."""
 
     @property
-    def runs(self) -> int:
-        return self.study.trials * self.study.replicates
-
-    @property
     def wall_seconds(self) -> float:
         """Worst case: nothing collapses."""
-        return math.ceil(self.runs / self.slots) * self.trial_seconds
+        return math.ceil(self.study.runs / self.slots) * self.trial_seconds
 
     @property
     def hours(self) -> float:
         """Trial-slot hours, or GPU hours; worst case."""
-        return self.runs * self.trial_seconds / 3600 * slots_of(self.study)
+        return self.study.runs * self.trial_seconds / 3600 * slots_of(self.study)
 
     @property
     def question_se(self) -> float:
@@ -134,7 +124,7 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
         adjusted_share=share / config.trials,
         cpus=per_trial,
         gpus=gpus,
-        config=read_config(arms[0].tree),
+        config=arms[0].config,
     )
 
 
@@ -166,11 +156,11 @@ def experience(store: str, workload: str) -> Experience:
 
 def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
     """(outcome, seconds) of trials that ended in one go."""
-    found = []
+    found: list[tuple[str, float]] = []
     for replicate, outcome in arm.results.items():
         attempts = read_attempts(trial_folder(study, arm.name, replicate))
-        if outcome is not None and len(attempts) == 1:
-            found.append((str(outcome["outcome"]), attempts[0].hours * 3600))
+        if len(attempts) == 1:
+            found.append((outcome.outcome, attempts[0].hours * 3600))
     return found
 
 
@@ -190,9 +180,5 @@ def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
 def _recorded_share(arm: Arm) -> float:
     """Part of a trial that an arm of the plan ran until it collapsed; 1 for the others."""
     point = POINTS.get(arm.name)
-    steps = _steps(arm.tree)
+    steps = arm.config.grpo.steps
     return 1.0 if point is None or point.collapsed_at_step is None else min((point.collapsed_at_step + 1) / steps, 1.0)
-
-
-def _steps(tree: Mapping[str, Any]) -> int:
-    return read_config(tree).grpo.steps

@@ -1,20 +1,21 @@
-"""Which configuration next: six methods, each a function of what is known.
+"""Which configuration next: five methods, each a function of what is known.
 
-A proposal depends on the space, on the results so far, on the sweep's seed and on how many configurations were proposed before;
-on nothing else. So a sweep that was interrupted goes on as if nothing had happened, and there is no sampler state to save, to
-lose or to unpickle. Each number of a configuration has its own seed (a stable hash), so a resumed search never repeats the
-random draws of the first session. A method yields candidates, best first: the caller takes the first that is valid and new.
+A proposal depends on the space, on the results so far, on the sweep's seed and on how many configurations were proposed
+before; on nothing else. So a sweep that was interrupted goes on as if nothing had happened, and there is no sampler
+state to save, to lose or to unpickle. Each number of a configuration has its own seed (a stable hash), so a resumed
+search never repeats the random draws of the first session. A method yields candidates, best first: the caller takes the
+first that is valid and new.
 
-Conditional spaces. Optuna's samplers model the dimensions that all trials have in common and draw the rest at random; in a space
-where sigma has one range per module kind, sigma itself would be drawn at random. So dimensions of one key share a *coordinate*:
-their relative place between low and high, which every configuration has. Where no dimension of a coordinate exists, it rests in
-the middle.
+Conditional spaces. Optuna's samplers model the dimensions that all trials have in common and draw the rest at random;
+in a space where sigma has one range per module kind, sigma itself would be drawn at random. So dimensions of one key
+share a *coordinate*: their relative place between low and high, which every configuration has. Where no dimension of a
+coordinate exists, it rests in the middle.
 
-Collapses. The number of collapsed replicates is a constraint: c - 1/2 is told, violated when positive. The half is a margin: a
-surrogate that has seen only 0 and 1 would otherwise call a configuration that never collapsed feasible with probability 1/2. A
-configuration whose accuracy nobody knows (a collapse out of the plan) is told with the median of the others: a Gaussian process
-fits its objective to infeasible trials too, and any other number would be an opinion; TPE and CMA-ES rank a collapse by the
-constraint alone.
+Collapses. The number of collapsed replicates is a constraint: c - 1/2 is told, violated when positive. The half is a
+margin: a surrogate that has seen only 0 and 1 would otherwise call a configuration that never collapsed feasible with
+probability 1/2. A configuration whose accuracy nobody knows (a collapse out of the plan) is told with the median of the
+others: a Gaussian process fits its objective to infeasible trials too, and any other number would be an opinion; TPE
+ranks a collapse by the constraint alone.
 
 Non-finite values are not told at all: such a trial is failed.
 """
@@ -29,8 +30,9 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 
+from search.smooth_gp import SmoothGP
 from spaces.library import Choice, Dimension, Float, Int, Space
-from trainable.seeds import stable_hash
+from trainable.hashing import stable_hash
 
 Params = Mapping[str, Any]
 """Dimension name -> number, or label of a choice; dimensions that do not exist in this configuration are left out."""
@@ -44,7 +46,6 @@ GRID_LEVELS = 5
 _MODEL_DRAWS = 3  # a model that proposes what was run already is asked again this often; then chance decides
 _RANDOM_DRAWS = 100
 _CHUNK = 256
-_CANDIDATES = 512
 _DIRECTIONS = {"accuracy": "maximize", "collapses": "minimize", "hours": "minimize"}
 
 
@@ -56,7 +57,7 @@ class Told:
     """
 
     params: Params
-    state: Literal["complete", "pruned", "failed"]
+    state: Literal["complete", "failed"]
     values: tuple[float, ...] | None = None
     """One per objective; None = nobody knows."""
     collapses: int = 0
@@ -81,7 +82,8 @@ class Known:
 Proposer = Callable[[Known], Iterator[Params]]
 
 
-# --- coordinates -------------------------------------------------------------------------------------------------------------
+# --- coordinates
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +109,10 @@ def coordinates(space: Space) -> tuple[Coordinate, ...]:
     """Numeric dimensions of one key share a coordinate; a choice is its own."""
     grouped: dict[str, list[Dimension]] = {}
     for dimension in space.dimensions:
-        grouped.setdefault(dimension.name if isinstance(dimension.domain, Choice) else f"{dimension.key}/number", []).append(dimension)
-    return tuple(Coordinate(name=", ".join(d.name for d in found), dimensions=tuple(found)) for found in grouped.values())
+        group = dimension.name if isinstance(dimension.domain, Choice) else f"{dimension.key}/number"
+        grouped.setdefault(group, []).append(dimension)
+    groups = grouped.values()
+    return tuple(Coordinate(name=", ".join(d.name for d in found), dimensions=tuple(found)) for found in groups)
 
 
 def decode(space: Space, point: Mapping[str, Any]) -> Params:
@@ -145,8 +149,9 @@ def value_at(domain: Float | Int, place: float) -> float | int:
     if isinstance(domain, Int):
         size = domain.high - domain.low + 1
         return domain.low + min(int(place * size), size - 1)
-    value = domain.low * (domain.high / domain.low) ** place if domain.log else domain.low + place * (domain.high - domain.low)
-    return min(max(value, domain.low), domain.high)  # rounding
+    low, high = domain.low, domain.high
+    value = low * (high / low) ** place if domain.log else low + place * (high - low)
+    return min(max(value, low), high)  # rounding
 
 
 def place_of(domain: Float | Int, value: float) -> float:
@@ -177,7 +182,8 @@ def _from_unit(space: Space, unit: Sequence[float]) -> Params:
     return decode(space, point)
 
 
-# --- without a model ---------------------------------------------------------------------------------------------------------
+# --- without a model
+# ---------------------------------------------------------------------------------------------------------
 
 
 def random(known: Known) -> Iterator[Params]:
@@ -216,14 +222,15 @@ def every(space: Space) -> Iterator[Params] | None:
 
 
 def lattice(space: Space, levels: int | None) -> Iterator[Params]:
-    """Every combination once, in the order in which a Sobol sequence first comes by, so that any beginning is spread out over all
-    pairs of dimensions; what the sequence has missed follows in plain order."""
+    """Every combination once, in the order in which a Sobol sequence first comes by, so that any beginning is spread
+    out over all pairs of dimensions; what the sequence has missed follows in plain order."""
     axes = coordinates(space)
     values: list[list[Any]] = [_levels(axis, levels) for axis in axes]
     engine = _sobol_engine(len(axes), rng=0)
     lengths = [len(of_axis) for of_axis in values]
     chunks = max(1, min(8 * math.prod(lengths), 2**16) // _CHUNK)
-    spread = ([int(u * n) for u, n in zip(unit, lengths, strict=True)] for _ in range(chunks) for unit in engine.random(_CHUNK))
+    units = (unit for _ in range(chunks) for unit in engine.random(_CHUNK))
+    spread = ([int(u * n) for u, n in zip(unit, lengths, strict=True)] for unit in units)
     seen = set()
     for cell in chain(spread, product(*(range(n) for n in lengths))):
         params = decode(space, {axis.name: of_axis[i] for axis, of_axis, i in zip(axes, values, cell, strict=True)})
@@ -243,37 +250,14 @@ def _levels(axis: Coordinate, levels: int | None) -> list[Any]:
     return [i / (levels - 1) for i in range(levels)]
 
 
-# --- with a model ------------------------------------------------------------------------------------------------------------
+# --- with a model
+# ------------------------------------------------------------------------------------------------------------
 
 
 def gp(known: Known) -> Iterator[Params]:
-    """Gaussian processes of the objectives and of the constraint; expected improvement times the probability to be feasible."""
-    return _modelled(known, _SmoothGP)
-
-
-class _SmoothGP(optuna.samplers.GPSampler):  # type: ignore[misc]
-    """Optuna's GP sampler with two changes, both for few and noisy trials (measured in docs/search-quality.md).
-
-    Its prior allows any length scale, so a model of ten noisy accuracies follows the noise; here length scales are log-normal
-    around half the range. And its search for the best expected improvement ends in the corners of the space, where a model knows
-    least; here the best of some quasi-random candidates is taken. The first is a private name of Optuna 5.0 (pinned), the second
-    a method that Optuna leaves to be overridden.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed=seed, n_startup_trials=0)
-        self._log_prior = _log_prior
-
-    def _optimize_acqf(self, acqf: Any, best_params: Any) -> Any:
-        candidates = acqf.search_space.sample_normalized_params(_CANDIDATES, rng=self._rng.rng)
-        return candidates[int(np.argmax(acqf.eval_acqf_no_grad(candidates)))]
-
-
-def _log_prior(model: Any) -> Any:
-    """Of a model's kernel parameters: gamma for scale and noise (Optuna's own), log-normal for 1 / length scale^2."""
-    inverse = model.inverse_squared_lengthscales
-    scale, noise = model.kernel_scale, model.noise_var
-    return -((inverse.log() - math.log(4)) ** 2).sum() / 2 + scale.log() - scale + 0.1 * noise.log() - 30 * noise
+    """Gaussian processes of the objectives and of the constraint; expected improvement times the probability to be
+    feasible."""
+    return _modelled(known, SmoothGP)
 
 
 def tpe(known: Known) -> Iterator[Params]:
@@ -289,60 +273,24 @@ def _modelled(known: Known, sampler: Callable[[int], Any]) -> Iterator[Params]:
     for attempt in range(_MODEL_DRAWS):
         study = optuna_study(known, sampler(stable_hash("model", known.seed, known.number, attempt) % 2**32))
         drawn = study.ask(distributions).params
-        yield decode(known.space, {axis.name: _from_optuna(axis, drawn[axis.name]) for axis in coordinates(known.space)})
+        point = {axis.name: _from_optuna(axis, drawn[axis.name]) for axis in coordinates(known.space)}
+        yield decode(known.space, point)
     yield from random(known)
 
 
-def cmaes(known: Known) -> Iterator[Params]:
-    """CMA-ES over numbers and categories at once (CatCMA with margin, arXiv 2504.07884), replayed from the results.
-
-    Each population of finished configurations is a generation, in the order of their proposal, ranked by collapses, then by
-    accuracy. Results of an earlier sweep are its first generations.
-    """
-    from cmaes import CatCMAwM
-
-    axes = coordinates(known.space)
-    numbers = [axis for axis in axes if not axis.labels]
-    choices = [axis for axis in axes if axis.labels and len(axis.labels) > 1]
-    optimizer = CatCMAwM(
-        x_space=[[0.0, 1.0]] * len(numbers) or None,
-        c_space=[len(axis.labels or ()) for axis in choices] or None,
-        sigma=2.0,  # x 1/12, its unit for a range of 1: a sixth of the range, as in Optuna
-    )
-    pending: list[tuple[tuple[int, float], Any]] = []
-    for told in known.told:
-        point = encode(known.space, told.params)
-        x = np.array([point[axis.name] for axis in numbers])
-        if told.state != "complete" or np.any((x < 0) | (x > 1)):
-            continue
-        value = told.values[0] if told.values is not None else -math.inf
-        c = np.zeros((len(choices), max((len(axis.labels or ()) for axis in choices), default=0)), dtype=bool)
-        for row, axis in enumerate(choices):
-            c[row, (axis.labels or ()).index(point[axis.name])] = True
-        pending.append(((told.collapses, -value), CatCMAwM.Solution(x if numbers else None, None, c if choices else None, x)))
-        if len(pending) == optimizer.population_size:
-            pending.sort(key=lambda ranked: ranked[0])
-            optimizer.tell([(solution, float(rank)) for rank, (_, solution) in enumerate(pending)])
-            pending = []
-    for attempt in range(_RANDOM_DRAWS):
-        optimizer.reseed_rng(stable_hash("cmaes", known.seed, known.number, attempt) % 2**32)
-        asked = optimizer.ask()
-        point = {axis.name: axis.middle for axis in axes}
-        if asked.x is not None:
-            point |= {axis.name: float(x) for axis, x in zip(numbers, asked.x, strict=True)}
-        if asked.c is not None:
-            point |= {axis.name: (axis.labels or ())[int(np.argmax(c))] for axis, c in zip(choices, asked.c, strict=True)}
-        yield decode(known.space, point)
-
-
-# --- Optuna's words ----------------------------------------------------------------------------------------------------------
+# --- Optuna's words
+# ----------------------------------------------------------------------------------------------------------
 
 
 def optuna_study(known: Known, sampler: Any = None) -> Any:
-    """An Optuna study in memory that holds what is known: finished trials with their constraint, and the running ones."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it announces each study, and that greenlet would make it quicker
+    """An Optuna study in memory that holds what is known: finished trials with their constraint, and the running
+    ones."""
+    # It announces each study, and that greenlet would make it quicker.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=optuna.storages.InMemoryStorage(), sampler=sampler, directions=[_DIRECTIONS[name] for name in known.objectives]
+        storage=optuna.storages.InMemoryStorage(),
+        sampler=sampler,
+        directions=[_DIRECTIONS[name] for name in known.objectives],
     )
     distributions = _distributions(known)
     unknown = _medians(known)
@@ -351,9 +299,7 @@ def optuna_study(known: Known, sampler: Any = None) -> Any:
     for told in known.told:
         complete = told.state == "complete"
         trial = optuna.trial.create_trial(
-            state={"complete": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}.get(
-                told.state, optuna.trial.TrialState.FAIL
-            ),
+            state=optuna.trial.TrialState.COMPLETE if complete else optuna.trial.TrialState.FAIL,
             values=(told.values or unknown) if complete else None,
             params=_optuna_params(known.space, told.params),
             distributions=distributions,
@@ -364,7 +310,9 @@ def optuna_study(known: Known, sampler: Any = None) -> Any:
     for params in known.running:
         study.add_trial(
             optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING, params=_optuna_params(known.space, params), distributions=distributions
+                state=optuna.trial.TrialState.RUNNING,
+                params=_optuna_params(known.space, params),
+                distributions=distributions,
             )
         )
     return study
@@ -402,11 +350,22 @@ def _size(axis: Coordinate) -> int | None:
 
 def _optuna_params(space: Space, params: Params) -> dict[str, Any]:
     point = encode(space, params)
-    return {
-        axis.name: point[axis.name] if (size := _size(axis)) is None else math.floor(point[axis.name] * size) for axis in coordinates(space)
-    }
+    sizes = {axis.name: _size(axis) for axis in coordinates(space)}
+    return {name: point[name] if size is None else math.floor(point[name] * size) for name, size in sizes.items()}
 
 
 def _from_optuna(axis: Coordinate, value: Any) -> Any:
     size = _size(axis)
     return value if size is None else (value + 0.5) / size
+
+
+# --- choices by name
+# ---------------------------------------------------------------------------------------------------------
+
+SEARCHERS: dict[str, Proposer] = {
+    "gp": gp,
+    "tpe": tpe,
+    "random": random,
+    "grid": grid,
+    "qmc": sobol,
+}

@@ -4,7 +4,7 @@
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
-    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/ray_trainable.py`)
+    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/disk/trial_folder.py`)
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
     STORE/NAME/best.yaml                  the candidate
@@ -16,6 +16,7 @@ store may be a folder, an NFS mount or an object store. Light on purpose: `rin l
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,27 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.lease import Lease, holder
+from search.mlflow_client import Owner
 from search.secrets import strip_password
 from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
+from spaces.paths import home
 from spaces.reading import explain
-from trainable.folder import Folder
+from spaces.workloads import WORKLOADS
+from trainable.disk.folder import Folder
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
-VERSION = 2
+VERSION = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+SearcherName = Literal["gp", "tpe", "random", "grid", "qmc"]
+ObjectiveName = Literal["accuracy", "collapses", "hours"]
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
 
 
 class StudyConfig(BaseModel):
@@ -44,6 +56,8 @@ class StudyConfig(BaseModel):
 
     version: int = VERSION
     name: str
+    id: str = Field(default_factory=new_id)
+    """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its tracking."""
     kind: Literal["sweep", "ablation", "confirm"] = "sweep"
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
@@ -65,9 +79,8 @@ class StudyConfig(BaseModel):
     """Runs per configuration, with seeds seed, seed + 1, ..."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
-    searcher: str = "gp"
-    objectives: tuple[str, ...] = ("accuracy",)
-    scheduler: str = "none"
+    searcher: SearcherName = "gp"
+    objectives: tuple[ObjectiveName, ...] = Field(("accuracy",), min_length=1)
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""
@@ -83,6 +96,20 @@ class StudyConfig(BaseModel):
     """Of a running Ray cluster; null = a local one for this sweep."""
 
     @property
+    def runs(self) -> int:
+        """Trials in all."""
+        return self.trials * self.replicates
+
+    def seed_of(self, replicate: int) -> int:
+        """The same in every arm, so that arms are paired."""
+        return self.seed + replicate
+
+    @property
+    def owner(self) -> Owner:
+        """Of its MLflow experiment."""
+        return Owner(id=self.id, store=self.store)
+
+    @property
     def folder(self) -> Folder:
         return Folder(self.store) / self.name
 
@@ -92,7 +119,7 @@ class StudyConfig(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """A folder on this machine for what belongs to one driver: the tracking queue, Ray's working folder, the lock."""
+        """A folder on this machine for what belongs to one driver: Ray's working folder, the lock."""
         local = self.folder.local
         if local is not None:
             return local
@@ -108,13 +135,16 @@ def check_name(name: str) -> str:
 
 
 def absolute_store(store: str) -> str:
-    """A relative folder is anchored here; a URI stays as it is. Raises ConfigError for one that holds a secret: it is written down."""
+    """A relative folder is anchored here, `~` is the user's home; a URI stays as it is.
+
+    Raises ConfigError for one that holds a secret: it is written down.
+    """
     if strip_password(store) != store:
         raise ConfigError(
             f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many files; leave it out and "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    return store if "://" in store else str(Path(store).absolute())
+    return store if "://" in store else str(home(store).absolute())
 
 
 def save_study_config(config: StudyConfig) -> None:
@@ -166,6 +196,16 @@ def sweeps(store: str) -> list[str]:
     place = Folder(store)
     names = [name for name in place.names() if _NAME.fullmatch(name)]
     return [name for name in names if STUDY_FILE in (place / name).names()]
+
+
+def gpus_of(config: StudyConfig) -> float:
+    """GPUs of one trial."""
+    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus
+
+
+def slots_of(config: StudyConfig) -> float:
+    """Hours that one hour of a trial counts: its GPUs, or 1 where it has none."""
+    return gpus_of(config) or 1.0
 
 
 @contextmanager

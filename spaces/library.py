@@ -1,4 +1,4 @@
-"""Named search spaces: many points, written as data. `search/searchers.py` alone turns them into a sampler's words.
+"""Named search spaces: many points, written as data. `search/proposals.py` alone turns them into a sampler's words.
 
 A space is a tuple of dimensions over dotted configuration keys. The same key may occur twice under different conditions, because
 sigma is not comparable between module kinds or precisions: RMSNorm gains are near 1 and linear weights near 0.05, so one absolute
@@ -6,11 +6,13 @@ range for both would compare a whisper with a shout. The ranges for linear layer
 Choices are labels (strings) with a value behind each, so that a stored study never meets a list or a new object.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spaces.config import MODES, ConfigError
+from spaces.paths import anchored, anchored_value
 from spaces.reading import explain, load_yaml
 
 
@@ -171,9 +173,24 @@ SPACES: dict[str, Space] = {
 }
 
 
-def load_space(path: Any) -> Space:
-    """A space from a YAML file with the fields of `Space`. Raises ConfigError."""
+def load_space(path: Path) -> Space:
+    """A space from a YAML file with the fields of `Space`, paths in it from the file's folder. Raises ConfigError."""
+    space = read_space(path)
+    dimensions = tuple(_anchored(dimension, path.parent) for dimension in space.dimensions)
+    return space.model_copy(update={"settings": anchored(space.settings, path.parent), "dimensions": dimensions})
+
+
+def read_space(path: Path) -> Space:
+    """As it is written. Raises ConfigError."""
     try:
         return Space.model_validate(load_yaml(path))
     except ValidationError as error:
         raise ConfigError(explain(error, Space, str(path))) from None
+
+
+def _anchored(dimension: Dimension, folder: Path) -> Dimension:
+    """Models or data to choose from are named from the root too."""
+    if not isinstance(dimension.domain, Choice):
+        return dimension
+    options = {label: anchored_value(dimension.key, value, folder) for label, value in dimension.domain.options.items()}
+    return dimension.model_copy(update={"domain": Choice(options=options)})

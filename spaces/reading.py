@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -156,7 +157,12 @@ def flatten_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Record):
-                names += flatten_fields(kind, f"{prefix}{name}.")
+        for part in parts(field):
+            names += flatten_fields(part, f"{prefix}{name}.")
     return names
+
+
+def parts(field: FieldInfo) -> list[type[Record]]:
+    """The records that a field holds."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Record)]

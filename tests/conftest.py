@@ -8,6 +8,8 @@ one (a character is a token) and a byte-level one with a chat template, so that 
 
 import getpass
 import os
+import re
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("RIN_CACHE", str(Path(tempfile.gettempdir()) / f"rin-tests-{getpass.getuser()}"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # what little is compiled needs no pool of processes
 for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(_switch, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,11 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from spaces.config import TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from trainable.embedded import character_tokenizer
-from trainable.model import Policy, deployed
-from trainable.rollout import Completion, Episode, Group, generate
+from trainable.episode import Completion, Episode, Group
+from trainable.policy.embedded import character_tokenizer
+from trainable.policy.policy import Policy, deployed
+from trainable.rollout import generate
 from trainable.seeds import generator
-from trainable.tasks import Question, Score
+from trainable.tasks.task import Question, Score
 
 torch.set_num_threads(1)
 
@@ -41,12 +45,59 @@ ModelFolder = Callable[..., str]
 Tiny = Callable[..., TrialConfig]
 
 
-LONGEST = ("test_survival.py", "test_rollout_vllm.py", "test_engine_process.py", "test_mlflow_views.py", "test_study.py")
-"""Files whose tests take minutes: they begin first, so that no worker is left with one of them in the end."""
+LONGEST = (
+    "test_rollout_vllm.py",
+    "test_survival.py",
+    "test_claims.py",
+    "test_study.py",
+    "test_engine_process.py",
+    "test_cluster.py",
+    "test_security.py",
+    "test_kernels.py",
+    "test_postgres.py",
+    "test_tracking.py",
+    "test_export_checkpoint.py",
+    "test_s3.py",
+    "test_cli.py",
+    "test_mlflow_views.py",
+    "test_trial.py",
+)
+"""Files whose tests take half a minute or more, the longest first: what is left for the end is small, and all workers end together."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="what is not marked slow; a test that starts Ray, a server, vLLM or another Python fails"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    if config.getoption("--quick"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+PROGRAMS = re.compile(r"python[\d.]*|rin|ray|gcs_server|raylet|mlflow|postgres|initdb|chromium")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick(request: pytest.FixtureRequest) -> None:
+    """A test of the quick run stays in its process: what it may not start is an error there, whatever its marks say."""
+    if not request.config.getoption("--quick"):
+        return
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            program = Path(os.fsdecode(arguments[0] or arguments[1][0])).name
+            if PROGRAMS.fullmatch(program):
+                pytest.fail(f"it starts {program}; mark it slow")
+        elif event == "import" and arguments[0] == "vllm":
+            pytest.fail("it imports vllm; mark it slow")
+
+    sys.addaudithook(refuse)
 
 
 class _Failures:
@@ -138,6 +189,13 @@ def s3_store() -> Iterator[Callable[[str], str]]:
         urllib.request.urlopen(urllib.request.Request(f"http://{address}/bucket", method="PUT")).close()
         yield lambda folder: f"s3://bucket/{folder}?scheme=http&endpoint_override={address}"
         server.stop()
+
+
+def require(found: object, what: str) -> None:
+    """Skips where this machine lacks what a test, or a whole file, needs; CI installs everything, so that there it is a failure."""
+    if not found:
+        assert not os.environ.get("CI"), what
+        pytest.skip(what, allow_module_level=True)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,4 +1,7 @@
-"""Programs that a test starts, and that end with it.
+"""Programs that a test starts, and that end with it; and `rin` without a program.
+
+A Python that imports torch, Ray and MLflow has worked for six seconds before it does anything: a test whose claim is not about the
+process (its signals, its environment, its command line) calls `rin` here.
 
 `with subprocess.Popen(..)` waits when it is left, also when an assertion failed: for a program that waits for something itself, for ever.
 """
@@ -6,9 +9,42 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from dashboards import cli
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def rin(*arguments: str, cwd: Path | None = None) -> Said:
+    """The command in this process, with this environment."""
+    out, err, code = StringIO(), StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rin", *arguments])
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else `rin trial` starts its process again with it
+        if cwd is not None:
+            patch.chdir(cwd)
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return Said(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 @contextmanager

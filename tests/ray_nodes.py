@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,13 @@ class Cluster:
     environment: Mapping[str, str]
     """Of whoever talks to it: it holds the token."""
     head: subprocess.Popen[bytes]
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder with a short name: Ray makes sockets below it, whose paths end at 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from spaces.config import Backward, Format, ModelConfig, QuantConfig, ScaleRule
 from tests.conftest import ModelFolder
-from trainable.engine import CONFIG_FILE, arithmetic_of, quantization_tree
+from trainable.engines.engine import CONFIG_FILE, arithmetic_of, quantization_tree
 from trainable.kernels import cpu
-from trainable.model import Policy, computing, deployed, load_policy, unquantized, unshared
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, computing, deployed, unquantized, unshared
 from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic, InputSource, QuantLinear
 
 IDS = torch.tensor([[3, 4, 12, 5, 14, 7], [9, 1, 1, 13, 2, 8]])

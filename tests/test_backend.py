@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import dashboards.doctor as doctor
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from tests.conftest import Tiny
-from trainable.backend import TorchBackend, require_vllm, start_backend
-from trainable.model import load_policy
+from tests.conftest import ModelFolder, Tiny
+from trainable.engines.backend import TorchBackend, require_vllm, start_backend
+from trainable.policy.loading import load_policy
 
 RIN = Path(sys.executable).with_name("rin")
 NO_LIBRARY = "operator torchvision::nms does not exist"
@@ -36,9 +36,8 @@ def test_the_default_backend_needs_no_engine(tiny: Tiny) -> None:
         (["rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
         (["rollout.kv_cache_gib=2"], "kv_cache_gib=2.0 does nothing without backend=vllm"),
         (["rollout.engine=process"], "engine=process does nothing without backend=vllm"),
-        (["rollout.backend=vllm", "rollout.start_seconds=9"], "start_seconds=9.0 does nothing without engine=process or engine=server"),
-        (["rollout.backend=vllm", "rollout.engine=server"], "engine=server needs server=HOST:PORT"),
-        (["rollout.backend=vllm", "rollout.engine=process", "rollout.server=h:1"], "server=h:1 does nothing without engine=server"),
+        (["rollout.backend=vllm", "rollout.start_seconds=9"], "start_seconds=9.0 does nothing without engine=process"),
+        (["rollout.backend=vllm", "rollout.engine=server"], "rollout.engine=server: Input should be 'inside' or 'process'"),
         (["rollout.backend=vllm", "rollout.kv_cache_gib=0"], "rollout.kv_cache_gib=0"),
         (["rollout.backend=vllm", "rollout.temperature=3"], "backend=vllm samples at temperatures up to 2, but got temperature=3"),
     ],
@@ -116,7 +115,32 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Pat
     assert "pip uninstall -y torchvision torchaudio torchcodec" in said.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+
+
+@pytest.mark.slow
+@NEEDS_VLLM
+@pytest.mark.parametrize("where", ["inside", "process"])
+def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    tree = {
+        "model": {"name": model_folder()},  # heads of 16
+        "rollout": {"backend": "vllm", "engine": where},
+        "task": {"name": "reasoning_gym:chain_sum"},
+    }
+    config = TrialConfig.model_validate(tree)
+    monkeypatch.setattr("trainable.engines.backend._start", lambda config, settings: pytest.fail("an engine was started"))
+    with pytest.raises(ConfigError) as error:
+        start_backend(config, load_policy(config.model, config.quant, 0))
+    said = str(error.value)
+    assert said.startswith("rollout.backend=vllm: the model has attention heads of 16, vLLM on a CPU has code for 32, 64,")
+    assert said.endswith("; set rollout.backend=torch")
+    assert "\n" not in said
+
+
+@pytest.mark.slow
+@NEEDS_VLLM
 def test_where_vllm_is_installed_it_imports_and_doctor_says_so() -> None:
     require_vllm()
     check = doctor._vllm()

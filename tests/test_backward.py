@@ -14,8 +14,9 @@ from spaces.config import Format, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder
 from tests.test_arithmetic import IDS, assert_equal, learned, policy_of
 from trainable.kernels import cpu
-from trainable.model import Policy, computing, deployed, load_policy
 from trainable.packing import no_packed_form
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, computing, deployed
 from trainable.quantization import Arithmetic, QuantLinear
 
 HIGH = Arithmetic(backward="high_precision")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from search.budget import Budget, gpus_of, slots_of
-from search.journal import trial_folder
+from search.arms import trial_folder
+from search.budget import Budget
+from search.store import gpus_of, slots_of
 from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_trial
 
 

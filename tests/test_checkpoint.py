@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from spaces.config import ConfigError
-from trainable.checkpoint import load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
-from trainable.folder import Folder
+from trainable.disk.checkpoint import VERSION, load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
+from trainable.disk.folder import Folder
 
 TENSORS, VALUES = "tensors.safetensors", "progress.json"
 
@@ -199,8 +199,9 @@ def test_another_version_is_not_damage_but_a_clear_refusal(trial: Folder) -> Non
     for step in (4, 5):
         save_checkpoint(trial, step, state(step))
     path = file(trial, 5, VALUES)
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3', 1))
-    with pytest.raises(ConfigError, match=r"checkpoint-000005: checkpoint version 3, this program reads 2; use the program that wrote it"):
+    path.write_text(path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}', 1))
+    said = f"checkpoint-000005: checkpoint version {VERSION + 1}, this program reads {VERSION}; use the program that wrote it"
+    with pytest.raises(ConfigError, match=said):
         newest_checkpoint(trial)
 
 

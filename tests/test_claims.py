@@ -14,7 +14,8 @@ from spaces.config import TrialConfig
 from spaces.points import POINTS
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.trial import Outcome, Trial
+from trainable.outcome import Outcome
+from trainable.trial import Trial
 
 pytestmark = pytest.mark.slow
 
@@ -37,14 +38,14 @@ def run(point: str, *overrides: str) -> tuple[list[dict[str, Any]], Outcome]:
 def test_the_positive_control_gains_at_least_five_points() -> None:
     _, outcome = run("bf16")
     assert outcome.outcome == "completed"
-    assert outcome.eval["accuracy"] - outcome.eval["accuracy_start"] >= 0.05
+    assert outcome.eval.accuracy - outcome.eval.accuracy_start >= 0.05
 
 
 def test_w4a4_costs_accuracy_before_training_and_training_wins_some_back() -> None:
     _, quantised = run("control")
     _, plain = run("bf16")
-    assert quantised.eval["parts_start"]["unsigned"] < plain.eval["parts_start"]["unsigned"] - 0.03
-    assert quantised.eval["accuracy"] > quantised.eval["accuracy_start"] + 0.05
+    assert quantised.eval.parts_start["unsigned"] < plain.eval.parts_start["unsigned"] - 0.03
+    assert quantised.eval.accuracy > quantised.eval.accuracy_start + 0.05
 
 
 def test_the_healthy_control_raises_no_alarm_under_enforce() -> None:
@@ -58,7 +59,7 @@ def test_e13i_baseline_collapses_by_filter_rejection_in_the_first_noisy_step() -
     assert [r["sigma"] for r in reports] == [0.0, 0.0, 0.0, 0.05]
     assert reports[-1]["step"] == 3
     assert "groups with variance after 5 batches" in reports[-1]["verdict"]["evidence"]
-    assert outcome.eval["n"] == 2048, "a collapsed trial is evaluated all the same"
+    assert outcome.eval.n == 2048, "a collapsed trial is evaluated all the same"
 
 
 def test_without_the_filter_the_same_noise_is_stopped_by_another_named_rule() -> None:
@@ -80,12 +81,12 @@ def test_e13m_rmsnorm_does_not_collapse() -> None:
 
 def test_the_receipt_shows_that_the_smallest_sigmas_do_not_arrive_on_linear_weights() -> None:
     _, outcome = run("e13i-v4-filter-off", "collapse.mode=monitor")
-    effects = outcome.receipt["effects"]
-    assert {e["stage"] for e in effects} == set(range(1, 10))
-    first = [e for e in effects if e["stage"] == 1]
+    effects = outcome.receipt.effects
+    assert {e.stage for e in effects} == set(range(1, 10))
+    first = [e for e in effects if e.stage == 1]
     assert len(first) == 56
-    assert all(0.5 < e["applied"] / e["nominal"] < 2 for e in first)
-    assert any("stage 9, linear: 56 of 56" in w for w in outcome.receipt["warnings"])
+    assert all(0.5 < e.applied / e.nominal < 2 for e in first)
+    assert any("stage 9, linear: 56 of 56" in w for w in outcome.receipt.warnings)
 
 
 def test_a_real_pretrained_model_takes_a_grpo_step_in_w4a4() -> None:
@@ -99,5 +100,5 @@ def test_a_real_pretrained_model_takes_a_grpo_step_in_w4a4() -> None:
     assert report.sigma == 0.05
     assert 0 < report.signals["gen/entropy"] < 11
     outcome = trial.outcome()
-    assert len(outcome.receipt["noised"]) == 60
-    assert all(0.8 < e["applied"] / e["nominal"] < 1.2 for e in outcome.receipt["effects"])
+    assert len(outcome.receipt.noised) == 60
+    assert all(0.8 < e.applied / e.nominal < 1.2 for e in outcome.receipt.effects)

@@ -15,10 +15,11 @@ import typer
 
 from dashboards import cli
 from dashboards.doctor import Check, examine
-from search.store import StudyConfig, default_tracking_uri, save_study_config, sweeps
-from search.tracking import load_study
+from search.arms import read_arms
+from search.store import StudyConfig, load_study_config, save_study_config, sweeps
 from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
+from tests import processes
 from tests.written_sweeps import make_arm, study, write_sweep
 
 RIN = Path(sys.executable).parent / "rin"
@@ -29,33 +30,21 @@ def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run([str(RIN), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["trial", "e99"], "POINT=e99: unknown; choose one of control"),
-        (["trial"], "POINT or --config"),
-        (["trial", "control", "--config", "x.yaml"], "POINT or --config"),
-        (["trial", "--config", "missing.yaml"], "missing.yaml: cannot be read"),
-        (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?"),
-        (["trial", "control", "--set", "rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
-        (["trial", "control", "--set", "quant.weights"], "--set quant.weights: expected dotted.key=value"),
-        (["trial", "control", "--workload", "big"], "--workload big: unknown"),
-        (["sweep", "nothing"], "SPACE=nothing: unknown; choose one of sigma"),
-        (["sweep", "--name", "../up"], "--name ../up: use letters"),
-        (["sweep", "--searcher", "magic"], "--searcher magic: unknown"),
-        (["sweep", "--points", "e99"], "--points e99: unknown point"),
         (["sweep", "--workload", "tiny", "--tracking-uri", "http://u:secret@127.0.0.1:9"], "127.0.0.1:9"),
-        (["status", "nobody"], "NAME=nobody: no sweep of that name"),
         (["export", "nobody"], "NAME=nobody: no sweep of that name"),
-        (["plan", "--trials", "1", "--points", "e12"], "--trials 1: the control and the points are 3"),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+    """Of the whole process: what libraries say while they are imported would be seen here."""
     done = rin(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert said in lines[0]
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert said in line
     assert "secret" not in done.stderr
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
@@ -67,16 +56,8 @@ Said = tuple[int, str, str]
 
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> Said:
     """`rin` in this process, for what needs no process of its own."""
-    monkeypatch.setattr(sys, "argv", ["rin", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else `rin trial` starts its process again with it
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+    done = processes.rin(*arguments)
+    return done.code, done.out, done.err
 
 
 def test_the_commands_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +83,19 @@ def test_every_command_explains_itself_and_its_options(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["trial"], "POINT or --config"),
+        (["trial", "control", "--config", "x.yaml"], "POINT or --config"),
+        (["trial", "--config", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?"),
+        (["trial", "control", "--set", "rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
+        (["trial", "control", "--set", "quant.weights"], "--set quant.weights: expected dotted.key=value"),
+        (["trial", "control", "--workload", "big"], "--workload big: unknown"),
+        (["sweep", "nothing"], "SPACE=nothing: unknown; choose one of sigma"),
+        (["sweep", "--name", "../up"], "--name ../up: use letters"),
+        (["sweep", "--searcher", "magic"], "--searcher magic: unknown"),
+        (["sweep", "--points", "e99"], "--points e99: unknown point"),
+        (["status", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["plan", "--trials", "1", "--points", "e12"], "--trials 1: the control and the points are 3"),
         (["resume", "nobody"], "NAME=nobody: no sweep of that name"),
         (["report", "nobody"], "NAME=nobody: no sweep of that name"),
         (["confirm", "nobody"], "NAME=nobody: no sweep of that name"),
@@ -110,7 +104,8 @@ def test_every_command_explains_itself_and_its_options(
         (["sweep", "--ablate", "nobody"], "NAME=nobody: no sweep of that name"),
         (["sweep", "--warm-start", "nobody", "--workload", "tiny"], "NAME=nobody: no sweep of that name"),
         (["sweep", "--evidence", "e99", "--workload", "tiny"], "--evidence e99"),
-        (["sweep", "--scheduler", "magic"], "--scheduler magic: unknown"),
+        (["sweep", "--scheduler", "asha"], "--scheduler asha: no trial is stopped because others lead"),
+        (["sweep", "--scheduler", "none"], "leave it out"),
         (["sweep", "--objective", "fun"], "--objective fun: unknown"),
         (["sweep", "--budget", "0"], "--budget 0: nothing could run"),
         (["sweep", "--store", "s3://bucket/runs"], "a database cannot lie there; give --tracking-uri"),
@@ -118,7 +113,7 @@ def test_every_command_explains_itself_and_its_options(
         (["resume", "s", "--submit", "head:8265"], "--submit head:8265: give the address of the cluster's dashboard"),
     ],
 )
-def test_a_mistake_with_the_newer_commands_is_one_line_too(
+def test_every_other_mistake_is_such_a_line_too(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -239,6 +234,7 @@ def test_a_bug_is_not_hidden(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch
         here(monkeypatch, capsys, "report", "s")
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; import dashboards.cli; print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'optuna') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -246,6 +242,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert rin("--help").returncode == 0
 
 
+@pytest.mark.slow
 def test_trial_prints_one_object_per_step_and_the_outcome_last() -> None:
     done = rin("trial", "e13i-v3", "--workload", "tiny", "--json", "--set", "eval.questions=16")
     assert done.returncode == 0, done.stderr
@@ -262,17 +259,17 @@ def test_trial_prints_one_object_per_step_and_the_outcome_last() -> None:
 
 
 def test_trial_in_words_says_how_it_ended_and_what_was_touched() -> None:
-    done = rin("trial", "e13i-v3", "--workload", "tiny", "--set", "eval.questions=16")
-    assert done.returncode == 0, done.stderr
-    assert "completed after 6 steps" in done.stdout
-    assert "quantised 14 layers, noised 4 weights" in done.stdout
+    done = processes.rin("trial", "e13i-v3", "--workload", "tiny", "--set", "eval.questions=16")
+    assert done.code == 0, done.err
+    assert "completed after 6 steps" in done.out
+    assert "quantised 14 layers, noised 4 weights" in done.out
 
 
 def test_plan_lists_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
-    done = rin("plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = processes.rin("plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path)
+    assert done.code == 0, done.err
     for said in ("control-resample", "e13i-baseline", "3 ", "runs: 18 = 6 configurations x 3 replicates", "trial-slot hours"):
-        assert said in done.stdout
+        assert said in done.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,23 +280,25 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert swept.returncode == 0, swept.stderr
     assert "candidate:" in swept.stdout
     assert "rin export first --to verl" in swept.stdout
-    (listed,) = json.loads(rin("list", "--json", cwd=tmp_path).stdout)
+    (listed,) = json.loads(processes.rin("list", "--json", cwd=tmp_path).out)
     assert (listed["name"], listed["runs"], listed["of"]) == ("first", 3, 3)
-    rows = json.loads(rin("status", "first", "--json", cwd=tmp_path).stdout)
+    rows = json.loads(processes.rin("status", "first", "--json", cwd=tmp_path).out)
     assert [row["arm"] for row in rows] == ["control", "c01", "c02"]
-    exported = rin("export", "first", "--output", "best.yaml", cwd=tmp_path)
-    assert exported.returncode == 0, exported.stderr
+    exported = processes.rin("export", "first", "--output", "best.yaml", cwd=tmp_path)
+    assert exported.code == 0, exported.err
     tree = parse_yaml((tmp_path / "best.yaml").read_text(), "best.yaml")
     assert TrialConfig.model_validate(tree).threads == 1
     repeated = rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
     outcome = json.loads(repeated.stdout.splitlines()[-1])
-    records = load_study(default_tracking_uri(str(tmp_path / "runs")), "first")
-    assert any(r.metrics["eval/accuracy"] == outcome["eval"]["accuracy"] for r in records)
-    assert rin("export", "first", "--to", "verl", cwd=tmp_path).stdout.startswith("++trainer.noise_injection.enabled=")
-    refused = rin("export", "first", "--to", "toml", cwd=tmp_path)
-    assert (refused.returncode, "choose one of yaml, verl" in refused.stderr) == (2, True)
+    arms = {arm.name: arm for arm in read_arms(load_study_config(str(tmp_path / "runs"), "first"))}
+    candidate = next(row["arm"] for row in rows if row["candidate"])
+    assert outcome["eval"]["correct"] == list(arms[candidate].results[0].eval.correct)
+    assert processes.rin("export", "first", "--to", "verl", cwd=tmp_path).out.startswith("++trainer.noise_injection.enabled=")
+    refused = processes.rin("export", "first", "--to", "toml", cwd=tmp_path)
+    assert (refused.code, "choose one of yaml, verl" in refused.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_doctor_tries_everything_and_reports_a_broken_part(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = {check.name: check for check in examine()}
     assert {checks[name].state for name in ("Python", "torch", "Ray", "MLflow")} == {"ok"}

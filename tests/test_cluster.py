@@ -1,4 +1,4 @@
-"""Resources of a trial, a sweep as a Ray job, and the examples in docs/cluster; with real Ray clusters on this machine."""
+"""Resources of a trial, the Ray that carries it, and the examples in docs/cluster; with a real Ray cluster on this machine."""
 
 import contextlib
 import json
@@ -8,10 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
-import urllib.request
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,19 @@ import typer
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
-from search import cluster
-from search.cluster import check_fits, connected, resources, submit
-from search.tracking import load_config, load_study
+from search.cluster import check_fits, connected, resources
 from spaces.errors import ConfigError
-from spaces.reading import parse_yaml, read_config
+from spaces.reading import parse_yaml
 from spaces.workloads import WORKLOADS
 from tests.processes import program
-from tests.ray_nodes import Cluster, head_node, kill_raylet, worker_node
+from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
+from tests.real_mlflow import runs
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import read_outcome
 from trainable.trial import run_trial
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "cluster"
-HERE = "http://127.0.0.1:1"
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 
 
@@ -89,36 +86,7 @@ def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wai
         check_fits(request, nodes)
 
 
-# What is refused before anything is sent
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--tracking-uri", "http://me:canary-4711@host:5000"],
-        ["--tracking-uri=postgresql://me:canary-4711@host/mlflow"],
-        ["--store", "s3://key:canary-4711@bucket/runs"],
-        ["--store", "s3://bucket/runs?secret_key=canary-4711"],
-    ],
-)
-def test_a_password_does_not_travel_in_a_job(arguments: list[str]) -> None:
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
-        submit(["sweep", *arguments], HERE, "s")
-    assert "canary-4711" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "address", "said"),
-    [
-        (["sweep"], "head:8265", "http://HEAD:8265"),
-        (["sweep", "--address", "auto"], HERE, "leave --address out"),
-        (["sweep", "--submit", HERE], HERE, "start the head"),  # nothing listens at port 1
-    ],
-)
-def test_what_the_user_can_mend_is_one_line(arguments: list[str], address: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
-        submit(arguments, address, "s")
-    assert "\n" not in str(caught.value)
+# Who is let in
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"])
@@ -136,171 +104,13 @@ def test_a_password_does_not_become_the_name_of_a_job(monkeypatch: pytest.Monkey
     assert "canary-4711" not in str(caught.value)
 
 
-def test_ray_s_own_variable_must_not_send_the_job_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
-    with pytest.raises(ConfigError, match="unset RAY_ADDRESS"):
-        submit(["sweep"], HERE, "s")
-
-
-def test_a_head_whose_agent_is_not_up_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    late = "Request failed with status code 500: No available agent to submit job, please try again later.."
-
-    class Head:
-        tries, comes = 0, True
-
-        def submit_job(self, **job: Any) -> str:
-            self.tries += 1
-            if self.tries < 3 or not self.comes:
-                raise RuntimeError(late)
-            return "job-1"
-
-    head = Head()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cluster, "_client", lambda address: head)
-    monkeypatch.setattr(cluster, "_is_this_machine", lambda client: True)
-    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
-    assert submit(["sweep", "sigma"], "http://127.0.0.1:9", "s").id == "job-1"
-    assert head.tries == 3
-    head.comes = False
-    monkeypatch.setattr(cluster, "AGENT_SECONDS", 0.0)
-    with pytest.raises(ConfigError, match="No available agent"):
-        submit(["sweep", "sigma"], "http://127.0.0.1:9", "s")
-
-
-def test_without_ray_default_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=re.escape('pip install "ray[default,tune]==2.60.*"')):
-        submit(["sweep"], HERE, "s")
-
-
-SHARED = ["--store", "/shared/runs", "--tracking-uri", "http://head:5000"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "--store runs"),
-        (["--store", "runs"], "--store runs"),
-        (["--store=runs"], "--store runs"),
-        (["--store", "/shared/runs"], "--tracking-uri sqlite in the store"),
-        (["--store", "s3://bucket/runs", "--tracking-uri", "sqlite:////shared/mlflow.db"], "--tracking-uri sqlite:////shared/mlflow.db"),
-        (["--store", "/shared/runs", "--tracking-uri", "http://localhost:5000"], "http://HEAD:5000"),
-        (["--store", "/shared/runs", "--tracking-uri", "http://[::1]:5000"], "http://HEAD:5000"),
-        ([*SHARED, "--set", "task.path=questions.jsonl"], "--set task.path=questions.jsonl"),
-        ([*SHARED, "--set=model.name=model"], "--set model.name=model"),
-    ],
-)
-def test_another_machine_gets_no_place_of_this_one(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "questions.jsonl").touch()
-    (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        cluster._with_places(["sweep", *arguments], on_this_machine=False)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["sweep", *SHARED],
-        ["sweep", "--store", "s3://bucket/runs", "--tracking-uri", "postgresql://mlflow@db/mlflow"],
-        ["sweep", *SHARED, "--set", "task.path=/shared/questions.jsonl", "--set", "model.name=Qwen/Qwen2.5-1.5B-Instruct"],
-        ["resume", "s", "--store", "/shared/runs"],  # study.json says where its runs are tracked
-    ],
-)
-def test_places_that_a_cluster_can_reach_stay_as_they_are(arguments: list[str]) -> None:
-    assert cluster._with_places(arguments, on_this_machine=False) == arguments
-
-
-def test_on_a_cluster_of_this_machine_alone_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "q.jsonl").touch()
-    command = ["sweep", "--set", "task.path=q.jsonl", "--tracking-uri", "sqlite:///mlflow.db"]
-    placed = cluster._with_places(command, on_this_machine=True)
-    assert placed == [
-        "sweep",
-        "--set",
-        f"task.path={tmp_path}/q.jsonl",
-        "--store",
-        f"{tmp_path}/runs",
-        "--tracking-uri",
-        f"sqlite:///{tmp_path}/mlflow.db",
-    ]
-
-
-def test_two_files_of_one_name_are_not_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "space.yaml").write_text(place)
-    with pytest.raises(ConfigError, match=r"b/space\.yaml"):
-        cluster._with_shipped_files(["sweep", "a/space.yaml", "b/space.yaml"], tmp_path / "work")
-
-
 # A real cluster
 
 
 @pytest.fixture
-def short(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a short name: Ray makes sockets below it, whose paths end at 107 characters."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def bare_python(folder: Path) -> str:
-    """An interpreter with everything that rin needs, and without rin."""
-    venv.create(folder, symlinks=True)
-    packages = next((folder / "lib").glob("python*/site-packages"))
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # its own .pth files are not followed from here
-    python = str(folder / "bin" / "python")
-    found = subprocess.run([python, "-c", "import ray, torch, mlflow, spaces"], capture_output=True, text=True, cwd=folder, check=False)
-    assert "No module named 'spaces'" in found.stderr
-    return python
-
-
-def jobs(running: Cluster) -> dict[str, Any]:
-    token = Path(running.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(f"{running.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        return {job["submission_id"]: job for job in json.load(answer) if job["submission_id"]}
-
-
-@pytest.mark.slow
-def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Path, tmp_path: Path) -> None:
-    """The program, the search space and nothing else travel; the cluster has only what rin depends on."""
-    laptop = tmp_path / "laptop"
-    laptop.mkdir()
-    (laptop / "space.yaml").write_text(
-        "name: mine\ndescription: one dimension\ndimensions:\n"
-        "  - {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}\n"
-    )
-    with head_node(short, cpus=1, python=bare_python(short / "env")) as running:
-        arguments = ["sweep", "space.yaml", "--workload", "tiny", "--trials", "2", "--name", "s", "--submit", running.dashboard]
-        arguments += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "noise.sigma_end=0.0005"]
-        done = subprocess.run(
-            [*RIN, *arguments], env=dict(running.environment), cwd=laptop, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        (job,) = re.findall(r"submitted as (\w+):", done.stdout)
-        assert f"rin status s --store {laptop}/runs" in done.stdout
-
-        stranger = urllib.request.Request(f"{running.dashboard}/api/jobs/")
-        with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(stranger, timeout=20)
-
-        deadline = time.monotonic() + 240
-        while (state := jobs(running)[job])["status"] in ("PENDING", "RUNNING") and time.monotonic() < deadline:
-            time.sleep(0.5)
-        log = "\n".join(path.read_text(errors="replace") for path in short.glob(f"ray/session_2*/logs/job-driver-{job}.log"))
-        assert state["status"] == "SUCCEEDED", log
-        assert state["entrypoint"].startswith("python rin.py sweep space.yaml")
-        assert state["metadata"] == {"sweep": "s"}
-    records = load_study(f"sqlite:///{laptop}/runs/mlflow.db", "s")
-    assert [record.status for record in records] == ["completed", "completed"]
-    assert 0.001 <= float(records[1].params["noise.sigma_start"]) <= 0.002
+def short() -> Iterator[Path]:
+    with short_folder() as folder:
+        yield folder
 
 
 @pytest.mark.slow
@@ -328,15 +138,16 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
                 said, _ = sweep.communicate(timeout=300)
         assert sweep.returncode == 0, said
 
-    records = load_study(f"sqlite:///{tmp_path}/mlflow.db", "s")
-    assert [(record.arm, record.replicate, record.status) for record in records] == [("control", 0, "completed"), ("c01", 0, "completed")]
-    assert all(record.ended is not None for record in records)
+    shown = [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in runs(f"sqlite:///{tmp_path}/mlflow.db", "s")]
+    assert shown == [("control", "completed", "FINISHED"), ("c01", "completed", "FINISHED")]
     assert {folder.name: len(list(folder.glob("attempt-*.json"))) for folder in trials.iterdir()} == {"control-0": 2, "c01-0": 1}
     killed, went_on = (json.loads((trials / "control-0" / f"attempt-00{number}.json").read_text()) for number in (1, 2))
     assert (killed["ended"], went_on["ended"]) == ("", "outcome")
     assert went_on["first_step"] > 0, "it did not begin again"
     reports = json.loads((trials / "control-0" / "outcome.json").read_text())["reports"]
-    undisturbed = list(run_trial(read_config(load_config(f"sqlite:///{tmp_path}/mlflow.db", records[0].run_id))))
+    outcome = read_outcome(Folder(str(trials / "control-0")))
+    assert outcome is not None
+    undisturbed = list(run_trial(outcome.config))
     for name in ("grpo/reward", "gen/entropy", "grpo/grad_norm"):
         assert [report[name] for report in reports] == [report.signals[name] for report in undisturbed]
 
@@ -368,6 +179,7 @@ def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() ->
         jsonschema.validate(job, schema)
 
 
+@pytest.mark.slow
 def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> None:
     """The very command of the example, on a process that is called as rin is, and on itself."""
     job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
@@ -387,6 +199,7 @@ def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> Non
         assert running.wait(10) == 7
 
 
+@pytest.mark.slow
 def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(tmp_path: Path) -> None:
     """The script itself, with Slurm and Ray played by six shell scripts: TERM reaches rin, which gets its time, then requeue."""
     tools = tmp_path / "rin-search" / ".venv" / "bin"

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from spaces.config import CollapseConfig
-from trainable.collapse import HEALTHY, INSTANT_RULES, RULES, CollapseDetector, CollapseVerdict
-from trainable.grpo import FilterOutcome
+from trainable.collapse import INSTANT_RULES, RULES, CollapseDetector
+from trainable.episode import FilterOutcome
+from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals
 
 # A dense model in its noise-free stage, after the recorded runs: entropy 0.27 nats, length 215, a third of the groups all wrong.

@@ -414,6 +414,7 @@ def test_every_field_is_documented() -> None:
     assert [f"{m.__name__}.{name}" for m in found for name, field in m.model_fields.items() if not field.description] == []
 
 
+@pytest.mark.slow
 def test_spaces_can_be_imported_without_torch_and_ray() -> None:
     code = (
         "import sys, spaces.config, spaces.library, spaces.points, spaces.workloads\n"

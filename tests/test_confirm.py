@@ -10,14 +10,13 @@ import pytest
 
 from dashboards.report_text import confirmation_lines, confirmation_tree
 from search import confirm as module
+from search.arms import Arm, read_arms, trial_folder, unfinished, write_arm
 from search.confirm import Confirmation, confirm, judge, planned_confirmation
-from search.journal import read_arms, trial_folder, unfinished, write_arm
-from search.searchers import Arm
-from search.statistics import SequentialRule, sequential_compare
+from search.sequential import SequentialRule, sequential_compare
 from search.store import StudyConfig, load_study_config, save_study_config
 from search.study import StudyResult
 from spaces.config import ConfigError
-from spaces.reading import read_config
+from spaces.errors import NoCandidate
 from tests.written_sweeps import QUESTIONS, make_arm, outcome, study, write_sweep, write_trial
 
 LOOKS = (3, 5, 8)
@@ -69,8 +68,10 @@ class Sweeps:
                     how_ended, right = given if isinstance(given, tuple) else ("completed", given)
                     if right is not None:
                         write_trial(config, arm, replicate, outcome(arm, replicate, right, how_ended))
-        left = unfinished(config, read_arms(config))
-        return StudyResult(config=config, records=(), best=None, unfinished=left, budget_spent=self.budget_spent and left > 0)
+        arms = read_arms(config)
+        left = unfinished(config, arms)
+        spent = self.budget_spent and left > 0
+        return StudyResult(config=config, arms=tuple(arms), candidate=None, unfinished=left, budget_spent=spent)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_the_winner_and_its_control_run_on_other_questions_with_seeds_that_no_ar
     assert swept.isdisjoint(range(config.seed, config.seed + LOOKS[-1]))
     arms = {arm.name: arm for arm in read_arms(parent)}
     for arm in (control, winner):
-        asked, before = read_config(arm.tree), read_config(arms[arm.name].tree)
+        asked, before = arm.config, arms[arm.name].config
         assert (before.eval.split, asked.eval.split) == ("selection", "confirm")
         assert asked.model_copy(update={"eval": before.eval}) == before, "nothing else is changed"
 
@@ -136,7 +137,7 @@ def test_what_cannot_be_confirmed_is_refused(parent: StudyConfig, tmp_path: Path
         planned_confirmation(parent, LOOKS, "c09")
     empty = study(tmp_path, name="empty")
     write_sweep(empty, [make_arm(empty, "control")], {"control": [280]})
-    with pytest.raises(ConfigError, match="there is no winner"):
+    with pytest.raises(NoCandidate, match="there is no candidate"):
         planned_confirmation(empty, LOOKS)
     for looks in ((), (2, 5), (5, 5), (8, 5)):
         with pytest.raises(ConfigError, match="name growing numbers of replicates"):
@@ -326,4 +327,4 @@ def test_a_store_that_moved_goes_on_with_its_tracking_where_the_sweep_has_it(par
     moved = parent.model_copy(update={"tracking_uri": "http://elsewhere:5000"})
     confirmed(moved, monkeypatch, sweeps, address="HEAD:6379")
     assert (sweeps.configs[-1].tracking_uri, sweeps.configs[-1].address) == ("http://elsewhere:5000", "HEAD:6379")
-    assert read_config(read_arms(sweeps.configs[-1])[0].tree).eval.questions == QUESTIONS
+    assert read_arms(sweeps.configs[-1])[0].config.eval.questions == QUESTIONS

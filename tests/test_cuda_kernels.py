@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
-from trainable import mlp, norm
 from trainable.hadamard import rotate_eager
 from trainable.kernels import cuda
+from trainable.layers import mlp, norm
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
 from trainable.seeds import generator
 
@@ -230,6 +230,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 
+@pytest.mark.slow
 @needs_triton
 def test_in_the_interpreter_every_check_holds() -> None:
     """One process for all of them: it takes longer to start than most of them."""
@@ -372,6 +373,7 @@ def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog
     assert [record.message.split("; ")[1] for record in caplog.records] == ["pip install triton to have them"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, trainable.norm; assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
+    code = "import sys, trainable.layers.norm; assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainable.embedded
+import trainable.policy.embedded
 from spaces.cache import cache_folder
 from spaces.config import BaseRecipe
-from trainable.embedded import BUILD_THREADS, base_folder, character_tokenizer, ensure_base
+from trainable.policy.embedded import BUILD_THREADS, base_folder, character_tokenizer, ensure_base
 
-SMALL = BaseRecipe(depth=1, hidden_size=32, intermediate_size=32, digits=1, batch_size=8, clean_steps=3, signed_steps=2)
+SMALL = BaseRecipe(depth=1, hidden_size=32, intermediate_size=32, heads=1, digits=1, batch_size=8, clean_steps=3, signed_steps=2)
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_character_is_a_token() -> None:
 
 def test_answers_are_what_is_learned() -> None:
     """The loss covers the answer and its end, in one share of the rows behind an unwanted sign."""
-    ids, labels = trainable.embedded._batch(random.Random(0), SMALL.model_copy(update={"batch_size": 200}), 0.6)
+    ids, labels = trainable.policy.embedded._batch(random.Random(0), SMALL.model_copy(update={"batch_size": 200}), 0.6)
     tokenizer = character_tokenizer()
     signed = 0
     for row, label in zip(ids.tolist(), labels.tolist(), strict=True):
@@ -152,7 +152,7 @@ import sys
 import time
 
 from spaces.config import BaseRecipe
-import trainable.embedded as embedded
+import trainable.policy.embedded as embedded
 
 def build(queue, barrier, recipe):
     steps = []

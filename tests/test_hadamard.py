@@ -17,8 +17,9 @@ from tests.test_arithmetic import IDS, policy_of
 from tests.test_quantization import CLASSES, assert_same, oracle, sample
 from trainable.hadamard import rotate, rotate_eager
 from trainable.kernels import cpu
-from trainable.model import deployed, load_policy
 from trainable.packing import no_packed_form
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
 from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
 
 MATRIX = torch.from_numpy(hadamard(32) / np.sqrt(32))

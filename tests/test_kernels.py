@@ -45,6 +45,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", ["default", "avx2", "avx512"])
 def test_each_build_equals_eager_torch(vectors: str) -> None:
     if vectors == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -61,10 +62,10 @@ def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for per_tensor in (False, True) if x.numel() else (False,):
-                expected = fake_quantize_eager(x, fmt, rule, per_tensor=per_tensor)
+        for per_tensor in (False, True) if x.numel() and fmt == "nvfp4" else (False,):
+            expected = fake_quantize_eager(x, fmt, rule, per_tensor=per_tensor)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
                 assert_same(fake_quantize(x, fmt, rule, per_tensor=per_tensor), expected)
     finally:
         torch.set_num_threads(before)
@@ -72,12 +73,10 @@ def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple
 
 def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
     """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner left."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    tops = torch.arange(0x0000, 0x7F80, 0x20, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # each binade at 4 mantissas
-    values = every[every.isfinite()]
-    values = torch.cat([values, values[: -len(values) % 31]]).reshape(-1, 31)
-    for top in tops:
-        x = torch.cat([top.expand(len(values), 1), values.where(values.abs() <= top, 0.0)], 1).contiguous()
+    for top in range(0x0000, 0x7F80, 0x20):  # bits of a largest element: each binade at 4 mantissas
+        below = torch.arange(top + 1, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # all that can lie beside it
+        values = torch.cat([below, -below, below[:1].expand(-2 * len(below) % 31)]).reshape(-1, 31)
+        x = torch.cat([below[-1].expand(len(values), 1), values], 1).contiguous()
         for fmt, rule in product(("mxfp4", "mxfp8"), ("floor", "even", "rceil", "ceil")):
             assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
 
@@ -123,6 +122,7 @@ def test_it_can_be_compiled_around() -> None:
 # --- building it -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_line_says_so_and_the_values_stay(tmp_path: Path) -> None:
     code = (
         "import logging; logging.basicConfig(format='%(message)s')\n"
@@ -157,15 +157,17 @@ def test_a_cache_that_cannot_be_written_is_a_reason_too(monkeypatch: pytest.Monk
         cpu.build()
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
-    """The compiler is wrapped in a script that counts its runs."""
+    """The compiler is played by a script that counts its runs, and makes each last long enough for the others to come."""
     log, wrapper = tmp_path / "log", tmp_path / "c++"
-    wrapper.write_text(f'#!/bin/sh\ncase "$1" in --version) ;; *) echo run >> {log};; esac\nexec c++ "$@"\n')
+    asked = 'while [ "$1" != -o ]; do shift; done; cp'
+    wrapper.write_text(f'#!/bin/sh\n[ "$1" != --version ] || exec c++ --version\necho run >> {log}\nsleep 3\n{asked} {cpu.build()} "$2"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"CXX": str(wrapper), "RIN_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", "from trainable.kernels import cpu; assert cpu.load() is not None"]
-    started = [subprocess.Popen(command, env=environment) for _ in range(3)]
-    assert [process.wait() for process in started] == [0, 0, 0]
+    started = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
     assert log.read_text() == "run\n"
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from search import lease
 from search.lease import FILE, STALE_SECONDS, Lease
-from trainable.folder import Folder
+from trainable.disk.folder import Folder
 
 
 class Busy(Exception):
@@ -38,7 +37,7 @@ def token(folder: Folder) -> str:
 
 
 def dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from search.journal import read_arms, write_arm
+from search.arms import Arm, read_arms, write_arm
 from search.ledger import read_ledger
-from search.searchers import Arm
 from search.store import StudyConfig
 from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_trial
 

@@ -15,8 +15,8 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,14 +24,22 @@ import pytest
 
 from dashboards import mlflow_views
 from dashboards.mlflow_views import COLUMNS, LINES, PARALLEL, SCATTERS, TAG, save_view, serve_ui, view_state
-from search import tracking
-from search.store import default_tracking_uri
-from search.tracking import MLflowCallback, check_tracking, load_study
+from search import mlflow_client
+from search.arms import Arm
+from search.mlflow_client import check_tracking
+from search.store import StudyConfig
+from search.tracking import Tracker
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
-from spaces.reading import as_tree, flatten_fields
+from spaces.reading import flatten_fields
+from tests.conftest import require
+from tests.processes import program
+from tests.real_mlflow import free_port
+from tests.real_mlflow import runs as shown_runs
+from tests.written_sweeps import outcome, scores, study, write_trial
+from trainable.outcome import HEALTHY, CollapseVerdict, Ending, StepReport
 from trainable.signals import NAMES
 
-EXPERIMENT = "e13 sweep"
+EXPERIMENT = "e13-sweep"
 STEPS = 29
 ARMS = (  # sigma_start, modules, step of its collapse
     *((0.0, "linear", None), (0.005, "linear", None), (0.01, "linear", None), (0.05, "linear", 6)),
@@ -40,37 +48,39 @@ ARMS = (  # sigma_start, modules, step of its collapse
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the experiment of a sweep."""
-    uri = default_tracking_uri(str(tmp_path_factory.mktemp("store")))
-    check_tracking(uri, EXPERIMENT)
-    return uri
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    """A sweep that MLflow has heard of."""
+    config = study(tmp_path_factory.mktemp("store"), name=EXPERIMENT, replicates=2, settings={"eval": {"questions": 4}})
+    check_tracking(config.tracking_uri, EXPERIMENT, config.owner)
+    return config
 
 
 @pytest.fixture(scope="module")
-def filled(uri: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """With twelve runs: six arms of two replicates, of which one arm collapses, written as a sweep writes them."""
-    folder = tmp_path_factory.mktemp("spool")
-    callback = MLflowCallback(uri=uri, experiment=EXPERIMENT, sweep=EXPERIMENT, spool=folder)
+def uri(sweep: StudyConfig) -> str:
+    return sweep.tracking_uri
+
+
+@pytest.fixture(scope="module")
+def filled(sweep: StudyConfig) -> str:
+    """With twelve runs: six arms of two replicates, of which one arm collapses, told as a sweep tells them."""
+    tracker = Tracker(sweep)
     for number, (sigma, modules, collapse) in enumerate(ARMS):
+        config = TrialConfig(noise=NoiseConfig(sigma_start=sigma, sigma_end=sigma / 10, modules=(modules,)))
+        arm = Arm(name="control" if number == 0 else f"c{number:02}", origin="searcher", config=config)
         for replicate in range(2):
-            config = as_tree(TrialConfig(noise=NoiseConfig(sigma_start=sigma, sigma_end=sigma / 10, modules=(modules,)), seed=replicate))
-            write_run(callback, number, replicate, config, collapse)
-    callback.close()
-    return uri
+            tell_run(sweep, tracker, arm, number, replicate, collapse)
+    assert tracker.close() == 0
+    return sweep.tracking_uri
 
 
-def write_run(callback: MLflowCallback, number: int, replicate: int, config: Any, collapse: int | None) -> None:
-    noise, draw = config["noise"], random.Random(10 * number + replicate)
-    arm = "control" if number == 0 else f"c{number:02}"
-    setting = {"config": config, "arm": arm, "replicate": replicate, "origin": "searcher", "number": 0}
-    trial: Any = SimpleNamespace(trial_id=f"t{number}{replicate}", config=setting, error_file=None, num_failures=0)
-    callback.on_trial_start(trial=trial)
+def tell_run(sweep: StudyConfig, tracker: Tracker, arm: Arm, number: int, replicate: int, collapse: int | None) -> None:
+    noise, draw = arm.config.noise, random.Random(10 * number + replicate)
     last = STEPS - 1 if collapse is None else collapse
+    reports = []
     for step in range(last + 1):
         share = step / (STEPS - 1)
         broken = collapse is not None and step > 3
-        sigma = 0.0 if step < 3 else noise["sigma_start"] * 0.1**share
+        sigma = 0.0 if step < 3 else noise.sigma_start * 0.1**share
         accuracy = 0.05 if broken else 0.2 + 0.25 * share - 2 * sigma + draw.gauss(0, 0.01)
         signals = {
             "rin/sigma": sigma,
@@ -81,45 +91,47 @@ def write_run(callback: MLflowCallback, number: int, replicate: int, config: Any
             "filter/all_wrong": 0.9 if broken else 0.4 - 0.2 * share,
             "rollout_corr/kl": 0.01 + 400 * sigma**2 * math.exp(draw.gauss(0, 0.1)),
         }
-        result: dict[str, Any] = {"step": step, "seconds": 2.5, "collapsed": 0, "rule": "", **signals}
         if step % 10 == 9 or step == last:
-            result["eval/accuracy"] = accuracy
-        if step == last:
-            status, rule = ("completed", "") if collapse is None else ("collapsed", "gibberish")
-            evaluation = {"accuracy": accuracy, "accuracy_bf16": accuracy + 0.03, "n": 4, "correct": [1, 0, 0, 1]}
-            result |= {"rule": rule, "evidence": "gen/gibberish 0.3 above 0.05" if rule else ""}
-            result["outcome"] = {"outcome": status, "rule": rule, "step": step, "eval": evaluation, "config": config, "seconds": 70.0}
-        callback.on_trial_result(trial=trial, result=result)
-    callback.on_trial_complete(trial=trial)
+            signals["eval/accuracy"] = accuracy
+        ends_it = collapse is not None and step == last
+        verdict = CollapseVerdict(collapsed=True, rule="gibberish", evidence="gen/gibberish 0.3 above 0.05") if ends_it else HEALTHY
+        reports.append(
+            StepReport(step=step, sigma=sigma, signals=signals, verdict=verdict, seconds=2.5, samples=(), time_ms=1_700_000_000_000 + step)
+        )
+    how: Ending = "completed" if collapse is None else "collapsed"
+    ended = replace(
+        outcome(arm, replicate, 0, how, rule="" if collapse is None else "gibberish", seconds=70.0),
+        eval=scores([1, 0, 0, 1], accuracy),
+        step=last + 1,
+    )
+    write_trial(sweep, arm, replicate, ended, reports=reports)
+    tracker.begin(arm, number, replicate)
+    for report in reports:
+        tracker.report(arm, replicate, report)
+    tracker.end(arm, replicate)
 
 
 def experiment(uri: str) -> Any:
-    return tracking._client(uri).get_experiment_by_name(EXPERIMENT)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return mlflow_client.client(uri).get_experiment_by_name(EXPERIMENT)
 
 
 def test_view_fits_into_its_tag_and_saving_it_again_changes_nothing(uri: str) -> None:
     from mlflow.utils.validation import MAX_EXPERIMENT_TAG_VAL_LENGTH
 
-    key = save_view(uri, EXPERIMENT)
+    key, number = save_view(uri, EXPERIMENT)
     first = dict(experiment(uri).tags)
     assert TAG in first
     assert f"mlflow.sharedViewState.{key}" == TAG
     assert len(first[TAG]) < MAX_EXPERIMENT_TAG_VAL_LENGTH / 2
     assert json.loads(json.loads(first[TAG])["state"]) == view_state()
-    assert save_view(uri, EXPERIMENT) == key
+    assert save_view(uri, EXPERIMENT) == (key, number)
     assert experiment(uri).tags == first
 
 
 def test_view_of_an_earlier_version_is_brought_up_to_date(uri: str) -> None:
     save_view(uri, EXPERIMENT)
     now = experiment(uri)
-    tracking._client(uri).set_experiment_tag(now.experiment_id, TAG, "{}")
+    mlflow_client.client(uri).set_experiment_tag(now.experiment_id, TAG, "{}")
     save_view(uri, EXPERIMENT)
     assert experiment(uri).tags == now.tags
 
@@ -143,7 +155,7 @@ def test_unknown_experiment_is_the_users_mistake(uri: str) -> None:
 
 
 def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_views, "_save_view", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(mlflow_views, "save_view", lambda *_: pytest.fail("went on"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"):
@@ -152,6 +164,7 @@ def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkey
         serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
 
 
+@pytest.mark.slow
 def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho cannot import sqlalchemy >&2; exit 3\n")
@@ -162,23 +175,27 @@ def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tm
 
 
 @contextmanager
-def serving(uri: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`rin ui` in a process of its own, and the address that it gives."""
+def serving(uri: str, number: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rin ui` in a process of its own, and the address that it gives; that signal ends it, with all its processes."""
     script = "import sys; from dashboards.mlflow_views import serve_ui; uri, name, port = sys.argv[1:]; "
     script += "serve_ui(uri, name, int(port), on_ready=lambda url: print(url, flush=True))"
     command = [sys.executable, "-c", script, uri, EXPERIMENT, str(free_port())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield process, process.stdout.readline().strip()
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+    with program(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        yield process, url
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert 1 <= len(family) <= 2, "mlflow and its one worker"
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    with socket.create_server(("127.0.0.1", int(url.split("/#/")[0].rsplit(":", 1)[1]))):
+        pass
 
 
 @pytest.fixture(scope="module")
 def page(filled: str) -> Iterator[str]:
-    with serving(filled) as (_, url):
+    with serving(filled, signal.SIGINT) as (_, url):  # Ctrl-C, behind the last test that looks at it
         yield url
 
 
@@ -187,7 +204,8 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        assert program, "this test needs a browser: apt-get update && apt-get install -y chromium"
+        require(program, "needs a browser: apt-get update && apt-get install -y chromium")
+        assert program is not None
         switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
         switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn
@@ -226,7 +244,7 @@ class Browser:
         deadline = time.monotonic() + seconds
         while not self.evaluate(ready):
             assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
-            time.sleep(1)
+            time.sleep(0.2)
 
     def close(self) -> None:
         with suppress(AssertionError, BrokenPipeError):
@@ -298,7 +316,7 @@ def test_browser_shows_the_charts_of_all_runs(page: str, browser: Browser) -> No
 
 @pytest.mark.slow
 def test_files_of_a_run_can_be_read_in_the_ui(page: str, filled: str) -> None:
-    run_id = load_study(filled, EXPERIMENT)[0].run_id
+    run_id = shown_runs(filled, EXPERIMENT)[0].info.run_id
     base = page.split("/#/")[0]
     with urllib.request.urlopen(f"{base}/ajax-api/2.0/mlflow/artifacts/list?run_id={run_id}") as answer:
         assert {"config.yaml", "correct.json"} <= {file["path"] for file in json.load(answer)["files"]}
@@ -311,21 +329,13 @@ def test_where_a_server_runs_already_only_the_view_is_saved(page: str, uri: str,
     monkeypatch.setattr(mlflow_views, "_server", lambda *_: pytest.fail("started a server"))
     base = page.split("/#/")[0]
     urls: list[str] = []
-    tracking._client(uri).set_experiment_tag(experiment(uri).experiment_id, TAG, "{}")
+    mlflow_client.client(uri).set_experiment_tag(experiment(uri).experiment_id, TAG, "{}")
     serve_ui(f"{base}/", EXPERIMENT, 0, on_ready=urls.append)
     assert urls == [page]
     assert json.loads(experiment(uri).tags[TAG])["name"] == "RIN sweep"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_server_with_all_its_processes(uri: str, number: int) -> None:
-    with serving(uri) as (process, url):
-        port = int(url.split("/#/")[0].rsplit(":", 1)[1])
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert 1 <= len(family) <= 2, "mlflow and its one worker"
-        process.send_signal(number)
-        assert process.wait(30) == 0
-    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    with socket.create_server(("127.0.0.1", port)):
-        pass
+def test_the_end_of_a_session_ends_the_server_with_all_its_processes_as_ctrl_c_does(uri: str) -> None:
+    with serving(uri, signal.SIGTERM) as (process, _):
+        assert process.poll() is None

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-import trainable.model
+import trainable.policy.loading
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, Tiny
-from trainable.model import Policy, block_of, deployed, load_policy, matches, unquantized
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, block_of, deployed, matches, unquantized
 from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear, fake_quantize
 
 PROJECTIONS = [
@@ -216,7 +217,7 @@ def with_random_adapters(policy: Policy) -> Policy:
 def test_adapters_see_the_quantised_input_and_are_not_quantised(
     model_folder: ModelFolder, quant: QuantConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.policy.loading, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), quant, seed=0))
     for name, linear in policy.linears.items():
         adapted = adapted_layer(policy, name)
@@ -247,7 +248,7 @@ def test_only_adapters_learn_and_the_gradient_reaches_both(model_folder: ModelFo
 def test_the_gradient_of_an_adapter_passes_the_quantiser_straight_through(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.model, "_KNOWN_BLOCKS", ())  # each layer quantises for itself
+    monkeypatch.setattr(trainable.policy.loading, "KNOWN_BLOCKS", ())  # each layer quantises for itself
     policy = with_random_adapters(load_policy(lora(model_folder()), W4A4, seed=0))
     name, linear = next(iter(policy.linears.items()))
     adapted = adapted_layer(policy, name)

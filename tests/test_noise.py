@@ -16,12 +16,9 @@ from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig, Sc
 from spaces.points import POINTS, SRDD_MULTIPLIERS
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.embedded import character_tokenizer
 from trainable.hadamard import rotate
-from trainable.model import Policy, load_policy
 from trainable.noise import (
     SCHEDULES,
-    Effect,
     NoiseTarget,
     effect_warnings,
     injected,
@@ -33,6 +30,10 @@ from trainable.noise import (
     stage_at,
     zone_layers,
 )
+from trainable.outcome import Effect
+from trainable.policy.embedded import character_tokenizer
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 from trainable.quantization import element_step, fake_quantize
 from trainable.seeds import generator
 

@@ -1,15 +1,19 @@
 """From the options of `rin` to the study that runs, or to one line that says what is wrong."""
 
+import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from dashboards import cli
 from dashboards.options import (
+    NO_USE_IN_A_PLAN,
     SweepOptions,
     find_sweep,
     numbers,
@@ -17,14 +21,15 @@ from dashboards.options import (
     repeated,
     study_config,
     trial_config,
-    with_absolute_paths,
 )
-from search.schedulers import SCHEDULERS
-from search.searchers import OBJECTIVES, SEARCHERS
+from search.lineup import fixed_arms
+from search.objectives import OBJECTIVES
+from search.proposals import SEARCHERS
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.points import POINTS
+from spaces.reading import as_tree, dump_yaml
 from spaces.workloads import WORKLOADS
 from tests.written_sweeps import study
 
@@ -38,7 +43,7 @@ def test_without_options_it_is_the_default_sweep_in_this_folder(tmp_path: Path, 
     config = study_config(SweepOptions())
     assert re.fullmatch(r"sigma-\d{8}-\d{6}", config.name)
     assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 8, 1)
-    assert (config.searcher, config.scheduler, config.objectives) == ("gp", "none", ("accuracy",))
+    assert (config.searcher, config.objectives) == ("gp", ("accuracy",))
     assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), default_tracking_uri(str(tmp_path / "runs")))
     assert list(tmp_path.iterdir()) == []
 
@@ -57,7 +62,6 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "warm_start": "earlier",
         "searcher": "tpe",
         "objectives": ["accuracy", "collapses", "accuracy"],
-        "scheduler": "none",
         "budget": 1.5,
         "cpus": 2,
         "gpus": 0.5,
@@ -68,7 +72,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
     assert set(given) | {"store"} == {field.name for field in fields(SweepOptions)}, "a new option belongs into this test"
     config = made(tmp_path, **given)
     assert (config.name, config.space.name, config.workload, config.trials, config.replicates) == ("mine", "schedule", "tiny", 12, 3)
-    assert (config.concurrent, config.seed, config.searcher, config.scheduler) == (2, 5, "tpe", "none")
+    assert (config.concurrent, config.seed, config.searcher) == (2, 5, "tpe")
     assert config.settings == {"noise": {"modules": "linear"}, "eval": {"questions": 16}}
     assert (config.points, config.evidence, config.warm_start) == (("e12", "e13h"), ("e13i-baseline",), "earlier")
     assert config.objectives == ("accuracy", "collapses")
@@ -83,7 +87,6 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"space": "missing.yaml"}, "missing.yaml"),
         ({"workload": "big"}, f"--workload big: unknown; choose one of {', '.join(WORKLOADS)}"),
         ({"searcher": "magic"}, f"--searcher magic: unknown; choose one of {', '.join(SEARCHERS)}"),
-        ({"scheduler": "magic"}, f"--scheduler magic: unknown; choose one of {', '.join(SCHEDULERS)}"),
         ({"objectives": ["fun"]}, f"--objective fun: unknown; choose one of {', '.join(OBJECTIVES)}"),
         ({"points": "e99"}, "--points e99: unknown point"),
         ({"name": "../up"}, "--name ../up: use letters"),
@@ -99,6 +102,64 @@ def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(given: 
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Asked(Exception):
+    """What a command made of its options."""
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> SweepOptions:
+    def ask(options: SweepOptions) -> StudyConfig:
+        raise Asked(options)
+
+    monkeypatch.setattr(cli, "study_config", ask)
+    with pytest.raises(Asked) as caught:
+        typer.main.get_command(cli.app)(list(words), standalone_mode=False)
+    options: SweepOptions = caught.value.args[0]
+    return options
+
+
+def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, "sweep") == SweepOptions()
+    plan = ["schedule", "--workload", "tiny", "--trials", "12", "--replicates", "3", "--concurrent", "2", "--seed", "5"]
+    plan += ["--set", "noise.modules=linear", "--set", "eval.questions=16", "--points", "e12,e13h", "--searcher", "tpe"]
+    plan += ["--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
+    more = ["--evidence", "e13i-baseline", "--warm-start", "earlier", "--objective", "accuracy", "--objective", "hours"]
+    more += ["--name", "mine", "--tracking-uri", "http://host:5000", "--address", "HEAD:6379"]
+    planned = SweepOptions(
+        space="schedule",
+        workload="tiny",
+        trials=12,
+        replicates=3,
+        concurrent=2,
+        seed=5,
+        overrides=["noise.modules=linear", "eval.questions=16"],
+        points="e12,e13h",
+        searcher="tpe",
+        budget=1.5,
+        cpus=2,
+        gpus=0.5,
+        store="there",
+    )
+    assert asked(monkeypatch, "sweep", *plan, *more) == replace(
+        planned,
+        evidence="e13i-baseline",
+        warm_start="earlier",
+        objectives=["accuracy", "hours"],
+        name="mine",
+        tracking_uri="http://host:5000",
+        address="HEAD:6379",
+    )
+    assert asked(monkeypatch, "plan", *plan) == replace(planned, name="plan", tracking_uri="sqlite:///:memory:")
+
+
+def test_a_plan_has_the_options_of_a_sweep_that_it_has_a_use_for() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    sweep, plan = ({p.name: p for p in group.commands[name].params if p.name != "help"} for name in ("sweep", "plan"))
+    assert set(sweep) == {field.name for field in fields(SweepOptions)} | {"ablate", "submit", "scheduler"}
+    assert sweep["scheduler"].hidden, "it is there to be refused with the reason"
+    assert set(plan) == {field.name for field in fields(SweepOptions)} - set(NO_USE_IN_A_PLAN)
+    assert {name: plan[name].help for name in plan} == {name: sweep[name].help for name in plan}
 
 
 def test_points_alone_say_how_many_configurations_there_are(tmp_path: Path) -> None:
@@ -122,15 +183,43 @@ def test_a_file_of_the_user_s_is_a_space_too(tmp_path: Path) -> None:
 
 
 def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials run in other folders; what is no file here (a name on a hub, the embedded model) stays as it is."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "q.jsonl").write_text("")
-    settings = with_absolute_paths({"model": {"name": "weights"}, "task": {"path": "q.jsonl"}, "eval": {"questions": 3}})
-    assert settings == {"model": {"name": str(tmp_path / "weights")}, "task": {"path": str(tmp_path / "q.jsonl")}, "eval": {"questions": 3}}
-    unchanged: dict[str, Any] = {"model": {"name": "embedded"}, "task": {"path": "missing.jsonl"}}
-    assert with_absolute_paths(unchanged) == {"model": {"name": "embedded"}, "task": {"path": "missing.jsonl"}}
-    assert with_absolute_paths({"model": 3}) == {"model": 3}, "a mistake that is told elsewhere"
+    """On the command line from this folder, in a file from the file's folder: trials run in others."""
+    (tmp_path / "here" / "weights").mkdir(parents=True)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = ["model.name=weights", "model.recipe=null", "task.name=gsm8k"]
+    assert made(tmp_path, overrides=[*model, "task.path=q.jsonl"]).settings["task"]["path"] == str(tmp_path / "here" / "q.jsonl")
+    (tmp_path / "there" / "mine.yaml").write_text(
+        "name: mine\ndescription: my own\nsettings: {model: {name: ../here/weights, recipe: null}, task: {name: gsm8k, path: q.jsonl}}\n"
+        "dimensions:\n- {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.01}}\n"
+    )
+    (tmp_path / "there" / "longer.yaml").write_text("task: {path: longer.jsonl}\n")
+    config = made(tmp_path, space="../there/mine.yaml", points="../there/longer.yaml")
+    weights = f"{tmp_path}/here/weights"
+    assert {arm.name: places(as_tree(arm.config)) for arm in fixed_arms(config)} == {
+        "control": (weights, f"{tmp_path}/there/q.jsonl"),
+        "longer": (weights, f"{tmp_path}/there/longer.jsonl"),
+    }
+    trial = trial_config(None, Path("../there/longer.yaml"), None, [*model])
+    assert places(as_tree(trial)) == (weights, f"{tmp_path}/there/longer.jsonl")
+
+
+def places(tree: Any) -> tuple[str, str]:
+    """The model's and the data's, without the `..` that may be in them."""
+    paths = tree["model"]["name"], tree["task"]["path"]
+    assert all(path.startswith("/") for path in paths)
+    return os.path.normpath(paths[0]), os.path.normpath(paths[1])
+
+
+def test_the_home_is_written_as_a_shell_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a comma or an equals sign no shell expands it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "space.yaml").write_text(dump_yaml(as_tree(SPACES["sigma"])))
+    (tmp_path / "point.yaml").write_text("noise: {sigma_start: 0.02}\n")
+    config = made(tmp_path, space="~/space.yaml", points="e12,~/point.yaml", store="~/runs", tracking_uri="sqlite:///~/m.db")
+    assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), f"sqlite:///{tmp_path}/m.db")
+    assert "point" in [arm.name for arm in fixed_arms(config)]
+    assert trial_config("control", None, "tiny", ["model.name=~/m", "model.recipe=null", "task.name=gsm8k"]).model.name == f"{tmp_path}/m"
 
 
 # A sweep that is there
@@ -219,11 +308,13 @@ def test_a_trial_s_mistakes(point: str | None, config: Path | None, workload: st
         trial_config(point, config, workload, [])
 
 
+@pytest.mark.slow
 def test_options_import_nothing_heavy() -> None:
     code = "import sys, dashboards.options; print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_settings_is_told_before_the_slow_imports() -> None:
     code = (
         "import sys\nfrom dashboards.options import SweepOptions, study_config\nfrom spaces.errors import ConfigError\n"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ModelFolder
-from trainable.engine import CONFIG_FILE
+from trainable.engines.engine import CONFIG_FILE
 from trainable.packing import MAGNITUDES, no_packed_form, pack, pack_checkpoint, quantization_config, uneven_blocks
 from trainable.quantization import SCALE_RULES, Arithmetic, fake_quantize
 
@@ -82,6 +82,7 @@ def test_what_the_library_unpacks_is_the_fake_quantised_weight_bit_for_bit(rule:
     assert torch.equal(bits(unpacked(codes, scales)), bits(fake_quantize(weight, "mxfp4", rule)))
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 @pytest.mark.parametrize("rule", RULES)
 def test_on_ordinary_weights_the_library_s_packer_with_these_scales_writes_the_same_bytes(rule: str) -> None:
     weight = weights("ordinary", torch.float32)

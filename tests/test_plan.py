@@ -31,7 +31,7 @@ def test_time_and_hours_are_the_workload_s_figure_times_the_runs(tmp_path: Path)
     plan = planned(tmp_path, cpus=4, workload="embedded", settings={}, trials=6, replicates=3)
     seconds = WORKLOADS["embedded"].trial_seconds
     slots = 4 // WORKLOADS["embedded"].trial_cpus
-    assert (plan.runs, plan.slots, plan.trial_seconds) == (18, slots, seconds)
+    assert (plan.study.runs, plan.slots, plan.trial_seconds) == (18, slots, seconds)
     assert plan.wall_seconds == math.ceil(18 / slots) * seconds
     assert plan.hours == pytest.approx(18 * seconds / 3600)
     assert "runs: 18 = 6 configurations x 3 replicates (seeds 0 to 2)" in text(plan)

@@ -19,12 +19,13 @@ import psycopg
 import pytest
 
 from spaces.reading import parse_yaml, read_config
-from tests.processes import program
+from tests.conftest import require
+from tests.processes import program, rin
 from tests.ray_nodes import free_port
 
 PASSWORD = "canary-4711-postgres"
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
-SHORT = ["--workload", "tiny", "--trials", "3", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
+SHORT = ["--workload", "tiny", "--trials", "2", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     """A server of this test alone, on localhost, that wants its password; as another user where this one is root."""
     programs = [Path(found).parent for found in [shutil.which("initdb")] if found] + sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    assert programs, "this test needs PostgreSQL: apt-get update && apt-get install -y postgresql"
+    require(programs, "needs PostgreSQL: apt-get update && apt-get install -y postgresql")
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
     with tempfile.TemporaryDirectory(prefix="rin-pg-", dir="/tmp") as folder:
         secret, data, port = Path(folder) / "password", Path(folder) / "data", free_port()
@@ -104,18 +105,23 @@ def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def rin(folder: Path, *arguments: str, password: bool = False) -> str:
-    """What it prints. With `password`, libpq finds it in the environment, as the documentation advises."""
-    environment = {**os.environ, **({"PGPASSWORD": PASSWORD} if password else {})}
+def watched(folder: Path, *arguments: str) -> str:
+    """What `rin` prints; libpq finds the password in its environment, as the documentation advises, and no command line shows it."""
+    environment = {**os.environ, "PGPASSWORD": PASSWORD}
     with program([*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
         said = ""
         for line in running.stdout:
             said += line
-            if PASSWORD not in " ".join(arguments):
-                assert not [words for words in command_lines(running.pid) if PASSWORD in words]
+            assert not [words for words in command_lines(running.pid) if PASSWORD in words]
     assert running.returncode == 0, said
     return said
+
+
+def said_here(folder: Path, *arguments: str) -> str:
+    done = rin(*arguments, cwd=folder)
+    assert done.code == 0, done.err
+    return done.out + done.err
 
 
 def command_lines(pid: int) -> list[str]:
@@ -135,48 +141,51 @@ def files_with(text: str, folder: Path) -> list[Path]:
 def check_sweep(postgres: Postgres, name: str) -> None:
     """By SQL, past MLflow's client and ours."""
     of_sweep = f"from runs r join experiments e on r.experiment_id = e.experiment_id where e.name = '{name}'"
-    assert postgres.rows(f"select r.status, r.end_time is not null {of_sweep}") == [("FINISHED", True)] * 3
+    assert postgres.rows(f"select r.status, r.end_time is not null {of_sweep}") == [("FINISHED", True)] * 2
     points = f"select count(*) from metrics where key = 'grpo/reward' and run_uuid in (select r.run_uuid {of_sweep})"
-    assert postgres.rows(points) == [(9,)]
+    assert postgres.rows(points) == [(6,)]
 
 
 @pytest.mark.slow
 def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postgres: Postgres, tmp_path: Path) -> None:
-    said = rin(tmp_path, "sweep", *SHORT, "--name", "straight", "--tracking-uri", postgres.uri, password=True)
+    said = watched(tmp_path, "sweep", *SHORT, "--name", "straight", "--tracking-uri", postgres.uri)
     check_sweep(postgres, "straight")
     runs = tmp_path / "runs"
     assert [path for path in (runs / "artifacts").rglob("*") if path.is_file()], "files of runs lie in the store"
     assert not (tmp_path / "mlruns").exists()
     # Where a password is given in the URI all the same, it is used and not repeated.
     given = ["--tracking-uri", postgres.uri_with_password]
-    said += rin(tmp_path, "status", "straight", *given)
-    assert "3 of 3" in said
-    rows = json.loads(rin(tmp_path, "status", "straight", "--json", *given))
-    assert [row["status"] for row in rows] == ["completed"] * 3
-    exported = rin(tmp_path, "export", "straight", *given)
+    said += said_here(tmp_path, "status", "straight", *given)
+    assert "2 of 2" in said
+    printed = said_here(tmp_path, "status", "straight", "--json", *given)
+    rows = json.loads(printed)
+    assert [row["status"] for row in rows] == ["completed"] * 2
+    exported = said_here(tmp_path, "export", "straight", *given)
     assert read_config(parse_yaml(exported, "export")).grpo.steps == 3
-    assert PASSWORD not in said + exported
+    assert PASSWORD not in said + printed + exported
     assert files_with("straight", tmp_path), "the search below would find something"
     assert files_with(PASSWORD, tmp_path) == []
+    again = rin(tmp_path, "resume", "straight", *given)
+    assert PASSWORD not in again
+    check_sweep(postgres, "straight")
 
 
 @pytest.mark.slow
 def test_a_sweep_is_tracked_by_mlflow_s_server_over_postgresql(postgres: Postgres, tmp_path: Path) -> None:
     with mlflow_server(postgres, tmp_path) as address:
-        rin(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", address)
-        assert "3 of 3" in rin(tmp_path, "status", "served")  # study.json knows where
-        assert read_config(parse_yaml(rin(tmp_path, "export", "served"), "export")).grpo.steps == 3
+        said_here(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", address)
+        assert "2 of 2" in said_here(tmp_path, "status", "served")  # study.json knows where
+        assert read_config(parse_yaml(said_here(tmp_path, "export", "served"), "export")).grpo.steps == 3
     check_sweep(postgres, "served")
     assert files_with(PASSWORD, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_one_line_that_does_not_repeat_it(postgres: Postgres, tmp_path: Path) -> None:
     wrong = postgres.uri.replace("rin@", "rin:wrong-4711@")
-    done = subprocess.run(
-        [*RIN, "sweep", *SHORT, "--name", "s", "--tracking-uri", wrong], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rin: ")]
+    done = rin("sweep", *SHORT, "--name", "s", "--tracking-uri", wrong, cwd=tmp_path)
+    assert done.code == 2, done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("rin: ")]
     assert "password authentication failed" in line
-    assert "wrong-4711" not in done.stdout + done.stderr
+    assert "wrong-4711" not in done.out + done.err
     assert not (tmp_path / "runs").exists()

@@ -33,11 +33,12 @@ from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, byte_tokenizer
 from trainable.floor import Floor, Gap, eager_logps, gap, measure_floor
-from trainable.grpo import clean_logps, make_batch
-from trainable.model import deployed, load_policy
+from trainable.forward.logps import clean_logps, make_batch
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
 from trainable.rollout import encode_prompts, generate, judge
 from trainable.seeds import generator
-from trainable.tasks import build_task
+from trainable.tasks.table import build_task
 
 Rows = list[tuple[Row, ...]]
 DEPTH = 4

@@ -14,17 +14,27 @@ import pytest
 import torch
 
 import trainable.ray_trainable
-from search.trials import read_attempts, read_failure, read_outcome, read_reports, read_stopped
 from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.checkpoint import FINAL_FILE, load_final, save_final
-from trainable.folder import Folder
-from trainable.ray_trainable import OUTCOME_FILE, STOPPED_FILE, RinTrainable
+from trainable.disk.checkpoint import VERSION, load_final, save_checkpoint, save_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import (
+    FINAL_FILE,
+    OUTCOME_FILE,
+    STOPPED_FILE,
+    read_attempts,
+    read_outcome,
+    read_reports,
+    read_stopped,
+    read_trial,
+)
+from trainable.outcome import Outcome
+from trainable.ray_trainable import RinTrainable
 from trainable.trial import Trial, run_trial
 
-STEP = trainable.ray_trainable._Work.step
+STEP = trainable.ray_trainable.TrialWorker.step
 
 
 def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
@@ -39,14 +49,14 @@ def start(config: dict[str, Any]) -> RinTrainable:
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it took to write the last one; a step returns when it is written."""
-    step = trainable.ray_trainable._Work.step
+    step = trainable.ray_trainable.TrialWorker.step
 
     def written(work: Any) -> dict[str, Any]:
         result = step(work)
         work.writing.result()
         return result
 
-    monkeypatch.setattr(trainable.ray_trainable._Work, "step", written)
+    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", written)
     monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e9)
 
 
@@ -70,6 +80,11 @@ def comparable_outcome(folder: Path) -> dict[str, Any]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def first_steps(folder: Path) -> list[int]:
+    """Where each attempt began, as its file says."""
+    return [read(folder, name)["first_step"] for name in names(folder) if name.startswith("attempt-")]
 
 
 def finish(trainable: RinTrainable) -> list[dict[str, Any]]:
@@ -112,13 +127,14 @@ def test_its_results_are_those_of_the_plain_trial_and_the_last_one_holds_the_out
         plain = {k: v for k, v in report.signals.items() if not k.startswith("perf/")}
         assert {k: v for k, v in numbers(result).items() if k in plain} == plain
     assert result["done"]
-    assert result["outcome"]["outcome"] == "completed"
-    assert result["accuracy"] == result["outcome"]["eval"]["accuracy"]
+    ended = read_outcome(Folder(str(tmp_path)))
+    assert ended is not None
+    assert (result["outcome"], result["collapsed"], result["accuracy"]) == ("completed", 0, ended.eval.accuracy)
     trainable.stop()
     tree = read(tmp_path)
     assert set(tree) == {"version", "outcome", "reports"}
     assert tree["outcome"]["outcome"] == "completed"
-    assert [comparable(report) for report in tree["reports"]] == [comparable(report) for report in read_reports(Folder(str(tmp_path)))]
+    assert tree["reports"] == [report.as_record() for report in read_reports(Folder(str(tmp_path)))]
     assert [report["step"] for report in tree["reports"]] == list(range(len(reports)))
 
 
@@ -128,10 +144,9 @@ def test_a_collapse_ends_it_as_a_result(tmp_path: Path) -> None:
         result = trainable.train()
         if result["done"]:
             break
-    assert (result["collapsed"], result["outcome"]["outcome"]) == (1, "collapsed")
-    assert result["rule"] == result["outcome"]["rule"] == "filter_rejection"
+    assert (result["collapsed"], result["outcome"], result["rule"]) == (1, "collapsed", "filter_rejection")
     trainable.stop()
-    assert read(tmp_path)["outcome"]["outcome"] == "collapsed"
+    assert (read(tmp_path)["outcome"]["outcome"], read(tmp_path)["outcome"]["rule"]) == ("collapsed", "filter_rejection")
     assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
 
 
@@ -144,7 +159,7 @@ def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome
     trainable.stop()
     assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
     (attempt,) = read_attempts(Folder(str(tmp_path)))
-    assert (attempt.ended, attempt.first_step, attempt.step) == ("outcome", 0, 6)
+    assert (attempt.ended, first_steps(tmp_path), attempt.step) == ("outcome", [0], 6)
     assert attempt.seen >= attempt.started + attempt.loading_seconds > attempt.started
 
 
@@ -160,7 +175,7 @@ def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_writt
 
 @pytest.mark.parametrize("ending", ["outcome", "stop", "error"])
 def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    save, asked, free = trainable.ray_trainable.save_checkpoint, threading.Event(), threading.Event()
+    save, asked, free = save_checkpoint, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> None:
         asked.set()
@@ -168,14 +183,14 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path,
         save(*arguments)
 
     monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", slow)
-    monkeypatch.setattr(trainable.ray_trainable._Work, "step", STEP)
+    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
     running = start(setting(tmp_path, "e13i-v3", "grpo.steps=4"))
     for _ in range(3):
         running.train()
     assert asked.wait(60)
     assert names(tmp_path) == ["attempt-001.json"], "three steps, and the first one is still being written"
     if ending == "error":
-        monkeypatch.setattr(running.work.trial, "step", lambda: 1 / 0)
+        monkeypatch.setattr(trial_of(running), "step", lambda: 1 / 0)
     timer = threading.Timer(0.5, free.set)
     timer.start()
     if ending == "error":
@@ -194,7 +209,7 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path,
 
 
 def test_what_goes_wrong_in_a_write_other_than_a_full_disk_is_a_bug_and_propagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainable.ray_trainable._Work, "step", STEP)
+    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
     monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", lambda *_: 1 / 0)
     running = start(setting(tmp_path, "e13i-v3"))
     with pytest.raises(ZeroDivisionError):
@@ -213,7 +228,7 @@ def test_a_trial_that_is_stopped_saves_itself_and_is_evaluated_as_it_leaves(tmp_
     assert len(tree["reports"]) == 1
     folder = Folder(str(tmp_path))
     assert read_outcome(folder) is None, "it has steps to go"
-    assert read_stopped(folder) == tree["outcome"]
+    assert read_stopped(folder) == Outcome.from_tree(tree["outcome"])
     assert [attempt.ended for attempt in read_attempts(folder)] == ["stopped"]
 
 
@@ -227,7 +242,7 @@ def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(tmp_path: Path
     def killed() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running.work.trial, "outcome", killed)
+    monkeypatch.setattr(trial_of(running), "outcome", killed)
     with pytest.raises(KeyboardInterrupt):
         running.stop()
     abandon(running)
@@ -247,14 +262,15 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None
     def broken(question: object, completion: str) -> float:
         raise ZeroDivisionError("a reward function with a bug")
 
-    trainable.work.trial.task.rewards["broken"] = broken
-    trainable.work.trial.task.weights["broken"] = 0.0
+    trial_of(trainable).task.rewards["broken"] = broken
+    trial_of(trainable).task.weights["broken"] = 0.0
     with pytest.raises(ZeroDivisionError):
         trainable.train()
     trainable.stop()
     assert names(tmp_path) == ["attempt-001.json", "checkpoint-000001"]
     (attempt,) = read_attempts(Folder(str(tmp_path)))
     assert (attempt.ended, attempt.step) == ("error", 1)
+    assert attempt.reason == "ZeroDivisionError: a reward function with a bug"
 
 
 # Its final weights
@@ -372,7 +388,7 @@ def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
     attempts = read_attempts(Folder(str(tmp_path)))
     first_ended = "" if ended == "killed" else "stopped"
     assert [attempt.ended for attempt in attempts] == ([first_ended, "outcome"] if after else ["outcome"])
-    assert [attempt.first_step for attempt in attempts] == ([0, after] if after else [0])
+    assert first_steps(tmp_path) == ([0, after] if after else [0])
     assert names(tmp_path) == [*(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)), FINAL_FILE, OUTCOME_FILE]
     assert (tmp_path / FINAL_FILE).read_bytes() == (undisturbed / FINAL_FILE).read_bytes()
 
@@ -385,8 +401,7 @@ def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_pat
         abandon(running)
     assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
-    attempts = read_attempts(Folder(str(tmp_path)))
-    assert [attempt.first_step for attempt in attempts] == list(range(6))
+    assert first_steps(tmp_path) == list(range(6))
 
 
 def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune_heard_of_it(tmp_path: Path, undisturbed: Path) -> None:
@@ -398,8 +413,9 @@ def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune
     second = start(setting(tmp_path))
     (again,) = finish(second)
     assert again["done"]
-    assert again["outcome"] == json.loads(json.dumps(last["outcome"]))
-    assert (again["step"], again["accuracy"], again["time_ms"]) == (5, last["accuracy"], last["time_ms"])
+    told = ("outcome", "collapsed", "accuracy", "step", "time_ms", "grpo/reward")
+    assert {name: again[name] for name in told} == {name: last[name] for name in told}
+    assert again["step"] == 5
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "nor is it another attempt"
 
 
@@ -448,9 +464,9 @@ def test_a_checkpoint_of_another_version_stops_the_trial_and_stays(tmp_path: Pat
     first.train()
     abandon(first)
     values = tmp_path / "checkpoint-000001" / "progress.json"
-    values.write_text(values.read_text().replace('"version": 2', '"version": 3', 1))
+    values.write_text(values.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}', 1))
     second = start(setting(tmp_path))
-    with pytest.raises(ConfigError, match="checkpoint version 3"):
+    with pytest.raises(ConfigError, match=f"checkpoint version {VERSION + 1}"):
         second.train()
     abandon(second)
     assert values.exists()
@@ -521,6 +537,7 @@ running.train()
 """
 
 
+@pytest.mark.slow
 def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: Path, undisturbed: Path) -> None:
     command = [sys.executable, "-c", HANGS, json.dumps(setting(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ, timeout=300)
@@ -528,9 +545,9 @@ def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: P
     tree = read(tmp_path, "attempt-001.json")
     assert tree["ended"] == "hang"
     assert "a_reward_server_that_stopped_answering" in tree["stacks"]
-    rule, reason = read_failure(Folder(str(tmp_path)))
-    assert rule == "hang"
-    assert reason.startswith("step 1: phase ")
-    assert "took over" in reason
+    state = read_trial(Folder(str(tmp_path)), driven=False)
+    assert (state.status, state.rule) == ("failed", "hang")
+    assert state.reason.startswith("step 1: phase ")
+    assert "took over" in state.reason
     finish(start(setting(tmp_path)))
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from rich.console import Console
 from scipy import stats
 
 from dashboards.report_text import as_tree, report_lines, report_table
-from search.journal import read_arms, trial_folder, write_arm
-from search.report import StudyReport, control_for, noisy_runs, replicates_of, report_study, winner_of
-from search.searchers import Arm
+from search.arms import Arm, candidate_of, control_for, read_arms, replicates_of, trial_folder, write_arm
+from search.report import StudyReport, noisy_runs, report_study
 from search.store import StudyConfig
-from search.trials import write_decision
 from spaces.config import ConfigError
+from spaces.errors import NoCandidate
 from spaces.library import SPACES
-from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, study, write_sweep, write_trial
+from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, receipt, study, write_sweep, write_trial
+from trainable.disk.trial_folder import write_stopped
 
 CONTROL = [280, 291, 276, 288, 283]
 AHEAD = [332, 338, 331, 337, 340]  # about 13 points above, in every seed
@@ -112,16 +113,14 @@ def test_failed_and_unfinished_replicates_are_missing_and_said_to_be(tmp_path: P
     assert "3 of 5" in text_of(report)
 
 
-def test_a_replicate_that_a_scheduler_stopped_is_not_compared(tmp_path: Path) -> None:
-    """It has no accuracy at the end, though it was evaluated as it left."""
+def test_a_replicate_that_was_stopped_is_not_compared(tmp_path: Path) -> None:
+    """It has no accuracy at the end, though it was evaluated as it left, and it has steps to go."""
     config = study(tmp_path, trials=2, replicates=5)
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": CONTROL, "c01": [332, 338, 331, 337, None]})
-    stopped = {"version": 1, "outcome": outcome(arms[1], 4, 10, "stopped"), "reports": []}
-    trial_folder(config, "c01", 4).write("stopped.json", json.dumps(stopped))
-    write_decision(trial_folder(config, "c01", 4), "by the scheduler asha after step 3")
+    write_stopped(trial_folder(config, "c01", 4), outcome(arms[1], 4, 10, "stopped"), [])
     report = report_study(config)
-    assert (row(report, "c01").replicates, row(report, "c01").missing, report.unfinished) == (4, 1, 0)
+    assert (row(report, "c01").replicates, row(report, "c01").missing, report.unfinished) == (4, 1, 1)
     assert row(report, "c01").accuracy == pytest.approx((332 + 338 + 331 + 337) / 4 / QUESTIONS)
 
 
@@ -130,8 +129,7 @@ def test_an_accuracy_that_is_not_a_number_is_missing_and_not_averaged(tmp_path: 
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": CONTROL, "c01": AHEAD})
     broken = outcome(arms[1], 2, 331)
-    broken["eval"]["accuracy"] = math.nan
-    write_trial(config, arms[1], 2, broken)
+    write_trial(config, arms[1], 2, replace(broken, eval=replace(broken.eval, accuracy=math.nan)))
     report = report_study(config)
     assert (row(report, "c01").replicates, row(report, "c01").missing) == (4, 1)
     assert row(report, "c01").accuracy == pytest.approx((332 + 338 + 337 + 340) / 4 / QUESTIONS)
@@ -162,8 +160,10 @@ def test_an_arm_without_a_control_of_its_policy_is_not_compared_with_another(tmp
     assert control_for(arms[1], arms) is None
     report = report_study(config)
     assert (row(report, "c01").control, row(report, "c01").corrected, row(report, "c01").verdict) == ("", None, "")
-    with pytest.raises(ConfigError, match=r"c01 has no control with grpo\.filter_groups=resample"):
-        winner_of(config, read_arms(config))
+    with pytest.raises(ConfigError, match=r"c01: has no control with grpo\.filter_groups=resample"):
+        candidate_of(config, read_arms(config), "c01")
+    with pytest.raises(NoCandidate):
+        candidate_of(config, read_arms(config))
 
 
 @pytest.mark.parametrize(("replicates", "said"), [(1, "undecided, needs at least 2 more replicates"), (2, "undecided")])
@@ -183,7 +183,8 @@ def test_dose_start_and_hours_are_means_and_sums_of_the_files(tmp_path: Path) ->
     write_sweep(config, arms, {"control": CONTROL[:2]})
     for replicate, doses in enumerate(([0.01, 0.03], [0.06])):
         ended = outcome(arms[1], replicate, 300)
-        ended["receipt"]["effects"] = [{"applied_relative": dose} for dose in doses]
+        effects = tuple(effect for dose in doses for effect in receipt(dose).effects)
+        ended = replace(ended, receipt=replace(ended.receipt, effects=effects))
         write_trial(config, arms[1], replicate, ended, attempts=[attempt(0, 1800), attempt(0, 360)])
     report = report_study(config)
     assert row(report, "c01").dose == pytest.approx((0.02 + 0.06) / 2)
@@ -196,13 +197,13 @@ def test_dose_start_and_hours_are_means_and_sums_of_the_files(tmp_path: Path) ->
 # The candidate
 
 
-def test_the_winner_is_the_highest_median_of_those_whose_replicates_all_completed(tmp_path: Path) -> None:
+def test_the_candidate_is_furthest_ahead_of_its_control_among_those_whose_replicates_all_completed(tmp_path: Path) -> None:
     _, report = written(
         tmp_path,
         {
-            "control": [390] * 5,  # a control is no winner
+            "control": [390] * 5,  # a control is no candidate
             "steady": [300, 301, 302, 303, 304],
-            "lucky": [299, 299, 301, 399, 399],  # the highest mean
+            "low": [299, 299, 301, 303, 305],
             "collapses": [380, 380, 380, 380, ("collapsed", 379)],
             "unfinished": [380, 380, 380, 380, None],
         },
@@ -213,23 +214,45 @@ def test_the_winner_is_the_highest_median_of_those_whose_replicates_all_complete
     assert "candidate: steady. Is it a finding? rin confirm s" in text_of(report)
 
 
+def test_across_filters_the_candidate_is_judged_by_its_own_control(tmp_path: Path) -> None:
+    """The filter moves an accuracy by points: the highest accuracy is not what noise gained most."""
+    config = study(tmp_path, trials=4, replicates=5)
+    resample = "grpo.filter_groups=resample"
+    arms = [make_arm(config, "control"), make_arm(config, "control-resample", resample)]
+    arms += [make_arm(config, "plain"), make_arm(config, "filtered", resample)]
+    right = {
+        "control": CONTROL,
+        "control-resample": [count + 40 for count in CONTROL],
+        "plain": [count + 9 for count in CONTROL],
+        "filtered": [count + 42 for count in CONTROL],
+    }
+    write_sweep(config, arms, right)
+    candidate = candidate_of(config, read_arms(config))
+    assert (candidate.arm.name, candidate.control.name) == ("plain", "control")
+    assert candidate.difference == pytest.approx(9 / QUESTIONS)
+    report = report_study(config)
+    assert report.candidate is not None
+    assert report.candidate.difference == pytest.approx(9 / QUESTIONS), "the number of the table is the one it was chosen by"
+
+
 def test_where_every_arm_collapsed_there_is_no_winner_and_the_report_says_nothing_of_one(tmp_path: Path) -> None:
     config, report = written(tmp_path, {"control": CONTROL, "c01": [("collapsed", 380)] * 5})
     assert report.candidate is None
     assert "candidate" not in text_of(report)
     assert strict(report)["candidate"] is None
-    with pytest.raises(ConfigError, match="no configuration with noise completed all its replicates"):
-        winner_of(config, read_arms(config))
+    with pytest.raises(NoCandidate, match="no configuration with noise completed all its replicates"):
+        candidate_of(config, read_arms(config))
 
 
 def test_another_arm_can_be_named_if_it_exists_and_is_no_control(tmp_path: Path) -> None:
     config, _ = written(tmp_path, {"control": CONTROL, "c01": AHEAD, "c02": CLOSE})
     arms = read_arms(config)
-    assert [arm.name for arm in winner_of(config, arms)] == ["c01", "control"]
-    assert [arm.name for arm in winner_of(config, arms, "c02")] == ["c02", "control"]
+    for named, expected in ((None, "c01"), ("c02", "c02")):
+        candidate = candidate_of(config, arms, named)
+        assert (candidate.arm.name, candidate.control.name) == (expected, "control")
     for name in ("c09", "control"):
         with pytest.raises(ConfigError, match=f"--arm {name}: no such arm in s; it has c01, c02"):
-            winner_of(config, arms, name)
+            candidate_of(config, arms, name)
 
 
 # Words
@@ -324,7 +347,7 @@ def test_a_sweep_s_own_draws_tell_what_mattered(tmp_path: Path) -> None:
         params = {"noise.sigma_start": sigma, "noise.sigma_end": end, "noise.num_stages": 2 + number % 5, "noise.schedule": "constant"}
         params = {dimension.name: params[dimension.name] for dimension in config.space.dimensions if dimension.name in params}
         plain = make_arm(config, f"c{number:02}", f"noise.sigma_start={sigma}", f"noise.sigma_end={end}")
-        arm = Arm(name=plain.name, origin="searcher", tree=plain.tree, params=params)
+        arm = Arm(name=plain.name, origin="searcher", config=plain.config, params=params)
         write_arm(config, number, arm)
         write_trial(config, arm, 0, outcome(arm, 0, 380 - 9 * number, dose=sigma))
     report = report_study(config)

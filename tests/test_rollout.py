@@ -13,13 +13,16 @@ import torch
 import trainable.rollout
 from spaces.config import ConfigError, ModelConfig, QuantConfig, TaskConfig
 from tests.conftest import ModelFolder, Tiny, episode, ragged_prompts, sampled_groups
-from trainable.forward import positions
-from trainable.grpo import completion_logps, make_batch
-from trainable.model import Policy, deployed, load_policy, unquantized
+from trainable.episode import Completion
+from trainable.forward.logps import completion_logps, make_batch
+from trainable.forward.transformer import left_padded, positions
 from trainable.noise import injected, noise_targets
-from trainable.rollout import Completion, _completions, encode_prompts, generate, judge, left_padded, sample
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.rollout import _completions, encode_prompts, generate, judge, sample
 from trainable.seeds import generator
-from trainable.tasks import Question, build_task
+from trainable.tasks.table import build_task
+from trainable.tasks.task import Question
 
 W16A16 = QuantConfig(weights="none", activations="none")
 W4A16 = QuantConfig(activations="none")

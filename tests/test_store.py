@@ -80,7 +80,7 @@ def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
         load_study_config(str(tmp_path), name)
 
 
-@pytest.mark.parametrize("version", [1, VERSION + 1, None, "x"])
+@pytest.mark.parametrize("version", [1, VERSION - 1, VERSION + 1, None, "x"])
 def test_another_version_is_refused_by_number(tmp_path: Path, version: Any) -> None:
     save_study_config(study(tmp_path))
     changed(tmp_path, version=version)
@@ -145,6 +145,7 @@ def test_an_object_store_holds_no_database(tmp_path: Path) -> None:
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_reading_sweeps_imports_neither_ray_nor_torch() -> None:
     code = "import sys, search.store; print([name for name in ('ray', 'torch', 'mlflow', 'optuna') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -170,6 +171,7 @@ def driver(store: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_until_the_first_has_ended_however_it_ended(tmp_path: Path) -> None:
     config = study(tmp_path)
     save_study_config(config)
@@ -188,6 +190,7 @@ def test_a_second_driver_is_refused_until_the_first_has_ended_however_it_ended(t
             pass
 
 
+@pytest.mark.slow
 def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_is_free(
     s3_store: Callable[[str], str], tmp_path: Path
 ) -> None:
@@ -205,6 +208,7 @@ def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_
     assert "driver.json" not in config.folder.names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "s3"])
 def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     store = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_store")(tmp_path.name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,15 +13,21 @@ from typing import Any
 import psutil
 import pytest
 
-from search.export import choose_best, to_verl, to_yaml
+from search.arms import Arm, read_trials, replicates_of, trial_folder
+from search.budget import Budget
+from search.execution import SweepCallback, TrialEvent
+from search.export import to_verl, to_yaml
+from search.lineup import fixed_arms
 from search.plan import plan_study
 from search.report import report_study
 from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
-from search.study import StudyResult, TrialEvent, fixed_arms, resume_study, run_study
-from search.tracking import load_config, load_correct, load_history, load_study
+from search.study import StudyResult, resume_study, run_study
+from search.tracking import Tracker
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.reading import load_yaml, parse_yaml, read_config
+from tests.real_mlflow import points, runs, text
+from trainable.disk.trial_folder import read_reports, read_stopped
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -52,84 +59,102 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyResult, lis
         "eval": {"questions": 64},
         "noise": {"sigma_end": 0.01, "sigma_start": 4.0},
         "grpo": {"max_gen_batches": 40},  # the tiny model is often all wrong: enough batches for its healthy steps
+        "collapse": {"reward_floor": 1.0},  # nor does it fall by chance
     }
     config = study(store, trials=4, replicates=2, points=("e13i-baseline",), settings=settings, seed=5)
     return run_study(config, events.append), events
 
 
+def named(result: StudyResult) -> dict[str, Arm]:
+    return {arm.name: arm for arm in result.arms}
+
+
 @pytest.mark.slow
 def test_every_trial_is_one_closed_run_and_the_control_comes_first(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    assert [(r.arm, r.replicate) for r in result.records[:2]] == [("control", 0), ("control", 1)]
-    assert len(result.records) == 8
-    assert {r.status for r in result.records} <= {"completed", "collapsed"}
-    assert all(r.ended is not None for r in result.records)
-    assert result.unfinished == 0
+    shown = runs(result.config.tracking_uri, "s")
+    assert [(run.data.tags["arm"], run.data.tags["replicate"]) for run in shown[:2]] == [("control", "0"), ("control", "1")]
+    assert [arm.name for arm in result.arms][:3] == ["control", "control-resample", "e13i-baseline"]
+    assert len(shown) == 8
+    for run in shown:
+        outcome = named(result)[run.data.tags["arm"]].results[int(run.data.tags["replicate"])]
+        assert run.data.tags["status"] == outcome.outcome
+        assert run.info.status == ("KILLED" if outcome.collapsed else "FINISHED")
+        assert run.info.end_time is not None
+        assert json.loads(text(result.config.tracking_uri, run, "correct.json")) == list(outcome.eval.correct)
+    assert (result.unfinished, result.untold) == (0, 0)
 
 
 @pytest.mark.slow
 def test_a_collapse_is_a_result_with_rule_and_final_accuracy(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    collapsed = [r for r in result.records if r.arm == "e13i-baseline"]
-    assert [r.status for r in collapsed] == ["collapsed", "collapsed"]
-    assert {r.rule for r in collapsed} == {"filter_rejection"}
-    for record in collapsed:
-        correct = load_correct(result.config.tracking_uri, record.run_id)
-        assert sum(correct) / len(correct) == record.metrics["eval/accuracy"]
-        assert record.metrics["rin/steps_done"] < 6
+    collapsed = named(result)["e13i-baseline"].results
+    assert [outcome.outcome for outcome in collapsed.values()] == ["collapsed", "collapsed"]
+    assert {outcome.rule for outcome in collapsed.values()} == {"filter_rejection"}
+    for outcome in collapsed.values():
+        assert sum(outcome.eval.correct) / len(outcome.eval.correct) == outcome.eval.accuracy
+        assert outcome.step < 6
 
 
 @pytest.mark.slow
 def test_arms_are_paired_by_seed_and_a_point_brings_its_filter_s_own_control(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    arms = {r.arm: r for r in result.records}
-    assert {(r.replicate, r.params["seed"]) for r in result.records} == {(0, "5"), (1, "6")}
-    assert arms["control"].params["grpo.filter_groups"] == "off"
-    assert arms["control-resample"].params["grpo.filter_groups"] == arms["e13i-baseline"].params["grpo.filter_groups"] == "resample"
-    for arm in ("control", "control-resample"):
-        assert float(arms[arm].params["noise.sigma_start"]) == 0
+    arms = named(result)
+    assert [(k, outcome.config.seed) for arm in result.arms for k, outcome in arm.results.items()] == [(0, 5), (1, 6)] * 4
+    policies = {name: arm.config.grpo.filter_groups for name, arm in arms.items()}
+    assert policies["control"] == "off"
+    assert policies["control-resample"] == policies["e13i-baseline"] == "resample"
+    for name in ("control", "control-resample"):
+        assert arms[name].config.noise.sigma_start == 0
 
 
 @pytest.mark.slow
 def test_the_settings_reach_the_model(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     """What was asked for, what the trial's receipt measured and what tracking shows are the same."""
     result, _ = finished
-    record = next(r for r in result.records if r.arm == "e13i-baseline")
-    assert load_config(result.config.tracking_uri, record.run_id)["noise"]["sigma_start"] == 4.0
-    assert max(sigma for _, sigma in load_history(result.config.tracking_uri, record.run_id, "rin/sigma")) == 4.0
+    outcome = named(result)["e13i-baseline"].results[0]
+    assert outcome.config.noise.sigma_start == 4.0
+    assert max(effect.nominal for effect in outcome.receipt.effects) == 4.0
+    run = next(run for run in runs(result.config.tracking_uri, "s") if run.data.tags["arm"] == "e13i-baseline")
+    assert run.data.params["noise.sigma_start"] == "4.0"
+    assert max(sigma for _, sigma in points(result.config.tracking_uri, run, "rin/sigma")) == 4.0
+    reported = read_reports(trial_folder(result.config, "e13i-baseline", 0))
+    assert points(result.config.tracking_uri, run, "grpo/reward") == [(r.step, r.signals["grpo/reward"]) for r in reported]
 
 
 @pytest.mark.slow
 def test_the_view_hears_of_every_trial_s_start_and_end(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, events = finished
     ended = {e.trial: e.status for e in events if e.status != "running"}
-    assert ended == {f"{r.arm}/{r.replicate}": r.status for r in result.records}
+    assert ended == {f"{arm.name}/{k}": outcome.outcome for arm in result.arms for k, outcome in arm.results.items()}
     assert {e.trial for e in events if e.status == "running" and e.step == 0} == set(ended)
 
 
 @pytest.mark.slow
 def test_the_exported_trial_repeats_its_evaluation_exactly(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    best = result.best
-    assert best is not None
+    assert result.candidate is not None
     exported = read_config(load_yaml(folder(result.config) / "best.yaml"))
-    assert exported == best.config
+    assert exported == result.candidate.config
     trial = Trial(exported)
     while not trial.done:
         trial.step()
-    assert trial.outcome().eval["correct"] == load_correct(result.config.tracking_uri, best.run_ids[0])
+    assert trial.outcome().eval == result.candidate.arm.results[0].eval
 
 
 @pytest.mark.slow
-def test_the_best_configuration_is_feasible_and_called_a_candidate(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
+def test_the_candidate_is_feasible_and_called_a_candidate(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
     result, _ = finished
-    best = choose_best("s", result.records, result.config.tracking_uri)
-    assert best.arm != "e13i-baseline"
-    text = to_yaml(best)
-    assert "candidate" in text
-    assert "better" not in text
-    assert read_config(parse_yaml(text, "text")) == best.config
-    lines = to_verl(best).splitlines()
+    candidate = result.candidate
+    assert candidate is not None
+    assert candidate.arm.name == "c03", "the one with noise that completed: no control, and not the collapsed point"
+    assert candidate.control.name == "control"
+    yaml = to_yaml(candidate)
+    assert (folder(result.config) / "best.yaml").read_text() == yaml
+    assert "candidate" in yaml
+    assert "better" not in yaml
+    assert read_config(parse_yaml(yaml, "text")) == candidate.config
+    lines = to_verl(candidate).splitlines()
     assert any(line.startswith("++trainer.noise_injection.enabled=") for line in lines)
     assert any(line.startswith("# no key for: quant.weights=mxfp4") for line in lines)
 
@@ -145,7 +170,7 @@ def test_a_store_remembers_its_sweeps(finished: tuple[StudyResult, list[TrialEve
     with pytest.raises(ConfigError, match=r"--name s: .*exists already"):
         run_study(result.config, lambda event: None)
     planned = plan_study(study(Path(store), name="next", trials=5, replicates=3), cpus=2)
-    assert (planned.runs, planned.searched, planned.slots) == (15, 4, 2)
+    assert (planned.study.runs, planned.searched, planned.slots) == (15, 4, 2)
     assert "median" in planned.seconds_source
 
 
@@ -161,9 +186,9 @@ def test_a_user_s_own_point_is_a_file(tmp_path: Path) -> None:
     mine.write_text("noise: {sigma_start: 0.03, sigma_end: 0.003}\nseed: 7\n")
     control, point = fixed_arms(study(tmp_path, points=(str(mine),)))
     assert (point.name, point.origin) == ("mine", "point")
-    assert point.tree["noise"]["sigma_start"] == 0.03
-    assert "seed" not in point.tree, "replicates have the sweep's seeds"
-    assert {**point.tree, "noise": control.tree["noise"]} == control.tree
+    assert point.config.noise.sigma_start == 0.03
+    assert point.config.seed == 0, "replicates have the sweep's seeds"
+    assert point.config.model_copy(update={"noise": control.config.noise}) == control.config
     taken = tmp_path / "e13h.yaml"
     taken.write_text("{}")
     with pytest.raises(ConfigError, match="e13h would name an arm; rename the file"):
@@ -185,26 +210,30 @@ def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -
     assert not folder(config).exists()
 
 
-@pytest.mark.slow
-def test_a_sweep_whose_tracking_is_gone_at_the_end_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(uri: str, experiment: str) -> tuple[Any, ...]:
-        raise ConfigError(f"tracking {uri}: cannot read experiment {experiment}")
-
-    monkeypatch.setattr("search.study.load_study", lost)
-    result = run_study(study(tmp_path, trials=1, settings={"eval": {"questions": 8}}), lambda event: None)
-    assert "cannot read experiment s" in result.tracking_lost
-    assert result.best is None
+def test_of_its_callback_nothing_is_in_what_tune_pickles_into_the_store(tmp_path: Path) -> None:
+    config = study(tmp_path, tracking_uri="http://rin:canary-4711@127.0.0.1:9/")
+    callback = SweepCallback.of(config, Budget(config, []), Tracker(config), lambda event: None)
+    pickled = pickle.dumps(callback)
+    assert b"canary" not in pickled
+    assert vars(pickle.loads(pickled)) == {}
 
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_a_failure_and_not_a_finding(tmp_path: Path) -> None:
     missing = tmp_path / "no-such-model"
     settings = {"model": {"name": str(missing), "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
-    result = run_study(study(tmp_path, workload="embedded", trials=1, settings=settings), lambda event: None)
-    (record,) = result.records
-    assert record.status == "failed"
-    assert "no-such-model" in record.reason
-    assert result.best is None
+    events: list[TrialEvent] = []
+    result = run_study(study(tmp_path, workload="embedded", trials=1, settings=settings), events.append)
+    (control,) = result.arms
+    (state,) = read_trials(result.config, control, driven=False)
+    assert (control.results, state.status) == ({}, "failed")
+    assert "no-such-model" in state.reason
+    assert events[-1].status == "failed"
+    (run,) = runs(result.config.tracking_uri, "s")
+    assert (run.data.tags["status"], run.info.status) == ("failed", "FAILED")
+    assert "no-such-model" in run.data.tags["error"]
+    assert (result.candidate, result.unfinished) == (None, 1)
+    assert not (folder(result.config) / "best.yaml").exists()
 
 
 @pytest.mark.slow
@@ -236,11 +265,14 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
     _, err = running.communicate(timeout=120)
     assert running.returncode == 1, err
     assert "interrupted" in err
-    records = load_study(default_tracking_uri(str(tmp_path)), "s")
-    assert {r.status for r in records} == {"stopped"}
-    assert all(r.ended is not None for r in records)
+    config = load_study_config(str(tmp_path), "s")
+    shown = runs(config.tracking_uri, "s")
+    assert {(run.data.tags["status"], run.info.status) for run in shown} == {("stopped", "KILLED")}
     assert list((tmp_path / "s" / "trials").glob("*/checkpoint-*")), "saved before it evaluated itself"
-    assert len(load_correct(default_tracking_uri(str(tmp_path)), records[0].run_id)) == 128, "evaluated as it left, and that was kept"
+    left = read_stopped(trial_folder(config, "control", 0))
+    assert left is not None
+    assert left.eval.n == 128, "evaluated as it left, and that was kept"
+    assert json.loads(text(config.tracking_uri, shown[0], "correct.json")) == list(left.eval.correct)
     deadline = time.monotonic() + 30
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children) and time.monotonic() < deadline:
         time.sleep(0)
@@ -260,10 +292,13 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
     events: list[TrialEvent] = []
     again = resume_study(load_study_config(result.config.store, "s"), events.append)
     assert events == []
-    assert again.records == result.records
+    assert again.arms == result.arms
+    assert again.candidate == result.candidate
     report = report_study(result.config)
     for row in report.arms:
-        tracked = [r.metrics["eval/accuracy"] for r in result.records if r.arm == row.arm]
+        measured = [run.accuracy for run in replicates_of(result.config, named(result)[row.arm])]
+        tracked = [run.data.metrics["eval/accuracy"] for run in runs(result.config.tracking_uri, "s") if run.data.tags["arm"] == row.arm]
+        assert sorted(tracked) == sorted(measured)
         assert row.accuracy == pytest.approx(sum(tracked) / len(tracked))
     baseline = next(row for row in report.arms if row.arm == "e13i-baseline")
     assert (baseline.collapsed, baseline.control, baseline.verdict.split(",")[0]) == (2, "control-resample", "undecided")
@@ -276,8 +311,16 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
     stopped = run_study(config, lambda event: None)
     assert stopped.budget_spent
     assert stopped.unfinished == 3
-    assert {r.status for r in stopped.records} == {"stopped"}
-    assert all(r.ended is not None for r in stopped.records)
+    assert not any(arm.results for arm in stopped.arms)
+    shown = runs(config.tracking_uri, "s")
+    assert shown
+    assert {(run.data.tags["status"], run.info.status) for run in shown} == {("stopped", "KILLED")}
     finished = resume_study(config.model_copy(update={"budget_hours": 1.0}), lambda event: None)
     assert (finished.unfinished, finished.budget_spent) == (0, False)
-    assert [(r.arm, r.status) for r in finished.records] == [("control", "completed"), ("c01", "completed"), ("c02", "completed")]
+    assert [(arm.name, arm.results[0].outcome) for arm in finished.arms] == [(name, "completed") for name in ("control", "c01", "c02")]
+    again = runs(config.tracking_uri, "s")
+    assert [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in again] == [
+        (name, "completed", "FINISHED") for name in ("control", "c01", "c02")
+    ]
+    steps = [points(config.tracking_uri, run, "rin/steps_done") for run in again]
+    assert steps == [[(k, k + 1.0) for k in range(12)]] * 3, "each once"

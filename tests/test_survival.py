@@ -1,22 +1,60 @@
-"""What survives, a few moments of each fault; `tests/benchmarks/faults.py` strikes more often and writes docs/faults.md."""
+"""What survives, a moment of each fault; `tests/benchmarks/faults.py` strikes more often and writes docs/faults.md."""
+
+import json
+import random
 
 import pytest
 
-from tests.benchmarks.faults import FAULTS, run_fault
+from search.store import load_study_config
+from search.study import resume_study
+from spaces.errors import ConfigError
+from tests.benchmarks import faults
+from tests.benchmarks.faults import DEADLINE, FAULTS, TRIALS, Sweep, Tally
+
+pytestmark = pytest.mark.slow
+
+LONGER = ("--set", "grpo.steps=24")  # all faults are to strike one sweep
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["driver", "actor", "sigterm", "checkpoint", "hang"])
-def test_a_sweep_that_is_hurt_and_resumed_has_every_trial_once_with_the_undisturbed_numbers(name: str) -> None:
-    tally = run_fault(name, FAULTS[name], seed=1, enough=2 if name in ("actor", "hang") else 1)
-    assert tally.faults >= 1
+def assert_every_trial_is_there_once_with_the_undisturbed_numbers(sweep: Sweep) -> None:
+    tally = sweep.tally
+    sweep.finish()
+    faults.check(sweep)
     assert tally.found == tally.expected > 0
     assert (tally.twice, tally.lost, tally.unclosed, tally.other_numbers) == (0, 0, 0, 0), tally.notes
     assert tally.notes == []
 
 
-@pytest.mark.slow
-def test_a_second_driver_is_refused() -> None:
-    tally = run_fault("second", FAULTS["second"], seed=1, enough=1)
-    assert tally.faults >= 1
-    assert tally.notes == []
+def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_with_the_undisturbed_numbers() -> None:
+    """By SIGKILL, by SIGTERM, and by SIGKILL with a damaged newest checkpoint: what one leaves behind meets the next one."""
+    waiting = ["driver", "sigterm", "checkpoint"]
+    for number in range(3):  # a sweep may have ended before all of them have struck
+        with faults.new_store("driver") as store:
+            sweep = Sweep(f"driver{number}", store, random.Random(f"1 {number}"), Tally(), more=LONGER)
+            while waiting and sweep.outcomes() < TRIALS:
+                before = sweep.tally.faults
+                FAULTS[waiting[0]].strike(sweep)
+                del waiting[: sweep.tally.faults - before]
+            assert_every_trial_is_there_once_with_the_undisturbed_numbers(sweep)
+        if not waiting:
+            break
+    assert waiting == []
+
+
+def test_a_second_driver_is_refused_and_trials_that_hang_or_are_killed_are_tried_again_with_the_undisturbed_numbers() -> None:
+    with faults.new_store("hang") as store:
+        sweep = Sweep("hang", store, random.Random(1), Tally(), more=LONGER)
+        faults.prepare_freeze(sweep)
+        running = sweep.start()
+        sweep.wait_for_life(running)
+        with pytest.raises(ConfigError, match="is being run by another process"):
+            resume_study(load_study_config(str(store), sweep.name), lambda event: pytest.fail("it runs"))
+        assert running.poll() is None, "there was a first one"
+        faults.freeze_a_rollout(sweep, running)
+        sweep.wait_for_life(running)  # another trial's, or the next attempt of the frozen one
+        faults.kill_an_actor(sweep, running)
+        running.wait(DEADLINE)
+        assert sweep.tally.faults == 2
+        attempts = [json.loads(file.read_text()) for file in sweep.folder.glob("trials/*/attempt-*.json")]
+        assert sum(attempt["ended"] == "hang" for attempt in attempts) == 1
+        assert_every_trial_is_there_once_with_the_undisturbed_numbers(sweep)

@@ -1,88 +1,82 @@
 """Rows for people, asserted as rows; drawing gets one look."""
 
 import io
+import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from dashboards.live import sweep_view
-from dashboards.tables import arm_rows, arm_table, describe_noise, duration, points
-from search.study import TrialEvent
-from search.tracking import TrialRecord
+from dashboards.tables import arm_table, describe_noise, duration, points, status_row, steps_text, why
+from search.arms import read_arms
+from search.execution import TrialEvent
+from search.report import ArmReport, arm_reports
 from spaces.points import POINTS
-from spaces.reading import as_tree, read_config
+from spaces.reading import read_config
+from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 
 
-def record(arm: str, replicate: int = 0, accuracy: float | None = 0.5, status: str = "completed", **changes: Any) -> TrialRecord:
-    metrics = {} if accuracy is None else {"eval/accuracy": accuracy, "eval/accuracy_start": 0.1, "rin/steps_done": 29.0}
-    given: dict[str, Any] = {
-        "run_id": f"{arm}{replicate}",
-        "arm": arm,
-        "replicate": replicate,
-        "origin": "control" if arm.startswith("control") else "searcher",
-        "status": status,
-        "rule": "",
-        "reason": "",
-        "params": {"grpo.filter_groups": "off", "noise.sigma_start": "0.0"},
-        "metrics": metrics,
-        "started": 100.0,
-        "ended": 130.0,
-    }
-    return TrialRecord(**{**given, **changes})
+def rows_of(tmp_path: Path, right: dict[str, list[Any]], replicates: int = 2) -> dict[str, ArmReport]:
+    config = study(tmp_path, trials=len(right), replicates=replicates)
+    write_sweep(config, [make_arm(config, name) for name in right], right)
+    return {row.arm: row for row in arm_reports(config, read_arms(config))}
 
 
-def test_an_arm_is_the_median_of_its_replicates_against_the_control_with_its_own_filter() -> None:
-    resample = {"grpo.filter_groups": "resample", "noise.sigma_start": "0.05", "noise.sigma_end": "0.0005", "noise.modules": '["linear"]'}
-    records = [
-        *(record("control", k, a) for k, a in enumerate((0.4, 0.5, 0.9))),
-        *(record("control-resample", k, a, params=resample | {"noise.sigma_start": "0"}) for k, a in enumerate((0.6, 0.7, 0.8))),
-        *(record("c03", k, a, params=resample) for k, a in enumerate((0.71, 0.72, 0.1))),
-    ]
-    rows = {row.arm: row for row in arm_rows(records)}
-    assert rows["control"].accuracy == 0.5
+def test_the_difference_of_a_row_is_the_paired_one(tmp_path: Path) -> None:
+    """Unpaired medians would say +20 points."""
+    rows = rows_of(tmp_path, {"control": [100, 200, 300], "c01": [180, 140, 280]}, replicates=3)
+    assert rows["c01"].difference == pytest.approx((80 - 60 - 20) / 3 / 400)
     assert rows["control"].difference is None
-    assert rows["c03"].accuracy == 0.71
-    assert rows["c03"].difference == pytest.approx(0.01), "against control-resample, not control"
-    assert rows["c03"].replicates == 3
-    assert rows["c03"].seconds == 90.0
 
 
-def test_a_control_that_did_not_complete_is_nothing_to_compare_with() -> None:
-    rows = arm_rows([record("control", status="collapsed"), record("c01")])
-    assert rows[1].difference is None
+def test_mixed_endings_rules_and_errors_are_all_named(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=3, replicates=2)
+    arms = [make_arm(config, name) for name in ("control", "c01", "c02")]
+    write_sweep(config, arms, {"control": [200, 210], "c01": [("collapsed", 50), 220]})
+    hung = attempt(step=3, ended="hang", reason="step 3: phase rollout took over 900 s")
+    write_trial(config, arms[2], 0, None, attempts=[hung, attempt(step=3, ended="error", reason="OSError: Boom")])
+    rows = {row.arm: row for row in arm_reports(config, read_arms(config))}
+    assert (rows["c01"].status, why(rows["c01"])) == ("1 collapsed, 1 completed", "filter_rejection")
+    assert (rows["c02"].status, why(rows["c02"])) == ("failed", "OSError: Boom (2 attempts)")
+    assert (rows["c02"].accuracy, steps_text(rows["c02"])) == (None, "3")
 
 
-def test_mixed_endings_rules_and_errors_are_all_named() -> None:
-    rows = arm_rows(
-        [record("c01", 0, status="collapsed", rule="gibberish"), record("c01", 1), record("c02", 0, None, "failed", reason="Boom")]
-    )
-    assert rows[0].status == "1 collapsed, 1 completed"
-    assert rows[0].rule == "gibberish"
-    assert (rows[1].accuracy, rows[1].rule) == (None, "Boom")
+def test_hours_of_a_trial_that_was_resumed_are_those_in_which_something_ran(tmp_path: Path) -> None:
+    """A day lies between the kill and the resume."""
+    config = study(tmp_path, trials=1, replicates=1)
+    arm = make_arm(config, "control")
+    write_sweep(config, [arm], {})
+    write_trial(config, arm, 0, outcome(arm, 0, 300), attempts=[attempt(0, 60, ended=""), attempt(86_400, 86_430)])
+    (row,) = arm_reports(config, read_arms(config))
+    assert sum(trial.hours for trial in row.trials) == pytest.approx(90 / 3600)
+
+
+def test_a_status_row_is_plain_data(tmp_path: Path) -> None:
+    row = status_row(rows_of(tmp_path, {"control": [200, 210], "c01": [240, 250]})["c01"])
+    assert (row["arm"], row["status"], row["step"], row["replicates"], row["candidate"]) == ("c01", "completed", "6", 2, True)
+    assert row["difference"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("overrides", "said"),
     [
-        ({"noise.sigma_start": "0.0"}, "none"),
-        ({"noise.sigma_start": "0.05", "noise.sigma_end": "0.0005", "noise.modules": '["rmsnorm"]'}, "rmsnorm 0.05 -> 0.0005"),
+        (["noise.sigma_start=0"], "none"),
+        (["noise.sigma_start=0.05", "noise.sigma_end=0.0005"], "rmsnorm 0.05 -> 0.0005"),
         (
-            {
-                "noise.sigma_start": "0.05",
-                "noise.sigma_end": "0.001",
-                "noise.modules": '["rmsnorm","linear"]',
-                "noise.layers": "middle",
-                "quant.weights": "mxfp4",
-                "quant.activations": "none",
-            },
+            [
+                *("noise.sigma_start=0.05", "noise.sigma_end=0.001", "noise.modules=[rmsnorm,linear]"),
+                *("noise.layers=middle", "quant.activations=none"),
+            ],
             "rmsnorm+linear middle 0.05 -> 0.001, mxfp4/none",
         ),
+        (["noise.sigma_start=0.05", "noise.sigma_end=0.001", "noise.layers=[0,3]"], "rmsnorm [0,3] 0.05 -> 0.001"),
     ],
 )
-def test_noise_in_a_few_words(params: dict[str, str], said: str) -> None:
-    quant = {"quant.weights": "mxfp4", "quant.activations": "mxfp4"}
-    assert describe_noise(quant | params) == said
+def test_noise_in_a_few_words(overrides: list[str], said: str) -> None:
+    assert describe_noise(read_config({}, overrides)) == said
 
 
 def test_units() -> None:
@@ -90,16 +84,8 @@ def test_units() -> None:
 
 
 def event(status: str, **changes: Any) -> TrialEvent:
-    settings = as_tree(read_config(POINTS["e13i-baseline"].settings))
-    given: dict[str, Any] = {
-        "trial": "c01/0",
-        "arm": "c01",
-        "replicate": 0,
-        "status": status,
-        "settings": settings,
-        "steps": 29,
-        "metrics": {},
-    }
+    config = read_config(POINTS["e13i-baseline"].settings)
+    given: dict[str, Any] = {"arm": "c01", "replicate": 0, "status": status, "config": config, "metrics": {}}
     return TrialEvent(**{**given, **changes})
 
 
@@ -128,7 +114,19 @@ def test_in_a_terminal_a_table_shows_the_last_known_numbers() -> None:
         assert said in last
 
 
-def test_the_final_table_is_drawn() -> None:
+def test_the_final_table_is_drawn(tmp_path: Path) -> None:
     text = io.StringIO()
-    Console(file=text, width=200).print(arm_table(arm_rows([record("control"), record("c01", accuracy=0.55)]), "sweep x"))
-    assert "+5.0" in text.getvalue()
+    rows = rows_of(tmp_path, {"control": [200, 210], "c01": [220, 230], "c02": [100, None]})
+    Console(file=text, width=200).print(arm_table(list(rows.values()), "sweep x"))
+    for said in ("+5.0", "c01 (candidate)", "1 completed, 1 stopped", "1/2"):
+        assert said in text.getvalue()
+
+
+def test_an_accuracy_that_is_not_finite_is_no_number_of_the_arm(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=1, replicates=1)
+    arm = make_arm(config, "control")
+    write_sweep(config, [arm], {})
+    broken = outcome(arm, 0, 300)
+    write_trial(config, arm, 0, replace(broken, eval=replace(broken.eval, accuracy=math.inf)))
+    (row,) = arm_reports(config, read_arms(config))
+    assert (row.status, row.accuracy, row.missing) == ("completed", None, 1)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from spaces.config import ConfigError, TaskConfig
-from trainable.gsm8k import Problem, flexible_number, load_problems, parse_number, problems_of, split_problems, strict_number
-from trainable.gym import HARMLESS, REFUSED, extract_answer, open_gym
-from trainable.tasks import TASKS, Question, Split, Task, addition_question, build_task, split_of
+from trainable.tasks.addition import addition_question
+from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, problems_of, split_problems, strict_number
+from trainable.tasks.gym import HARMLESS, REFUSED, extract_answer, open_gym
+from trainable.tasks.table import TASKS, build_task
+from trainable.tasks.task import Question, Split, Task, split_of
 
 SMALL = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
 HELD_OUT: tuple[Any, ...] = ("selection", "confirm")
@@ -147,9 +149,10 @@ def test_added_reward_counts_by_its_weight_and_leaves_correctness_alone(task: Ta
     assert not score.correct
 
 
+@pytest.mark.slow
 def test_questions_are_the_same_in_another_process() -> None:
     code = (
-        "from spaces.config import TaskConfig; from trainable.tasks import build_task\n"
+        "from spaces.config import TaskConfig; from trainable.tasks.task import build_task\n"
         "for name in ('addition', 'reasoning_gym:gcd'):\n"
         "    task = build_task(TaskConfig(name=name))\n"
         "    print([q.prompt for q in task.held_out('selection', 20) + task.sample(20, seed=1, step=2, batch=3)])\n"
@@ -499,7 +502,7 @@ def test_countdown_is_solved_by_an_expression() -> None:
 def test_every_accepted_data_set_makes_the_same_questions_in_every_process() -> None:
     code = (
         "from itertools import islice; from random import Random; from reasoning_gym.factory import DATASETS\n"
-        "from trainable.gym import REFUSED, open_gym\n"
+        "from trainable.tasks.gym import REFUSED, open_gym\n"
         "for name in sorted(DATASETS.keys() - REFUSED.keys()):\n"
         "    count = 3 if name in ('futoshiki', 'zebra_puzzles', 'puzzle24') else 30\n"
         "    for entry in islice(open_gym(name, {}).entries(Random(1)), count):\n"
@@ -556,9 +559,10 @@ def test_options_without_variety_are_explained_and_do_not_hang() -> None:
         task.held_out("confirm", 4)
 
 
+@pytest.mark.slow
 def test_tasks_are_built_without_torch_and_without_reasoning_gym() -> None:
     code = (
-        "import sys; from spaces.config import TaskConfig; from trainable.tasks import build_task\n"
+        "import sys; from spaces.config import TaskConfig; from trainable.tasks.task import build_task\n"
         "build_task(TaskConfig()).held_out('selection', 4)\n"
         "assert not {'torch', 'reasoning_gym', 'datasets', 'ray'} & sys.modules.keys()\n"
     )

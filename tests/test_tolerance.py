@@ -35,7 +35,6 @@ def test_the_fit_is_statsmodels_logit(outcomes: dict[float, list[int]]) -> None:
     boundary = one(outcomes)
     assert boundary.status == "fitted"
     assert boundary.sigma_50 == pytest.approx(math.exp(-offset / slope), rel=1e-6)
-    assert boundary.sigma_10 == pytest.approx(math.exp((math.log(0.1 / 0.9) - offset) / slope), rel=1e-6)
 
 
 @pytest.mark.parametrize("outcomes", OVERLAPPING[1:])
@@ -46,22 +45,17 @@ def test_the_interval_ends_where_the_likelihood_has_fallen_by_chi_square(outcome
     x, y = np.log([run.sigma for run in rows]), np.array([float(run.collapsed) for run in rows])
     best = sm.Logit(y, sm.add_constant(x)).fit(disp=0).llf
     boundary = one(outcomes, confidence)
-    for low, high, p, at in (
-        (boundary.low_50, boundary.high_50, 0.5, boundary.sigma_50),
-        (boundary.low_10, boundary.high_10, 0.1, boundary.sigma_10),
-    ):
-        assert at is not None
-        assert 0 < low < at < high < math.inf
-        for end in (low, high):
-            distance = (x - math.log(end))[:, None]
-            held = sm.GLM(y, distance, family=sm.families.Binomial(), offset=np.full(len(y), special.logit(p))).fit()
-            assert 2 * (best - held.llf) == pytest.approx(stats.chi2.ppf(confidence, 1), rel=1e-5)
+    assert boundary.sigma_50 is not None
+    assert 0 < boundary.low_50 < boundary.sigma_50 < boundary.high_50 < math.inf
+    for end in (boundary.low_50, boundary.high_50):
+        held = sm.GLM(y, (x - math.log(end))[:, None], family=sm.families.Binomial()).fit()
+        assert 2 * (best - held.llf) == pytest.approx(stats.chi2.ppf(confidence, 1), rel=1e-5)
 
 
 def test_separated_outcomes_are_a_bracket_and_no_number() -> None:
     boundary = one({0.001: [0], 0.01: [0] * 5, 0.05: [1] * 5, 0.1: [1]})
     assert (boundary.status, boundary.held, boundary.broke) == ("bracketed", 0.01, 0.05)
-    assert (boundary.sigma_50, boundary.sigma_10) == (None, None)
+    assert boundary.sigma_50 is None
     assert (boundary.low_50, boundary.high_50) == (pytest.approx(0.01, rel=1e-3), pytest.approx(0.05, rel=1e-3))
     assert "held up to sigma 0.01, every run broke from 0.05" in boundary.words()
 

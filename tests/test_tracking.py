@@ -1,156 +1,141 @@
-"""The MLflow callback and its readers, against real sqlite stores, a real server that dies, and a real Tune run."""
+"""MLflow as it is told of trials: what it shows, when it is away, what it refuses. Real sqlite stores, a real server, a real Tune run."""
 
 import json
 import logging
 import math
 import os
-import pickle
-import shutil
-import signal
-import socket
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from search import spool as spool_module
-from search import tracking
+from search import mlflow_client, tracking
+from search.arms import read_arms, trial_folder, write_arm
+from search.budget import Budget
+from search.mirror import send_missing, tell_endings
+from search.mlflow_client import Owner, check_tracking, claim
 from search.secrets import strip_password
-from search.store import default_tracking_uri
-from search.tracking import (
-    MLflowCallback,
-    check_tracking,
-    deliver_spool,
-    load_config,
-    load_correct,
-    load_history,
-    load_study,
-)
-from spaces.config import ConfigError, NoiseConfig, TrialConfig
-from spaces.reading import as_tree, flatten
+from search.store import StudyConfig, default_tracking_uri, save_study_config
+from search.tracking import Delivery, MlflowWriter, Tracker, known_trials
+from spaces.config import ConfigError, TrialConfig
+from spaces.reading import as_tree, flatten, parse_yaml, read_config
+from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, free_port, points, runs, text
+from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
+from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome, write_stopped
+from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
 
-CONFIG = as_tree(TrialConfig(noise=NoiseConfig(sigma_start=0.05, modules=("linear",)), seed=3))
-SAMPLES = [{"step": 0, "prompt": "1+2=", "completion": "3", "answer": "3", "reward": 1.0}]
+SAMPLE = Sample(step=0, prompt="1+2=", completion="3", answer="3", reward=1.0)
+SOMEBODY = Owner(id="0" * 32, store="/somewhere")
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = default_tracking_uri(str(tmp_path_factory.mktemp("my store")))
-    check_tracking(uri, "makes the database")  # any test may be the first one that a process runs
+    check_tracking(uri, "makes the database", SOMEBODY)  # any test may be the first one that a process runs
     return uri
 
 
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> str:
-    return str(request.node.name)
+    return re.sub(r"\W+", "-", request.node.name)
+
+
+class Sweep:
+    """A sweep of one trial, c03/2, that a test drives as a sweep and its trials do: files first, then what MLflow is told."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.arm = make_arm(config, "c03", "noise.modules=linear", origin="searcher")
+        self.tracker = Tracker(config)
+        self.reports: list[StepReport] = []
+        save_study_config(config)
+        write_arm(config, 3, self.arm)
+
+    @property
+    def uri(self) -> str:
+        return self.config.tracking_uri
+
+    def begin(self, **more: Any) -> None:
+        self.attempt = AttemptLog(trial_folder(self.config, "c03", 2))
+        self.tracker.begin(self.arm, 3, 2)
+
+    def step(self, rule: str = "", evidence: str = "", samples: tuple[Sample, ...] = (), **signals: float) -> StepReport:
+        """`reward=0.1` is grpo/reward."""
+        number = len(self.reports)
+        report = StepReport(
+            step=number,
+            sigma=0.0,
+            signals={"rin/sigma": 0.0, **{f"grpo/{name}": value for name, value in signals.items()}},
+            verdict=CollapseVerdict(collapsed=True, rule=rule, evidence=evidence) if rule else HEALTHY,
+            seconds=0.5,
+            samples=samples,
+            time_ms=1_700_000_000_000 + number,
+        )
+        self.reports.append(report)
+        self.attempt.step = number + 1
+        self.tracker.report(self.arm, 2, report)
+        return report
+
+    def end(self, **how: Any) -> Outcome:
+        ended = replace(outcome(self.arm, 2, 3, seconds=9.0, **how), step=len(self.reports))
+        write_outcome(trial_folder(self.config, "c03", 2), ended, self.reports)
+        self.attempt.end("outcome")
+        self.tracker.end(self.arm, 2)
+        return ended
+
+    def run(self, steps: int = 3) -> Outcome:
+        self.begin()
+        for number in range(steps):
+            self.step(reward=number / 10, samples=(SAMPLE,))
+        return self.end()
+
+    def again(self) -> Any:
+        """Another process, that finds what this one left."""
+        return send_missing(self.config)
+
+    def shown(self) -> Any:
+        (run,) = runs(self.uri, self.config.name)
+        return run
+
+
+def make_sweep(uri: str, experiment: str, folder: Path) -> Sweep:
+    return Sweep(study(folder, name=experiment, tracking_uri=uri, replicates=3, settings={"eval": {"questions": 4}}))
 
 
 @pytest.fixture
-def callback(uri: str, experiment: str, tmp_path: Path) -> Iterator[MLflowCallback]:
-    callback = make_callback(uri, experiment, tmp_path)
-    yield callback
-    callback.close()
-
-
-def make_callback(uri: str, experiment: str, folder: Path) -> MLflowCallback:
-    return MLflowCallback(uri=uri, experiment=experiment, sweep="it's a sweep", spool=folder / "spool")
-
-
-def make_trial(
-    arm: str = "c03", config: dict[str, Any] | None = None, error_file: str | None = None, folder: str = "/nowhere", number: int = 3
-) -> Any:
-    """As Tune hands it over; its own id differs at each start."""
-    setting = {
-        "config": CONFIG if config is None else config,
-        "arm": arm,
-        "replicate": 2,
-        "origin": "searcher",
-        "number": number,
-        "folder": folder,
-    }
-    return SimpleNamespace(trial_id=uuid.uuid4().hex, config=setting, error_file=error_file, num_failures=1)
-
-
-def result(step: int, **more: Any) -> dict[str, Any]:
-    return {"trial_id": "t1", "config": {}, "training_iteration": step + 1, "step": step, "seconds": 0.5, "collapsed": 0, "rule": ""} | more
-
-
-def outcome(status: str, step: int, **more: Any) -> dict[str, Any]:
-    evaluation = {"accuracy": 0.75, "accuracy_bf16": 0.8, "accuracy_start": 0.2, "n": 4, "correct": [1, 1, 0, 1]}
-    base = {
-        "outcome": status,
-        "rule": "",
-        "step": step,
-        "eval": evaluation,
-        "receipt": {"quantized": ["q"]},
-        "config": CONFIG,
-        "seconds": 9.0,
-    }
-    return base | more
-
-
-def run_one(callback: MLflowCallback, steps: int = 3, status: str = "completed") -> None:
-    trial = make_trial()
-    callback.on_trial_start(trial=trial)
-    for step in range(steps):
-        last = {"outcome": outcome(status, step)} if step == steps - 1 else {}
-        callback.on_trial_result(trial=trial, result=result(step, **{"grpo/reward": step / 10, "eval/n": 4}, samples=SAMPLES, **last))
-    callback.on_trial_complete(trial=trial)
-
-
-def mlflow_run(uri: str, run_id: str) -> Any:
-    return tracking._client(uri).get_run(run_id)
-
-
-def eventually(claim: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def whole_experiment(uri: str, experiment: str) -> Any:
-    """Everything that a second delivery could double or change."""
-    return [
-        (
-            record.params,
-            record.status,
-            {name: load_history(uri, record.run_id, name) for name in record.metrics},
-            {name: len(tracking._client(uri).get_metric_history(record.run_id, name)) for name in record.metrics},
-            mlflow_run(uri, record.run_id).data.tags,
-            mlflow_run(uri, record.run_id).info.status,
-        )
-        for record in load_study(uri, experiment)
-    ]
+def sweep(uri: str, experiment: str, tmp_path: Path) -> Iterator[Sweep]:
+    sweep = make_sweep(uri, experiment, tmp_path)
+    yield sweep
+    sweep.tracker.close()
 
 
 # Where the tracking is
 
 
-def test_importing_tracking_imports_neither_mlflow_nor_ray() -> None:
-    code = "import sys, search.tracking; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
+@pytest.mark.slow
+def test_importing_tracking_imports_neither_mlflow_nor_ray_nor_torch() -> None:
+    code = "import sys, search.tracking, search.mirror; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("first_use", ["check_tracking(uri, 'x')", "deliver_spool(folder, uri)"])
+@pytest.mark.slow
+@pytest.mark.parametrize("first_use", ["check_tracking(uri, 'x', owner)", "known_trials(uri, 'x', owner)"])
 def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) -> None:
-    (tmp_path / tracking.SPOOL).write_text('{"do": "log", "experiment": "x", "key": "k", "time": 1, "tags": {"arm": "a"}}\n')
-    if first_use.startswith("deliver"):  # which makes no database
-        check_tracking(f"sqlite:///{tmp_path}/m.db", "x")
+    if first_use.startswith("known"):  # which makes no database
+        check_tracking(f"sqlite:///{tmp_path}/m.db", "x", SOMEBODY)
     code = (
         "import os; [os.environ.pop(name, None) for name in ('CI', 'DO_NOT_TRACK', 'MLFLOW_DISABLE_TELEMETRY')]\n"
-        "from search.tracking import check_tracking, deliver_spool; from pathlib import Path\n"
-        f"folder = Path({str(tmp_path)!r}); uri = f'sqlite:///{{folder}}/m.db'; {first_use}\n"
+        "from search.mlflow_client import Owner, check_tracking; from search.tracking import known_trials\n"
+        f"uri = 'sqlite:///{tmp_path}/m.db'; owner = Owner(id='i', store='/s'); {first_use}\n"
         "from mlflow.telemetry.client import get_telemetry_client; from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "print(is_telemetry_disabled(), get_telemetry_client())"
     )
@@ -161,7 +146,7 @@ def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "stripped"),
+    ("given", "stripped"),
     [
         ("http://user:secret@host:5000/path", "http://user@host:5000/path"),
         ("postgresql+psycopg2://rin:p@ss:secret@db/mlflow", "postgresql+psycopg2://rin@db/mlflow"),
@@ -173,36 +158,29 @@ def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) ->
         ("sqlite:////home/me/a:b@c/mlflow.db", "sqlite:////home/me/a:b@c/mlflow.db"),
     ],
 )
-def test_strip_password(text: str, stripped: str) -> None:
-    assert strip_password(text) == stripped
+def test_strip_password(given: str, stripped: str) -> None:
+    assert strip_password(given) == stripped
 
 
 def test_check_tracking_makes_an_experiment_once(uri: str, experiment: str) -> None:
-    assert check_tracking(uri, experiment) == check_tracking(uri, experiment)
-    artifacts = tracking._client(uri).get_experiment_by_name(experiment).artifact_location
+    assert check_tracking(uri, experiment, SOMEBODY) == check_tracking(uri, experiment, SOMEBODY)
+    artifacts = mlflow_client.client(uri).get_experiment_by_name(experiment).artifact_location
     assert Path(artifacts).parent == Path(uri.removeprefix("sqlite:///")).parent  # beside the database, not ./mlruns
 
 
 def test_a_relative_sqlite_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    experiment_id = check_tracking("sqlite:///sub/mlflow.db", "x")
+    experiment_id = check_tracking("sqlite:///sub/mlflow.db", "x", SOMEBODY)
     assert (tmp_path / "sub" / "mlflow.db").exists()
-    assert (
-        tracking.absolute_uri("sqlite:///sub/mlflow.db")
-        == f"sqlite:///{tmp_path}/sub/mlflow.db"
-        == default_tracking_uri(str(tmp_path / "sub"))
-    )
+    absolute = mlflow_client.absolute_uri("sqlite:///sub/mlflow.db")
+    assert absolute == f"sqlite:///{tmp_path}/sub/mlflow.db" == default_tracking_uri(str(tmp_path / "sub"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert check_tracking(f"sqlite:///{tmp_path}/sub/mlflow.db", "x") == experiment_id
-    check_tracking("sqlite:///sub/mlflow.db", "x")  # MLflow itself remembers the store of this text
-    assert load_study(default_tracking_uri(str(tmp_path / "elsewhere" / "sub")), "x") == ()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    assert check_tracking(absolute, "x", SOMEBODY) == experiment_id
+    check_tracking("sqlite:///sub/mlflow.db", "y", SOMEBODY)  # MLflow itself remembers the store of this text
+    elsewhere = mlflow_client.client(default_tracking_uri(str(tmp_path / "elsewhere" / "sub")))
+    assert elsewhere.get_experiment_by_name("y") is not None
+    assert mlflow_client.client(absolute).get_experiment_by_name("y") is None
 
 
 @pytest.mark.parametrize(
@@ -216,14 +194,12 @@ def free_port() -> int:
         "{tmp}/mlruns",
     ],
 )
-def test_unusable_tracking_is_one_line_within_seconds(bad: str, tmp_path: Path) -> None:
+def test_unusable_tracking_is_one_line(bad: str, tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database, though it is long enough to be looked at as one" * 20)
     bad = bad.format(port=free_port(), tmp=tmp_path)
-    start = time.monotonic()
     with pytest.raises(ConfigError) as caught:
-        check_tracking(bad, "x")
+        check_tracking(bad, "x", SOMEBODY)
     message = str(caught.value)
-    assert time.monotonic() - start < 8
     assert "\n" not in message
     assert strip_password(bad) in message
     assert "--tracking-uri" in message
@@ -231,381 +207,284 @@ def test_unusable_tracking_is_one_line_within_seconds(bad: str, tmp_path: Path) 
 
 
 def test_a_deleted_experiment_is_refused_with_the_remedy(uri: str, experiment: str) -> None:
-    tracking._client(uri).delete_experiment(check_tracking(uri, experiment))
+    mlflow_client.client(uri).delete_experiment(check_tracking(uri, experiment, SOMEBODY))
     with pytest.raises(ConfigError, match="restore"):
-        check_tracking(uri, experiment)
+        check_tracking(uri, experiment, SOMEBODY)
 
 
 def test_a_store_that_can_be_read_but_not_written_is_refused(tmp_path: Path) -> None:
     uri = default_tracking_uri(str(tmp_path))
-    check_tracking(uri, "x")
+    check_tracking(uri, "x", SOMEBODY)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:  # file permissions do not stop root
         database.execute("CREATE TRIGGER t BEFORE INSERT ON experiment_tags BEGIN SELECT RAISE(ABORT, 'read only'); END")
         database.execute("DELETE FROM experiment_tags")
     with pytest.raises(ConfigError, match=r"cannot write to experiment x: .*read only"):
-        check_tracking(uri, "x")
+        check_tracking(uri, "x", SOMEBODY)
 
 
-def test_reading_makes_no_database(tmp_path: Path) -> None:
+def test_asking_makes_no_database(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
-        load_study(default_tracking_uri(str(tmp_path)), "x")
+        known_trials(default_tracking_uri(str(tmp_path)), "x", SOMEBODY)
     assert list(tmp_path.iterdir()) == []
+
+
+# Whose an experiment is
+
+
+def test_an_experiment_of_another_sweep_is_refused_with_whose_it_is_and_the_remedy(uri: str, experiment: str) -> None:
+    mine, other = Owner(id="a" * 32, store="/data/mine"), Owner(id="b" * 32, store="/data/other")
+    claim(uri, experiment, mine)
+    claim(uri, experiment, mine)
+    for refused in (check_tracking, claim, known_trials):
+        with pytest.raises(ConfigError) as caught:
+            refused(uri, experiment, other)
+        message = str(caught.value)
+        assert message.startswith(f"--name {experiment}: ")
+        assert "another sweep (aaaaaaaa, which lies or lay in /data/mine); give another --name, or another --tracking-uri" in message
+    moved = Owner(id=mine.id, store="/data/moved")
+    claim(uri, experiment, moved)
+    with pytest.raises(ConfigError, match="lay in /data/moved"):
+        check_tracking(uri, experiment, other)
+
+
+def test_a_start_that_goes_no_further_than_the_check_leaves_the_name_free(uri: str, experiment: str) -> None:
+    check_tracking(uri, experiment, SOMEBODY)
+    claim(uri, experiment, Owner(id="a" * 32, store="/data/mine"))
+
+
+def test_a_writer_never_writes_into_another_sweep_s_experiment(sweep: Sweep, tmp_path: Path) -> None:
+    """Both were there when the experiment was nobody's."""
+    sweep.run()
+    assert sweep.tracker.close() == 0
+    before = everything(sweep.uri, sweep.config.name)
+    other = make_sweep(sweep.uri, sweep.config.name, tmp_path / "another store")
+    other.run(steps=5)
+    assert other.tracker.close() > 0
+    assert everything(sweep.uri, sweep.config.name) == before
 
 
 # One run per trial
 
 
-def test_a_completed_trial_reads_back_as_it_was(callback: MLflowCallback, uri: str, experiment: str) -> None:
+def test_a_completed_trial_is_shown_as_it_was(sweep: Sweep) -> None:
     started = time.time()
-    run_one(callback)
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.arm, record.replicate, record.origin) == ("c03", 2, "searcher")
-    assert (record.status, record.rule, record.reason) == ("completed", "", "")
-    assert record.params.keys() == flatten(CONFIG).keys()
-    assert (record.params["noise.sigma_start"], record.params["noise.modules"], record.params["quant.scale_rule"]) == (
-        "0.05",
-        '["linear"]',
-        "floor",
-    )
-    assert record.metrics["grpo/reward"] == 0.2
-    assert (record.metrics["eval/accuracy"], record.metrics["eval/accuracy_start"], record.metrics["perf/trial_seconds"]) == (
-        0.75,
-        0.2,
-        9.0,
-    )
-    assert not {name for name in record.metrics if name.startswith(("config", "trial", "training"))}
-    assert started - 1 < record.started <= (record.ended or 0) < time.time() + 1
-    assert load_history(uri, record.run_id, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
-    assert load_correct(uri, record.run_id) == [1, 1, 0, 1]
-    assert TrialConfig.model_validate(load_config(uri, record.run_id)) == TrialConfig.model_validate(CONFIG)
-    assert json.loads(tracking._read_file(uri, record.run_id, "receipt.json")) == {"quantized": ["q"]}
-    run = mlflow_run(uri, record.run_id)
-    assert (run.info.status, run.info.run_name, run.data.tags["sweep"]) == ("FINISHED", "c03/2", "it's a sweep")
+    ended = sweep.run()
+    assert sweep.tracker.close() == 0
+    run = sweep.shown()
+    tags = run.data.tags
+    assert (tags["sweep"], tags["arm"], tags["replicate"], tags["origin"]) == (sweep.config.name, "c03", "2", "searcher")
+    assert (tags["status"], tags["error"], tags["failure/rule"], tags.get("collapse/rule")) == ("completed", "", "", None)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "c03/2")
+    params = run.data.params
+    assert params.keys() == flatten(as_tree(ended.config)).keys()
+    assert (params["noise.sigma_start"], params["noise.modules"], params["quant.scale_rule"]) == ("0.01", '["linear"]', "floor")
+    metrics = run.data.metrics
+    assert (metrics["eval/accuracy"], metrics["eval/accuracy_start"], metrics["eval/n"]) == (0.75, 0.25, 4)
+    assert (metrics["perf/trial_seconds"], metrics["perf/step_seconds"], metrics["rin/steps_done"]) == (9.0, 0.5, 3)
+    assert not {name for name in metrics if "/" not in name}
+    assert started - 1 < run.info.start_time / 1000 <= run.info.end_time / 1000 < time.time() + 1
+    assert points(sweep.uri, run, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert json.loads(text(sweep.uri, run, "correct.json")) == [1, 1, 0, 1]
+    assert read_config(parse_yaml(text(sweep.uri, run, "config.yaml"), "config.yaml")) == ended.config
+    assert json.loads(text(sweep.uri, run, "receipt.json")) == json.loads(json.dumps(ended.receipt.as_tree()))
 
 
-def test_samples_are_an_mlflow_table(callback: MLflowCallback, uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # load_table looks there, whatever its client says
-    trial = make_trial()
-    for step, reward in ((0, 1.0), (1, math.nan)):
-        callback.on_trial_result(trial=trial, result=result(step, samples=[SAMPLES[0] | {"step": step, "reward": reward}]))
-    callback.on_trial_result(trial=trial, result=result(2, samples=None, outcome=outcome("completed", 2)))
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    client = tracking._client(uri)
-    table = client.load_table(check_tracking(uri, experiment), "samples.json", run_ids=[record.run_id])
+def test_samples_are_an_mlflow_table(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sweep.uri)  # load_table looks there, whatever its client says
+    sweep.begin()
+    sweep.step(samples=(SAMPLE,))
+    sweep.step(samples=(Sample(step=1, prompt="p", completion="c", answer="a", reward=math.nan),))
+    sweep.step()
+    sweep.end()
+    sweep.tracker.close()
+    run, client = sweep.shown(), mlflow_client.client(sweep.uri)
+    table = client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])
     assert list(table.columns) == ["step", "prompt", "completion", "answer", "reward"]
     assert table["step"].tolist() == [0, 1]
-    json.loads(tracking._read_file(uri, record.run_id, "samples.json"), parse_constant=pytest.fail)  # browsers refuse NaN
-    assert json.loads(client.get_run(record.run_id).data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
+    json.loads(text(sweep.uri, run, "samples.json"), parse_constant=pytest.fail)  # browsers refuse NaN
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
 
 
-def test_a_collapsed_trial_is_killed_and_keeps_its_non_finite_metrics(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    trial = make_trial()
-    callback.on_trial_start(trial=trial)
-    callback.on_trial_result(
-        trial=trial, result=result(0, **{"grpo/loss": 0.5, "grpo/kl": 0.1, "gen/entropy": -math.inf, "eval/accuracy": None})
-    )
-    callback.on_trial_result(trial=trial, result=result(1, **{"grpo/loss": math.nan, "grpo/kl": math.inf, "gen/entropy": 1}))
-    verdict = {"collapsed": 1, "rule": "nonfinite", "evidence": "grpo/loss is nan"}
-    last = {"grpo/loss": math.nan, "grpo/kl": math.inf, "outcome": outcome("collapsed", 2, rule="nonfinite")}
-    callback.on_trial_result(trial=trial, result=result(2, **verdict, **last))
-    callback.on_trial_complete(trial=trial)
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.rule, record.reason) == ("collapsed", "nonfinite", "grpo/loss is nan")
-    assert math.isnan(record.metrics["grpo/loss"])
-    assert record.metrics["grpo/kl"] == math.inf
-    assert load_history(uri, record.run_id, "gen/entropy") == [(0, -math.inf), (1, 1.0)]
-    loss = load_history(uri, record.run_id, "grpo/loss")
-    assert [step for step, value in loss if math.isnan(value)] == [1, 2]
-    run = mlflow_run(uri, record.run_id)
-    assert run.info.status == "KILLED"
-    nonfinite = {name: value for name, value in run.data.tags.items() if name.startswith("nonfinite/")}
-    assert nonfinite == {"nonfinite/grpo/loss": "1", "nonfinite/grpo/kl": "1", "nonfinite/gen/entropy": "0"}
-    assert run.data.tags["collapse/step"] == "2"
+def test_a_collapsed_trial_is_killed_and_keeps_its_non_finite_metrics(sweep: Sweep) -> None:
+    sweep.begin()
+    sweep.step(loss=0.5, kl=0.1, entropy=-math.inf)
+    sweep.step(loss=math.nan, kl=math.inf, entropy=1.0)
+    sweep.step("nonfinite", "grpo/loss is nan", loss=math.nan, kl=math.inf)
+    sweep.end(how="collapsed", rule="nonfinite")
+    sweep.tracker.close()
+    run = sweep.shown()
+    tags = run.data.tags
+    assert (tags["status"], run.info.status) == ("collapsed", "KILLED")
+    assert (tags["collapse/rule"], tags["collapse/step"], tags["collapse/evidence"]) == ("nonfinite", "2", "grpo/loss is nan")
+    assert math.isnan(run.data.metrics["grpo/loss"])
+    assert run.data.metrics["grpo/kl"] == pytest.approx(BIGGEST)
+    assert points(sweep.uri, run, "grpo/entropy") == [(0, pytest.approx(-BIGGEST)), (1, 1.0)]
+    assert [step for step, value in points(sweep.uri, run, "grpo/loss") if math.isnan(value)] == [1, 2]
+    nonfinite = {name: value for name, value in tags.items() if name.startswith("nonfinite/")}
+    assert nonfinite == {"nonfinite/grpo/loss": "1", "nonfinite/grpo/kl": "1", "nonfinite/grpo/entropy": "0"}
 
 
-def test_a_rule_that_only_monitors_keeps_its_first_word(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    trial = make_trial()
-    callback.on_trial_result(trial=trial, result=result(4, rule="entropy_high", evidence="3.1 nats"))
-    callback.on_trial_result(trial=trial, result=result(5, rule="reward_low", evidence="0.01", outcome=outcome("completed", 5)))
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.rule, record.reason) == ("completed", "entropy_high", "3.1 nats")
+def test_a_rule_that_only_monitors_keeps_its_first_word(sweep: Sweep) -> None:
+    sweep.begin()
+    sweep.step("entropy_high", "3.1 nats")
+    sweep.step("reward_low", "0.01")
+    sweep.end()
+    sweep.tracker.close()
+    tags = sweep.shown().data.tags
+    assert (tags["status"], tags["collapse/rule"], tags["collapse/evidence"]) == ("completed", "entropy_high", "3.1 nats")
 
 
-def test_many_and_long_params_arrive_and_a_cut_is_marked(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    config = {f"key{index}": index for index in range(250)} | {"long": "x" * 7000, "edge": "y" * 6000, "list": list(range(3000))}
-    callback.on_trial_start(trial=make_trial(config=config))
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert len(record.params) == 253
-    assert record.params["long"].endswith("xx... (7000 characters)")
-    assert len(record.params["long"]) == 6000
-    assert record.params["edge"] == "y" * 6000
-    assert record.params["list"].startswith("[0,1,2,")
-    assert load_config(uri, record.run_id) == config  # whole, in the file
+def test_many_and_long_params_arrive_and_a_cut_is_marked(sweep: Sweep) -> None:
+    options = {f"key{index}": index for index in range(250)} | {"long": "x" * 7000, "edge": "y" * 6000}
+    task = {"name": "reasoning_gym:chain_sum", "options": options}
+    tree = as_tree(sweep.arm.config) | {"task": task, "model": {"name": "/models/one", "recipe": None}}
+    sweep.arm.config = TrialConfig.model_validate(tree)
+    sweep.begin()
+    sweep.tracker.close()
+    run = sweep.shown()
+    params = {name.rpartition(".")[2]: value for name, value in run.data.params.items() if name.startswith("task.options.")}
+    assert len(params) == 252
+    assert params["long"].endswith("xx... (7000 characters)")
+    assert len(params["long"]) == 6000
+    assert params["edge"] == "y" * 6000
+    shown = read_config(parse_yaml(text(sweep.uri, run, "config.yaml"), "config.yaml"))
+    assert dict(shown.task.options) == options  # whole, in the file
 
 
-def test_a_trial_that_fails_in_its_setup_has_a_run_with_the_error(
-    callback: MLflowCallback, uri: str, experiment: str, tmp_path: Path
-) -> None:
-    (tmp_path / "error.txt").write_text("Failure # 1\nTraceback\n  File x\n\x1b[36mRuntimeError: no GPU\x1b[39m\n\n")
-    callback.on_trial_error(trial=make_trial(error_file=str(tmp_path / "error.txt")))
-    callback.on_trial_error(trial=make_trial(arm="c04", error_file=None))
-    callback.close()
-    first, second = sorted(load_study(uri, experiment), key=lambda record: record.arm)
-    assert (first.status, first.reason) == ("failed", "RuntimeError: no GPU")
-    assert (second.status, second.reason) == ("failed", "unknown")
-    assert mlflow_run(uri, first.run_id).info.status == "FAILED"
-    with pytest.raises(ConfigError, match=r"has no correct\.json"):
-        load_correct(uri, first.run_id)
+@pytest.mark.parametrize(
+    ("attempts", "rule", "reason"),
+    [
+        ([{"ended": "error", "reason": "RuntimeError: no GPU"}], "", "RuntimeError: no GPU"),
+        (
+            [{"ended": "hang", "reason": "step 3: phase rollout took over 900 s"}] * 3,
+            "hang",
+            "step 3: phase rollout took over 900 s (3 attempts)",
+        ),
+        ([{"ended": "died", "reason": "its process was killed"}], "", "its process was killed"),
+    ],
+)
+def test_a_failed_trial_says_why(sweep: Sweep, attempts: list[dict[str, Any]], rule: str, reason: str) -> None:
+    write_trial(sweep.config, sweep.arm, 2, None, attempts=[attempt(**one) for one in attempts])
+    sweep.tracker.begin(sweep.arm, 3, 2)
+    sweep.tracker.end(sweep.arm, 2)
+    sweep.tracker.close()
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.info.status) == ("failed", "FAILED")
+    assert (run.data.tags["failure/rule"], run.data.tags["error"]) == (rule, reason)
+    assert files(sweep.uri, run) == ["config.yaml"]
 
 
-def test_a_trial_that_hung_until_its_retries_were_used_up_failed_by_rule_hang(
-    callback: MLflowCallback, uri: str, experiment: str, tmp_path: Path
-) -> None:
-    attempt = {"started": 1.0, "seen": 2.0, "step": 3, "ended": "hang", "reason": "step 3: phase rollout took over 900 s"}
-    for number in (1, 2, 3):
-        (tmp_path / f"attempt-{number:03d}.json").write_text(json.dumps(attempt))
-    (tmp_path / "error.txt").write_text("ray.exceptions.ActorDiedError: the actor died")
-    callback.on_trial_error(trial=make_trial(error_file=str(tmp_path / "error.txt"), folder=str(tmp_path)))
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.rule) == ("failed", "hang")
-    assert record.reason == "step 3: phase rollout took over 900 s (3 attempts)"
+def test_a_trial_stopped_from_outside_has_the_evaluation_that_it_made_as_it_left(sweep: Sweep) -> None:
+    sweep.begin()
+    sweep.step(reward=0.1, samples=(SAMPLE,))
+    write_stopped(trial_folder(sweep.config, "c03", 2), replace(outcome(sweep.arm, 2, 2, how="stopped"), step=1), sweep.reports)
+    sweep.attempt.end("stopped")
+    sweep.tracker.end(sweep.arm, 2)
+    sweep.tracker.close()
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.info.status, run.data.metrics["eval/accuracy"]) == ("stopped", "KILLED", 0.5)
+    assert sum(json.loads(text(sweep.uri, run, "correct.json"))) == 2
 
 
-def test_a_stopped_trial_s_evaluation_arrives_after_its_end_and_only_there(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    callback.on_trial_start(trial=make_trial())
-    callback.on_trial_result(trial=make_trial(), result=result(0))
-    callback.on_trial_complete(trial=make_trial())
-    completed = make_trial(arm="c04")
-    callback.on_trial_result(trial=completed, result=result(0, outcome=outcome("completed", 0)))
-    callback.close()
-    changed = outcome("stopped", 1)
-    changed["eval"] = changed["eval"] | {"accuracy": 0.5}
-    for arm, replicate in (("c03", 2), ("c04", 2), ("nobody", 0)):
-        callback.add_outcome(arm, replicate, changed)
-    callback.close()
-    stopped, done = sorted(load_study(uri, experiment), key=lambda record: record.arm)
-    assert (stopped.status, stopped.metrics["eval/accuracy"]) == ("stopped", 0.5)
-    assert (done.status, done.metrics["eval/accuracy"]) == ("completed", 0.75)
-    assert load_correct(uri, stopped.run_id) == [1, 1, 0, 1]
+def test_an_error_that_a_retry_mended_is_not_the_reason_of_the_outcome(sweep: Sweep) -> None:
+    sweep.begin()
+    sweep.tracker.retry(sweep.arm, 2, 1, "OSError: node lost")
+    sweep.run()
+    sweep.tracker.close()
+    tags = sweep.shown().data.tags
+    assert (tags["status"], tags["retries"], tags["error"]) == ("completed", "1", "")
 
 
-def test_an_error_that_a_retry_mended_is_not_the_reason_of_the_outcome(
-    callback: MLflowCallback, uri: str, experiment: str, tmp_path: Path
-) -> None:
-    (tmp_path / "error.txt").write_text("OSError: node lost")
-    callback.on_trial_start(trial=make_trial())
-    callback.on_trial_recover(trial=make_trial(error_file=str(tmp_path / "error.txt")))
-    run_one(callback)
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.reason) == ("completed", "")
-    tags = mlflow_run(uri, record.run_id).data.tags
-    assert (tags["retries"], tags["error"]) == ("1", "OSError: node lost")
+def test_a_failure_after_the_outcome_does_not_undo_it(sweep: Sweep) -> None:
+    sweep.run()
+    sweep.tracker.end(sweep.arm, 2)
+    sweep.tracker.close()
+    assert (sweep.shown().data.tags["status"], sweep.shown().info.status) == ("completed", "FINISHED")
 
 
-def test_a_failure_after_the_outcome_does_not_undo_it(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    run_one(callback)
-    callback.on_trial_error(trial=make_trial())
-    callback.close()
-    assert [record.status for record in load_study(uri, experiment)] == ["completed"]
+def test_in_the_end_every_open_run_is_closed_with_what_its_folder_has(sweep: Sweep) -> None:
+    other = make_arm(sweep.config, "c04")
+    write_arm(sweep.config, 4, other)
+    sweep.begin()
+    sweep.tracker.begin(other, 4, 0)
+    write_trial(sweep.config, other, 0, outcome(other, 0, 4))
+    assert sweep.tracker.open() == [("c03", 2), ("c04", 0)]
+    tell_endings(sweep.config, sweep.tracker)
+    assert sweep.tracker.open() == []
+    sweep.tracker.close()
+    shown = runs(sweep.uri, sweep.config.name)
+    assert [(run.data.tags["status"], run.info.status) for run in shown] == [("stopped", "KILLED"), ("completed", "FINISHED")]
 
 
-def test_a_failure_of_a_retry_after_the_outcome_counts(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    run_one(callback)
-    callback.on_trial_recover(trial=make_trial())
-    callback.on_trial_start(trial=make_trial())
-    callback.on_trial_error(trial=make_trial())
-    callback.close()
-    assert [record.status for record in load_study(uri, experiment)] == ["failed"]
-
-
-def test_a_trial_stopped_by_the_scheduler_is_stopped_and_finished(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    trial = make_trial()
-    callback.on_trial_start(trial=trial)
-    callback.on_trial_result(trial=trial, result=result(0, done=True, **{"eval/accuracy": 0.3}))
-    callback.on_trial_complete(trial=trial)
-    callback.on_trial_complete(trial=make_trial(arm="c09"))
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.metrics["eval/accuracy"], mlflow_run(uri, record.run_id).info.status) == ("stopped", 0.3, "FINISHED")
-
-
-def test_close_without_completion_closes_every_run_with_what_it_has(callback: MLflowCallback, uri: str, experiment: str) -> None:
-    for arm in ("c03", "c04"):
-        callback.on_trial_start(trial=make_trial(arm=arm))
-    callback.on_trial_result(trial=make_trial(), result=result(0, samples=SAMPLES, **{"grpo/reward": 0.1}))
-    callback.close()
-    callback.close()
-    records = load_study(uri, experiment)
-    assert [record.status for record in records] == ["stopped", "stopped"]
-    assert [mlflow_run(uri, record.run_id).info.status for record in records] == ["KILLED", "KILLED"]
-    assert all(record.ended for record in records)
-    (sampled,) = [record for record in records if record.arm == "c03"]
-    assert json.loads(tracking._read_file(uri, sampled.run_id, "samples.json"))["data"][0][2] == "3"
-
-
-@pytest.mark.parametrize("state_is_saved", [True, False])
-def test_a_resumed_trial_goes_on_in_its_run(uri: str, experiment: str, tmp_path: Path, state_is_saved: bool) -> None:
-    first, trial = make_callback(uri, experiment, tmp_path), make_trial()
-    first.on_trial_start(trial=trial)
-    for step in range(3):
-        metrics = {"grpo/reward": step / 10, "grpo/kl": math.nan}
-        first.on_trial_result(trial=trial, result=result(step, samples=[SAMPLES[0] | {"step": step}], **metrics))
-    state = pickle.loads(pickle.dumps(first.get_state()))
-    first.close()
-    (stopped,) = load_study(uri, experiment)
-    second = make_callback(uri, experiment, tmp_path)
-    if state_is_saved:
-        second.set_state(state)
-    second.on_trial_start(trial=trial)
-    for step in (2, 3):  # the checkpoint was one step older than the last report
-        last = {"outcome": outcome("completed", step)} if step == 3 else {}
-        rows = [SAMPLES[0] | {"step": step}]
-        metrics = {"grpo/reward": step / 20, "grpo/kl": math.nan}
-        second.on_trial_result(trial=trial, result=result(step, samples=rows, **metrics, **last))
-        if step == 2:
-            eventually(lambda: not second._spool._queue)
-            (again,) = load_study(uri, experiment)
-            assert (again.status, again.ended, mlflow_run(uri, again.run_id).info.status) == ("running", None, "RUNNING")
-    second.on_trial_complete(trial=trial)
-    assert second.get_state() is None
-    second.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.ended or 0) > (stopped.ended or math.inf)
-    assert (record.run_id, record.status, stopped.status) == (stopped.run_id, "completed", "stopped")
-    assert load_history(uri, record.run_id, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.1), (3, 0.15)]
-    sampled = [row[0] for row in json.loads(tracking._read_file(uri, record.run_id, "samples.json"))["data"]]
-    assert sampled == ([0, 1, 2, 3] if state_is_saved else [2, 3])
-    if state_is_saved:
-        assert mlflow_run(uri, record.run_id).data.tags["nonfinite/grpo/kl"] == "0"
-
-
-def test_runs_open_at_the_snapshot_are_closed_even_if_they_never_start_again(uri: str, experiment: str, tmp_path: Path) -> None:
-    first = make_callback(uri, experiment, tmp_path)
-    first.on_trial_start(trial=make_trial())
-    state = first.get_state()
-    first._spool.close()  # killed: the records are out, nothing was closed
-    assert [record.status for record in load_study(uri, experiment)] == ["running"]
-    second = make_callback(uri, experiment, tmp_path)
-    assert state is not None
-    second.set_state(state)
-    second.close()
-    assert [record.status for record in load_study(uri, experiment)] == ["stopped"]
-
-
-def test_a_pickled_callback_is_the_live_one_and_holds_no_password(tmp_path: Path) -> None:
-    callback = MLflowCallback(uri="http://rin:secret@host:5000", experiment="x", sweep="s", spool=tmp_path)
-    pickled = pickle.dumps(callback)
-    assert b"secret" not in pickled
-    assert pickle.loads(pickled) is callback
-    tracking._LIVE.pop("s")
-    with pytest.raises(ConfigError, match="belongs to the process that made it; make a new one"):
-        pickle.loads(pickled)
-
-
-def test_a_study_is_read_page_by_page_in_the_order_of_its_arms_without_the_runs_of_others(
-    callback: MLflowCallback, uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tracking._client(uri).create_run(check_tracking(uri, experiment), tags={"status": "somebody's own run"})
-    for arm, number in (("c01", 1), ("c02", 2), ("control", 0)):  # started in this order
-        callback.on_trial_start(trial=make_trial(arm=arm, number=number))
-        time.sleep(0.002)
-    callback.close()
+def test_known_trials_are_read_page_by_page_without_the_runs_of_others(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = check_tracking(sweep.uri, sweep.config.name, sweep.config.owner)
+    mlflow_client.client(sweep.uri).create_run(number, tags={"status": "somebody's own run"})
+    for name in ("c01", "c02", "control"):
+        sweep.tracker.begin(make_arm(sweep.config, name), 0, 0)
+    sweep.tracker.close()
     monkeypatch.setattr(tracking, "RUNS_PER_PAGE", 2)
-    assert [record.arm for record in load_study(uri, experiment)] == ["control", "c01", "c02"]
+    known = known_trials(sweep.uri, sweep.config.name, sweep.config.owner)
+    assert sorted(known) == [f"{sweep.config.name}/{arm}/0" for arm in ("c01", "c02", "control")]
 
 
-def test_study_that_does_not_exist_is_the_users_mistake(uri: str) -> None:
-    check_tracking(uri, "another")
-    with pytest.raises(ConfigError, match="no experiment nowhere"):
-        load_study(uri, "nowhere")
+def test_of_an_experiment_that_is_not_there_nothing_is_known(uri: str) -> None:
+    assert known_trials(uri, "nowhere", SOMEBODY) == {}
 
 
 # When the tracking is away
 
 
-def test_an_outage_costs_nothing_but_a_line_and_is_delivered_once(
+def test_an_outage_costs_nothing_but_a_line_and_is_told_once(
     uri: str, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    away = f"http://rin:secret@127.0.0.1:{free_port()}"
-    callback = make_callback(away, experiment, tmp_path)
-    start = time.monotonic()
-    run_one(callback, steps=29)
-    assert time.monotonic() - start < 1
+    away = make_sweep(f"http://rin:secret@127.0.0.1:{free_port()}", experiment, tmp_path)
     with caplog.at_level(logging.WARNING):
-        callback.close()
-    folder = tmp_path / "spool"
-    records = (folder / tracking.SPOOL).read_text().splitlines()
-    assert len(records) == 3 + 29 + 4 + 2  # start, reports, files, end
-    (line,) = [message for message in caplog.messages if "not delivered" in message]
-    assert f"{len(records)} records" in line
-    assert str(folder) in line
+        away.run(steps=29)
+        left = away.tracker.close()
+    assert left == 3 + 29 + 1 + 4 + 3  # start, reports, scores, files, end
+    (line,) = [message for message in caplog.messages if "does not take records" in message]
+    assert "they are told again later" in line
     assert "secret" not in caplog.text
-    shutil.copytree(folder, tmp_path / "killed before the file was emptied")
-    assert deliver_spool(folder, uri) == 0
-    assert (folder / tracking.SPOOL).read_text() == ""
-    once = whole_experiment(uri, experiment)
-    assert once[0][1] == "completed"
-    assert len(once[0][2]["grpo/reward"]) == 29
-    assert deliver_spool(folder, uri) == 0
-    assert deliver_spool(tmp_path / "killed before the file was emptied", uri) == 0
-    assert repr(whole_experiment(uri, experiment)) == repr(once)
+    here = away.config.model_copy(update={"tracking_uri": uri})
+    assert send_missing(here) == 0
+    (run,) = runs(uri, experiment)
+    assert (run.data.tags["status"], run.info.status) == ("completed", "FINISHED")
+    assert points(uri, run, "grpo/reward") == [(step, step / 10) for step in range(29)]
+    once = everything(uri, experiment)
+    assert send_missing(here) == 0
+    assert everything(uri, experiment) == once
 
 
-def test_delivering_what_was_left_makes_no_database_and_keeps_the_records(tmp_path: Path) -> None:
+def test_telling_what_is_missing_makes_no_database(tmp_path: Path) -> None:
     """A study.json of somebody else may name any file of this machine."""
-    record = '{"do": "log", "experiment": "x", "key": "k", "time": 1, "tags": {"arm": "a"}}\n'
-    (tmp_path / tracking.SPOOL).write_text(record)
-    assert deliver_spool(tmp_path, default_tracking_uri(str(tmp_path / "elsewhere"))) == 1
-    assert (tmp_path / tracking.SPOOL).read_text() == record
-    assert [path.name for path in tmp_path.iterdir() if path.name == "elsewhere"] == []
+    sweep = make_sweep(default_tracking_uri(str(tmp_path / "elsewhere")), "x", tmp_path / "store")
+    with pytest.raises(ConfigError, match="no such file"):
+        send_missing(sweep.config)
+    assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("delivered", [1, 2, 4, 9, 11])
-def test_a_crash_in_the_middle_of_delivery_doubles_nothing(uri: str, experiment: str, tmp_path: Path, delivered: int) -> None:
-    callback = make_callback(f"sqlite:///{__file__}/below/mlflow.db", experiment, tmp_path)
-    run_one(callback)
-    callback.close()
-    folder = tmp_path / "spool"
-    records = [json.loads(line) for line in (folder / tracking.SPOOL).read_text().splitlines()]
-    assert len(records) == 12
-    assert tracking._Backend(uri, folder).send(records[:delivered], lambda: None) == ([], "")
-    assert deliver_spool(folder, uri) == 0
-    ((params, status, history, points, tags, run_status),) = whole_experiment(uri, experiment)
-    assert (status, tags["status"], run_status, len(params)) == ("completed", "completed", "FINISHED", len(flatten(CONFIG)))
-    assert history["grpo/reward"] == [(0, 0.0), (1, 0.1), (2, 0.2)]
-    assert (points["grpo/reward"], points["eval/accuracy"]) == (3, 1)
-    assert not (folder / "mlflow-refused.jsonl").exists()
-
-
-def test_what_a_killed_process_left_is_delivered_before_what_comes_next(uri: str, experiment: str, tmp_path: Path) -> None:
-    away = make_callback(f"sqlite:///{__file__}/below/mlflow.db", experiment, tmp_path)
-    trial = make_trial()
-    away.on_trial_start(trial=trial)
-    away.on_trial_result(trial=trial, result=result(0, **{"grpo/reward": 0.5}))
-    away._spool.close()
-    with (tmp_path / "spool" / tracking.SPOOL).open("a") as file:
-        file.write('{"do": "log", "cut by a ki')
-    back = make_callback(uri, experiment, tmp_path)
-    back.on_trial_start(trial=trial)
-    back.on_trial_result(trial=trial, result=result(1, outcome=outcome("completed", 1), **{"grpo/reward": 0.7}))
-    back.close()
-    (record,) = load_study(uri, experiment)
-    assert record.status == "completed"
-    assert load_history(uri, record.run_id, "grpo/reward") == [(0, 0.5), (1, 0.7)]
-    assert (tmp_path / "spool" / tracking.SPOOL).read_text() == ""
-
-
-def test_the_spool_tries_again_in_order_and_complains_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("delivered", [1, 2, 4, 7, 10, 12, 13])
+def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
+    sweep: Sweep, delivered: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(spool_module, "LONGEST_PAUSE", 0.01)
+    records: list[dict[str, Any]] = []
+    with monkeypatch.context() as during:
+        during.setattr(Delivery, "put", lambda self, record: records.append(record))
+        sweep.run()
+    assert len(records) == 14
+    assert MlflowWriter(sweep.uri, sweep.config.owner).send(records[:delivered], lambda: None) == ([], "")
+    assert sweep.again() == 0
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.info.status) == ("completed", "FINISHED")
+    assert len(run.data.params) == len(flatten(as_tree(sweep.arm.config)))
+    assert points(sweep.uri, run, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert points(sweep.uri, run, "eval/accuracy") == [(2, 0.75)]
+    assert files(sweep.uri, run) == ["config.yaml", "correct.json", "receipt.json", "samples.json"]
+    assert "refuses" not in caplog.text
+
+
+def test_records_are_tried_again_in_order_with_one_complaint(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.01)
     attempts: list[int] = []
     received: list[int] = []
 
@@ -616,75 +495,64 @@ def test_the_spool_tries_again_in_order_and_complains_once(
         received.extend(record["n"] for record in records)
         return [], ""
 
-    path = tmp_path / "spool.jsonl"
-    path.write_text('{"n": -1}\n{"n": 99, "cut by a ki')
-    spool = spool_module.Spool(path, send, "the receiver")
+    delivery = Delivery(send, "the receiver")
     for n in range(3):
-        spool.put({"n": n})
-    assert [json.loads(line)["n"] for line in path.read_text().splitlines()] in ([-1, 0, 1, 2], [])
-    eventually(lambda: not spool._queue)
-    assert spool.close() == 0
-    assert received == [-1, 0, 1, 2]
-    assert path.read_text() == ""
-    assert [message for message in caplog.messages if "the receiver does not take records: it is down" in message] == caplog.messages[:1]
+        delivery.put({"n": n})
+    eventually(lambda: received == [0, 1, 2])
+    assert delivery.close() == 0
     assert len(caplog.messages) == 1
+    assert "the receiver does not take records: it is down" in caplog.text
 
 
-def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module, "CLOSE_SECONDS", 0.5)
+def test_after_a_close_delivery_goes_on_with_the_next_record() -> None:
+    received: list[int] = []
+
+    def send(records: Sequence[dict[str, Any]], note_delivery: Any) -> tuple[list[dict[str, Any]], str]:
+        received.extend(record["n"] for record in records)
+        return [], ""
+
+    delivery = Delivery(send, "the receiver")
+    for n in range(3):
+        delivery.put({"n": n})
+        assert delivery.close() == 0
+    assert received == [0, 1, 2]
+
+
+def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
     hangs = threading.Event()
 
     def send(records: Sequence[dict[str, Any]], note_delivery: Any) -> tuple[list[dict[str, Any]], str]:
         for record in records:
             if record["n"] == "hang":
-                hangs.wait(20)
+                hangs.wait(60)
             time.sleep(0.2)
             note_delivery()
         return [], ""
 
-    slow = spool_module.Spool(tmp_path / "slow.jsonl", send, "the receiver")
+    slow = Delivery(send, "the receiver")
     for n in range(6):
         slow.put({"n": n})
     assert slow.close() == 0  # 1.2 s, though no one waits longer than 0.5 s
-    hung = spool_module.Spool(tmp_path / "hung.jsonl", send, "the receiver")
+    hung = Delivery(send, "the receiver")
     hung.put({"n": "hang"})
-    start = time.monotonic()
     assert hung.close() == 1
-    assert time.monotonic() - start < 5
-    assert json.loads((tmp_path / "hung.jsonl").read_text()) == {"n": "hang"}
-    assert spool_module.deliver(tmp_path / "hung.jsonl", send, "another") == 0  # still in use by the thread that hangs
+    assert not hangs.is_set()
     hangs.set()
 
 
-def test_a_spool_in_use_is_left_to_its_owner(uri: str, experiment: str, tmp_path: Path) -> None:
-    owner = make_callback(f"sqlite:///{__file__}/below/mlflow.db", experiment, tmp_path)
-    owner.on_trial_start(trial=make_trial())
-    before = (tmp_path / "spool" / tracking.SPOOL).read_text()
-    assert before
-    assert deliver_spool(tmp_path / "spool", uri) == 0
-    assert (tmp_path / "spool" / tracking.SPOOL).read_text() == before
-    other = spool_module.Spool(tmp_path / "spool" / tracking.SPOOL, lambda records, note: ([], ""), "nobody")
-    with pytest.raises(ConfigError, match="another process"):
-        other.start(patience=0.1)
-    owner.close()
-
-
-def test_a_refused_record_is_kept_aside_and_does_not_block(
-    callback: MLflowCallback, uri: str, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_record_is_told_of_and_does_not_block(sweep: Sweep, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        callback.on_trial_start(trial=make_trial(config={"seed": 1}))
-        callback.on_trial_start(trial=make_trial(config={"seed": 2}))  # MLflow allows no change of a param
-        callback.on_trial_result(trial=make_trial(), result=result(0, outcome=outcome("completed", 0)))
-        callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.params) == ("completed", {"seed": "1"})
-    (refused,) = [json.loads(line) for line in (tmp_path / "spool" / "mlflow-refused.jsonl").read_text().splitlines()]
-    assert refused["record"]["params"] == {"seed": "2"}
-    assert "MLflow refuses" in caplog.text
+        sweep.begin()
+        sweep.arm.config = make_arm(sweep.config, "c03", "noise.modules=rmsnorm").config  # MLflow allows no change of a param
+        sweep.run()
+        assert sweep.tracker.close() == 0
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.data.params["noise.modules"]) == ("completed", '["linear"]')
+    assert f"MLflow refuses a record of {sweep.config.name}/c03/2" in caplog.text
 
 
-def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(experiment: str, tmp_path: Path) -> None:
+def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(400)
@@ -697,15 +565,14 @@ def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(experiment: str
 
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    callback = make_callback(f"http://127.0.0.1:{proxy.server_port}", experiment, tmp_path)
-    callback.on_trial_start(trial=make_trial())
-    callback.close()
+    sweep = make_sweep(f"http://127.0.0.1:{proxy.server_port}", experiment, tmp_path)
+    sweep.begin()
+    assert sweep.tracker.close() == 3
     proxy.shutdown()
-    assert len((tmp_path / "spool" / tracking.SPOOL).read_text().splitlines()) == 5
-    assert not (tmp_path / "spool" / "mlflow-refused.jsonl").exists()
+    assert "refuses" not in caplog.text
 
 
-def test_after_one_file_fails_the_others_are_not_tried_in_that_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_one_file_fails_no_file_is_tried_in_that_round_and_the_trial_is_not_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
     def apply(self: Any, record: dict[str, Any]) -> None:
@@ -713,37 +580,29 @@ def test_after_one_file_fails_the_others_are_not_tried_in_that_round(tmp_path: P
         if record["do"] == "file":
             raise TimeoutError("the artifact store hangs")
 
-    monkeypatch.setattr(tracking._Backend, "_apply", apply)
-    records = [{"do": "file", "n": 0}, {"do": "log", "n": 1}, {"do": "file", "n": 2}, {"do": "log", "n": 3}]
-    left, trouble = tracking._Backend("http://host", tmp_path).send(records, lambda: None)
-    assert ([record["n"] for record in left], tried, trouble) == ([0, 2], [0, 1, 3], "TimeoutError: the artifact store hangs")
+    monkeypatch.setattr(MlflowWriter, "_apply", apply)
+    order = ["file", "log", "file", "log", "end", "told"]
+    records = [{"do": what, "n": number} for number, what in enumerate(order)]
+    left, trouble = MlflowWriter("http://host", SOMEBODY).send(records, lambda: None)
+    assert ([record["n"] for record in left], tried) == ([0, 2, 5], [0, 1, 3, 4])
+    assert trouble == "TimeoutError: the artifact store hangs"
 
 
-def test_metrics_do_not_wait_for_files(uri: str, experiment: str, tmp_path: Path) -> None:
-    client = tracking._client(uri, create=True)
+def test_metrics_do_not_wait_for_files_and_files_come_later(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way of the artifacts' folder")
-    client.create_experiment(experiment, artifact_location=str(tmp_path / "file"))
-    callback = make_callback(uri, experiment, tmp_path)
-    run_one(callback)
-    callback.close()
-    (record,) = load_study(uri, experiment)
-    assert (record.status, record.metrics["grpo/reward"]) == ("completed", 0.2)
-    left = [json.loads(line)["do"] for line in (tmp_path / "spool" / tracking.SPOOL).read_text().splitlines()]
-    assert left.count("file") == 5
+    client = mlflow_client.client(sweep.uri)
+    client.create_experiment(sweep.config.name, artifact_location=str(tmp_path / "file"))
+    sweep.run()
+    assert sweep.tracker.close() == 5 + 1  # files, and that everything was told
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.data.metrics["grpo/reward"]) == ("completed", 0.2)
     (tmp_path / "file").unlink()
-    assert deliver_spool(tmp_path / "spool", uri) == 0
-    assert load_correct(uri, record.run_id) == [1, 1, 0, 1]
+    assert sweep.again() == 0
+    assert json.loads(text(sweep.uri, run, "correct.json")) == [1, 1, 0, 1]
+    assert points(sweep.uri, run, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
 # The real things
-
-
-def test_the_callback_answers_every_method_of_tunes_callback() -> None:
-    from ray.tune import Callback
-
-    names = {name for name in vars(Callback) if not name.startswith("_")}
-    assert "on_trial_result" in names
-    assert not {name for name in names if not callable(getattr(MLflowCallback, name, None))}
 
 
 @pytest.mark.slow
@@ -751,150 +610,118 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
     import ray
     from ray import tune
 
+    from search.execution import SweepCallback, TrialEvent
+    from trainable.ray_trainable import as_result, last_result
+
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     repaired = tmp_path / "repaired"
+    names = ["completes", "collapses", "bad-step", "bad-setup", "endless"]
+    config = study(tmp_path, name=experiment, tracking_uri=uri, trials=5, settings={"eval": {"questions": 4}})
+    for number, name in enumerate(names):
+        write_arm(config, number, make_arm(config, name))
 
     class Toy(tune.Trainable):  # type: ignore[misc]
-        def setup(self, config: dict[str, Any]) -> None:
-            self.arm, self.own = config["arm"], Path(config["folder"]) / config["arm"]
-            self.steps_done = int(self.own.read_text()) if self.own.exists() else 0
-            if self.arm == "bad-setup" and not repaired.exists():
+        """Writes what a trial writes; its step number is on disk."""
+
+        def setup(self, setting: dict[str, Any]) -> None:
+            self.arm = next(arm for arm in read_arms(config) if arm.name == setting["arm"])
+            self.place = trial_folder(config, self.arm.name, 0)
+            if self.arm.name == "bad-setup" and not repaired.exists():
                 raise RuntimeError("no GPU in setup")
+            self.reports: list[StepReport] = read_reports(self.place)
+            self.attempt = AttemptLog(self.place)
 
         def step(self) -> dict[str, Any]:
-            step, self.steps_done = self.steps_done, self.steps_done + 1
-            self.own.write_text(str(step))
-            if self.arm == "bad-step" and step == 1 and not repaired.exists():
+            number, name = len(self.reports), self.arm.name
+            if name == "bad-step" and number == 1 and not repaired.exists():
+                self.attempt.end("error", reason="ValueError: boom in step")
                 raise ValueError("boom in step")
-            report = {"step": step, "seconds": 0.1, "collapsed": 0, "rule": "", "evidence": "", "grpo/reward": step / 10}
-            report["done"] = step == 2 and self.arm != "endless"
-            if self.arm == "collapses" and step == 1:
-                report |= {"collapsed": 1, "rule": "nonfinite", "evidence": "loss is nan", "grpo/loss": float("nan"), "done": True}
-            if report["done"]:
-                status = "collapsed" if report["collapsed"] else "completed"
-                result = {"accuracy": 0.5, "n": 2, "correct": [0, 1]}
-                report["outcome"] = {"outcome": status, "rule": report["rule"], "step": step, "eval": result, "receipt": {}, "seconds": 1.0}
-            return report
+            collapses = name == "collapses" and number == 1
+            report = StepReport(
+                step=number,
+                sigma=0.0,
+                signals={"rin/sigma": 0.0, "grpo/reward": number / 10} | ({"grpo/loss": math.nan} if collapses else {}),
+                verdict=CollapseVerdict(collapsed=True, rule="nonfinite", evidence="loss is nan") if collapses else HEALTHY,
+                seconds=0.1,
+                samples=(),
+                time_ms=time.time_ns() // 1_000_000,
+            )
+            self.reports.append(report)
+            self.attempt.step = number + 1
+            if not collapses and (number < 2 or name == "endless"):
+                return as_result(report)
+            how: Any = "collapsed" if collapses else "completed"
+            ended = replace(outcome(self.arm, 0, 2, how, rule=report.verdict.rule), step=number + 1)
+            write_outcome(self.place, ended, self.reports)
+            self.attempt.end("outcome")
+            return last_result(report, ended)
+
+        def cleanup(self) -> None:
+            if self.arm.name == "endless":
+                write_stopped(self.place, replace(outcome(self.arm, 0, 1, "stopped"), step=len(self.reports)), self.reports)
+                self.attempt.end("stopped")
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
             raise AssertionError("nothing here is saved by Tune")
-
-    arms = ["completes", "collapses", "bad-step", "bad-setup", "endless"]
-    setting = {
-        "config": {"seed": 1, "noise": {"sigma_start": 0.05}},
-        "replicate": 0,
-        "origin": "point",
-        "number": 0,
-        "folder": str(tmp_path),
-    }
-    calls: list[tuple[str, str]] = []
-
-    class Watched(MLflowCallback):
-        def on_trial_start(self, *, trial: Any, **info: Any) -> None:
-            calls.append((trial.config["arm"], "start"))
-            super().on_trial_start(trial=trial, **info)
-
-        def on_trial_result(self, *, trial: Any, result: Any, **info: Any) -> None:
-            calls.append((trial.config["arm"], f"result {result['step']} done={result['done']}"))
-            super().on_trial_result(trial=trial, result=result, **info)
-
-        def on_trial_complete(self, *, trial: Any, **info: Any) -> None:
-            calls.append((trial.config["arm"], "complete"))
-            super().on_trial_complete(trial=trial, **info)
-
-        def on_trial_error(self, *, trial: Any, **info: Any) -> None:
-            calls.append((trial.config["arm"], "error"))
-            super().on_trial_error(trial=trial, **info)
 
     home = tmp_path / "workers"
     home.mkdir()
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"working_dir": str(home)}, log_to_driver=False)
 
-    def run(arms: list[str], name: str) -> Any:
-        callback = Watched(uri=uri, experiment=experiment, sweep="toy", spool=tmp_path / "spool")
-        config = tune.RunConfig(
+    def run(arms: list[str], name: str) -> tuple[Any, list[TrialEvent]]:
+        events: list[TrialEvent] = []
+        tracker = Tracker(config)
+        setting = {"replicate": 0, "origin": "point", "arm": tune.grid_search(arms)}
+        run_config = tune.RunConfig(
             name=name,
-            storage_path=str(tmp_path),
-            callbacks=[callback],
+            storage_path=str(tmp_path / "tune"),
+            callbacks=[SweepCallback.of(config, Budget(config, read_arms(config)), tracker, events.append)],
             stop={"training_iteration": 4},
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
         )
-        return tune.Tuner(Toy, param_space={**setting, "arm": tune.grid_search(arms)}, run_config=config).fit()
+        grid = tune.Tuner(Toy, param_space=setting, run_config=run_config).fit()
+        tell_endings(config, tracker)
+        assert tracker.close() == 0
+        return grid, events
+
+    def shown() -> dict[str, Any]:
+        return {run.data.tags["arm"]: run for run in runs(uri, experiment)}
 
     try:
-        grid = run(arms, "first")
-        assert len(grid) == 5
-        assert grid.num_errors == 2
-        records = {record.arm: record for record in load_study(uri, experiment)}
-        assert {arm: record.status for arm, record in records.items()} == {
-            "completes": "completed",
-            "collapses": "collapsed",
-            "bad-step": "failed",
-            "bad-setup": "failed",
-            "endless": "stopped",
+        grid, events = run(names, "first")
+        assert (len(grid), grid.num_errors) == (5, 2)
+        first = shown()
+        assert {name: (run.data.tags["status"], run.info.status) for name, run in first.items()} == {
+            "completes": ("completed", "FINISHED"),
+            "collapses": ("collapsed", "KILLED"),
+            "bad-step": ("failed", "FAILED"),
+            "bad-setup": ("failed", "FAILED"),
+            "endless": ("stopped", "KILLED"),
         }
-        states = {arm: mlflow_run(uri, record.run_id).info.status for arm, record in records.items()}
-        assert states == {
-            "completes": "FINISHED",
-            "collapses": "KILLED",
-            "bad-step": "FAILED",
-            "bad-setup": "FAILED",
-            "endless": "FINISHED",
-        }
-        assert records["bad-step"].reason == "ValueError: boom in step"
-        assert records["bad-setup"].reason == "RuntimeError: no GPU in setup"
-        assert (records["collapses"].rule, records["collapses"].reason) == ("nonfinite", "loss is nan")
-        assert math.isnan(records["collapses"].metrics["grpo/loss"])
-        assert load_history(uri, records["endless"].run_id, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3)]
-        assert load_correct(uri, records["completes"].run_id) == [0, 1]
-        # what this callback is built on: the last result comes to on_trial_result, and a failed set-up has no on_trial_start
-        assert [call for arm, call in calls if arm == "endless"][-2:] == ["result 3 done=True", "complete"]
-        assert [call for arm, call in calls if arm == "completes"][-2:] == ["result 2 done=True", "complete"]
-        assert next(call for arm, call in calls if arm == "bad-setup") == "error"
+        assert first["bad-step"].data.tags["error"] == "ValueError: boom in step"
+        assert first["bad-setup"].data.tags["error"] == "its process did not start: RuntimeError: no GPU in setup"
+        assert first["collapses"].data.tags["collapse/evidence"] == "loss is nan"
+        assert math.isnan(first["collapses"].data.metrics["grpo/loss"])
+        assert points(uri, first["endless"], "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3)]
+        assert points(uri, first["endless"], "eval/accuracy") == [(3, 0.25)]
+        assert len(json.loads(text(uri, first["completes"], "correct.json"))) == 4
+        ended = {event.arm: event.status for event in events if event.status != "running"}
+        assert ended == {"completes": "completed", "collapses": "collapsed", "bad-step": "failed", "bad-setup": "failed"}
+        # what the callback is built on: the last result comes to on_trial_result, and a failed set-up has no on_trial_start
+        assert [event.step for event in events if event.arm == "completes"][-1] == 3
+        assert [event.status for event in events if event.arm == "bad-setup"] == ["failed"]
 
         repaired.touch()
-        assert run(["bad-step", "bad-setup"], "again").num_errors == 0  # another Tuner, other ids of Tune's
-        resumed = {record.arm: record for record in load_study(uri, experiment)}
-        assert {arm: record.run_id for arm, record in resumed.items()} == {arm: record.run_id for arm, record in records.items()}
-        assert [resumed[arm].status for arm in arms] == ["completed", "collapsed", "completed", "completed", "stopped"]
-        assert load_history(uri, resumed["bad-step"].run_id, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
-        assert mlflow_run(uri, resumed["bad-step"].run_id).info.status == "FINISHED"
+        grid, _ = run(["bad-step", "bad-setup"], "again")  # another Tuner, other ids of Tune's
+        assert grid.num_errors == 0
+        again = shown()
+        assert {name: run.info.run_id for name, run in again.items()} == {name: run.info.run_id for name, run in first.items()}
+        assert [again[name].data.tags["status"] for name in names] == ["completed", "collapsed", "completed", "completed", "stopped"]
+        assert (again["bad-step"].info.status, again["bad-step"].data.tags["error"]) == ("FINISHED", "")
     finally:
         ray.shutdown()
-
-
-class Server:
-    """`mlflow server` in a process group of its own, to be killed whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts")]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as out:
-            self.process = subprocess.Popen(
-                command + stores, env=os.environ | quiet, stdout=out, stderr=out, cwd=self.folder, start_new_session=True
-            )
-        for _ in range(120):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.5)
-        pytest.fail((self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 @pytest.fixture
@@ -910,45 +737,37 @@ def test_a_server_killed_and_restarted_in_mid_sweep_misses_nothing(
     server: Server, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    check_tracking(server.uri, experiment)
-    callback, trial = make_callback(server.uri, experiment, tmp_path), make_trial()
-    callback.setup()
-    callback.on_trial_start(trial=trial)
-    callback.on_trial_result(trial=trial, result=result(0, samples=SAMPLES, **{"grpo/reward": 0.0, "grpo/kl": math.inf}))
-    eventually(lambda: not callback._spool._queue)
+    sweep = make_sweep(server.uri, experiment, tmp_path / "store")
+    sweep.begin()
+    sweep.step(reward=0.0, kl=math.inf, samples=(SAMPLE,))
+    eventually(lambda: sweep.shown().data.metrics.get("rin/steps_done") == 1)
     server.kill()
-    start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         for step in range(1, 20):
-            callback.on_trial_result(trial=trial, result=result(step, **{"grpo/reward": step / 10, "grpo/kl": math.nan}))
-        assert time.monotonic() - start < 0.5  # training went on
+            sweep.step(reward=step / 10, kl=math.nan)  # training goes on
         eventually(lambda: "does not take records" in caplog.text)
-    assert len((tmp_path / "spool" / tracking.SPOOL).read_text().splitlines()) == 19
     server.start()
-    eventually(lambda: not callback._spool._queue, seconds=60)
-    assert (tmp_path / "spool" / tracking.SPOOL).read_text() == ""
-    callback.on_trial_result(trial=trial, result=result(20, outcome=outcome("completed", 20), **{"grpo/reward": 2.0}))
-    callback.on_trial_complete(trial=trial)
-    callback.close()
-    (record,) = load_study(server.uri, experiment)
-    assert (record.status, mlflow_run(server.uri, record.run_id).info.status) == ("completed", "FINISHED")
-    assert load_history(server.uri, record.run_id, "grpo/reward") == [(step, step / 10) for step in range(21)]
-    kl = load_history(server.uri, record.run_id, "grpo/kl")
-    assert kl[0] == (0, math.inf)
-    assert all(math.isnan(value) for _, value in kl[1:])
-    assert math.isnan(record.metrics["grpo/kl"])
-    assert load_correct(server.uri, record.run_id) == [1, 1, 0, 1]
-    assert load_config(server.uri, record.run_id) == CONFIG
-    client = tracking._client(server.uri)
-    assert len(client.load_table(check_tracking(server.uri, experiment), "samples.json")) == 1
-    # delivered exactly once: the same records again change nothing
-    before = whole_experiment(server.uri, experiment)
-    killed = make_callback(f"http://127.0.0.1:{free_port()}", experiment, tmp_path / "again")
-    run_one(killed)
-    killed.close()
-    shutil.copytree(tmp_path / "again", tmp_path / "copy")
-    assert deliver_spool(tmp_path / "again" / "spool", server.uri) == 0
-    once = whole_experiment(server.uri, experiment)
-    assert deliver_spool(tmp_path / "copy" / "spool", server.uri) == 0
-    assert repr(whole_experiment(server.uri, experiment)) == repr(once)
-    assert len(once) == len(before) == 1
+    eventually(lambda: sweep.shown().data.metrics["rin/steps_done"] == 20)
+    sweep.step(reward=2.0)
+    ended = sweep.end()
+    assert sweep.tracker.close() == 0
+    run = sweep.shown()
+    assert (run.data.tags["status"], run.info.status) == ("completed", "FINISHED")
+    assert points(server.uri, run, "grpo/reward") == [(step, step / 10) for step in range(21)]
+    kl = points(server.uri, run, "grpo/kl")
+    assert kl[0][1] == pytest.approx(BIGGEST)
+    assert [step for step, value in kl if math.isnan(value)] == list(range(1, 20))
+    assert json.loads(text(server.uri, run, "correct.json")) == list(ended.eval.correct)
+    client = mlflow_client.client(server.uri)
+    assert len(client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])) == 1
+    # told exactly once: the same records again change nothing
+    once = everything(server.uri, experiment)
+    known = known_trials(server.uri, experiment, sweep.config.owner)
+    assert [heard.standing for heard in known.values()] == ["completed after 21 steps, attempt 1"]
+    teller = Tracker(sweep.config)
+    teller.begin(sweep.arm, 3, 2)
+    for report in sweep.reports:
+        teller.report(sweep.arm, 2, report)
+    teller.end(sweep.arm, 2)
+    assert teller.close() == 0
+    assert everything(server.uri, experiment) == once

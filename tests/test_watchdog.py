@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import json, os, sys, time
-from trainable import watchdog
-from trainable.watchdog import Watchdog
+from trainable.disk import watchdog
+from trainable.disk.watchdog import Watchdog
 
 def on_hang(phase, seconds, stacks):
     open("hang.json", "w").write(json.dumps({"phase": phase, "seconds": seconds, "stacks": stacks}))

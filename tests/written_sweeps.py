@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from search.journal import trial_folder, write_arm
-from search.searchers import Arm
+from search.arms import Arm, Origin, trial_folder, write_arm
+from search.lineup import base_tree
 from search.store import StudyConfig, default_tracking_uri, save_study_config
-from search.study import base_tree
 from spaces.library import SPACES
-from spaces.reading import as_tree, merge, parse_overrides, read_config
+from spaces.reading import merge, parse_overrides, read_config
+from trainable.disk.trial_folder import write_outcome
+from trainable.outcome import HEALTHY, Effect, EffectReceipt, Ending, Outcome, Scores, StepReport
 
 QUESTIONS = 400
 
@@ -27,33 +28,64 @@ def study(store: Path | str, **changes: Any) -> StudyConfig:
     return StudyConfig(**{**given, **changes})
 
 
-def make_arm(config: StudyConfig, name: str, *overrides: str, origin: str = "") -> Arm:
+def make_arm(config: StudyConfig, name: str, *overrides: str, origin: Origin | None = None) -> Arm:
     """`control...` without noise, everything else with a sigma of 0.01 unless it says another."""
     control = name.startswith("control")
     noise = {"noise": {"sigma_start": 0.0 if control else 0.01, "sigma_end": 0.0 if control else 0.001}}
     tree = merge(merge(base_tree(config), noise), parse_overrides(list(overrides)))
-    return Arm(name=name, origin=origin or ("control" if control else "point"), tree=tree)
+    return Arm(name=name, origin=origin or ("control" if control else "point"), config=read_config(tree))
 
 
 def outcome(
-    arm: Arm, replicate: int, right: int, how: str = "completed", *, rule: str = "", dose: float | None = None, seconds: float = 60.0
-) -> dict[str, Any]:
+    arm: Arm,
+    replicate: int,
+    right: int,
+    how: Ending = "completed",
+    *,
+    rule: str = "",
+    dose: float | None = None,
+    seconds: float = 60.0,
+) -> Outcome:
     """Of a trial that answered `right` of its questions. Which ones goes round with the replicates, so that no question is easy or
     hard, and a comparison is a plain paired t test."""
-    asked = read_config(arm.tree).eval.questions
-    correct = [int((number + replicate * asked // 5) % asked < right) for number in range(asked)]
+    asked = arm.config.eval.questions
+    correct = tuple(int((number + replicate * asked // 5) % asked < right) for number in range(asked))
     assert sum(correct) == right
-    scores = {"accuracy": right / asked, "accuracy_bf16": right / asked, "n": asked, "correct": correct}
-    scores |= {"accuracy_start": 0.25, "accuracy_bf16_start": 0.25}
-    effects = [] if dose is None else [{"applied_relative": dose}]
-    config = as_tree(read_config(merge(arm.tree, {"seed": replicate})))
-    receipt = {"quantized": [], "noised": [], "effects": effects, "warnings": []}
-    base = {"outcome": how, "rule": rule, "step": 6, "eval": scores, "receipt": receipt, "alarms": []}
-    return {**base, "config": config, "seconds": seconds}
+    return Outcome(
+        outcome=how,
+        rule=rule,
+        step=6,
+        eval=scores(correct),
+        receipt=receipt(dose),
+        alarms=(),
+        config=arm.config.model_copy(update={"seed": replicate}),
+        seconds=seconds,
+    )
 
 
-def report(step: int, seconds: float = 10.0, rollout: float = 4.0, wasted: float = 0.0) -> dict[str, Any]:
-    return {"step": step, "seconds": seconds, "time_ms": 1, "perf/rollout_seconds": rollout, "filter/wasted": wasted}
+def scores(correct: Sequence[int], accuracy: float | None = None) -> Scores:
+    return Scores(
+        accuracy=sum(correct) / len(correct) if accuracy is None else accuracy,
+        accuracy_bf16=sum(correct) / len(correct) if accuracy is None else accuracy,
+        parts={},
+        accuracy_start=0.25,
+        accuracy_bf16_start=0.25,
+        parts_start={},
+        n=len(correct),
+        correct=tuple(correct),
+    )
+
+
+def receipt(dose: float | None = None) -> EffectReceipt:
+    """Of one noised weight, or of none."""
+    effect = {"stage": 1, "step": 1, "name": "norm", "layer": 0, "kind": "rmsnorm", "nominal": dose, "applied": dose, "changed": 1.0}
+    effects = () if dose is None else (Effect(**effect, applied_relative=dose),)
+    return EffectReceipt(quantized=(), arithmetic=(), noised=(), effects=effects, warnings=())
+
+
+def report(step: int, seconds: float = 10.0, rollout: float = 4.0, wasted: float = 0.0) -> StepReport:
+    signals = {"rin/sigma": 0.0, "perf/rollout_seconds": rollout, "filter/wasted": wasted}
+    return StepReport(step=step, sigma=0.0, signals=signals, verdict=HEALTHY, seconds=seconds, samples=(), time_ms=1)
 
 
 def attempt(started: float = 0.0, seen: float = 60.0, **more: Any) -> dict[str, Any]:
@@ -64,16 +96,16 @@ def write_trial(
     config: StudyConfig,
     arm: Arm,
     replicate: int,
-    ended: Mapping[str, Any] | None,
+    ended: Outcome | None,
     *,
-    reports: Sequence[Mapping[str, Any]] = (),
+    reports: Sequence[StepReport] = (),
     attempts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     folder = trial_folder(config, arm.name, replicate)
     for number, tree in enumerate(attempts or [attempt()], start=1):
         folder.write(f"attempt-{number:03d}.json", json.dumps(tree))
     if ended is not None:
-        folder.write("outcome.json", json.dumps({"version": 1, "outcome": ended, "reports": list(reports)}))
+        write_outcome(folder, ended, reports)
 
 
 def write_sweep(config: StudyConfig, arms: Sequence[Arm], right: Mapping[str, Sequence[Any]]) -> None:
@@ -83,9 +115,9 @@ def write_sweep(config: StudyConfig, arms: Sequence[Arm], right: Mapping[str, Se
         write_arm(config, number, arm)
         for replicate, given in enumerate(right.get(arm.name, ())):
             if given is None:
-                write_trial(config, arm, replicate, None)
+                write_trial(config, arm, replicate, None, attempts=[attempt(ended="")])
                 continue
             how, count = given if isinstance(given, tuple) else ("completed", given)
             rule = "filter_rejection" if how == "collapsed" else ""
-            dose = None if arm.origin == "control" else read_config(arm.tree).noise.sigma_start
+            dose = None if arm.origin == "control" else arm.config.noise.sigma_start
             write_trial(config, arm, replicate, outcome(arm, replicate, count, how, rule=rule, dose=dose))

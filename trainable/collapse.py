@@ -11,29 +11,15 @@ Rules in order: where several fire in one step, the first names the collapse.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from spaces.config import CollapseConfig
-from trainable.grpo import FilterOutcome
+from trainable.episode import FilterOutcome
+from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals, mean
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CollapseVerdict:
-    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a
-    row")."""
-
-    collapsed: bool
-    rule: str = ""
-    evidence: str = ""
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-HEALTHY = CollapseVerdict(collapsed=False)
 Baseline = Mapping[str, float]
 """Mean of each signal over the noise-free baseline, by field name; grad_norm is a median and may be missing."""
 

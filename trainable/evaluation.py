@@ -5,14 +5,17 @@ two checkpoints can be compared question by question. `accuracy` is in the deplo
 unquantised forward of the master weights in the model's dtype.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spaces.config import TrialConfig
-from trainable.backend import Backend, TorchBackend
-from trainable.model import Policy, deployed, unquantized
+from trainable.engines.backend import Backend, TorchBackend
+from trainable.engines.engine import Request
+from trainable.policy.policy import Policy, deployed, unquantized
 from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean
-from trainable.tasks import Question, Task
+from trainable.tasks.task import Question, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +31,33 @@ class Evaluation:
     def accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
 
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Evaluation":
+        return cls(correct=tuple(tree["correct"]), parts=tree["parts"])
+
 
 def evaluate(policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None) -> Evaluation:
     """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
-    backend = backend or TorchBackend(config)
+    backend = backend or TorchBackend()
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
     with deployed(policy):
         backend.sync(policy)
-        groups = backend.generate(policy, prompts, group_size=1, temperature=0.0, batch_size=config.eval.batch_size, key=())
+        groups = backend.generate(policy, _greedy(prompts, config))
     judged = judge(policy, task, questions, prompts, groups)
     scores = [group[0].score for group in judged]
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
         parts={name: mean([score.parts[name] for score in scores]) for name in task.rewards},
+    )
+
+
+def _greedy(prompts: Sequence[Sequence[int]], config: TrialConfig) -> Request:
+    return Request(
+        prompts=prompts,
+        group_size=1,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=0.0,
+        batch_size=config.eval.batch_size,
     )
 
 

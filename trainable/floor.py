@@ -13,11 +13,12 @@ demand is a multiple of the floor, measured on the same tokens. Two pairs are me
     cached   the generation decoder, fed the given tokens
     eager    transformers' forward with eager attention (of a policy that trains with eager attention: our forward with torch's sdpa)
 
-The numbers are those that an importance correction would see: k3-KL and effective sample share as in `grpo.importance_weights`, with two
-differences. They are computed in double precision: in single precision exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand
-times as large as itself. And k3 estimates KL(p || q) where p sampled the tokens, but here a third pass may have. Tokens that p finds
-unlikely, which p itself would hardly ever have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a
-token counts p / p_sampler times, which makes it an estimate of KL(p || q) again.
+The numbers are those that an importance correction would see: k3-KL and effective sample share as in
+`logps.importance_weights`, with two differences. They are computed in double precision: in single precision
+exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand times as large as itself. And k3 estimates KL(p || q)
+where p sampled the tokens, but here a third pass may have. Tokens that p finds unlikely, which p itself would hardly ever
+have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a token counts p / p_sampler
+times, which makes it an estimate of KL(p || q) again.
 
 Left out: other orders of summation (number of threads, size of a batch, another device). They are of the same kind and size.
 
@@ -28,15 +29,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError
-from trainable.decoder import decoder
-from trainable.grpo import Batch, clean_logps, importance_weights
-from trainable.model import Policy, block_of
+from trainable.forward.decoder import decoder
+from trainable.forward.logps import Batch, clean_logps, importance_weights
+from trainable.policy.attention import attention, attention_of
+from trainable.policy.policy import Policy, block_of
 
 APART = 1e-4
 """In nats. Sums in another order stay below it in fp32, a flipped rounding hardly ever does."""
@@ -137,8 +137,8 @@ def cached_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: 
     """Log-probs [B, T] as generation computes them: each prompt once for its group, then a token at a time. Of padding: anything."""
     pieces = []
     for rows in batch.slices(micro_batch):
-        together = min(batch.group_size, rows.stop - rows.start)
-        part = batch.rows(rows, together)
+        part = batch.part(rows)
+        together = part.group_size
         forward = decoder(policy, part.completion_ids.shape[1])
         logits = forward.prefill(part.prompt_ids[::together], part.prompt_mask[::together], together)  # [rows, V]
         columns = [_of_tokens(logits, part.completion_ids[:, 0], temperature)]
@@ -155,42 +155,18 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
-    trained: Any = policy.model.config
-    with attention(policy, "sdpa" if trained._attn_implementation == "eager" else "eager"):
+    with attention(policy, "sdpa" if attention_of(policy) == "eager" else "eager"):
         return clean_logps(policy, batch, temperature, micro_batch)
 
 
-@contextmanager
-def attention(policy: Policy, implementation: str) -> Iterator[None]:
-    """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no choice."""
-    network = _network(policy)
-    before = network.config._attn_implementation
-    try:
-        try:
-            network.set_attn_implementation(implementation)
-        except (ValueError, ImportError) as error:  # transformers' words for what an architecture does not support
-            raise ConfigError(f"model.attention={implementation}: {error}; take another model") from error
-        if network.config._attn_implementation != implementation:  # it only warns about those that it cannot switch
-            raise ConfigError(f"model.attention={implementation}: {type(network).__name__} cannot switch to it; take another model")
-        yield
-    finally:
-        network.config._attn_implementation = before
-
-
-def _network(policy: Policy) -> Any:
-    """The transformers model, without adapters around it."""
-    model: Any = policy.model
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-# --- the same weights in a shallower model -------------------------------------------------------------------------
+# --- the same weights in a shallower model --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def first_blocks(policy: Policy, blocks: int) -> Iterator[Policy]:
     """The policy that goes from its `blocks`-th decoder block straight to the final norm and the head; the others are out of the way."""
     assert 1 <= blocks <= policy.depth, f"{blocks=} {policy.depth=}"
-    network = _network(policy)
+    network = policy.network
     name, stack = next(
         (name, module) for name, module in network.named_modules() if isinstance(module, nn.ModuleList) and block_of(f"{name}.0.") == 0
     )

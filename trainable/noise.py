@@ -14,18 +14,18 @@ Layer zones are the plan's, at relative depth: a block belongs to the zone of it
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from spaces.config import ConfigError, NoiseConfig, ZoneSigma
-from trainable.model import Policy, block_of, deployed
-from trainable.quantization import Arithmetic, QuantLinear
+from trainable.outcome import Effect
+from trainable.policy.policy import Policy, block_of, deployed
+from trainable.quantization import QuantLinear
 from trainable.seeds import generator
 
 # The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
@@ -170,7 +170,7 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
 
     found: list[NoiseTarget] = []
     for kind in noise.modules:
-        modules: dict[str, Any] = policy.norms if kind == "rmsnorm" else policy.linears
+        modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:
             raise ConfigError(f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing")
@@ -264,40 +264,6 @@ def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
 
 
 # --- the proof ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """What noise did to one weight in the first rollout of a stage."""
-
-    stage: int
-    step: int
-    name: str
-    layer: int | None
-    kind: str
-    nominal: float
-    """Sigma asked for, in weight units."""
-    applied: float
-    """Measured rms change of the deployed weight, after cast and quantisation."""
-    applied_relative: float
-    """The same over rms(W)."""
-    changed: float
-    """Share of weights that differ: for a quantised weight with noise before it, the share of 4-bit codes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffectReceipt:
-    """Proof of what a trial did to its weights."""
-
-    quantized: tuple[str, ...]
-    arithmetic: tuple[Arithmetic, ...]
-    """How those layers compute: one record, unless some compute otherwise than others."""
-    noised: tuple[str, ...]
-    effects: tuple[Effect, ...]
-    warnings: tuple[str, ...]
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_effects(noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int) -> tuple[Effect, ...]:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spaces.formats import FORMATS
-from trainable.engine import CONFIG_FILE, arithmetic_of
+from trainable.engines.engine import CONFIG_FILE, arithmetic_of
 from trainable.quantization import Arithmetic, element_step, fake_quantize
 
 FORMAT = "mxfp4-pack-quantized"

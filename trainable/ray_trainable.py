@@ -3,46 +3,42 @@
 A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a result with
 `collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such.
 
-What a trial has done lies in its own folder of the store and nowhere else, in files that anyone can read:
-
-    outcome.json              how it ended, and every report; the trial is over and is never run again
-    final.safetensors         the clean weights it ended with, those that are trained (`rin export --to checkpoint`)
-    checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume`
-    attempt-001.json          one process that worked on it: since when, last seen, how it ended
-    stopped.json              evaluation of a trial that was stopped from outside, at its last step
-
-So every start looks into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles,
-are not used. A checkpoint is written as often as takes 2 % of the time, at most once a step, by a thread of its own: training waits
-for the copy of the state and not for the disk. When the disk is full the trial goes on without, and says so.
+What a trial has done lies in its own folder of the store and nowhere else (`trial_folder.py`). So every start looks into the folder
+first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles, are not used. A checkpoint is written
+as often as takes 2 % of the time, at most once a step, by a thread of its own: training waits for the copy of the state and not for
+the disk. When the disk is full the trial goes on without, and says so.
 
 The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on from its
 checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever write its weights.
 """
 
 import gc
-import json
 import logging
-import re
-import socket
-import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from ray import tune
 
 from spaces.config import TrialConfig
-from trainable.checkpoint import FINAL_FILE, newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
-from trainable.engine import TrialFailed
-from trainable.folder import Folder
-from trainable.trial import Outcome, StepReport, Trial
-from trainable.watchdog import Watchdog
+from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import (
+    FINAL_FILE,
+    STOPPED_FILE,
+    AttemptLog,
+    read_outcome,
+    read_reports,
+    write_outcome,
+    write_stopped,
+)
+from trainable.disk.watchdog import Watchdog
+from trainable.engines.engine import TrialFailed
+from trainable.outcome import Outcome, StepReport
+from trainable.trial import Trial
 
 log = logging.getLogger(__name__)
 
-OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
-VERSION = 1
 CHECKPOINT_SHARE = 0.02  # of a trial's time
 
 
@@ -54,16 +50,14 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process not."""
         self.settings = TrialConfig.model_validate(config["config"])
         self.folder = Folder(config["folder"])
-        self.work: _Work | None = None
-        self.over: bytes | None = None
+        self.work: TrialWorker | None = None
 
     def step(self) -> dict[str, Any]:
         if self.work is None:
-            self.over = self.folder.read(OUTCOME_FILE)
-            if self.over is not None:  # by a process that died before Tune heard of it
-                ended = json.loads(self.over)
-                return with_outcome(ended["reports"][-1], ended["outcome"])
-            self.work = _Work(self.folder, self.settings)
+            outcome = read_outcome(self.folder)
+            if outcome is not None:  # by a process that died before Tune heard of it
+                return last_result(read_reports(self.folder)[-1], outcome)
+            self.work = TrialWorker(self.folder, self.settings)
         return self.work.step()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -81,16 +75,16 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
             self.work.leave()
 
 
-class _Work:
+class TrialWorker:
     """One process's work on one trial, from wherever the last one left it."""
 
     def __init__(self, folder: Folder, settings: TrialConfig) -> None:
         self.folder, self.settings = folder, settings
-        self.attempt = _Attempt(folder)
+        self.attempt = AttemptLog(folder)
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
         self.broken, self.ended = False, False
         self.failure = ("error", "")
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[StepReport] = []
         self.trial: Trial | None = None
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] = Future()
@@ -105,15 +99,17 @@ class _Work:
         except TrialFailed as failed:
             self.failure = (failed.rule, failed.reason)
             raise
+        except Exception as error:
+            self.failure = ("error", f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
         self.attempt.step = report.step + 1
         outcome = trial.outcome() if trial.done else None
-        result = as_result(report)
-        self.reports.append(result)
+        self.reports.append(report)
         self.watchdog.enter("save")
         if outcome is not None:
             self.writing.result()
             self._keep_weights(trial)  # first: once there is an outcome, nobody runs the trial again for its weights
-            self.folder.write(OUTCOME_FILE, _ending(outcome, self.reports))
+            write_outcome(self.folder, outcome, self.reports)
             self.attempt.end("outcome")
             self.ended = True
             trial.close()
@@ -124,7 +120,7 @@ class _Work:
             self._save(trial)
         self.watchdog.enter("")
         self.broken = False
-        return result if outcome is None else with_outcome(result, outcome.as_tree())
+        return as_result(report) if outcome is None else last_result(report, outcome)
 
     def leave(self) -> None:
         """Stopped from outside. Saves first: whoever stops a trial may not wait for its evaluation."""
@@ -138,7 +134,7 @@ class _Work:
                     self._save(self.trial)
                     self.writing.result()
                 self.attempt.end("stopped")
-                self.folder.write(STOPPED_FILE, _ending(self.trial.outcome(), self.reports))
+                write_stopped(self.folder, self.trial.outcome(), self.reports)
                 self.attempt.end("stopped")  # the evaluation took its time too
         except OSError as error:  # a full disk must not cost the next trial in this process
             log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)
@@ -156,7 +152,7 @@ class _Work:
             log.warning("%s: %s", self.folder.uri, line)
         if state is not None:
             trial.load_state_dict(state)
-            self.reports = list(state["reports"])
+            self.reports = [StepReport.from_record(record) for record in state["reports"]]
         self.attempt.ready(first_step=trial.so_far.next_step, damaged=passed)
         self.folder.remove(STOPPED_FILE)  # of an earlier step
         self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
@@ -171,7 +167,7 @@ class _Work:
 
     def _save(self, trial: Trial) -> None:
         started, step = time.monotonic(), trial.so_far.next_step
-        state = {**trial.state_dict(), "reports": list(self.reports)}
+        state = {**trial.state_dict(), "reports": [report.as_record() for report in self.reports]}
         self.writing = self.writer.submit(self._write, step, state, started)
 
     def _write(self, step: int, state: dict[str, Any], started: float) -> None:
@@ -197,63 +193,17 @@ class _Work:
         self.attempt.end("hang", reason=f"step {step}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
 
 
-class _Attempt:
-    """attempt-K.json: one process's work on a trial. What cannot be written is only missing in the ledger."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        number = sum(bool(re.fullmatch(r"attempt-\d+\.json", name)) for name in folder.names()) + 1
-        self._name = f"attempt-{number:03d}.json"
-        self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
-        self.step = 0
-        self._lock = threading.Lock()  # the watchdog's thread beats too
-        self.beat()
-
-    def ready(self, *, first_step: int, damaged: list[str]) -> None:
-        """Loaded; `damaged`: a line for each checkpoint that had to be passed over."""
-        self.step = first_step
-        loading = time.time() - self._values["started"]
-        self._values |= {"first_step": first_step, "loading_seconds": loading, "damaged": damaged}
-        self.beat()
-
-    def end(self, how: str, **more: str) -> None:
-        self._values |= {"ended": how, **more}
-        self.beat()
-
-    def beat(self) -> None:
-        with self._lock:
-            self._values |= {"seen": time.time(), "step": self.step}
-            try:
-                self._folder.write(self._name, json.dumps(self._values))
-            except OSError as error:
-                log.warning("%s: %s: %s", self._folder.uri, self._name, error)
-
-
-def _ending(outcome: Outcome, reports: list[dict[str, Any]]) -> str:
-    return json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": reports})
-
-
 def as_result(report: StepReport) -> dict[str, Any]:
-    """A flat Tune result: metrics by tracked name, and what belongs to the step."""
-    return {
-        "step": report.step,
-        "seconds": report.seconds,
-        "time_ms": time.time_ns() // 1_000_000,
-        "collapsed": 0,
-        "rule": report.verdict.rule,
-        "evidence": report.verdict.evidence,
-        "samples": list(report.samples),
-        **report.signals,
-        "rin/steps_done": float(report.step + 1),
-    }
+    """A flat Tune result."""
+    return {**report.as_record(), "collapsed": 0}
 
 
-def with_outcome(result: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """The last result of a trial: its last step, and how it ended."""
+def last_result(report: StepReport, outcome: Outcome) -> dict[str, Any]:
+    """Of a trial's last step: Tune hears how it ended, and everyone else reads that in the trial's folder."""
     return {
-        **result,
-        "outcome": outcome,
-        "collapsed": int(outcome["outcome"] == "collapsed"),
-        "accuracy": outcome["eval"]["accuracy"],
+        **as_result(report),
+        "outcome": outcome.outcome,
+        "collapsed": int(outcome.collapsed),
+        "accuracy": outcome.eval.accuracy,
         "done": True,
     }

@@ -10,46 +10,16 @@ vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spaces.config import ConfigError, TaskConfig
-from trainable.decoder import decoder
-from trainable.model import Policy
-from trainable.tasks import Question, Score, Task
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What was sampled for one prompt; the end token, where it came, is the last id."""
-
-    ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    """Log-prob of each id under the sampling distribution, in nats."""
-    entropy: float
-    """Mean entropy of that distribution over the completion, in nats per token."""
-    finished: bool
-    """Ended by the end token, not by the limit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Episode:
-    """One completion of one question, judged.
-
-    Example: Episode(question=Question(prompt="12+3=", answer="15"), prompt_ids=(3, 4, 12, 5, 14), text="15", ...)
-    """
-
-    question: Question
-    prompt_ids: tuple[int, ...]
-    completion: Completion
-    text: str
-    score: Score
-
-
-Group = tuple[Episode, ...]
-"""All completions of one question."""
+from trainable.episode import Completion, Episode, Group
+from trainable.forward.decoder import decoder
+from trainable.forward.transformer import left_padded
+from trainable.policy.policy import Policy
+from trainable.tasks.task import Question, Task
 
 _WORTH_RETIRING = 0.25
 """Share of the rows in work that have ended, from which it pays to copy the cache of the others."""
@@ -73,14 +43,6 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
     if longest > limit:
         raise ConfigError(f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that")
     return encoded
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [rows, L]."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)  # [rows, L]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)  # [rows, L]
-    return ids, mask
 
 
 @torch.no_grad()

@@ -1,20 +1,14 @@
 """Where randomness comes from: a generator for each purpose, made from names instead of carried along.
 
-A trial draws questions, samples tokens, injects noise and shuffles mini-batches. Each draw has its own generator, seeded by a
-stable hash of (purpose, trial seed, step, ...). So there is no generator state to checkpoint: a restored trial at step 12 draws
-what the undisturbed one drew, a replicate shares its questions with the control of the same seed, and adding one draw somewhere
-does not shift every later one. Python's own `hash` differs between processes and is not used.
+A trial draws questions, samples tokens, injects noise and shuffles mini-batches. Each draw has its own generator,
+seeded by a stable hash (`hashing.py`) of (purpose, trial seed, step, ...). So there is no generator state to
+checkpoint: a restored trial at step 12 draws what the undisturbed one drew, a replicate shares its questions with the
+control of the same seed, and adding one draw somewhere does not shift every later one.
 """
-
-import hashlib
 
 import torch
 
-
-def stable_hash(*parts: object) -> int:
-    """63 bits from the printed parts; equal in every process and on every machine."""
-    digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from trainable.hashing import stable_hash
 
 
 def generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,7 +1,7 @@
 """What a step showed, as named numbers.
 
-Every signal is a field of one record, and the name under which it is tracked is written beside it once; tables, rules and
-dashboards use that name. None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something
+Every signal is a field of one record; rules read the field, everyone else the name under which it is tracked
+(`metrics.py`). None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something
 broke, is kept, and makes the collapse rule `nonfinite` fire.
 
 Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the share
@@ -11,59 +11,61 @@ its vocabulary order).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
-from trainable.grpo import Batch, FilterOutcome, UpdateMetrics
-from trainable.rollout import Group
+from trainable.episode import FilterOutcome, Group
+from trainable.forward.logps import Batch, ImportanceWeights
+from trainable.metrics import METRICS, REWARD
 
 _N_GRAM = 4  # of the repetition signal
 
 
-def _named(name: str) -> float:
-    return field(metadata={"name": name})  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """One step. Shares are 0 to 1, entropies and KLs nats per token, lengths tokens."""
+    """One step; what each field means, and how it is tracked, says `metrics.py`."""
 
-    sigma: float = _named("rin/sigma")
-    reward: float = _named("grpo/reward")
-    reward_std: float = _named("grpo/reward_std")
-    accuracy: float = _named("grpo/accuracy")
-    """Share of sampled completions that are correct (noisy, at the sampling temperature: not an evaluation)."""
-    all_wrong: float = _named("filter/all_wrong")
-    """Share of generated groups without variance in which nothing is right."""
-    all_right: float = _named("filter/all_right")
-    kept_groups: float = _named("filter/kept_groups")
-    gen_batches: float = _named("filter/gen_batches")
-    wasted: float = _named("filter/wasted")
-    """Share of generated completions that were not trained on."""
-    entropy: float = _named("gen/entropy")
-    length: float = _named("gen/length")
-    truncated: float = _named("gen/truncated")
-    distinct_2: float = _named("gen/distinct_2")
-    """Different pairs of neighbouring tokens over all pairs, within a completion."""
-    repetition: float = _named("gen/repetition")
-    """Share of 4-grams that occurred before in the same completion."""
-    gibberish: float = _named("gen/gibberish")
-    kl: float = _named("rollout_corr/kl")
-    """KL(rollout || clean policy), k3."""
-    logp_gap: float = _named("rollout_corr/logp_gap")
-    """Mean absolute difference of a sampled token's log-prob between the rollout and the clean policy."""
-    weight: float = _named("rollout_corr/weight")
-    effective_share: float = _named("rollout_corr/effective_share")
-    loss: float | None = field(default=None, metadata={"name": "grpo/loss"})
-    grad_norm: float | None = field(default=None, metadata={"name": "grpo/grad_norm"})
-    clip_fraction: float | None = field(default=None, metadata={"name": "grpo/clip_fraction"})
-    reference_kl: float | None = field(default=None, metadata={"name": "grpo/reference_kl"})
+    sigma: float
+    reward: float
+    reward_std: float
+    accuracy: float
+    all_wrong: float
+    all_right: float
+    kept_groups: float
+    gen_batches: float
+    wasted: float
+    entropy: float
+    length: float
+    truncated: float
+    distinct_2: float
+    repetition: float
+    gibberish: float
+    kl: float
+    logp_gap: float
+    weight: float
+    effective_share: float
+    loss: float | None = None
+    grad_norm: float | None = None
+    clip_fraction: float | None = None
+    reference_kl: float | None = None
     rewards: tuple[tuple[str, float], ...] = ()
     """Mean of each reward function, tracked as grpo/reward/NAME."""
 
     def as_metrics(self) -> dict[str, float]:
         """Tracked name -> value, for everything that was measured."""
         metrics = {name: value for attribute, name in NAMES.items() if (value := getattr(self, attribute)) is not None}
-        return metrics | {f"grpo/reward/{name}": value for name, value in self.rewards}
+        return metrics | {f"{REWARD}/{name}": value for name, value in self.rewards}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateMetrics:
+    """Means over a step's updates."""
+
+    loss: float
+    grad_norm: float
+    """Largest global norm before clipping. Not finite: the update was not applied, so that the weights stay usable."""
+    clip_fraction: float
+    reference_kl: float
+    correction: ImportanceWeights
 
 
 def measure(
@@ -132,4 +134,10 @@ def _std(row: Sequence[float]) -> float:
     return math.sqrt(sum((value - centre) ** 2 for value in row) / (len(row) - 1))
 
 
-NAMES: dict[str, str] = {f.name: f.metadata["name"] for f in fields(Signals) if "name" in f.metadata}
+NAMES: dict[str, str] = {
+    field.name: tracked
+    for field in fields(Signals)
+    for tracked in METRICS
+    if tracked.split("/")[0] not in ("eval", "perf") and tracked.split("/")[1] == field.name
+}
+"""Field -> tracked name: a signal is the last word of its name."""

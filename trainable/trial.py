@@ -23,92 +23,75 @@ from typing import Any
 import torch
 
 from spaces.config import TrialConfig
-from spaces.reading import as_tree
-from trainable import gate
-from trainable.backend import start_backend
-from trainable.collapse import HEALTHY, CollapseDetector, CollapseVerdict
-from trainable.embedded import Progress
+from trainable.collapse import CollapseDetector
+from trainable.engines import gate
+from trainable.engines.backend import start_backend
+from trainable.engines.engine import Request
+from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
-from trainable.grpo import (
-    Batch,
-    FilterOutcome,
-    UpdateMetrics,
-    clean_logps,
-    filter_groups,
-    group_advantages,
-    importance_weights,
-    make_batch,
-    shaped_rewards,
-    update,
-    with_old_logps,
+from trainable.forward.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
+from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
+from trainable.metrics import (
+    ACCURACY,
+    EVAL,
+    ROLLOUT_SECONDS,
+    STEP_SECONDS,
+    TOKENS_PER_SECOND,
+    UPDATE_SECONDS,
 )
-from trainable.model import deployed, load_policy
-from trainable.noise import Effect, EffectReceipt, effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
-from trainable.rollout import Group, encode_prompts, judge
+from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
+from trainable.outcome import (
+    HEALTHY,
+    Alarm,
+    CollapseVerdict,
+    Effect,
+    EffectReceipt,
+    Outcome,
+    Sample,
+    Scores,
+    StepReport,
+)
+from trainable.policy.embedded import Progress
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import deployed
+from trainable.rollout import encode_prompts, judge
 from trainable.seeds import generator
-from trainable.signals import Signals, measure
-from trainable.tasks import build_task
+from trainable.signals import Signals, UpdateMetrics, measure
+from trainable.tasks.table import build_task
 
 _SAMPLES_PER_STEP = 4
 _BASELINE_STEP = -1  # names the baseline's random draws
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """What one step did."""
-
-    step: int
-    sigma: float
-    signals: dict[str, float]
-    """By tracked name, e.g. gen/entropy; eval/accuracy in steps that evaluate."""
-    verdict: CollapseVerdict
-    seconds: float
-    samples: tuple[dict[str, Any], ...]
-    """A few completions: step, prompt, completion, answer, reward."""
-
-    def as_tree(self) -> dict[str, Any]:
-        tree = asdict(self)
-        del tree["samples"]
-        return tree
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a trial ended."""
-
-    outcome: str
-    """completed | collapsed | stopped"""
-    rule: str
-    """Of the collapse; empty otherwise."""
-    step: int
-    """Steps done."""
-    eval: dict[str, Any]
-    """Of the clean model: accuracy, accuracy_bf16, parts (mean of each reward function), the same with _start, n, correct[]."""
-    receipt: dict[str, Any]
-    alarms: tuple[dict[str, Any], ...]
-    """Rules that fired without stopping the trial (collapse.mode=monitor): step, rule, evidence."""
-    config: dict[str, Any]
-    seconds: float
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 @dataclass(slots=True, kw_only=True)
 class Progression:
-    """All that a trial remembers besides weights and optimizer; plain values."""
+    """All that a trial remembers besides weights and optimizer."""
 
     next_step: int = 0
     updates: int = 0
     seconds: float = 0.0
-    verdict: dict[str, Any] | None = None
+    verdict: CollapseVerdict | None = None
     """Of a collapse that ended the trial."""
-    alarms: list[dict[str, Any]] = field(default_factory=list)
-    effects: list[dict[str, Any]] = field(default_factory=list)
-    start: dict[str, Any] | None = None
-    """accuracy_start, accuracy_bf16_start, parts_start."""
-    end: dict[str, Any] | None = None
-    """Final evaluation."""
+    alarms: list[Alarm] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    start: tuple[Evaluation, Evaluation] | None = None
+    """Before step 0: in the deployed precision, unquantised."""
+    end: tuple[Evaluation, Evaluation] | None = None
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Progression":
+        """What `asdict` made of it, and JSON of that."""
+        verdict = tree["verdict"]
+        pairs = {key: tuple(Evaluation.from_tree(one) for one in tree[key]) if tree[key] else None for key in ("start", "end")}
+        return cls(
+            **{
+                **tree,
+                **pairs,
+                "verdict": verdict and CollapseVerdict(**verdict),
+                "alarms": [Alarm(**alarm) for alarm in tree["alarms"]],
+                "effects": [Effect(**effect) for effect in tree["effects"]],
+            }
+        )
 
 
 class Trial:
@@ -175,14 +158,20 @@ class Trial:
         finished = time.perf_counter()
         tokens = sum(len(e.completion.ids) for group in groups for e in group)
         metrics |= {
-            "perf/rollout_seconds": sampled - begun,
-            "perf/update_seconds": updated - sampled,
-            "perf/step_seconds": finished - started,
-            "perf/tokens_per_second": tokens / (sampled - begun),
+            ROLLOUT_SECONDS: sampled - begun,
+            UPDATE_SECONDS: updated - sampled,
+            STEP_SECONDS: finished - started,
+            TOKENS_PER_SECOND: tokens / (sampled - begun),
         }
         self.so_far.seconds += finished - started
         return StepReport(
-            step=step, sigma=sigma, signals=metrics, verdict=verdict, seconds=finished - started, samples=_samples(step, groups)
+            step=step,
+            sigma=sigma,
+            signals=metrics,
+            verdict=verdict,
+            seconds=finished - started,
+            samples=_samples(step, groups),
+            time_ms=time.time_ns() // 1_000_000,
         )
 
     def outcome(self) -> Outcome:
@@ -192,26 +181,25 @@ class Trial:
             self._evaluate_end()
             self.so_far.seconds += time.perf_counter() - started
         verdict = self.so_far.verdict
-        start, end = self.so_far.start, self.so_far.end
-        assert start is not None
-        assert end is not None
+        assert self.so_far.start is not None
+        assert self.so_far.end is not None
         return Outcome(
             outcome="collapsed" if verdict else "completed" if self.done else "stopped",
-            rule=verdict["rule"] if verdict else "",
+            rule=verdict.rule if verdict else "",
             step=self.so_far.next_step,
-            eval=start | end,
-            receipt=self.receipt().as_tree(),
+            eval=_scores(self.so_far.start, self.so_far.end),
+            receipt=self.receipt(),
             alarms=tuple(self.so_far.alarms),
-            config=as_tree(self.config),
+            config=self.config,
             seconds=self.so_far.seconds,
         )
 
     def receipt(self) -> EffectReceipt:
         """What was quantised and noised so far, with the sigma really applied."""
-        effects = tuple(Effect(**effect) for effect in self.so_far.effects)
+        effects = tuple(self.so_far.effects)
         return EffectReceipt(
             quantized=self.policy.quantized,
-            arithmetic=self.policy.arithmetic,
+            arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
             noised=tuple(target.name for target in self.targets),
             effects=effects,
             warnings=effect_warnings(effects),
@@ -239,7 +227,7 @@ class Trial:
             index, _, name = key.partition("/")
             moments.setdefault(int(index), {})[name] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.so_far = Progression(**copy.deepcopy(state["progress"]["so_far"]))
+        self.so_far = Progression.from_tree(state["progress"]["so_far"])
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
         self.agreed = self.backend.engine is None
 
@@ -247,18 +235,12 @@ class Trial:
 
     def _begin(self) -> dict[str, float]:
         """Evaluate the start and take the noise-free baseline."""
-        deployed_eval, plain_eval = self._evaluate()
-        self.so_far.start = {
-            "accuracy_start": deployed_eval.accuracy,
-            "accuracy_bf16_start": plain_eval.accuracy,
-            "parts_start": deployed_eval.parts,
-        }
+        deployed_eval, plain_eval = self.so_far.start = self._evaluate()
         groups = self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)
         outcome = filter_groups("off", groups, len(groups))
         batch = self._batch(groups)
         self.detector.observe(self._measure(groups, batch, outcome, 1, 0.0, None), quiet=True)
-        parts = {f"eval/{name}_start": value for name, value in deployed_eval.parts.items()}
-        start = {"eval/accuracy_start": deployed_eval.accuracy, "eval/accuracy_bf16_start": plain_eval.accuracy, **parts}
+        start = {f"{name}_start": value for name, value in _metrics(deployed_eval, plain_eval).items()}
         return start | ({} if self.agreed else self._agree(batch))
 
     def _agree(self, batch: Batch) -> dict[str, float]:
@@ -301,14 +283,15 @@ class Trial:
             seed=config.seed,
         ):
             self.backend.sync(self.policy)
-            completions = self.backend.generate(
-                self.policy,
-                encoded,
+            request = Request(
+                prompts=encoded,
                 group_size=config.grpo.group_size,
+                max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 batch_size=config.rollout.batch_size,
-                key=(step, batch),
+                draw=(config.seed, step, batch),
             )
+            completions = self.backend.generate(self.policy, request)
         return judge(self.policy, self.task, questions, encoded, completions)
 
     def _prove(self, step: int) -> None:
@@ -317,7 +300,7 @@ class Trial:
         stage = stage_at(noise, step, total)
         if step == 0 or stage != stage_at(noise, step - 1, total):
             effects = measure_effects(noise, self.targets, step=step, total_steps=total, seed=self.config.seed)
-            self.so_far.effects += [asdict(effect) for effect in effects]
+            self.so_far.effects += effects
 
     def _batch(self, groups: list[Group] | tuple[Group, ...]) -> Batch:
         """Tensors with advantages and the clean policy's log-probs."""
@@ -383,11 +366,11 @@ class Trial:
         if not verdict.collapsed:
             return verdict
         if verdict.rule == "nonfinite" or config.collapse.mode == "enforce":
-            self.so_far.verdict = {**verdict.as_tree(), "step": step}
+            self.so_far.verdict = verdict
         elif config.collapse.mode == "off":
             return HEALTHY
         else:
-            self.so_far.alarms.append({"step": step, "rule": verdict.rule, "evidence": verdict.evidence})
+            self.so_far.alarms.append(Alarm(step=step, rule=verdict.rule, evidence=verdict.evidence))
         return verdict
 
     def _evaluate_if_due(self, step: int) -> dict[str, float]:
@@ -402,15 +385,8 @@ class Trial:
     def _evaluate_end(self) -> dict[str, float]:
         if self.so_far.start is None:
             self._begin()
-        deployed_eval, plain_eval = self._evaluate()
-        self.so_far.end = {
-            "accuracy": deployed_eval.accuracy,
-            "accuracy_bf16": plain_eval.accuracy,
-            "parts": deployed_eval.parts,
-            "n": len(deployed_eval.correct),
-            "correct": list(deployed_eval.correct),
-        }
-        return {**_metrics(deployed_eval), "eval/accuracy_bf16": plain_eval.accuracy}
+        deployed_eval, plain_eval = self.so_far.end = self._evaluate()
+        return _metrics(deployed_eval, plain_eval)
 
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
         """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
@@ -431,13 +407,28 @@ def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generato
         trial.close()
 
 
-def _metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {"eval/accuracy": evaluation.accuracy, **{f"eval/{name}": value for name, value in evaluation.parts.items()}}
+def _metrics(evaluation: Evaluation, unquantized: Evaluation | None = None) -> dict[str, float]:
+    parts = {f"{EVAL}{name}": value for name, value in evaluation.parts.items()}
+    plain = {} if unquantized is None else {f"{ACCURACY}_bf16": unquantized.accuracy}
+    return {ACCURACY: evaluation.accuracy, **plain, **parts}
 
 
-def _samples(step: int, groups: list[Group]) -> tuple[dict[str, Any], ...]:
+def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluation]) -> Scores:
+    (before, plain_before), (after, plain_after) = start, end
+    return Scores(
+        accuracy=after.accuracy,
+        accuracy_bf16=plain_after.accuracy,
+        parts=after.parts,
+        accuracy_start=before.accuracy,
+        accuracy_bf16_start=plain_before.accuracy,
+        parts_start=before.parts,
+        n=len(after.correct),
+        correct=after.correct,
+    )
+
+
+def _samples(step: int, groups: list[Group]) -> tuple[Sample, ...]:
     episodes = [group[0] for group in groups[:_SAMPLES_PER_STEP]]
     return tuple(
-        {"step": step, "prompt": e.question.prompt, "completion": e.text, "answer": e.question.answer, "reward": e.score.reward}
-        for e in episodes
+        Sample(step=step, prompt=e.question.prompt, completion=e.text, answer=e.question.answer, reward=e.score.reward) for e in episodes
     )

@@ -13,11 +13,15 @@ from search.statistics import compare
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import never_end, ratio, spread
-from trainable.backend import TorchBackend, VllmBackend, start_backend
-from trainable.embedded import base_folder
-from trainable.model import SMOLLM2_FILE, Policy, _smollm2_folder, deployed, load_policy
-from trainable.rollout import encode_prompts, left_padded
-from trainable.tasks import build_task
+from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
+from trainable.engines.engine import Request
+from trainable.forward.transformer import left_padded
+from trainable.policy.embedded import base_folder
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, _smollm2_folder, deployed
+from trainable.policy.sources import SMOLLM2_FILE
+from trainable.rollout import encode_prompts
+from trainable.tasks.table import build_task
 from trainable.trial import Trial
 
 SHAPES = (("embedded", 6, (1, 32, 256)), ("smollm2-135m", 16, (1, 32, 256)), ("smollm2-135m", 96, (32,)))
@@ -36,15 +40,17 @@ class Rivals:
 
     def speeds(self, prompts: list[list[int]], group: int, tokens: int) -> dict[str, list[float]]:
         """Tokens per second of each round; one call of each warms up. Call it inside `deployed`."""
-        options: dict[str, Any] = {"group_size": group, "temperature": 1.0, "batch_size": len(prompts) * group, "key": ()}
+        request = Request(
+            prompts=prompts, group_size=group, max_new_tokens=tokens, temperature=1.0, batch_size=len(prompts) * group, draw=(0,)
+        )
         ids, mask = left_padded(
             [prompt for prompt in prompts for _ in range(group)], self.policy.tokenizer.pad_token_id, self.policy.device
         )
         fixed: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "min_new_tokens": tokens, "max_new_tokens": tokens}
         rivals: dict[str, Callable[[], object]] = {
             "generate": lambda: self.generate.generate(input_ids=ids, attention_mask=mask, **fixed),
-            "torch": lambda: self.torch.generate(self.policy, prompts, **options),
-            "vllm": lambda: self.vllm.generate(self.policy, prompts, **options),
+            "torch": lambda: self.torch.generate(self.policy, request),
+            "vllm": lambda: self.vllm.generate(self.policy, request),
         }
         return {name: [len(ids) * tokens / seconds for seconds in times] for name, times in _in_turns(rivals).items()}
 
@@ -71,7 +77,7 @@ def engines() -> list[str]:
         vllm = start_backend(config, policy)
         start_up = time.perf_counter() - started
         assert isinstance(vllm, VllmBackend)
-        rivals = Rivals(policy=policy, generate=_as_transformers_loads_it(workload), torch=TorchBackend(config), vllm=vllm)
+        rivals = Rivals(policy=policy, generate=_as_transformers_loads_it(workload), torch=TorchBackend(), vllm=vllm)
         questions = build_task(config.task).sample(max(counts), seed=0, step=0, batch=0)
         prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
         with deployed(policy):
@@ -103,10 +109,8 @@ def backends() -> list[str]:
                 sigmas.append(trial.step().sigma)
             outcome = trial.outcome()
             trial.close()
-            accuracies.append(outcome.eval["accuracy"])
-            told.append(
-                (sigmas, outcome.receipt["quantized"], outcome.receipt["noised"], [e["nominal"] for e in outcome.receipt["effects"]])
-            )
+            accuracies.append(outcome.eval.accuracy)
+            told.append((sigmas, outcome.receipt.quantized, outcome.receipt.noised, [e.nominal for e in outcome.receipt.effects]))
         assert told[0] == told[1], "equal receipts and sigmas"
     difference = compare(found["vllm"], found["torch"])
     rows = [f"| {backend} | {', '.join(f'{100 * value:.1f}' for value in values)} |" for backend, values in found.items()]

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,11 +30,11 @@ from typing import Any
 
 import psutil
 
-from search.journal import read_arms
-from search.store import load_study_config
-from search.tracking import load_study
-from spaces.reading import merge, read_config
+from search.arms import Arm, read_arms, trial_config
+from search.mirror import send_missing
+from search.store import StudyConfig, load_study_config
 from tests.benchmarks.bench import DOCS, RIN
+from tests.real_mlflow import runs
 from trainable.trial import Trial
 
 SETTINGS = ("grpo.steps=12", "eval.questions=32", "eval.every=4", "task.digits=1", "noise.num_stages=4")
@@ -48,7 +48,7 @@ import os, sys, time, importlib.abc, importlib.util
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "trainable.backend":
+        if name != "trainable.engines.backend":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -185,15 +185,19 @@ def kill_actors(sweep: Sweep) -> None:
     running = sweep.start()
     for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(1, 8))
-        until = time.monotonic() + 60
-        while running.poll() is None and time.monotonic() < until:
-            victims = actors(running)
-            if victims:
-                sweep.draw.choice(victims).kill()
-                sweep.tally.faults += 1
-                break
-            time.sleep(0.1)
+        kill_an_actor(sweep, running)
     running.wait(DEADLINE)
+
+
+def kill_an_actor(sweep: Sweep, running: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while running.poll() is None and time.monotonic() < until:
+        victims = actors(running)
+        if victims:
+            sweep.draw.choice(victims).kill()
+            sweep.tally.faults += 1
+            break
+        time.sleep(0.1)
 
 
 def damage_checkpoint(sweep: Sweep) -> None:
@@ -238,12 +242,23 @@ def freeze(sweep: Sweep) -> None:
     for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(0, 4))
         if running.poll() is None:
-            Path(sweep.environment["RIN_FREEZE"]).touch()
-            until = time.monotonic() + 60
-            while Path(sweep.environment["RIN_FREEZE"]).exists() and running.poll() is None and time.monotonic() < until:
-                time.sleep(0.1)
-            sweep.tally.faults += not Path(sweep.environment["RIN_FREEZE"]).exists()
+            freeze_a_rollout(sweep, running)
     running.wait(DEADLINE)
+
+
+def prepare_freeze(sweep: Sweep) -> None:
+    (sweep.store / "sitecustomize.py").write_text(FREEZE)
+    sweep.environment = {"RIN_FREEZE": str(sweep.store / "freeze"), "PYTHONPATH": str(sweep.store)}
+    sweep.more += ("--set", "hang_seconds=5")
+
+
+def freeze_a_rollout(sweep: Sweep, running: subprocess.Popen[str]) -> None:
+    file = Path(sweep.environment["RIN_FREEZE"])
+    file.touch()
+    until = time.monotonic() + 60
+    while file.exists() and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    sweep.tally.faults += not file.exists()
 
 
 def second_driver(sweep: Sweep) -> None:
@@ -277,7 +292,7 @@ def kill_mlflow(sweep: Sweep) -> None:
         server = _serve_mlflow(sweep)
     running.wait(DEADLINE)
     sweep.finish()
-    _check(sweep)
+    check(sweep)
     _kill_group(server)
 
 
@@ -314,20 +329,24 @@ def kill_node(sweep: Sweep) -> None:
 # --- the comparison ---------------------------------------------------------------------------------------------------------------
 
 
-def _check(sweep: Sweep) -> None:
+def check(sweep: Sweep) -> None:
+    """Counts in its tally."""
     config = load_study_config(str(sweep.store), sweep.name)
-    records = load_study(sweep.tracking or config.tracking_uri, sweep.name)
-    arms, tally = read_arms(config), sweep.tally
-    keys = [(record.arm, record.replicate) for record in records]
+    config = config.model_copy(update={"tracking_uri": sweep.tracking or config.tracking_uri})
+    tally = sweep.tally
+    assert send_missing(config) == 0  # as the next resume, or the next look, would
+    shown, arms = runs(config.tracking_uri, sweep.name), read_arms(config)
+    keys = [(run.data.tags["arm"], int(run.data.tags["replicate"])) for run in shown]
     expected = {(arm, 0) for arm in ("control", *(f"c{number:02d}" for number in range(1, TRIALS)))}
     tally.sweeps += 1
     tally.expected += len(expected)
     tally.found += len(expected & set(keys))
     tally.twice += len(keys) - len(set(keys))
     tally.lost += len(expected - set(keys)) + len(expected - {(arm.name, k) for arm in arms for k in arm.results})
-    tally.unclosed += sum(record.ended is None or record.status not in ("completed", "collapsed") for record in records)
+    over = [run.info.status != "RUNNING" and run.data.tags["status"] in ("completed", "collapsed") for run in shown]
+    tally.unclosed += over.count(False)
     for arm in arms:
-        wrong = _differences(sweep, config, arm, next((r for r in records if r.arm == arm.name), None))
+        wrong = _differences(sweep, config, arm, next((run for run in shown if run.data.tags["arm"] == arm.name), None))
         tally.other_numbers += bool(wrong)
         tally.notes += [f"{sweep.name} {arm.name}: {line}" for line in wrong[:2]]
 
@@ -335,8 +354,8 @@ def _check(sweep: Sweep) -> None:
 _UNDISTURBED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {}
 
 
-def _differences(sweep: Sweep, config: Any, arm: Any, record: Any) -> list[str]:
-    settings = read_config(merge(arm.tree, {"seed": config.seed}))
+def _differences(sweep: Sweep, config: StudyConfig, arm: Arm, run: Any) -> list[str]:
+    settings = trial_config(config, arm, 0)
     key = settings.model_dump_json(exclude={"hang_seconds"})
     if key not in _UNDISTURBED:
         trial = Trial(settings)
@@ -352,12 +371,12 @@ def _differences(sweep: Sweep, config: Any, arm: Any, record: Any) -> list[str]:
     for part in ("outcome", "rule", "step", "eval", "receipt", "alarms"):
         if json.dumps(tree["outcome"][part]) != json.dumps(outcome[part]):
             wrong.append(f"outcome.{part} differs")
-    if record is not None and record.metrics.get("eval/accuracy") != outcome["eval"]["accuracy"]:
-        wrong.append(f"MLflow has accuracy {record.metrics.get('eval/accuracy')}")
+    if run is not None and run.data.metrics.get("eval/accuracy") != outcome["eval"]["accuracy"]:
+        wrong.append(f"MLflow has accuracy {run.data.metrics.get('eval/accuracy')}")
     return wrong
 
 
-def _plain(report: dict[str, Any]) -> dict[str, float]:
+def _plain(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in report.items() if "/" in name and not name.startswith("perf/")}
 
 
@@ -402,7 +421,7 @@ def _is_trial(process: psutil.Process, session: int) -> bool:
 
 
 @contextmanager
-def _store(fault: str) -> Iterator[Path]:
+def new_store(fault: str) -> Iterator[Path]:
     """A folder; for a full disk a small file system of its own."""
     folder = Path(tempfile.mkdtemp(prefix=f"rin-{fault}-"))
     if fault == "disk":
@@ -443,7 +462,7 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
     tally, moments = Tally(), enough or fault.moments
     number = 0
     while tally.faults < moments and number < 3 * moments:
-        with _store(name) as store:
+        with new_store(name) as store:
             draw = random.Random(f"{seed} {name} {number}")
             sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=min(FAULTS_PER_SWEEP, moments - tally.faults))
             if name == "mlflow":
@@ -452,15 +471,13 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
                 sweep.more = ("--set", "grpo.steps=60")  # long enough for a second program to start beside it
                 sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
             if name == "hang":
-                (store / "sitecustomize.py").write_text(FREEZE)
-                sweep.environment = {"RIN_FREEZE": str(store / "freeze"), "PYTHONPATH": str(store)}
-                sweep.more = ("--set", "hang_seconds=5")
+                prepare_freeze(sweep)
             for _ in range(fault.per_sweep):
                 if sweep.outcomes() < TRIALS and tally.faults < moments:
                     fault.strike(sweep)
             if name != "mlflow":
                 sweep.finish()
-                _check(sweep)
+                check(sweep)
         number += 1
     return tally
 

@@ -26,11 +26,11 @@ from typing import Any
 import psutil
 
 from search import tracking
-from search.journal import read_arms
+from search.arms import read_arms, trial_config
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
+from spaces.config import TrialConfig
 from spaces.library import SPACES
-from spaces.reading import merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT
 from tests.benchmarks.bench import DOCS
 from trainable.trial import run_trial
@@ -67,9 +67,9 @@ def _measured(meter: _Meter) -> None:
 
         return run
 
-    for name in ("on_trial_start", "on_trial_result", "on_trial_complete", "on_trial_error"):
-        setattr(tracking.MLflowCallback, name, clocked(getattr(tracking.MLflowCallback, name)))
-    send = tracking._Backend.send
+    for name in ("begin", "report", "retry", "end"):
+        setattr(tracking.Tracker, name, clocked(getattr(tracking.Tracker, name)))
+    send = tracking.MlflowWriter.send
 
     def sending(self: Any, *arguments: Any) -> Any:
         started = time.thread_time()
@@ -78,7 +78,7 @@ def _measured(meter: _Meter) -> None:
         finally:
             meter.delivering += time.thread_time() - started
 
-    tracking._Backend.send = sending
+    tracking.MlflowWriter.send = sending  # type: ignore[assignment,method-assign]
 
 
 def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> None:
@@ -89,9 +89,9 @@ def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> 
     (Path(store) / "mlflow.json").write_text(json.dumps([meter.waiting, meter.delivering]))
 
 
-def _loop(trees: list[Any]) -> None:
-    for tree in trees:
-        for _ in run_trial(read_config(tree)):
+def _loop(configs: list[TrialConfig]) -> None:
+    for config in configs:
+        for _ in run_trial(config):
             pass
 
 
@@ -111,8 +111,8 @@ def loop(trials: int, rounds: int, workload: str) -> list[str]:
         with tempfile.TemporaryDirectory() as store:
             sweep = _timed(SPAWN.Process(target=_sweep, args=(store, trials, {}, workload)))
             config = study(Path(store), trials=trials, workload=workload)
-            trees = [merge(arm.tree, {"seed": 0}) for arm in read_arms(config)]
-            plain = _timed(*(SPAWN.Process(target=_loop, args=(trees[half::2],)) for half in range(2)))
+            configs = [trial_config(config, arm, 0) for arm in read_arms(config)]
+            plain = _timed(*(SPAWN.Process(target=_loop, args=(configs[half::2],)) for half in range(2)))
             waiting, delivering = json.loads((Path(store) / "mlflow.json").read_text())
         ratios.append(sweep / plain)
         shares.append((waiting / sweep, delivering / (2 * sweep)))

@@ -20,24 +20,53 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from search.export import by_arm
+from search.arms import trial_folder
+from search.execution import TrialEvent
 from search.statistics import Comparison, compare
 from search.store import StudyConfig, default_tracking_uri
-from search.study import TrialEvent, run_study
-from search.tracking import TrialRecord, load_history
+from search.study import run_study
 from spaces.library import SPACES
 from spaces.reading import parse_overrides
+from trainable.disk.trial_folder import read_reports
+from trainable.outcome import Outcome, StepReport
 
 DOCS = Path(__file__).parents[2] / "docs"
 POINTS = ("bf16", "e13i-baseline", "e13i-v2", "e13i-v4-filter-off", "e13m-rmsnorm")
 CURVES = ("control", "bf16", "e13i-baseline", "e13i-v4-filter-off", "e13m-rmsnorm")
 
 
-def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides: str, seed: int = 0) -> tuple[TrialRecord, ...]:
-    """An ordinary sweep of fixed points."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A trial that is over, from its folder."""
+
+    arm: str
+    replicate: int
+    outcome: Outcome
+    reports: tuple[StepReport, ...]
+
+    @property
+    def rule(self) -> str:
+        """Of its collapse; of its first alarm where it was only watched."""
+        alarms = self.outcome.alarms
+        return self.outcome.rule or (alarms[0].rule if alarms else "")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each signal, and the evaluation at its end."""
+        numbers = {name: value for report in self.reports for name, value in report.signals.items()}
+        scores = {f"eval/{name}": value for name, value in asdict(self.outcome.eval).items() if isinstance(value, int | float)}
+        return {**numbers, **scores}
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        return [(report.step, report.signals[name]) for report in self.reports]
+
+
+def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides: str, seed: int = 0) -> list[Run]:
+    """An ordinary sweep of fixed points; every trial of it, arm by arm."""
     arms = len(points) + 1 + (1 if any(p.startswith("e13") and "off" not in p for p in points) else 0)
     config = StudyConfig(
         name=name,
@@ -56,11 +85,21 @@ def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides:
             accuracy = event.metrics.get("eval/accuracy")
             print(f"  {name} {event.trial}: {event.status} {event.rule} step {event.step} accuracy {accuracy}", flush=True)
 
-    return run_study(config, view).records
+    result = run_study(config, view)
+    assert result.unfinished == 0, "a trial failed"
+    return [
+        Run(arm=arm.name, replicate=number, outcome=outcome, reports=tuple(read_reports(trial_folder(config, arm.name, number))))
+        for arm in result.arms
+        for number, outcome in sorted(arm.results.items())
+    ]
 
 
-def accuracies(runs: Sequence[TrialRecord], metric: str = "eval/accuracy") -> list[float]:
-    return [run.metrics[metric] for run in sorted(runs, key=lambda run: run.replicate)]
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return {arm: [run for run in runs if run.arm == arm] for arm in dict.fromkeys(run.arm for run in runs)}
+
+
+def accuracies(runs: Sequence[Run], metric: str = "eval/accuracy") -> list[float]:
+    return [run.metrics[metric] for run in runs]
 
 
 def percent(values: Sequence[float]) -> str:
@@ -73,11 +112,11 @@ def interval(c: Comparison) -> str:
     return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], {c.verdict} ({c.replicates} replicates)"
 
 
-def ending(runs: Sequence[TrialRecord]) -> str:
+def ending(runs: Sequence[Run]) -> str:
     """`collapsed 5 of 5 (filter_rejection at step 3)`; a collapse at step k is in the step with index k."""
-    counts = Counter(run.status for run in runs)
+    counts = Counter(run.outcome.outcome for run in runs)
     text = ", ".join(f"{word} {count} of {len(runs)}" for word, count in counts.most_common())
-    ends = Counter((run.rule, int(run.metrics["rin/steps_done"]) - 1) for run in runs if run.status == "collapsed")
+    ends = Counter((run.rule, run.outcome.step - 1) for run in runs if run.outcome.collapsed)
     return text + "".join(f"; {rule} at step {step} ({count}x)" for (rule, step), count in ends.most_common())
 
 
@@ -106,7 +145,7 @@ def plan_in_miniature(store: Path, seeds: int) -> tuple[list[str], dict[str, Any
     # The base is the same for every seed, so the start is one number and not a replicate.
     quantised, plain = (accuracies(arms[arm], "eval/unsigned_start")[0] for arm in ("control", "bf16"))
     lines.append(f"- before training, sign ignored: W4A4 {100 * quantised:.1f} %, BF16 {100 * plain:.1f} % (one base, 2,048 questions)")
-    draw(store, records, DOCS / "sweep.png")
+    draw(records, DOCS / "sweep.png")
     return lines, {"runs": [run_numbers(r) for r in records]}
 
 
@@ -160,36 +199,35 @@ def real_model() -> tuple[list[str], dict[str, Any]]:
     return lines, {"steps": steps, "eval": {k: v for k, v in scores.items() if k != "correct"}, "seconds": seconds, "peak_gib": peak}
 
 
-def run_numbers(record: TrialRecord) -> dict[str, Any]:
+def run_numbers(run: Run) -> dict[str, Any]:
     return {
-        "arm": record.arm,
-        "replicate": record.replicate,
-        "status": record.status,
-        "rule": record.rule,
-        "reason": record.reason,
-        "metrics": record.metrics,
+        "arm": run.arm,
+        "replicate": run.replicate,
+        "status": run.outcome.outcome,
+        "rule": run.rule,
+        "reason": next((report.verdict.evidence for report in run.reports if report.verdict.rule), ""),
+        "metrics": run.metrics,
     }
 
 
-def draw(store: Path, records: Sequence[TrialRecord], path: Path) -> None:
+def draw(trials: Sequence[Run], path: Path) -> None:
     """Sampled reward over steps, a line per replicate, and the sigma that was in force."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    uri = default_tracking_uri(str(store))
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
     colors = pyplot.get_cmap("tab10").colors
-    for color, (arm, runs) in zip(colors, ((a, r) for a, r in by_arm(records).items() if a in CURVES), strict=False):
+    for color, (arm, runs) in zip(colors, ((a, r) for a, r in by_arm(trials).items() if a in CURVES), strict=False):
         for run in runs:
-            curve = load_history(uri, run.run_id, "grpo/reward")
+            curve = run.curve("grpo/reward")
             label = f"{arm} ({ending(runs).split(';')[0]})" if run is runs[0] else None
             top.plot(*zip(*curve, strict=True), color=color, alpha=0.8, linewidth=1.2, label=label)
-            if run.status == "collapsed":
+            if run.outcome.collapsed:
                 top.plot(*curve[-1], marker="X", color=color, markersize=9, zorder=3)
-    noisy = next(r for r in records if r.arm == "e13m-rmsnorm")
-    bottom.step(*zip(*load_history(uri, noisy.run_id, "rin/sigma"), strict=True), where="post", color="black")
+    noisy = next(run for run in trials if run.arm == "e13m-rmsnorm")
+    bottom.step(*zip(*noisy.curve("rin/sigma"), strict=True), where="post", color="black")
     top.set_ylabel("mean reward of the rollout")
     top.set_title("GRPO in W4A4 MXFP4 on three-digit sums: a line per seed, X = stopped as collapsed")
     top.legend(fontsize=8)

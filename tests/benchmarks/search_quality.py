@@ -43,9 +43,11 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from search.searchers import SEARCHERS, RinSearch
-from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA, SPACES
-from trainable.seeds import stable_hash
+from search.proposals import SEARCHERS
+from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA
+from tests.searches import outcome, searcher
+from trainable.hashing import stable_hash
+from trainable.outcome import Ending
 
 DOCS = Path(__file__).parents[2] / "docs"
 COMMAND = "python -m tests.benchmarks.search_quality"
@@ -133,11 +135,9 @@ Search = Callable[[int, Landscape], Iterator[Run]]
 # --- methods: each yields its trials, in order ---------------------------------------------------------------------------------------
 
 
-def ours(searcher: str) -> Search:
+def ours(name: str) -> Search:
     def method(trials: int, truth: Landscape) -> Iterator[Run]:
-        search = RinSearch(
-            space=SPACES["sigma"], base={}, fixed=(), configurations=trials, replicates=1, seed=truth.seed, searcher=searcher
-        )
+        search = searcher(known=(), trials=trials, seed=truth.seed, searcher=name)
         for number in range(trials):
             suggestion = search.suggest(f"t{number}")
             if suggestion == Searcher.FINISHED:
@@ -145,8 +145,9 @@ def ours(searcher: str) -> Search:
             assert isinstance(suggestion, dict)
             noise = suggestion["config"]["noise"]
             done = truth.run(Setting(module=noise["modules"][0], sigma=noise["sigma_start"], sigma_end=noise["sigma_end"]))
-            outcome = {"outcome": "collapsed" if done.collapsed else "completed", "eval": {"accuracy": done.accuracy}}
-            search.on_trial_complete(f"t{number}", {"outcome": outcome})
+            how: Ending = "collapsed" if done.collapsed else "completed"
+            search.ended[suggestion["arm"], 0] = outcome(done.accuracy, how)
+            search.on_trial_complete(f"t{number}")
             yield done
 
     return method

@@ -15,10 +15,12 @@ from spaces.config import ModelConfig, QuantConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import in_turns, ratio, spread
-from trainable.embedded import base_folder
-from trainable.model import Policy, deployed, load_policy
-from trainable.rollout import encode_prompts, generate, left_padded
-from trainable.tasks import build_task
+from trainable.forward.transformer import left_padded
+from trainable.policy.embedded import base_folder
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy, deployed
+from trainable.rollout import encode_prompts, generate
+from trainable.tasks.table import build_task
 from trainable.trial import Trial
 
 PLAIN = {"weights": "none", "activations": "none"}

@@ -1,0 +1,29 @@
+"""The sweeps of a store, a line each; read from their folders, so that neither torch nor Ray nor MLflow is imported."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from search.arms import read_arms, read_trials
+from search.store import is_driven, load_study_config
+from spaces.errors import ConfigError
+
+
+def sweep_row(store: str, name: str) -> dict[str, object]:
+    """Of `rin list --json`: a sweep with its trials counted by status; `problem` where it cannot be read, which others still can."""
+    try:
+        study = load_study_config(store, name)
+        driven = is_driven(study)
+        trials = [trial for arm in read_arms(study) for trial in read_trials(study, arm, driven=driven)]
+    except ConfigError as error:
+        return {"name": name, "space": "", "workload": "", "runs": 0, "of": 0, "status": {}, "problem": str(error)}
+    counts = Counter(trial.status for trial in trials if trial.status != "waiting")
+    row: dict[str, object] = {"name": name, "space": study.space.name, "workload": study.workload}
+    return {**row, "runs": counts.total(), "of": study.runs, "status": dict(counts), "driven": driven}
+
+
+def sweep_line(row: Mapping[str, Any]) -> str:
+    """Of `rin list`."""
+    said = row.get("problem") or ", ".join(f"{count} {status}" for status, count in row["status"].items()) or "no trial yet"
+    running = " (running)" if row.get("driven") else ""
+    return f"{row['name']:32s} {row['space']:10s} {row['workload']:20s} {row['runs']}/{row['of']} runs: {said}{running}"

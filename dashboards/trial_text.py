@@ -1,0 +1,40 @@
+"""One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
+out."""
+
+from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
+from trainable.outcome import Outcome, StepReport
+
+ALARMS_SHOWN = 5
+
+
+def step_line(report: StepReport) -> str:
+    """Example: step   3  sigma 0.01  reward 0.412  entropy 0.310  length 4.1  kept 21  0.62 s"""
+    signals = report.signals
+    parts = [
+        f"step {report.step:3d}",
+        f"sigma {report.sigma:.4g}",
+        f"reward {signals[REWARD]:.3f}",
+        f"entropy {signals[ENTROPY]:.3f}",
+        f"length {signals[LENGTH]:.1f}",
+        f"kept {signals[KEPT_GROUPS]:.0f}",
+        f"{report.seconds:.2f} s",
+    ]
+    if ACCURACY in signals:
+        parts.append(f"accuracy {signals[ACCURACY]:.4f}")
+    if report.verdict.collapsed:
+        parts.append(f"COLLAPSE {report.verdict.rule}: {report.verdict.evidence}")
+    return "  ".join(parts)
+
+
+def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
+    """How it ended, from where to where, what was touched, and what must be known; `mode`: W4A4, ..."""
+    scores, receipt = outcome.eval, outcome.receipt
+    rule = f" by rule {outcome.rule}" if outcome.rule else ""
+    return [
+        f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s",
+        f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
+        f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
+        f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights",
+        *(f"warning: {warning}" for warning in receipt.warnings),
+        *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
+    ]

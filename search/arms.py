@@ -1,0 +1,214 @@
+"""The arms of a sweep, in its folder: what was decided, what came of it, which control each is compared with, and who is ahead.
+
+The folder is the truth. An arm is written before its first replicate runs, an outcome by the trial itself when it ends; whatever was
+killed in between is found here by the next start: an arm without all its outcomes has runs to go, a trial folder without an outcome
+has a checkpoint. MLflow is told all of it and is never asked.
+
+One rule names the candidate, for the table at the end, `best.yaml`, status, report, export, confirmation and ablation alike: among
+configurations with noise of which every replicate completed, the one with the highest mean difference to its own control, paired by
+seed. Controls do not count, so that "the control is best" is said by a candidate whose difference is below zero. The control of an arm
+is the one with its filter policy, which alone moves an accuracy by points.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from search.statistics import Replicate
+from search.store import StudyConfig
+from spaces.config import ConfigError, TrialConfig
+from spaces.errors import NoCandidate
+from spaces.reading import as_tree, read_config
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
+from trainable.outcome import Outcome
+
+Origin = Literal["control", "point", "searcher", "ablation", "winner"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Arm:
+    """One configuration and what its replicates came to.
+
+    Example: Arm(name="c03", origin="searcher", config=..., params={"noise.sigma_start": 0.011}, results={0: Outcome(...)})
+    """
+
+    name: str
+    """control, a point's name, c07"""
+    origin: Origin
+    config: TrialConfig
+    """Of every replicate; its seed means nothing, each replicate has the study's."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Dimension name -> drawn value, labels for choices; empty for fixed arms."""
+    results: dict[int, Outcome] = field(default_factory=dict)
+    """Replicate -> how it ended; one without an entry has not."""
+    failed: set[int] = field(default_factory=set)
+    """Replicates that this run of the sweep has given up; the next run tries them again."""
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+def trial_folder(study: StudyConfig, arm: str, replicate: int) -> Folder:
+    return study.trials_folder / f"{arm}-{replicate}"
+
+
+def trial_config(study: StudyConfig, arm: Arm, replicate: int) -> TrialConfig:
+    """What this replicate runs."""
+    return arm.config.model_copy(update={"seed": study.seed_of(replicate)})
+
+
+def write_arm(study: StudyConfig, number: int, arm: Arm) -> None:
+    """The whole configuration, so that another version's defaults do not change what a resumed sweep runs."""
+    config = as_tree(arm.config)
+    del config["seed"]
+    tree = {"name": arm.name, "origin": arm.origin, "config": config, "params": dict(arm.params)}
+    (study.folder / "arms").write(f"{number:04d}.json", json.dumps(tree, indent=1))
+
+
+def read_arms(study: StudyConfig) -> list[Arm]:
+    """In their order, with the outcome of every trial that is over. Raises ConfigError for a damaged file."""
+    folder = study.folder / "arms"
+    arms = []
+    for name in folder.names():
+        try:
+            tree = json.loads(folder.read(name) or b"")
+            arm = Arm(
+                name=tree["name"],
+                origin=tree["origin"],
+                config=read_config(tree["config"], origin=f"{folder.uri}/{name}"),
+                params=tree["params"],
+            )
+        except ConfigError:  # a ValueError, too: a configuration that this version does not take
+            raise
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup") from None
+        for replicate in range(study.replicates):
+            outcome = read_outcome(trial_folder(study, arm.name, replicate))
+            if outcome is not None:
+                arm.results[replicate] = outcome
+        arms.append(arm)
+    return arms
+
+
+def read_trials(study: StudyConfig, arm: Arm, *, driven: bool) -> list[TrialState]:
+    """Where each replicate stands, in order; `driven`: a process runs the sweep now."""
+    folders = (trial_folder(study, arm.name, replicate) for replicate in range(study.replicates))
+    return [read_trial(folder, driven=driven) for folder in folders]
+
+
+def failures(study: StudyConfig, arms: Sequence[Arm]) -> list[str]:
+    """A line for each trial that has failed, of a sweep that nobody runs."""
+    return [
+        f"{arm.name}/{replicate} failed: {trial.reason}"
+        for arm in arms
+        for replicate, trial in enumerate(read_trials(study, arm, driven=False))
+        if trial.status == "failed"
+    ]
+
+
+def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
+    """Runs that are still to be made, of arms that are known and of those to come."""
+    return study.runs - sum(len(arm.results) for arm in arms)
+
+
+# --- who is compared with whom --------------------------------------------------------------------------------------------------
+
+
+def replicates_of(study: StudyConfig, arm: Arm) -> list[Replicate]:
+    """Those with an outcome and a finite accuracy of their clean model, at the end or at the stop."""
+    return [
+        Replicate(
+            seed=study.seed_of(number),
+            accuracy=outcome.eval.accuracy,
+            collapsed=outcome.collapsed,
+            correct=tuple(bool(answer) for answer in outcome.eval.correct),
+        )
+        for number, outcome in sorted(arm.results.items())
+        if math.isfinite(outcome.eval.accuracy)
+    ]
+
+
+def filter_policy(config: TrialConfig) -> tuple[str, int]:
+    """What a control must share with the arms that are compared with it: the filter, and for `resample` how long it tries."""
+    grpo = config.grpo
+    return grpo.filter_groups, grpo.max_gen_batches if grpo.filter_groups == "resample" else 0
+
+
+def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The control with the arm's own filter policy; else one with the same filter. None for a control."""
+    if arm.origin == "control":
+        return None
+    policy = filter_policy(arm.config)
+    controls = [(filter_policy(other.config), other) for other in arms if other.origin == "control"]
+    exact = [control for other, control in controls if other == policy]
+    near = [control for other, control in controls if other[0] == policy[0]]
+    return next(iter(exact + near), None)
+
+
+def paired_difference(study: StudyConfig, arm: Arm, control: Arm) -> float | None:
+    """Mean difference of accuracies over common seeds, a share; None without any."""
+    plain = {run.seed: run.accuracy for run in replicates_of(study, control)}
+    differences = [run.accuracy - plain[run.seed] for run in replicates_of(study, arm) if run.seed in plain]
+    return fmean(differences) if differences else None
+
+
+# --- who is ahead ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """The arm that the sweep puts forward, or another one that was asked for. Chosen and judged on the same questions: no finding."""
+
+    study: StudyConfig
+    arm: Arm
+    control: Arm
+    difference: float | None
+    """Mean over common seeds, a share; None where the control has no outcome for any of them."""
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Of the replicates that ended, in order."""
+        return tuple(run.accuracy for run in replicates_of(self.study, self.arm))
+
+    @property
+    def control_accuracies(self) -> tuple[float, ...]:
+        return tuple(run.accuracy for run in replicates_of(self.study, self.control))
+
+    @property
+    def config(self) -> TrialConfig:
+        """Of its first replicate, as it ran: `rin trial --config` repeats that run."""
+        ran = self.arm.results.get(0)
+        return ran.config if ran is not None else trial_config(self.study, self.arm, 0)
+
+
+def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = None) -> Candidate:
+    """By the one rule (above), or the arm that is named, whatever became of it.
+
+    Raises NoCandidate when no arm qualifies, ConfigError for a name that is no arm with noise, and for an arm without a control.
+    """
+    treated = {arm.name: arm for arm in arms if arm.origin != "control"}
+    if named is not None and named not in treated:
+        raise ConfigError(f"--arm {named}: no such arm in {study.name}; it has {', '.join(treated) or 'none'}")
+    found = []
+    for arm in treated.values() if named is None else [treated[named]]:
+        control = control_for(arm, arms)
+        if control is None:
+            if named is None:
+                continue
+            policy = filter_policy(arm.config)[0]
+            raise ConfigError(f"--arm {named}: has no control with grpo.filter_groups={policy} in {study.name}; name another arm")
+        difference = paired_difference(study, arm, control)
+        runs = replicates_of(study, arm)
+        completed = len(runs) == study.replicates and not any(run.collapsed for run in runs)
+        if named is not None or (completed and difference is not None):
+            found.append(Candidate(study=study, arm=arm, control=control, difference=difference))
+    if not found:
+        raise NoCandidate(
+            f"NAME={study.name}: no configuration with noise completed all its replicates beside its control, so there is no "
+            f"candidate; rin report {study.name} shows why (rin resume {study.name}, or smaller sigmas)"
+        )
+    return max(found, key=lambda candidate: candidate.difference if candidate.difference is not None else -math.inf)

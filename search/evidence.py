@@ -1,0 +1,184 @@
+"""What a search knows: the results of its own arms, and of runs that it never made (evidence).
+
+Evidence spares trials: recorded collapses of the plan, results of an earlier sweep (a warm start). It is told only
+where it answers the same question: sigma means something else on other modules or in another precision. What else was
+different there is named.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from search.arms import Arm
+from search.objectives import told
+from search.proposals import Known, Params, Told
+from search.store import EVIDENCE_FILE, StudyConfig
+from spaces.config import ConfigError, TrialConfig
+from spaces.library import Choice, Float, Space
+from spaces.points import POINTS
+from spaces.reading import as_tree, flatten, merge, read_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """A result that is known without spending a trial."""
+
+    params: Params
+    """Dimension name -> value; a number may lie beyond its range."""
+    accuracy: float | None
+    """None = not known (the plan recorded a collapse and no accuracy)."""
+    collapses: int
+    replicates: int = 1
+    hours: float | None = None
+    source: str
+    """Where it comes from, and what else was different there."""
+
+
+def known_of(study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence]) -> Known:
+    """All that the next proposal of a study may depend on."""
+    drawn = [arm for arm in arms if arm.origin == "searcher"]
+    results = [(arm, told(arm, study.objectives, study.replicates)) for arm in drawn]
+    return Known(
+        space=study.space,
+        objectives=study.objectives,
+        seed=study.seed,
+        number=len(drawn),
+        told=(
+            *(_told_evidence(item, study.objectives) for item in evidence),
+            *(result for _, result in results if result is not None),
+        ),
+        running=tuple(arm.params for arm, result in results if result is None),
+    )
+
+
+def write_evidence(study: StudyConfig, evidence: Sequence[Evidence]) -> None:
+    study.folder.write(EVIDENCE_FILE, json.dumps([asdict(item) for item in evidence], indent=1))
+
+
+def read_evidence(study: StudyConfig) -> list[Evidence]:
+    return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
+
+
+# Sigma is not comparable between these: another value of theirs is another question.
+_SAME_QUESTION = ("quant.weights", "quant.activations", "noise.modules", "noise.layers", "noise.scale")
+
+
+def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, Any]) -> list[Evidence]:
+    """The plan's recorded collapses as evidence. What else was different there is named in `source`.
+
+    A sigma beyond the space's range is kept (the searcher's axis is widened, its proposals are not); a point on other
+    modules or in another precision is an error. Raises ConfigError.
+    """
+    recorded = [name for name, point in POINTS.items() if point.collapsed_at_step is not None]
+    found = []
+    for name in names:
+        if name not in recorded:
+            known = ", ".join(recorded)
+            raise ConfigError(f"--evidence {name}: the plan recorded no collapse of it; choose from {known}")
+        config = read_config(merge(base, POINTS[name].settings))
+        params = _params_of(config, space, f"--evidence {name}")
+        differences = _differences(config, read_config(base), space)
+        for key in _SAME_QUESTION:
+            if key in differences:
+                there, here = differences[key]
+                raise ConfigError(
+                    f"--evidence {name}: {key}={there} there and {here} in this sweep, where sigma means something "
+                    "else; leave it out, or search a space that contains it"
+                )
+        other = ", ".join(f"{key}={there} (here {here})" for key, (there, here) in differences.items())
+        found.append(
+            Evidence(
+                params=params,
+                accuracy=None,
+                collapses=1,
+                source=f"{name} of the plan: collapsed at step {POINTS[name].collapsed_at_step}"
+                + (f"; different there: {other}" if other else ""),
+            )
+        )
+    return found
+
+
+def evidence_from_arms(
+    arms: Sequence[Arm],
+    space: Space,
+    source: str,
+    base: Mapping[str, Any],
+) -> list[Evidence]:
+    """Results of an earlier sweep as evidence (a warm start). Arms that ended without a result, that do not lie in this
+    space or, where `base` is given, were noised or quantised otherwise than it, are left out; `source` says how
+    many."""
+    here = read_config(base)
+    fitting: list[tuple[Arm, Params, Told]] = []
+    for arm in arms:
+        result = told(arm, ("accuracy", "hours"), len(arm.results)) if arm.results else None
+        try:
+            params = _params_of(arm.config, space, arm.name)
+        except ConfigError:
+            continue  # another question: counted, and not an error of the user
+        other = any(key in _SAME_QUESTION for key in _differences(arm.config, here, space))
+        if result is not None and result.state == "complete" and not other and _inside(space, params):
+            fitting.append((arm, params, result))
+    left_out = len(arms) - len(fitting)
+    note = f"{source} ({left_out} of its {len(arms)} arms left out)" if left_out else source
+    return [
+        Evidence(
+            params=params,
+            accuracy=result.values[0] if result.values else None,
+            collapses=result.collapses,
+            replicates=len(arm.results),
+            hours=result.values[1] if result.values else None,
+            source=f"{note}: {arm.name}",
+        )
+        for arm, params, result in fitting
+    ]
+
+
+def _told_evidence(evidence: Evidence, objectives: Sequence[str]) -> Told:
+    share = evidence.collapses / evidence.replicates
+    numbers = {"accuracy": evidence.accuracy, "collapses": share, "hours": evidence.hours}
+    values = tuple(value for name in objectives if (value := numbers[name]) is not None)
+    return Told(
+        params=evidence.params,
+        state="complete",
+        values=values if len(values) == len(objectives) else None,
+        collapses=evidence.collapses,
+    )
+
+
+def _params_of(config: TrialConfig, space: Space, origin: str) -> Params:
+    """A configuration in the space's dimensions; numbers may lie beyond their ranges. Raises ConfigError for what a
+    dimension cannot say."""
+    settings = flatten(as_tree(config))
+    labels: dict[str, str] = {}
+    params: dict[str, Any] = {}
+    for dimension in space.dimensions:
+        when, domain, value = dimension.when, dimension.domain, settings[dimension.key]
+        if when is not None and labels.get(when.parent) != when.value:
+            continue
+        if isinstance(domain, Choice):
+            matching = [label for label, option in domain.options.items() if option == value]
+            if not matching:
+                where = f"an option of space {space.name}"
+                raise ConfigError(f"{origin}: {dimension.key}={value} is not {where}; add it there or leave this out")
+            labels[dimension.key] = matching[0]
+            params[dimension.name] = matching[0]
+        elif not isinstance(value, int | float) or (isinstance(domain, Float) and domain.log and value <= 0):
+            where = f"in the range of space {space.name}"
+            raise ConfigError(f"{origin}: {dimension.key}={value} has no place {where}; leave this out")
+        else:
+            params[dimension.name] = value
+    return params
+
+
+def _inside(space: Space, params: Params) -> bool:
+    domains = {dimension.name: dimension.domain for dimension in space.dimensions}
+    return all(isinstance(d := domains[name], Choice) or d.low <= value <= d.high for name, value in params.items())
+
+
+def _differences(config: TrialConfig, base: TrialConfig, space: Space) -> dict[str, tuple[Any, Any]]:
+    """Settings outside the space's dimensions that differ: key -> (there, here)."""
+    there, here = flatten(as_tree(config)), flatten(as_tree(base))
+    dimensions = {dimension.key for dimension in space.dimensions}
+    shared = (there.keys() & here.keys()) - dimensions
+    return {key: (value, here[key]) for key, value in there.items() if key in shared and value != here[key]}

@@ -1,0 +1,263 @@
+"""Running a sweep's trials: Ray, Tune, its signals, and what is heard from trials on the way.
+
+Tune is the executor only: nothing is read back from its files, and a new Tuner is made each time. What happens to a trial goes from one
+callback to the budget, to MLflow and to the view.
+"""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from search.arms import Arm, read_arms, trial_folder
+from search.budget import Budget
+from search.cluster import check_fits, connected, resources
+from search.evidence import read_evidence
+from search.searchers import RinSearch
+from search.store import StudyConfig
+from search.tracking import Tracker
+from spaces.config import TrialConfig
+from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
+from trainable.outcome import Outcome, Status, StepReport
+from trainable.ray_trainable import RinTrainable
+
+RETRIES = 2
+"""Times that a trial is started again from its checkpoint after its process died, hung or raised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialEvent:
+    """Something happened to a trial; what a view draws.
+
+    Example: TrialEvent(arm="c03", replicate=0, status="running", config=..., step=4, metrics={...})
+    """
+
+    arm: str
+    replicate: int
+    status: Status
+    config: TrialConfig
+    step: int = 0
+    """Steps done."""
+    metrics: Mapping[str, float]
+    rule: str = ""
+
+    @property
+    def trial(self) -> str:
+        return f"{self.arm}/{self.replicate}"
+
+
+View = Callable[[TrialEvent], None]
+
+
+def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View) -> bool:
+    """Run what has no outcome. Whether the space came to its end before the configurations that were asked for.
+
+    Raises ConfigError for what no node can hold, KeyboardInterrupt for a second Ctrl-C.
+    """
+    with _ray(study):
+        searcher = RinSearch(study, arms, read_evidence(study))
+        workload = WORKLOADS[study.workload]
+        tuner = tune.Tuner(
+            tune.with_resources(RinTrainable, resources(workload, study.cpus, study.gpus)),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=study.runs,
+                max_concurrent_trials=study.concurrent or _in_flight(study),
+                reuse_actors=True,  # imports take longer than many a trial
+                trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=study.folder.uri,
+                stop=budget,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),  # a trial saves itself
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=[SweepCallback.of(study, budget, tracker, view)],
+                verbose=0,
+                log_to_file=True,
+            ),
+        )
+        with _sigterm_is_a_first_ctrl_c():
+            tuner.fit()
+        return searcher.exhausted
+
+
+def _in_flight(config: StudyConfig) -> int:
+    """Trials at a time: on this machine as many as fit, which Tune then starts together, and one that is ready when a place is free.
+    0: as many as there are places, for a cluster, which may grow."""
+    if config.address is not None:
+        return 0
+    bundle = resources(WORKLOADS[config.workload], config.cpus, config.gpus).bundles[0]
+    return 1 + min(int(ray.cluster_resources()[kind] // amount) for kind, amount in bundle.items())
+
+
+class SweepCallback(tune.Callback):  # type: ignore[misc]
+    """Hears from Tune what happens to trials, and passes it on. Tune pickles its callbacks into the store; of this one nothing is in the
+    pickle, neither a thread nor a tracking URI with a password, and nothing reads it."""
+
+    study: StudyConfig
+    budget: Budget
+    tracker: Tracker
+    view: View
+    _arms: dict[str, tuple[int, Arm]]
+
+    @classmethod
+    def of(cls, study: StudyConfig, budget: Budget, tracker: Tracker, view: View) -> "SweepCallback":
+        made = cls()
+        made.study, made.budget, made.tracker, made.view = study, budget, tracker, view
+        made._arms = {arm.name: (number, arm) for number, arm in enumerate(read_arms(study))}
+        return made
+
+    def __reduce__(self) -> Any:
+        return SweepCallback, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Also after a retry."""
+        self.budget.started(trial.trial_id)
+        number, arm, replicate = self._trial(trial)
+        self.tracker.begin(arm, number, replicate)
+        self._tell(trial, "running")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """Tune brings the last result here too, before on_trial_complete."""
+        report = StepReport.from_record(result)
+        self.budget.reported(report.seconds)
+        _, arm, replicate = self._trial(trial)
+        self.tracker.report(arm, replicate, report)
+        if "outcome" not in result:
+            self._tell(trial, "running", report=report)
+            return
+        outcome = read_outcome(trial_folder(self.study, arm.name, replicate))
+        assert outcome is not None
+        self.tracker.end(arm, replicate)
+        self._tell(trial, outcome.outcome, report=report, outcome=outcome)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Without an outcome it was stopped from outside and evaluates itself as it leaves: `mirror.tell_endings` hears of that."""
+        self.budget.ended(trial.trial_id)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _, arm, replicate = self._trial(trial)
+        folder = trial_folder(self.study, arm.name, replicate)
+        self.tracker.retry(arm, replicate, trial.num_failures, read_trial(folder, driven=False).reason)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """All its attempts are used up. Tune comes here without on_trial_start when a process does not even start."""
+        self.budget.ended(trial.trial_id)
+        number, arm, replicate = self._trial(trial)
+        folder = trial_folder(self.study, arm.name, replicate)
+        _write_death(folder, trial.error_file)
+        if (arm.name, replicate) not in self.tracker.open():
+            self.tracker.begin(arm, number, replicate)
+        self.tracker.end(arm, replicate)
+        state = read_trial(folder, driven=False)
+        self._tell(trial, state.status, outcome=state.outcome, step=state.step, rule=state.rule)
+
+    def _trial(self, trial: Any) -> tuple[int, Arm, int]:
+        name = trial.config["arm"]
+        if name not in self._arms:  # the searcher has written it down since
+            self._arms = {arm.name: (number, arm) for number, arm in enumerate(read_arms(self.study))}
+        number, arm = self._arms[name]
+        return number, arm, trial.config["replicate"]
+
+    def _tell(
+        self,
+        trial: Any,
+        status: Status,
+        *,
+        report: StepReport | None = None,
+        outcome: Outcome | None = None,
+        step: int = 0,
+        rule: str = "",
+    ) -> None:
+        _, arm, replicate = self._trial(trial)
+        self.view(
+            TrialEvent(
+                arm=arm.name,
+                replicate=replicate,
+                status=status,
+                config=arm.config,
+                step=report.step + 1 if report is not None else step,
+                metrics=report.signals if report is not None else {},
+                rule=rule or (report.verdict.rule if report is not None else ""),
+            )
+        )
+
+
+def _write_death(folder: Folder, error_file: str | None) -> None:
+    """Of a trial whose process could not write down how it ended, or was none: it did not even start."""
+    attempts = read_attempts(folder)
+    if attempts and attempts[-1].ended != "stopped":
+        end_attempt(folder, "its process was killed")
+        return
+    attempt = AttemptLog(folder)
+    attempt.step = attempts[-1].step if attempts else 0
+    attempt.end(DIED, reason=f"its process did not start: {_last_line(error_file)}")
+
+
+def _last_line(error_file: str | None) -> str:
+    """The error itself, without its traceback, from the file where Tune keeps it."""
+    try:
+        text = Path(error_file or "").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "no reason is known"
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason is known"
+
+
+@contextmanager
+def _sigterm_is_a_first_ctrl_c() -> Iterator[None]:
+    """A batch system that ends a job sends SIGTERM and waits a little: every trial saves itself, as after Ctrl-C. Tune takes
+    SIGUSR1 for that, however often it comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ctrl_c = signal.getsignal(signal.SIGINT)  # Tune puts its own in place, and leaves it there
+    early = signal.signal(signal.SIGUSR1, leave)  # until Tune is ready for it
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, early or signal.SIG_DFL)
+
+
+@contextmanager
+def _ray(config: StudyConfig) -> Iterator[None]:
+    """A local Ray for this sweep, or the cluster at `address`.
+
+    Workers get a small working folder of our own: Ray would put the driver's current folder ahead of site-packages.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    # Only the last result has an accuracy.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    work = config.scratch / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    runtime_env = {"working_dir": str(work), "env_vars": {**TRIAL_ENVIRONMENT, **_cache_environment(config)}}
+    with connected(config.address, runtime_env):
+        if config.address is None:  # a cluster may grow when it is asked to
+            check_fits(resources(WORKLOADS[config.workload], config.cpus, config.gpus), ray.nodes())
+        yield
+
+
+def _cache_environment(config: StudyConfig) -> dict[str, str]:
+    """On this machine workers look for the base model where this process does."""
+    return {name: os.environ[name] for name in ("RIN_CACHE", "XDG_CACHE_HOME") if name in os.environ and config.address is None}

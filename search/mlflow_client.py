@@ -1,0 +1,161 @@
+"""The way to MLflow: where a tracking URI leads, a client for it, and one line for whatever goes wrong there.
+
+Three things that MLflow does by itself are undone here, before anything else may use it: it retries for minutes where
+nothing answers, it makes an empty database where one is only looked for, and it prints a page for each error that it
+raises. It takes 1.5 s to import and reads its switches then, so whoever needs it calls `client` first.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.secrets import strip_password
+from spaces.config import ConfigError
+from spaces.paths import home
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default of 7 takes minutes; what cannot be delivered is kept and told later
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PGCONNECT_TIMEOUT": "10",  # seconds; libpq waits two minutes
+}
+"""Set, unless the user has set them, before mlflow is imported."""
+
+SQL_SCHEMES = {"sqlite", "postgresql", "mysql", "mssql"}
+
+
+def absolute_uri(uri: str) -> str:
+    """A relative sqlite path is anchored here, `~` is the user's home: a resumed sweep may start in another folder."""
+    prefix = "sqlite:///"
+    return prefix + str(home(uri.removeprefix(prefix)).absolute()) if uri.startswith(prefix) else uri
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose an experiment is. Names are no proof: a folder is deleted and its name used again, two stores share one server."""
+
+    id: str
+    """Random, of the sweep."""
+    store: str
+    """Where the sweep lies."""
+
+
+OWNER_TAG, STORE_TAG = "sweep_id", "sweep_store"
+"""Of an experiment."""
+
+
+def check_tracking(uri: str, experiment: str, owner: Owner) -> str:
+    """Experiment id, made if it is new, after proof that it can be written to. Raises ConfigError within seconds.
+
+    An experiment that nobody has claimed may be anybody's: a start that goes no further leaves no claim, and its name
+    is free.
+    """
+    with one_line(uri, f"cannot write to experiment {experiment}"):
+        mlflow = client(uri, create=True)
+        number = experiment_id(mlflow, uri, experiment, owner)
+        mlflow.set_experiment_tag(number, "written_by", "rin-search")
+        return number
+
+
+def claim(uri: str, experiment: str, owner: Owner) -> None:
+    """From here on the experiment is this sweep's. Raises ConfigError when it is another's, or cannot be written to."""
+    with one_line(uri, f"cannot write to experiment {experiment}"):
+        mlflow = client(uri, create=True)
+        claimed_experiment(mlflow, uri, experiment, owner)
+
+
+def client(uri: str, create: bool = False) -> Any:
+    """An MlflowClient. mlflow is imported here before anywhere else: that takes 1.5 s, and reads the switches in
+    ENVIRONMENT."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
+    uri = absolute_uri(uri)
+    if _is_sql(uri):
+        _knock(uri, create)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _knock(uri: str, create: bool) -> None:
+    """Fail at once where MLflow would retry for 100 s, and where reading would make an empty database."""
+    import sqlalchemy
+
+    url = sqlalchemy.make_url(uri)
+    if url.get_backend_name() == "sqlite" and url.database:
+        if create:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        elif not Path(url.database).exists():
+            raise FileNotFoundError("there is no such file")
+    engine = sqlalchemy.create_engine(url)
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+
+
+def experiment_id(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
+    """Made if it is new. Files of its runs go where an MLflow server wants them; with a database and no server beside it if it is a
+    file, otherwise into the sweep's store. Raises ConfigError for one that was deleted, and for another sweep's.
+    """
+    experiment = mlflow.get_experiment_by_name(name)
+    if experiment is not None:
+        if experiment.lifecycle_stage != "active":
+            raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
+        refuse_other_owner(experiment, uri, owner)
+        return str(experiment.experiment_id)
+    scheme, _, database = absolute_uri(uri).partition(":///")
+    store = None if "://" in owner.store else Path(owner.store)
+    place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
+    folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
+    return str(mlflow.create_experiment(name, artifact_location=folder))
+
+
+def claimed_experiment(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
+    """`experiment_id`, with the owner's tags on it."""
+    number = experiment_id(mlflow, uri, name, owner)
+    mlflow.set_experiment_tag(number, OWNER_TAG, owner.id)
+    mlflow.set_experiment_tag(number, STORE_TAG, owner.store)
+    return number
+
+
+def refuse_other_owner(experiment: Any, uri: str, owner: Owner) -> None:
+    """Raises ConfigError: the runs of two sweeps in one experiment would be told apart by nobody."""
+    claimed = experiment.tags.get(OWNER_TAG, owner.id)
+    if claimed != owner.id:
+        where = experiment.tags.get(STORE_TAG, "a store that it does not name")
+        raise ConfigError(
+            f"--name {experiment.name}: tracking {strip_password(uri)} has an experiment of that name, of another sweep ({claimed[:8]}, "
+            f"which lies or lay in {where}); give another --name, or another --tracking-uri"
+        )
+
+
+def _is_sql(uri: str) -> bool:
+    return uri.split(":", 1)[0].split("+", 1)[0] in SQL_SCHEMES
+
+
+@contextmanager
+def one_line(uri: str, what: str) -> Iterator[None]:
+    """What the outside world (network, database, server, disk) does wrong becomes one line with the remedy, without the
+    password."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("mlflow", "sqlalchemy"):
+            raise
+        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
+        reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
+        remedy = "start the server there" if uri.startswith("http") else "check the path, the driver and the rights"
+        raise ConfigError(
+            f"tracking {strip_password(uri)}: {what}: {reason}; {remedy}, or give another --tracking-uri, "
+            "for example http://HOST:5000 or sqlite:///FOLDER/mlflow.db"
+        ) from None

@@ -1,0 +1,70 @@
+"""What a configuration is judged by: one number per objective, from the outcomes of its replicates.
+
+Two lessons of earlier sweeps are built in. One seed per configuration is an anecdote: a configuration counts once, when
+all its replicates are in, by the median accuracy. And a collapse is knowledge: a violated constraint (the number of
+collapsed replicates), so that one collapse among three is not averaged away and the searcher learns where not to look.
+A failed run (a bug, the machine, an accuracy that is not a number) teaches nothing and is told as failed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Literal
+
+from search.arms import Arm
+from search.proposals import Told
+from trainable.outcome import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A number that a configuration is judged by."""
+
+    better: Literal["more", "less"]
+    value: Callable[[Sequence[Outcome], float], float]
+    """(outcomes of the replicates that ended, share of collapsed replicates) -> the number."""
+
+
+def told(arm: Arm, objectives: Sequence[str], replicates: int) -> Told | None:
+    """What a searcher is told about an arm; None while replicates are missing.
+
+    A collapse counts whatever happened to the other replicates. Without one, a failed replicate or an accuracy that is
+    not finite makes the arm failed.
+    """
+    if any(replicate not in arm.results and replicate not in arm.failed for replicate in range(replicates)):
+        return None
+    ended = [arm.results[replicate] for replicate in range(replicates) if replicate in arm.results]
+    finite = [result for result in ended if math.isfinite(result.eval.accuracy)]
+    collapses = sum(result.collapsed for result in ended)
+    if not collapses and len(finite) < replicates:
+        return Told(params=arm.params, state="failed")
+    values = tuple(OBJECTIVES[name].value(finite, collapses / replicates) for name in objectives) if finite else None
+    return Told(params=arm.params, state="complete", values=values, collapses=collapses)
+
+
+def pareto_front(arms: Sequence[Arm], objectives: Sequence[str]) -> list[Arm]:
+    """The arms that no other arm beats in one objective without losing in another, in their order.
+
+    Arms that ended with a failed replicate, or with none at all, are left out; so are those with a collapse, unless
+    collapses are an objective themselves.
+    """
+    judged = []
+    for arm in arms:
+        result = told(arm, objectives, len(arm.results)) if arm.results else None
+        if result is None or result.values is None or (result.collapses and "collapses" not in objectives):
+            continue
+        signs = [-1 if OBJECTIVES[name].better == "more" else 1 for name in objectives]
+        judged.append((arm, [sign * value for sign, value in zip(signs, result.values, strict=True)]))
+
+    def beaten(costs: list[float]) -> bool:
+        return any(all(a <= b for a, b in zip(other, costs, strict=True)) and other != costs for _, other in judged)
+
+    return [arm for arm, costs in judged if not beaten(costs)]
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "accuracy": Objective(better="more", value=lambda outcomes, share: median(o.eval.accuracy for o in outcomes)),
+    "collapses": Objective(better="less", value=lambda outcomes, share: share),
+    "hours": Objective(better="less", value=lambda outcomes, share: fmean(o.seconds / 3600 for o in outcomes)),
+}

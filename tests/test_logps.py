@@ -1,0 +1,99 @@
+"""Batches hold what was sampled; importance weights are those of the definition, by hand and by sampling."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from spaces.config import ModelConfig, QuantConfig
+from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
+from trainable.forward.logps import Batch, importance_weights, make_batch
+from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
+from trainable.seeds import generator
+
+W16A16 = QuantConfig(weights="none", activations="none")
+
+
+@pytest.fixture
+def policy(model_folder: ModelFolder) -> Policy:
+    return load_policy(ModelConfig(name=model_folder("qwen2")), W16A16, seed=0)
+
+
+def test_a_batch_holds_every_token_in_its_place(policy: Policy) -> None:
+    groups = sampled_groups(policy, ragged_prompts(3))
+    batch = make_batch(policy, groups, torch.arange(12.0).view(3, 4))
+    for row, e in enumerate(e for group in groups for e in group):
+        length = len(e.completion.ids)
+        assert batch.completion_ids[row, :length].tolist() == list(e.completion.ids)
+        assert batch.mask[row].tolist() == [1.0] * length + [0.0] * (batch.mask.shape[1] - length)
+        assert batch.rollout_logps[row, :length].tolist() == pytest.approx(e.completion.logps)
+        assert batch.prompt_ids[row][batch.prompt_mask[row] > 0].tolist() == list(e.prompt_ids)
+        assert batch.advantages[row] == row
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)]
+)
+def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: list[int]) -> None:
+    zeros = torch.zeros(30, 1)
+    batch = Batch(
+        prompt_ids=zeros,
+        prompt_mask=zeros,
+        completion_ids=zeros,
+        mask=zeros,
+        rollout_logps=zeros,
+        advantages=zeros[:, 0],
+        old_logps=zeros,
+        group_size=6,
+    )
+    lengths = [rows.stop - rows.start for rows in batch.slices(size)]
+    assert lengths == (expected if size < 30 else [30])
+
+
+# --- importance weights ------------------------------------------------------------------------------------------------------
+
+
+# Differences clean - rollout, in nats; the last token of the second row is padding.
+DIFFERENCE = [[math.log(0.5), math.log(3.0)], [math.log(1.5), 99.0]]
+MASK = [[1.0, 1.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("level", "cap", "weights", "sample"),
+    [
+        ("token", 2.0, [[0.5, 2.0], [1.5, 1.0]], [0.5, 3.0, 1.5]),
+        ("token", 10.0, [[0.5, 3.0], [1.5, 1.0]], [0.5, 3.0, 1.5]),
+        ("sequence", 2.0, [[1.5, 1.5], [1.5, 1.5]], [1.5, 1.5]),
+        ("sequence", 1.2, [[1.2, 1.2], [1.2, 1.2]], [1.5, 1.5]),
+        ("none", 2.0, [[1.0, 1.0], [1.0, 1.0]], [0.5, 3.0, 1.5]),
+    ],
+)
+def test_importance_weights_by_hand(level: Any, cap: float, weights: list[list[float]], sample: list[float]) -> None:
+    rollout = torch.full((2, 2), -2.0)
+    clean = (rollout + torch.tensor(DIFFERENCE)).requires_grad_()
+    result = importance_weights(level, clean, rollout, torch.tensor(MASK), cap)
+    torch.testing.assert_close(result.weights, torch.tensor(weights))
+    assert not result.weights.requires_grad
+    assert result.mean == pytest.approx(sum(min(w, cap) for w in sample) / len(sample))
+    assert result.effective_share == pytest.approx(sum(sample) ** 2 / len(sample) / sum(w * w for w in sample))
+    inside = [math.log(0.5), math.log(3.0), math.log(1.5)]
+    assert result.kl == pytest.approx(sum(math.exp(d) - d - 1 for d in inside) / 3)
+
+
+def test_k3_estimates_the_kl_of_the_rollout_to_the_clean_policy() -> None:
+    rollout, clean = (torch.log_softmax(torch.randn(6, generator=generator("policy", i)), -1) for i in range(2))
+    tokens = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=generator("tokens"))[None]
+    estimated = importance_weights("none", clean[tokens], rollout[tokens], torch.ones(tokens.shape), 2.0).kl
+    exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=p) for p in (rollout, clean))).item()
+    assert exact > 0.1
+    assert estimated == pytest.approx(exact, rel=0.02)
+
+
+def test_the_clean_policy_weighs_one() -> None:
+    logps = -torch.rand(3, 4)
+    for level in ("none", "token", "sequence"):
+        result = importance_weights(level, logps, logps, torch.ones(3, 4), 2.0)
+        assert (result.mean, result.effective_share, result.kl) == (1.0, 1.0, 0.0)
+        assert torch.equal(result.weights, torch.ones(3, 4))

@@ -1,0 +1,122 @@
+"""Wherever a candidate is named, it is the same one, and nobody has to ask MLflow."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dashboards import cli
+from search.ablation import ablation
+from search.arms import candidate_of, read_arms
+from search.confirm import planned_confirmation
+from search.report import report_study
+from search.store import StudyConfig, save_study_config
+from search.study import resume_study
+from spaces.reading import load_yaml
+from tests.written_sweeps import make_arm, study, write_sweep
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """`rin ARGUMENTS` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def ended(tmp_path: Path, **right: list[object]) -> StudyConfig:
+    """A sweep with all its outcomes, whose driver comes once more and writes best.yaml; then its tracking is gone."""
+    config = study(tmp_path / "runs", trials=len(right), replicates=2)
+    sigmas = {name: f"noise.sigma_start={0.01 * (number + 1)}" for number, name in enumerate(right)}
+    arms = [make_arm(config, name, *([] if name == "control" else [sigmas[name]])) for name in right]
+    write_sweep(config, arms, right)
+    result = resume_study(config, lambda event: None)
+    assert result.unfinished == 0
+    (tmp_path / "runs" / "mlflow.db").unlink()
+    gone = config.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
+    save_study_config(gone)
+    return gone
+
+
+def test_with_the_control_best_everyone_names_the_same_candidate_and_says_that_it_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    config = ended(tmp_path, control=[390, 392], c01=[300, 310], c02=[330, 340], c03=[("collapsed", 399), 398])
+    monkeypatch.chdir(tmp_path)
+    status = json.loads(say("status", "s", "--json")[1])
+    report = json.loads(say("report", "s", "--json")[1])
+    code, exported, _ = say("export", "s")
+    best = load_yaml(Path("runs/s/best.yaml"))
+    _, arms = planned_confirmation(config, (5,))
+    named = {
+        "status": [row["arm"] for row in status if row["candidate"]],
+        "report": [report["candidate"]],
+        "confirm": [arm.name for arm in arms if arm.origin == "winner"],
+        "ablation": [arm.name for arm in ablation(config, study(tmp_path, name="a"), named=False).arms if arm.origin == "winner"],
+        "rule": [candidate_of(config, read_arms(config)).arm.name],
+    }
+    assert all(names == ["c02"] for names in named.values()), named
+    assert code == 0
+    assert best["noise"]["sigma_start"] == 0.03, "of c02"
+    assert exported == Path("runs/s/best.yaml").read_text(), "export says what the sweep wrote down"
+    assert "paired difference -14.00 points" in exported
+    differences = {row["arm"]: row["difference"] for row in status}
+    assert differences["c02"] == pytest.approx(-0.14) == report_study(config).arms[2].difference
+
+
+def test_where_every_noisy_arm_collapsed_there_is_nothing_to_take_home_and_that_is_no_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    ended(tmp_path, control=[390, 392], c01=[("collapsed", 300), ("collapsed", 310)])
+    monkeypatch.chdir(tmp_path)
+    assert not Path("runs/s/best.yaml").exists()
+    for command in (["export", "s"], ["confirm", "s"], ["export", "s", "--to", "verl"]):
+        code, out, err = say(*command)
+        assert (code, out.strip()) == (1, "")
+        (line,) = err.splitlines()
+        assert line.startswith("rin: NAME=s: no configuration with noise completed all its replicates")
+
+
+def test_a_candidate_of_an_earlier_state_does_not_stay_behind(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=2, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280], "c01": [("collapsed", 10)]})
+    config.folder.write("best.yaml", "noise: {}")
+    assert resume_study(config, lambda event: None).candidate is None
+    assert "best.yaml" not in config.folder.names()
+
+
+def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    ended(tmp_path, control=[290, 292], c01=[300, 310], c02=[330, 340])
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = say("export", "s", "--arm", "c01")
+    assert code == 0
+    assert out.startswith("# candidate of sweep s: c01\n")
+    code, _, err = say("export", "s", "--arm", "control")
+    assert (code, "--arm control: no such arm in s; it has c01, c02" in err) == (2, True)
+
+
+def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    config = study(tmp_path / "runs", trials=3, replicates=2, tracking_uri="http://127.0.0.1:9")
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280, 281], "c01": [("collapsed", 10), None]})
+    monkeypatch.chdir(tmp_path)
+    (row,) = json.loads(say("list", "--json")[1])
+    assert (row["runs"], row["of"], row["status"]) == (4, 6, {"completed": 2, "collapsed": 1, "stopped": 1})
+    said = say("status", "s")[1]
+    for part in ("4 of 6 trials begun", "1 collapsed, 1 stopped", "3 trials are not finished and nobody is running them"):
+        assert part in said

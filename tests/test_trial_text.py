@@ -1,0 +1,45 @@
+"""What `rin trial` says in words, on reports that a test made."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from dashboards.trial_text import outcome_lines, step_line
+from trainable.outcome import Alarm
+
+SIGNALS = {"grpo/reward": 0.4123, "gen/entropy": 0.31, "gen/length": 4.12, "filter/kept_groups": 21.0}
+
+
+def report(collapsed: bool = False, **signals: float) -> Any:
+    verdict = SimpleNamespace(collapsed=collapsed, rule="entropy_high", evidence="entropy 3.1 above 0.9")
+    return SimpleNamespace(step=3, sigma=0.01, signals={**SIGNALS, **signals}, verdict=verdict, seconds=0.617)
+
+
+def touched(*warnings: str) -> Any:
+    return SimpleNamespace(quantized=("a", "b"), noised=("n",), warnings=warnings)
+
+
+def outcome(**changes: Any) -> Any:
+    scores = SimpleNamespace(**{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048})
+    base = {"outcome": "completed", "rule": "", "step": 29, "seconds": 12.34, "eval": scores, "alarms": []}
+    return SimpleNamespace(**{**base, "receipt": touched(), **changes})
+
+
+def test_a_step_is_one_line_with_its_accuracy_and_its_collapse_where_there_is_one() -> None:
+    plain = "step   3  sigma 0.01  reward 0.412  entropy 0.310  length 4.1  kept 21  0.62 s"
+    assert step_line(report()) == plain
+    said = step_line(report(collapsed=True, **{"eval/accuracy": 0.43}))
+    assert said == f"{plain}  accuracy 0.4300  COLLAPSE entropy_high: entropy 3.1 above 0.9"
+
+
+def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() -> None:
+    assert outcome_lines(outcome(), "W4A4") == [
+        "completed after 29 steps, 12.3 s",
+        "accuracy 0.1800 -> 0.4300 (W4A4), 0.2000 -> 0.5000 (unquantised), 2048 questions",
+        "quantised 2 layers, noised 1 weights",
+    ]
+    alarms = [Alarm(step=number, rule="mismatch", evidence=f"kl {number}") for number in range(9)]
+    receipt = touched("sigma below the grid")
+    lines = outcome_lines(outcome(outcome="collapsed", rule="nonfinite", step=4, alarms=alarms, receipt=receipt), "W16A16")
+    assert lines[0] == "collapsed by rule nonfinite after 4 steps, 12.3 s"
+    assert lines[3:5] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
+    assert len(lines) == 3 + 1 + 5, "the first alarms are enough"

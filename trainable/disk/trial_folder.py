@@ -1,0 +1,254 @@
+"""A trial's folder in the store: what a trial writes there and what anyone reads, side by side.
+
+    outcome.json              how it ended, and every report; the trial is over and is never run again
+    final.safetensors         the clean weights it ended with, those that are trained (`rin export --to checkpoint`)
+    checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume` (`checkpoint.py`)
+    attempt-001.json          one process that worked on it: since when, last seen, how it ended
+    stopped.json              evaluation of a trial that was stopped from outside, at its last step
+
+A trial writes these itself, so they are there whether or not a driver heard of them. It is over when it has an outcome; stopped, failed
+or killed, it has steps to go. Plain JSON, read without torch and without Ray.
+"""
+
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from spaces.config import ConfigError
+from trainable.disk.folder import Folder
+from trainable.outcome import Outcome, Status, StepReport
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+OUTCOME_FILE, STOPPED_FILE, FINAL_FILE, PROGRESS_FILE = (
+    "outcome.json",
+    "stopped.json",
+    "final.safetensors",
+    "progress.json",
+)
+FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
+"""What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes something else."""
+DIED = "died"
+"""How an attempt ended that could not say so itself: its process was killed, and the sweep did not start the trial again."""
+Parsed = TypeVar("Parsed")
+_ATTEMPT = re.compile(r"attempt-(\d+)\.json")
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+
+
+# --- how it ended ------------------------------------------------------------------------------------------------------------
+
+
+def write_outcome(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]) -> None:
+    """The trial is over. Raises OSError."""
+    trial.write(OUTCOME_FILE, _ending(outcome, reports))
+
+
+def write_stopped(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]) -> None:
+    """It was stopped from outside, and this is what it had come to. Raises OSError."""
+    trial.write(STOPPED_FILE, _ending(outcome, reports))
+
+
+def read_outcome(trial: Folder) -> Outcome | None:
+    """How a trial ended; None while it has steps to go. Raises ConfigError for a damaged file."""
+    return _read_outcome(trial, OUTCOME_FILE)
+
+
+def read_stopped(trial: Folder) -> Outcome | None:
+    """Evaluation of a trial that was stopped from outside; None where there is none. Raises ConfigError for a damaged file."""
+    return _read_outcome(trial, STOPPED_FILE)
+
+
+def read_reports(trial: Folder) -> list[StepReport]:
+    """What a trial has reported, as far as it is safe on disk, in order. Raises ConfigError for a damaged outcome."""
+    ended = trial.read(OUTCOME_FILE)
+    if ended is not None:
+        return _parsed(trial, OUTCOME_FILE, ended, lambda tree: [StepReport.from_record(record) for record in tree["reports"]])
+    for name in checkpoints(trial):
+        try:
+            _, values = progress_parts((trial / name).read(PROGRESS_FILE) or b"")
+            return [StepReport.from_record(record) for record in json.loads(values)["reports"]]
+        except (ValueError, KeyError, TypeError):
+            continue  # unfinished or damaged: the one before it is what the trial goes on from, too
+    return []
+
+
+def _ending(outcome: Outcome, reports: Sequence[StepReport]) -> str:
+    records = [report.as_record() for report in reports]
+    return json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": records})
+
+
+def _read_outcome(trial: Folder, name: str) -> Outcome | None:
+    text = trial.read(name)
+    return None if text is None else _parsed(trial, name, text, lambda tree: Outcome.from_tree(tree["outcome"]))
+
+
+def _parsed(trial: Folder, name: str, text: bytes, parse: Callable[[Any], Parsed]) -> Parsed:
+    try:
+        return parse(json.loads(text))
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume runs the trial again") from None
+
+
+# --- checkpoints, as far as they can be read without torch -----------------------------------------------------------------------
+
+
+def checkpoints(trial: Folder) -> list[str]:
+    """Names, newest first: digits sort as numbers, not as text."""
+    found = [name for name in trial.names() if _CHECKPOINT.fullmatch(name)]
+    return sorted(found, key=lambda name: int(name.split("-")[1]), reverse=True)
+
+
+def progress_text(head: Mapping[str, Any], values: str) -> str:
+    """Of a checkpoint's `progress.json`: a line with version and checksums, a line with the values that they are of."""
+    return f"{json.dumps(head)}\n{values}\n"
+
+
+def progress_parts(text: bytes) -> tuple[bytes, bytes]:
+    """(head, values) of what `progress_text` wrote."""
+    head, _, values = text.rstrip(b"\n").partition(b"\n")
+    return head, values
+
+
+# --- attempts ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One process's work on one trial."""
+
+    started: float
+    """Unix seconds."""
+    seen: float
+    """Unix seconds; of a killed process up to 10 s before its end."""
+    step: int
+    """Steps done at its last sign of life."""
+    ended: str
+    """outcome | stopped | error | died | hang | engine | rollout_mismatch, or empty: it was killed, or runs."""
+    reason: str
+    loading_seconds: float
+    """Until it was ready for its first step."""
+
+    @property
+    def hours(self) -> float:
+        return max(self.seen - self.started, 0.0) / 3600
+
+
+class AttemptLog:
+    """attempt-K.json: one process's work on a trial. What cannot be written is only missing in the ledger."""
+
+    def __init__(self, trial: Folder) -> None:
+        self._trial = trial
+        number = sum(bool(_ATTEMPT.fullmatch(name)) for name in trial.names()) + 1
+        self._name = f"attempt-{number:03d}.json"
+        self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
+        self.step = 0
+        self._lock = threading.Lock()  # the watchdog's thread beats too
+        self.beat()
+
+    def ready(self, *, first_step: int, damaged: Sequence[str]) -> None:
+        """Loaded; `damaged`: a line for each checkpoint that had to be passed over."""
+        self.step = first_step
+        loading = time.time() - self._values["started"]
+        self._values |= {"first_step": first_step, "loading_seconds": loading, "damaged": list(damaged)}
+        self.beat()
+
+    def end(self, how: str, **more: str) -> None:
+        self._values |= {"ended": how, **more}
+        self.beat()
+
+    def beat(self) -> None:
+        with self._lock:
+            self._values |= {"seen": time.time(), "step": self.step}
+            try:
+                self._trial.write(self._name, json.dumps(self._values))
+            except OSError as error:
+                log.warning("%s: %s: %s", self._trial.uri, self._name, error)
+
+
+def read_attempts(trial: Folder) -> list[Attempt]:
+    """In order. A file that cannot be read counts as no time."""
+    attempts = []
+    for name in trial.names():
+        if not _ATTEMPT.fullmatch(name):
+            continue
+        try:
+            tree: Mapping[str, Any] = json.loads(trial.read(name) or b"")
+        except ValueError:
+            continue
+        attempts.append(
+            Attempt(
+                started=tree["started"],
+                seen=tree["seen"],
+                step=tree["step"],
+                ended=tree["ended"],
+                reason=tree.get("reason", ""),
+                loading_seconds=tree.get("loading_seconds", 0.0),
+            )
+        )
+    return attempts
+
+
+def end_attempt(trial: Folder, reason: str) -> None:
+    """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an ending."""
+    names = [name for name in trial.names() if _ATTEMPT.fullmatch(name)]
+    tree: dict[str, Any] = json.loads(trial.read(names[-1]) or b"{}") if names else {}
+    if tree and not tree["ended"]:
+        trial.write(names[-1], json.dumps({**tree, "ended": DIED, "reason": reason}))
+
+
+# --- all of it together --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialState:
+    """Where a trial stands.
+
+    Example: TrialState(status="failed", rule="hang", reason="step 3: phase rollout took over 900 s (3 attempts)", step=3, ...)
+    """
+
+    status: Status
+    rule: str
+    """Of the collapse, or of the failure."""
+    reason: str
+    """Of a failure, in one line."""
+    step: int
+    """Steps done."""
+    outcome: Outcome | None
+    """Final; of a stopped trial its evaluation at the stop."""
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def hours(self) -> float:
+        """In which some process worked on it."""
+        return sum(attempt.hours for attempt in self.attempts)
+
+
+def read_trial(trial: Folder, *, driven: bool) -> TrialState:
+    """`driven`: a process runs the sweep now. Raises ConfigError for a damaged outcome."""
+    attempts = tuple(read_attempts(trial))
+    outcome = read_outcome(trial)
+    if outcome is not None:
+        return _state(outcome.outcome, attempts, rule=outcome.rule, outcome=outcome)
+    if not attempts:
+        return _state("waiting", attempts)
+    last = attempts[-1]
+    if last.ended == "stopped":
+        return _state("stopped", attempts, outcome=read_stopped(trial))
+    if not last.ended:
+        return _state("running" if driven else "stopped", attempts, reason="" if driven else "its process was killed")
+    again = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
+    return _state("failed", attempts, rule=last.ended if last.ended in FAILURE_RULES else "", reason=f"{last.reason}{again}")
+
+
+def _state(
+    status: Status, attempts: tuple[Attempt, ...], *, rule: str = "", reason: str = "", outcome: Outcome | None = None
+) -> TrialState:
+    step = outcome.step if outcome is not None else attempts[-1].step if attempts else 0
+    return TrialState(status=status, rule=rule, reason=reason, step=step, outcome=outcome, attempts=attempts)

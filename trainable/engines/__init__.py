@@ -1,0 +1,1 @@
+"""Who generates, and whether it computes what training computes."""

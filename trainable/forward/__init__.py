@@ -1,0 +1,1 @@
+"""One forward pass for training, sampling and evaluation."""

@@ -1,0 +1,207 @@
+"""Log-probs of completions: sampled tokens as tensors, what training's forward pass gives them, and how two passes differ.
+
+Whatever learns from completions, or compares who computed them, needs the same three things: a batch, its log-probs by
+the policy's present weights, and the importance weights between two sets of log-probs. Log-probs are those of the sampled
+tokens, at the sampling temperature, in fp32; a noisy policy sampled (`rollout_logps`), a clean one learns (`old_logps`).
+
+A group's completions share their prompt, which is computed once for several of them (packed rows), in training as in
+generation. How completions become advantages and a loss is another matter (`trainable/grpo.py`).
+
+Shapes: B = completions, G = completions of a prompt, T = completion tokens (right-padded), L = prompt tokens
+(left-padded), V = vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from spaces.config import Correction
+from trainable.episode import Group
+from trainable.forward.transformer import forward_of, left_padded, positions
+from trainable.policy.policy import Policy
+
+_PACKED_TOKENS = 512
+"""Longest row of a prompt with several completions. Up to here attention is little of the work, also what is masked."""
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Completions as tensors; log-probs are those of the sampled tokens, at the sampling temperature."""
+
+    prompt_ids: torch.Tensor  # [B, L]
+    prompt_mask: torch.Tensor  # [B, L]
+    completion_ids: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # [B, T], 1 up to and including the end token
+    rollout_logps: torch.Tensor  # [B, T], of the noisy policy that sampled
+    advantages: torch.Tensor  # [B]
+    old_logps: torch.Tensor  # [B, T], of the clean policy when the step began
+    reference_logps: torch.Tensor | None = None  # [B, T]
+    group_size: int = 1
+    """G: so many rows side by side continue one prompt."""
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    def rows(self, index: torch.Tensor | slice, group_size: int = 1) -> "Batch":
+        """A sub-batch, whose rows continue one prompt each, or `group_size` of them side by side the same one."""
+        reference = self.reference_logps
+        return Batch(
+            prompt_ids=self.prompt_ids[index],
+            prompt_mask=self.prompt_mask[index],
+            completion_ids=self.completion_ids[index],
+            mask=self.mask[index],
+            rollout_logps=self.rollout_logps[index],
+            advantages=self.advantages[index],
+            old_logps=self.old_logps[index],
+            reference_logps=None if reference is None else reference[index],
+            group_size=group_size,
+        )
+
+    def rows_of(self, groups: torch.Tensor) -> torch.Tensor:
+        """Indices of all rows of these groups."""
+        return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+
+    def slices(self, size: int) -> list[slice]:
+        """Consecutive rows, at most `size`: whole groups, or equal parts of a group that is larger."""
+        if size >= self.group_size:
+            size -= size % self.group_size
+        while size < self.group_size and self.group_size % size:
+            size -= 1
+        return [slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def part(self, rows: slice) -> "Batch":
+        """One of the `slices`, which knows how many of its rows continue one prompt."""
+        count: int = rows.stop - rows.start
+        return self.rows(rows, min(self.group_size, count))
+
+
+def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor) -> Batch:
+    """Tensors from groups; old log-probs still to be computed (zeros). `advantages` is [groups, G]."""
+    episodes = [episode for group in groups for episode in group]
+    device, pad = policy.device, policy.tokenizer.pad_token_id
+    prompt_ids, prompt_mask = left_padded([e.prompt_ids for e in episodes], pad, device)  # [B, L]
+    width = max(len(e.completion.ids) for e in episodes)
+
+    def padded(rows: Sequence[Sequence[float]], fill: float) -> torch.Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+    mask = padded([[1.0] * len(e.completion.ids) for e in episodes], 0.0)  # [B, T]
+    return Batch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=padded([e.completion.ids for e in episodes], pad).long(),
+        mask=mask,
+        rollout_logps=padded([e.completion.logps for e in episodes], 0.0),
+        advantages=advantages.flatten().to(device),
+        old_logps=torch.zeros_like(mask),
+        group_size=advantages.shape[1],
+    )
+
+
+def with_old_logps(batch: Batch, old: torch.Tensor, reference: torch.Tensor | None) -> Batch:
+    """The batch once the clean policy has spoken."""
+    return replace(batch, old_logps=old, reference_logps=reference)
+
+
+# --- training's forward pass -----------------------------------------------------------------------------------------
+
+
+def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [B, T] of the completions' tokens and entropies [B, T] (no gradient), at the sampling temperature.
+
+    A prompt is computed once for several of its completions: they follow it in one row and do not see each other.
+    The longer the row, the more of its attention is masked away, so there is a limit to it; from there on each
+    completion has a row of its own.
+    """
+    length, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
+    even = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0]
+    fitting = [k for k in even if length + k * tokens <= _PACKED_TOKENS]
+    return _logps_packed(policy, batch, temperature, max(fitting, default=1))
+
+
+def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T."""
+    (_, tokens), device = batch.completion_ids.shape, batch.mask.device
+    prompt_mask = batch.prompt_mask[::side_by_side]  # [R, L]
+    rows, length = prompt_mask.shape
+    completions = batch.completion_ids.view(rows, -1)  # [R, K * T]
+    ids = torch.cat([batch.prompt_ids[::side_by_side], completions], 1)  # [R, S]
+    step = torch.arange(tokens, device=device).repeat(side_by_side)  # [K * T]: 0, 1, .., T - 1, 0, 1, ..
+    position_ids = torch.cat([positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + step], 1)  # [R, S]
+    numbers = 1 + torch.arange(side_by_side, device=device)
+    owner = torch.cat([torch.zeros(length, device=device), numbers.repeat_interleave(tokens)])  # [S]
+    related = (owner[:, None] == owner) | (owner == 0)  # [S, S]: the same completion, or the prompt
+    real = torch.cat([prompt_mask, batch.mask.view(rows, -1)], 1) > 0  # [R, S]
+    visible = related.tril() & real[:, None]  # [R, S, S]
+    # Padding sees itself: a row that sees nothing would become NaN.
+    visible |= torch.eye(len(owner), dtype=torch.bool, device=device)
+    dtype = next(policy.model.parameters()).dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    mask = mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]  # [R, 1, S, S]
+    logits = _logits(policy, ids, position_ids, mask, keep=side_by_side * tokens + 1)
+    distribution = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, 1 + K * T, V]
+    # A completion's first token follows the prompt's last one, which comes first here; others follow the one before.
+    before = torch.arange(side_by_side * tokens, device=device).where(step > 0, 0)  # [K * T]
+    logps = distribution[torch.arange(rows, device=device)[:, None], before, completions]  # [R, K * T]
+    return logps.view(-1, tokens), _entropies(distribution)[:, before].view(-1, tokens)
+
+
+def _logits(policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S]."""
+    forward = forward_of(policy)
+    if forward is not None:
+        return forward.logits(forward.hidden(ids, forward.angles(position_ids), forward.masked(mask))[:, -keep:])
+    out = policy.model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=keep)
+    logits: torch.Tensor = out.logits
+    return logits
+
+
+def _entropies(distribution: torch.Tensor) -> torch.Tensor:
+    """In nats, without gradient, from log-probs on the last axis; a token of probability 0 counts nothing."""
+    detached = distribution.detach()
+    return -(detached.exp() * detached.clamp(min=-1e30)).sum(-1)
+
+
+@torch.no_grad()
+def clean_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
+    """Log-probs [B, T] without gradient, some rows at a time."""
+    return torch.cat([completion_logps(policy, batch.part(rows), temperature)[0] for rows in batch.slices(micro_batch)])
+
+
+# --- two passes over the same tokens ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceWeights:
+    """Importance weights of a batch and what they say about it."""
+
+    weights: torch.Tensor  # [B, T]
+    mean: float
+    effective_share: float
+    """Effective sample size over sample size, (sum w)^2 / (n sum w^2), of the weights before the cap."""
+    kl: float
+    """KL(rollout || clean) in nats per token, by the k3 estimator: mean of exp(d) - d - 1, d = clean - rollout."""
+
+
+def importance_weights(level: Correction, clean: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, cap: float) -> ImportanceWeights:
+    """min(pi_clean / pi_rollout, cap) per token or per sequence, all [B, T]; `none` weighs 1, reports token weights."""
+    difference = (clean - rollout).where(mask > 0, 0.0)  # [B, T]
+    if level == "sequence":
+        ratio = difference.sum(1).exp()  # [B]
+        weights = ratio.clamp(max=cap)[:, None].expand_as(mask)
+        sample = ratio
+    else:
+        ratio = difference.exp()  # [B, T]
+        weights = ratio.clamp(max=cap) if level == "token" else torch.ones_like(mask)
+        sample = ratio[mask > 0]
+    inside = difference[mask > 0]
+    return ImportanceWeights(
+        weights=weights.detach(),
+        mean=sample.clamp(max=cap).mean().item(),
+        effective_share=(sample.sum().square() / (len(sample) * sample.square().sum())).item(),
+        kl=(inside.exp() - inside - 1).mean().item(),
+    )

@@ -1,0 +1,65 @@
+"""The names under which a trial's numbers are tracked, next to what they mean. They are spelled here and nowhere else.
+
+Shares are 0 to 1, entropies and KLs nats per token, lengths tokens. Signals (`signals.py`) are of the policy that sampled, noise included;
+`eval/` is of the clean model. Reward functions of a task add `grpo/reward/NAME`, `eval/NAME` and `eval/NAME_start`, their means.
+"""
+
+SIGMA = "rin/sigma"
+STEPS_DONE = "rin/steps_done"
+REWARD = "grpo/reward"
+ROLLOUT_ACCURACY = "grpo/accuracy"
+ENTROPY = "gen/entropy"
+LENGTH = "gen/length"
+GIBBERISH = "gen/gibberish"
+ALL_WRONG = "filter/all_wrong"
+KEPT_GROUPS = "filter/kept_groups"
+WASTED = "filter/wasted"
+ROLLOUT_KL = "rollout_corr/kl"
+FLOOR_KL = "rollout_corr/floor_kl"
+GATE_KL = "rollout_corr/gate_kl"
+EVAL = "eval/"
+ACCURACY = "eval/accuracy"
+ROLLOUT_SECONDS = "perf/rollout_seconds"
+UPDATE_SECONDS = "perf/update_seconds"
+STEP_SECONDS = "perf/step_seconds"
+TRIAL_SECONDS = "perf/trial_seconds"
+TOKENS_PER_SECOND = "perf/tokens_per_second"
+
+METRICS: dict[str, str] = {
+    SIGMA: "nominal sigma of the step's rollout, of the global pair",
+    STEPS_DONE: "steps made, this one included",
+    REWARD: "mean reward of all sampled completions, penalties included",
+    "grpo/reward_std": "std of rewards within a group, mean over groups",
+    ROLLOUT_ACCURACY: "share of sampled completions that are correct: noisy, at the sampling temperature, no evaluation",
+    "grpo/loss": "mean over the step's updates",
+    "grpo/grad_norm": "largest global norm of a gradient before clipping",
+    "grpo/clip_fraction": "share of tokens whose ratio was clipped against the advantage",
+    "grpo/reference_kl": "KL to the reference policy, k3, where grpo.kl_beta > 0",
+    ALL_WRONG: "share of generated groups without variance in which nothing is right",
+    "filter/all_right": "share of generated groups without variance in which everything is right",
+    KEPT_GROUPS: "groups that were trained on",
+    "filter/gen_batches": "batches that were generated in this step",
+    WASTED: "share of generated completions that were not trained on",
+    ENTROPY: "mean entropy of the distribution that was sampled from",
+    LENGTH: "mean length of a completion",
+    "gen/truncated": "share of completions cut off by the limit",
+    "gen/distinct_2": "different pairs of neighbouring tokens over all pairs, within a completion",
+    "gen/repetition": "share of 4-grams that occurred before in the same completion",
+    GIBBERISH: "share of tokens that the clean policy finds clearly less likely than a blind guess",
+    ROLLOUT_KL: "KL(rollout || clean policy), k3",
+    "rollout_corr/logp_gap": "mean absolute difference of a token's log-prob between the rollout and the clean policy",
+    "rollout_corr/weight": "mean importance weight of rollout.correction, after its cap",
+    "rollout_corr/effective_share": "effective sample size over sample size, of the weights before the cap",
+    FLOOR_KL: "how far training's own forward pass is from itself, measured at the gate",
+    GATE_KL: "how far the engine is from training on a noise-free rollout, measured at the gate",
+    ACCURACY: "greedy, in the deployed precision, on the fixed questions",
+    "eval/accuracy_bf16": "the same by the unquantised forward pass of the master weights",
+    "eval/accuracy_start": "eval/accuracy before step 0",
+    "eval/accuracy_bf16_start": "eval/accuracy_bf16 before step 0",
+    "eval/n": "questions",
+    ROLLOUT_SECONDS: "sampling of the step, filter and batches included",
+    UPDATE_SECONDS: "log-probs and updates of the step",
+    STEP_SECONDS: "the whole step, evaluation included",
+    TRIAL_SECONDS: "all steps and evaluations of the trial",
+    TOKENS_PER_SECOND: "sampled completion tokens over the rollout's seconds",
+}

@@ -1,0 +1,222 @@
+"""What a trial reports and how it ended: plain records, which read and write as JSON without torch.
+
+The sweep, its report and its views know a trial by these records alone. A status is one of five words; `stopped` and `failed` are said
+of a trial that has no outcome yet and may go on, `completed` and `collapsed` are outcomes and final.
+
+NaN rule: what was measured is kept as it was, NaN and infinities included (JSON in Python's dialect); readers decide.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from spaces.config import TrialConfig
+from spaces.reading import as_tree, read_config
+from trainable.metrics import SIGMA, STEPS_DONE
+
+Ending = Literal["completed", "collapsed", "stopped"]
+"""completed: all steps were made; collapsed: a rule ended it; stopped: from outside, and evaluated as it left."""
+Status = Literal["waiting", "running", "completed", "collapsed", "stopped", "failed"]
+"""Of a trial of a sweep, whether or not it has an outcome. failed: an error or the machine, and never a finding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollapseVerdict:
+    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a
+    row")."""
+
+    collapsed: bool
+    rule: str = ""
+    evidence: str = ""
+
+    def as_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+HEALTHY = CollapseVerdict(collapsed=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One completion, for people to read."""
+
+    step: int
+    prompt: str
+    completion: str
+    answer: str
+    reward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    sigma: float
+    signals: Mapping[str, float]
+    """By tracked name, e.g. gen/entropy; eval/accuracy in steps that evaluate."""
+    verdict: CollapseVerdict
+    seconds: float
+    samples: tuple[Sample, ...]
+    """A few completions."""
+    time_ms: int
+    """Unix milliseconds at its end."""
+
+    def as_tree(self) -> dict[str, Any]:
+        """Of `rin trial --json`."""
+        return {
+            "step": self.step,
+            "sigma": self.sigma,
+            "signals": dict(self.signals),
+            "verdict": self.verdict.as_tree(),
+            "seconds": self.seconds,
+        }
+
+    def as_record(self) -> dict[str, Any]:
+        """Flat, as it is written down and handed to Tune: metrics by tracked name, and what belongs to the step."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "time_ms": self.time_ms,
+            "rule": self.verdict.rule,
+            "evidence": self.verdict.evidence,
+            "samples": [asdict(sample) for sample in self.samples],
+            **self.signals,
+            STEPS_DONE: float(self.step + 1),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "StepReport":
+        """Raises KeyError or TypeError for what `as_record` did not write."""
+        rule = record["rule"]
+        signals = {name: float(value) for name, value in record.items() if "/" in name and name != STEPS_DONE}
+        return cls(
+            step=record["step"],
+            sigma=signals[SIGMA],
+            signals=signals,
+            verdict=CollapseVerdict(collapsed=bool(rule), rule=rule, evidence=record["evidence"]),
+            seconds=record["seconds"],
+            samples=tuple(Sample(**sample) for sample in record["samples"]),
+            time_ms=record["time_ms"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Evaluation of the clean model at the end (or the stop) and, `_start`, before step 0; accuracies are shares of the questions.
+
+    Example: Scores(accuracy=0.734, accuracy_bf16=0.81, accuracy_start=0.184, n=2048, correct=(1, 0, ...), ...)
+    """
+
+    accuracy: float
+    """Greedy, in the deployed precision."""
+    accuracy_bf16: float
+    """Unquantised forward of the master weights, in the model's dtype."""
+    parts: Mapping[str, float]
+    """Mean of each reward function of the task."""
+    accuracy_start: float
+    accuracy_bf16_start: float
+    parts_start: Mapping[str, float]
+    n: int
+    """Questions."""
+    correct: tuple[int, ...]
+    """Per question, in the fixed order of the split: 1 = right."""
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Scores":
+        return cls(**{**tree, "correct": tuple(tree["correct"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """What noise did to one weight in the first rollout of a stage."""
+
+    stage: int
+    step: int
+    name: str
+    layer: int | None
+    kind: str
+    nominal: float
+    """Sigma asked for, in weight units."""
+    applied: float
+    """Measured rms change of the deployed weight, after cast and quantisation."""
+    applied_relative: float
+    """The same over rms(W)."""
+    changed: float
+    """Share of weights that differ: for a quantised weight with noise before it, the share of 4-bit codes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffectReceipt:
+    """Proof of what a trial did to its weights."""
+
+    quantized: tuple[str, ...]
+    arithmetic: tuple[Mapping[str, Any], ...]
+    """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others."""
+    noised: tuple[str, ...]
+    effects: tuple[Effect, ...]
+    warnings: tuple[str, ...]
+
+    def as_tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "EffectReceipt":
+        return cls(
+            quantized=tuple(tree["quantized"]),
+            arithmetic=tuple(tree["arithmetic"]),
+            noised=tuple(tree["noised"]),
+            effects=tuple(Effect(**effect) for effect in tree["effects"]),
+            warnings=tuple(tree["warnings"]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """A rule that fired without stopping the trial (collapse.mode=monitor)."""
+
+    step: int
+    rule: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a trial ended."""
+
+    outcome: Ending
+    rule: str
+    """Of the collapse; empty otherwise."""
+    step: int
+    """Steps done."""
+    eval: Scores
+    receipt: EffectReceipt
+    alarms: tuple[Alarm, ...]
+    config: TrialConfig
+    """As it ran, with the thread count that was in force."""
+    seconds: float
+
+    @property
+    def collapsed(self) -> bool:
+        return self.outcome == "collapsed"
+
+    def as_tree(self) -> dict[str, Any]:
+        tree = {name: getattr(self, name) for name in ("outcome", "rule", "step", "seconds")}
+        tree |= {"eval": asdict(self.eval), "receipt": self.receipt.as_tree(), "config": as_tree(self.config)}
+        return {**tree, "alarms": [asdict(alarm) for alarm in self.alarms]}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Outcome":
+        """Raises KeyError, TypeError or ValueError for what `as_tree` did not write."""
+        if tree["outcome"] not in get_args(Ending):
+            raise ValueError(f"{tree['outcome']} is no outcome")
+        return cls(
+            outcome=tree["outcome"],
+            rule=tree["rule"],
+            step=tree["step"],
+            eval=Scores.from_tree(tree["eval"]),
+            receipt=EffectReceipt.from_tree(tree["receipt"]),
+            alarms=tuple(Alarm(**alarm) for alarm in tree["alarms"]),
+            config=read_config(tree["config"]),
+            seconds=tree["seconds"],
+        )

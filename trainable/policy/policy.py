@@ -1,0 +1,152 @@
+"""The policy: a causal language model whose projections compute in 4 bits, and the names by which its parts are spoken of.
+
+Every projection inside a decoder block becomes a `QuantLinear`, also one that stays at 16 bits (its formats are then `none`): one
+kind of layer carries quantisation, noise and the receipt, so none of them can miss a layer that another one sees. The head is
+wrapped only when the configuration does not exclude it; embeddings and norms are never quantised.
+
+With LoRA the frozen base is quantised and adapters are not; they see the quantised input, because that is what the layer sees
+(quantised adapters cost an earlier system half of its accuracy).
+Names are those of the bare model: peft's prefixes are stripped, so that a seed for `layers.3.mlp.up_proj` is the same either way.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
+
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
+"""Architectures in which known norms feed known projections and nothing else, and whose MLP is a gated one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A model, its tokenizer, and its parts by bare name."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    linears: dict[str, QuantLinear]
+    """Wrapped linear layers by name, in model order."""
+    norms: dict[str, nn.Module]
+    """Input and post-attention norms of every block by name."""
+    final_norm: dict[str, nn.Module]
+    """The norm before the head, as a dict of one (or none)."""
+    depth: int
+    """Decoder blocks."""
+
+    @property
+    def network(self) -> Any:
+        """The transformers model itself, without peft's wrapper around it."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the layers whose weights or inputs are really quantised."""
+        return tuple(n for n, m in self.linears.items() if m.arithmetic.quantizes)
+
+    @property
+    def arithmetic(self) -> tuple[Arithmetic, ...]:
+        """How those compute: each record once, in model order."""
+        return tuple(dict.fromkeys(self.linears[name].arithmetic for name in self.quantized))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters with gradients, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that a parameter or module belongs to; None outside of the blocks."""
+    match = _BLOCK.search(name)
+    return int(match.group(1)) if match else None
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without peft's and our wrappers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether whole dotted parts of `name` match: `layers.1` hits `model.layers.1.mlp` and not `model.layers.10.mlp`."""
+    wanted, parts = pattern.split("."), name.split(".")
+    return any(
+        all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+@contextmanager
+def deployed(policy: Policy) -> Iterator[None]:
+    """Freeze the quantised weights while nothing learns (rollout, evaluation): each is computed once, not once per token."""
+    linears = policy.linears.values()
+    with torch.no_grad():
+        try:
+            for linear in linears:
+                linear.deployed_weight = linear.quantized_weight()
+            yield
+        finally:
+            for linear in linears:
+                linear.deployed_weight = None
+
+
+@contextmanager
+def computing(policy: Policy, arithmetic: Arithmetic | Mapping[str, Arithmetic]) -> Iterator[None]:
+    """Other arithmetic, by name of the layer, or one for all layers that are quantised now. Before `deployed`.
+
+    Who quantises an input is decided anew, here and on the way back. Raises ValueError, which names the layer, where a
+    format does not fit.
+    """
+    chosen = dict.fromkeys(policy.quantized, arithmetic) if isinstance(arithmetic, Arithmetic) else arithmetic
+    before = {name: policy.linears[name].arithmetic for name in chosen}
+    clean = all(policy.linears[name].deployed_weight is None for name in chosen)
+    assert clean, "weights are deployed in another arithmetic"
+    try:
+        _compute_as(policy, chosen)
+        yield
+    finally:
+        _compute_as(policy, before)
+
+
+def unquantized(policy: Policy) -> AbstractContextManager[None]:
+    """The forward pass of the master weights in the model's dtype, for `accuracy_bf16`."""
+    return computing(policy, UNQUANTIZED)
+
+
+@contextmanager
+def unshared(policy: Policy) -> Iterator[None]:
+    """Every layer is fed its input as it is, and quantises it itself: equal bits, and each layer can be asked alone."""
+    sources = [module for module in policy.model.modules() if isinstance(module, InputSource)]
+    before = [source.apart for source in sources]
+    try:
+        for source in sources:
+            source.apart = True
+            source.share()
+        yield
+    finally:
+        for source, apart in zip(sources, before, strict=True):
+            source.apart = apart
+            source.share()
+
+
+def _compute_as(policy: Policy, arithmetic: Mapping[str, Arithmetic]) -> None:
+    for name, how in arithmetic.items():
+        policy.linears[name].compute_as(how)
+    share_inputs(policy.model)
+
+
+def share_inputs(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, InputSource):
+            module.share()

@@ -1,0 +1,79 @@
+"""The tasks by name; a new one is a row here, its name in the documentation of `task.name`, and a test row."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from random import Random
+
+from spaces.config import ConfigError, TaskConfig
+from trainable.tasks.addition import build_addition
+from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, strict_number
+from trainable.tasks.gym import open_gym
+from trainable.tasks.task import FiniteTask, ProceduralTask, Question, RewardFunction, Split, Task, split_of
+
+GYM_SHARE = 0.25
+GSM8K_PROMPT = '{question}\n\nReason step by step. On the last line write "#### " followed by the final answer as a bare number.'
+GYM_PROMPT = "{question}\n\nAnswer with the result alone, without any explanation."
+
+
+def strict_reward(question: Question, completion: str) -> float:
+    """1 when the number after the last "####" is the answer."""
+    return float(strict_number(completion) == Decimal(question.answer))
+
+
+def flexible_reward(question: Question, completion: str) -> float:
+    """1 when the last number of the completion is the answer."""
+    return float(flexible_number(completion) == Decimal(question.answer))
+
+
+def _build_gsm8k(config: TaskConfig) -> Task:
+    problems, template = load_problems(config.path), _template(config, GSM8K_PROMPT)
+
+    def questions(part: Sequence[Problem]) -> list[Question]:
+        return [Question(prompt=template.replace("{question}", problem.question), answer=problem.answer) for problem in part]
+
+    sets: dict[Split, Sequence[Question]] = {
+        "train": questions(problems.train),
+        "selection": questions(problems.selection),
+        "confirm": questions(problems.confirm),
+    }
+    rewards: dict[str, RewardFunction] = {"strict": strict_reward, "flexible": flexible_reward}
+    return FiniteTask(name=config.name, rewards=rewards, weights={"strict": 1.0, "flexible": 0.0}, judge="strict", questions=sets)
+
+
+def _template(config: TaskConfig, default: str) -> str:
+    if config.prompt is not None and "{question}" not in config.prompt:
+        raise ConfigError(f"task.prompt={config.prompt[:60]}: has no place for the question; put {{question}} into it")
+    return default if config.prompt is None else config.prompt
+
+
+def _build_gym(config: TaskConfig) -> Task:
+    dataset, template = open_gym(config.name.partition(":")[2], dict(config.options)), _template(config, GYM_PROMPT)
+
+    def draws(rng: Random, split: Split) -> Iterator[Question | None]:
+        for entry in dataset.entries(rng):
+            prompt = template.replace("{question}", entry["question"])
+            mine = split_of(entry["question"], GYM_SHARE) == split
+            yield Question(prompt=prompt, answer=str(entry["answer"]), entry=entry) if mine else None
+
+    def score(question: Question, completion: str) -> float:
+        return dataset.score(completion, question.entry)
+
+    return ProceduralTask(name=config.name, rewards={"score": score}, weights={"score": 1.0}, judge="score", draws=draws)
+
+
+def build_task(config: TaskConfig) -> Task:
+    """Raises ConfigError for a task, a data set, an option or a file that does not exist."""
+    kind, colon, dataset = config.name.partition(":")
+    if kind not in TASKS or bool(colon) != (kind == "reasoning_gym"):
+        near = difflib.get_close_matches(kind, TASKS, n=1, cutoff=0.0)[0]
+        near += f":{dataset or 'chain_sum'}" if near == "reasoning_gym" else ""
+        raise ConfigError(f"task.name={config.name}: no such task; did you mean {near}?")
+    return TASKS[kind](config)
+
+
+TASKS: dict[str, Callable[[TaskConfig], Task]] = {
+    "addition": build_addition,
+    "gsm8k": _build_gsm8k,
+    "reasoning_gym": _build_gym,
+}

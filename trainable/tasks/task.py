@@ -1,0 +1,142 @@
+"""What the model is asked and what an answer is worth: questions that a program can mark.
+
+A task has three sets of questions that never meet: `train`, `selection` (for choosing among trials) and `confirm` (never used for
+choosing). Three kinds of task:
+
+- `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is not
+  (a mark that forgives the sign, `unsigned`, weighs nothing and is logged).
+- `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (the number after the last "####") is the reward; `flexible` (the last
+  number of the text) weighs nothing and is logged, because a low strict mark next to a high flexible one is a model that has not
+  learned the format yet, not one that cannot count.
+- `reasoning_gym:NAME`: a procedural data set of that package (`gym.py`), with partial credit in [0, 1] as its own scorer gives it.
+
+Procedural questions (addition, reasoning_gym) are endless, so a set is a *share*: a stable hash of the question says to which of
+the three it belongs, in every process, whatever was drawn before. 3+4 and 4+3 fall into the same share. Each held-out share has
+10 % of all sums, and 25 % of a reasoning_gym data set (a held-out question costs four generated ones). The questions of one list
+differ from one another as long as the share has new ones to give; when PATIENCE draws in a row brought nothing new it counts as
+exhausted and its questions repeat in order. A finite data set never repeats: more asked than exist is the user's mistake. In both
+kinds a shorter held-out list is the beginning of a longer one.
+
+Model output is untrusted: garbage is worth 0 and never raises. Our own reward functions are not wrapped: one that raises, or
+returns nan or infinity, is a bug and fails the trial.
+
+Left out: chat templates (they need the tokenizer), length penalties (`grpo.py`), curricula.
+"""
+
+import hashlib
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Literal
+
+from spaces.config import ConfigError
+
+Split = Literal["train", "selection", "confirm"]
+HeldOut = Literal["selection", "confirm"]
+
+PATIENCE = 1000
+"""Draws in a row without a new question after which a share counts as exhausted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Example: Question(prompt="123+45=", answer="168")"""
+
+    prompt: str
+    answer: str
+    entry: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What a reward function needs beyond the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Example: Score(reward=0.0, parts={"strict": 0.0, "flexible": 1.0}, correct=False)"""
+
+    reward: float
+    """Sum of the weighted parts."""
+    parts: Mapping[str, float]
+    """What each reward function said, unweighted."""
+    correct: bool
+
+
+RewardFunction = Callable[[Question, str], float]
+Draws = Callable[[Random, Split], Iterator[Question | None]]
+"""Endless random questions of one share; None is a draw that fell into another."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Task(ABC):
+    """A reward function is added by `task.rewards["short"] = f; task.weights["short"] = 0.1`; weight 0 only logs it."""
+
+    name: str
+    rewards: dict[str, RewardFunction]
+    weights: dict[str, float]
+    judge: str
+    """The reward function that decides: an answer is correct when it gives 1."""
+
+    @abstractmethod
+    def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
+        """Training questions. They depend on the arguments alone, so that a resumed trial draws the same ones."""
+
+    @abstractmethod
+    def held_out(self, split: HeldOut, count: int) -> list[Question]:
+        """The first `count` questions of a fixed set, the same for every seed and process."""
+
+    def score(self, question: Question, completion: str) -> Score:
+        """Raises what a reward function raises, and ValueError when one returns nan or infinity."""
+        parts = {name: float(reward(question, completion)) for name, reward in self.rewards.items()}
+        for name, value in parts.items():
+            if not math.isfinite(value):
+                raise ValueError(f"reward function {name} of {self.name} must return a finite number, but returned {value}")
+        reward = sum(self.weights[name] * value for name, value in parts.items())
+        return Score(reward=reward, parts=parts, correct=parts[self.judge] >= 1 - 1e-9)
+
+
+@dataclass(slots=True, kw_only=True)
+class ProceduralTask(Task):
+    draws: Draws
+
+    def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
+        return self._distinct(count, "train", Random(f"{self.name} train {seed} {step} {batch}"))
+
+    def held_out(self, split: HeldOut, count: int) -> list[Question]:
+        return self._distinct(count, split, Random(f"{self.name} {split}"))
+
+    def _distinct(self, count: int, split: Split, rng: Random) -> list[Question]:
+        draws, found, idle = self.draws(rng, split), dict[str, Question](), 0
+        while len(found) < count and idle < PATIENCE:
+            question = next(draws)
+            if question is None or question.prompt in found:
+                idle += 1
+            else:
+                found[question.prompt] = question
+                idle = 0
+        if count and not found:
+            raise ConfigError(f"task.options: {PATIENCE} draws of {self.name} gave no question for {split}; allow more variety")
+        return list(itertools.islice(itertools.cycle(found.values()), count))
+
+
+@dataclass(slots=True, kw_only=True)
+class FiniteTask(Task):
+    questions: Mapping[Split, Sequence[Question]]
+
+    def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
+        self._check_enough("train", count, "grpo.prompts")
+        return Random(f"{self.name} train {seed} {step} {batch}").sample(self.questions["train"], count)
+
+    def held_out(self, split: HeldOut, count: int) -> list[Question]:
+        self._check_enough(split, count, "eval.questions")
+        return list(self.questions[split][:count])
+
+    def _check_enough(self, split: Split, count: int, key: str) -> None:
+        if count > (most := len(self.questions[split])):
+            raise ConfigError(f"{key}={count}: {self.name} has {most} questions for {split}; ask for at most {most}")
+
+
+def split_of(text: str, share: float) -> Split:
+    """Where a question belongs by a hash of its text; `share` is the size of each held-out set."""
+    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32  # [0, 1)
+    return "selection" if position < share else "confirm" if position < 2 * share else "train"
