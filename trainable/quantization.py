@@ -419,8 +419,9 @@ class QuantLinear(nn.Linear):
 
         Computed in the layer's dtype, as the layer's own operand is: peft casts to its adapters', which is wider.
         """
-        given = x.to(self.weight.dtype)
-        return self._input.seen(self._input.of(given) if self.quantize_input else given).to(x.dtype)
+        if x.dtype != self.weight.dtype:
+            return self.seen(x.to(self.weight.dtype)).to(x.dtype)
+        return self._input.seen(self._input.of(x) if self.quantize_input else x)
 
     def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
         """Q of `weight`, by default the layer's own, as a plain tensor; with `none` it shares memory with it."""

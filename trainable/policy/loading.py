@@ -105,13 +105,18 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
         torch.manual_seed(stable_hash("adapters", seed) % 2**31)
         adapted = get_peft_model(network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets))
     for name in targets:
-        for first in adapted.base_model.model.get_submodule(name).lora_A.values():
-            first.register_forward_pre_hook(_seen_by(linears[name]))
+        dropouts = adapted.base_model.model.get_submodule(name).lora_dropout
+        for key in dropouts:
+            dropouts[key] = _Seen(linears[name])
     return adapted
 
 
-def _seen_by(linear: QuantLinear) -> Any:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return linear.seen(args[0])
+class _Seen(nn.Module):
+    """What an adapter reads of an input: as much as the layer beside it. In the place of peft's dropout, which is none."""
 
-    return hook
+    def __init__(self, linear: QuantLinear) -> None:
+        super().__init__()
+        self.beside = (linear,)  # in a tuple it is no part of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.beside[0].seen(x)
