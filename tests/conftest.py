@@ -51,6 +51,7 @@ LONGEST = (
     "test_claims.py",
     "test_study.py",
     "test_engine_process.py",
+    "test_submission.py",
     "test_cluster.py",
     "test_security.py",
     "test_kernels.py",

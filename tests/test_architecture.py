@@ -191,12 +191,14 @@ def test_only_the_trial_knows_the_method_that_learns() -> None:
     assert [relative(path) for path in MODULES if "trainable.grpo" in imports(path)] == ["trainable/trial.py"]
 
 
+@pytest.mark.slow
 def test_records_of_a_rollout_are_read_without_torch() -> None:
     asked = "import sys, trainable.episode; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
     assert said.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
     modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential"
     code = f"import sys, {', '.join(f'search.{name}' for name in modules)}; print({{'torch', 'ray', 'mlflow'}} & set(sys.modules))"

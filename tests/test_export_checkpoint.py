@@ -356,6 +356,7 @@ def test_a_mode_without_a_packed_form_is_told_and_its_plain_folder_written(make:
     assert answers(in_folder(exported.folder, exported.config), exported.config) == exported.right
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 def test_layers_that_stock_vllm_cannot_split_are_told(make: Make) -> None:
     exported = make("quant.exclude=[lm_head, k_proj]")
     assert "stock vLLM cannot load the packed form: it computes model.layers.0.self_attn.qkv_proj as one layer" in exported.said[1]
@@ -377,6 +378,7 @@ def test_under_the_trial_s_own_rule_the_table_shows_the_trial_s_accuracy(make: M
         assert len({row.by_dtype["float32"] for row in rows.values()}) > 1, "the rules are told apart"
 
 
+@pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 @pytest.mark.parametrize("overrides", [(), ("quant.scale_rule=rceil",), ("quant.activations=none", "quant.scale_rule=even")])
 def test_the_packed_folder_in_transformers_scores_what_the_table_says_of_it(make: Make, overrides: tuple[str, ...]) -> None:
     """The packed model itself, with the library's own arithmetic, asked the trial's questions."""
