@@ -80,9 +80,9 @@ class BaseRecipe(Record):
     """Width of the residual stream; a multiple of the MX block size 32."""
     intermediate_size: int = Field(256, ge=32, multiple_of=32)
     """Width of the MLP; a multiple of 32."""
-    heads: int = Field(4, ge=1)
-    """Attention heads."""
-    kv_heads: int = Field(2, ge=1)
+    heads: int = Field(3, ge=1)
+    """Attention heads; of 32 numbers by default, the smallest that vLLM's CPU attention has code for."""
+    kv_heads: int = Field(1, ge=1)
     """Key/value heads (GQA)."""
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of the additions it is trained on."""

@@ -46,6 +46,7 @@ WORKLOADS: dict[str, Workload] = {
                 "recipe": {
                     "depth": 2,
                     "hidden_size": 64,
+                    "heads": 2,
                     "intermediate_size": 128,
                     "digits": 2,
                     "batch_size": 128,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import dashboards.doctor as doctor
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from tests.conftest import Tiny
+from tests.conftest import ModelFolder, Tiny
 from trainable.backend import TorchBackend, require_vllm, start_backend
 from trainable.model import load_policy
 
@@ -115,7 +115,30 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Pat
     assert "pip uninstall -y torchvision torchaudio torchcodec" in said.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+
+
+@NEEDS_VLLM
+@pytest.mark.parametrize("where", ["inside", "process"])
+def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    tree = {
+        "model": {"name": model_folder()},  # heads of 16
+        "rollout": {"backend": "vllm", "engine": where},
+        "task": {"name": "reasoning_gym:chain_sum"},
+    }
+    config = TrialConfig.model_validate(tree)
+    monkeypatch.setattr("trainable.backend._start", lambda config, settings: pytest.fail("an engine was started"))
+    with pytest.raises(ConfigError) as error:
+        start_backend(config, load_policy(config.model, config.quant, 0))
+    said = str(error.value)
+    assert said.startswith("rollout.backend=vllm: the model has attention heads of 16, vLLM on a CPU has code for 32, 64,")
+    assert said.endswith("; set rollout.backend=torch")
+    assert "\n" not in said
+
+
+@NEEDS_VLLM
 def test_where_vllm_is_installed_it_imports_and_doctor_says_so() -> None:
     require_vllm()
     check = doctor._vllm()

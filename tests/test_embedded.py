@@ -17,7 +17,7 @@ from spaces.cache import cache_folder
 from spaces.config import BaseRecipe
 from trainable.embedded import BUILD_THREADS, base_folder, character_tokenizer, ensure_base
 
-SMALL = BaseRecipe(depth=1, hidden_size=32, intermediate_size=32, digits=1, batch_size=8, clean_steps=3, signed_steps=2)
+SMALL = BaseRecipe(depth=1, hidden_size=32, intermediate_size=32, heads=1, digits=1, batch_size=8, clean_steps=3, signed_steps=2)
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from spaces.config import ConfigError, TrialConfig
 from trainable.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
 from trainable.episode import Completion
+from trainable.forward import head_size
 from trainable.model import Policy
 from trainable.rollout import generate
 from trainable.seeds import generator
@@ -77,6 +78,8 @@ class VllmBackend:
     """vLLM, in this process or in a child of it."""
 
     def __init__(self, config: TrialConfig, policy: Policy) -> None:
+        require_vllm()
+        _check_heads(policy)
         self.engine: Engine = _start(config, _settings(config, policy))
 
     def sync(self, policy: Policy) -> None:
@@ -91,6 +94,18 @@ class VllmBackend:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _check_heads(policy: Policy) -> None:
+    """Raises ConfigError before an engine fails on them with a page of its own words."""
+    from trainable.rollout_vllm import known_head_sizes
+
+    size, known = head_size(policy.network.config), known_head_sizes()
+    if known and size not in known:
+        raise ConfigError(
+            f"rollout.backend=vllm: the model has attention heads of {size}, vLLM on a CPU has code for "
+            f"{', '.join(str(one) for one in known)}; set rollout.backend=torch"
+        )
 
 
 def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
@@ -113,7 +128,6 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
 
 
 def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
-    require_vllm()
     rollout = config.rollout
     if rollout.engine == "process":
         from trainable.engine_process import ProcessEngine, start_child

@@ -40,6 +40,12 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return ids, mask
 
 
+def head_size(config: Any) -> int:
+    """Numbers of an attention head, by a transformers configuration."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def positions(mask: Tensor) -> Tensor:
     """Position ids [B, L] that ignore left padding; the same rule in generation and training."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
@@ -73,7 +79,7 @@ class Forward:
         self.blocks = [_Block(block) for block in self.body.layers]
         config = causal.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.size = head_size(config)
         self.scale: float = self.size**-0.5
         self.dtype = next(causal.parameters()).dtype
 

@@ -40,8 +40,8 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from trainable import vllm_heads
 from trainable.engine import CONFIG_FILE, EngineSettings, Request, digest
 from trainable.episode import Completion
 from trainable.quantization import fake_quantize
@@ -209,8 +209,11 @@ def register() -> None:
     """Make vLLM know the method `rin`. It calls this itself in all its processes (entry point `vllm.general_plugins`)."""
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(RinQuantization)
-    if current_platform.is_cpu():
-        vllm_heads.register()
+
+
+def known_head_sizes() -> Sequence[int]:
+    """Those that vLLM's attention on a CPU has code for. Empty on a GPU, where it chooses among many kernels by itself."""
+    return CPUAttentionBackend.get_supported_head_sizes() if current_platform.is_cpu() else []
 
 
 # --- the engine --------------------------------------------------------------------------------------------------------------
