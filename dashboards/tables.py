@@ -1,4 +1,5 @@
-"""Rows of the sweep as people read them: pure functions from records to cells, and one that draws them as a terminal table.
+"""Rows of the sweep as people read them: pure functions from records to cells, and one that draws them as a terminal
+table.
 
 NaN rule: an accuracy that is missing is shown as a dash; one that is not finite is shown as it is.
 """

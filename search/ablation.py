@@ -1,8 +1,8 @@
 """What makes the winner win: one change at a time from it back to the control.
 
-The arms are the control, the winner, and for each setting in which the winner differs from what the control runs with, the winner with that
-one setting taken back. A setting whose return makes a configuration impossible, or makes it the control itself, is no arm and is
-named. Noise as a whole is such a one: sigma_start = 0 is the control.
+The arms are the control, the winner, and for each setting in which the winner differs from what the control runs with,
+the winner with that one setting taken back. A setting whose return makes a configuration impossible, or makes it the
+control itself, is no arm and is named. Noise as a whole is such a one: sigma_start = 0 is the control.
 """
 
 from collections import Counter
@@ -30,7 +30,8 @@ class Ablation:
 
 
 def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablation:
-    """The study that takes the winner of `parent` apart; replicates, seed, budget, resources and place are those of `options`.
+    """The study that takes the winner of `parent` apart; replicates, seed, budget, resources and place are those of
+    `options`.
 
     Raises NoCandidate when the parent has none, ConfigError when it is a confirmation.
     """
@@ -46,7 +47,9 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
         Arm(name=best.name, origin="winner", config=won),
     ]
     short = _short_names(steps)
-    chosen += [Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", config=config) for key, config in steps.items()]
+    chosen += [
+        Arm(name=f"{best.name}-without-{short[key]}", origin="ablation", config=config) for key, config in steps.items()
+    ]
     config = options.model_copy(
         update={
             "name": options.name if named else f"{parent.name}-ablation",
@@ -65,7 +68,8 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
 
 
 def single_changes(winner: Mapping[str, Any], control: Mapping[str, Any]) -> tuple[dict[str, TrialConfig], list[str]]:
-    """Key -> the winner's configuration with that key as the control has it; then a line for each difference that gives no arm."""
+    """Key -> the winner's configuration with that key as the control has it; then a line for each difference that gives
+    no arm."""
     won, plain = flatten(winner), flatten(control)
     steps: dict[str, TrialConfig] = {}
     skipped = []

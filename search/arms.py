@@ -1,13 +1,15 @@
-"""The arms of a sweep, in its folder: what was decided, what came of it, which control each is compared with, and who is ahead.
+"""The arms of a sweep, in its folder: what was decided, what came of it, which control each is compared with, and who
+is ahead.
 
-The folder is the truth. An arm is written before its first replicate runs, an outcome by the trial itself when it ends; whatever was
-killed in between is found here by the next start: an arm without all its outcomes has runs to go, a trial folder without an outcome
-has a checkpoint. MLflow is told all of it and is never asked.
+The folder is the truth. An arm is written before its first replicate runs, an outcome by the trial itself when it ends;
+whatever was killed in between is found here by the next start: an arm without all its outcomes has runs to go, a trial
+folder without an outcome has a checkpoint. MLflow is told all of it and is never asked.
 
-One rule names the candidate, for the table at the end, `best.yaml`, status, report, export, confirmation and ablation alike: among
-configurations with noise of which every replicate completed, the one with the highest mean difference to its own control, paired by
-seed. Controls do not count, so that "the control is best" is said by a candidate whose difference is below zero. The control of an arm
-is the one with its filter policy, which alone moves an accuracy by points.
+One rule names the candidate, for the table at the end, `best.yaml`, status, report, export, confirmation and ablation
+alike: among configurations with noise of which every replicate completed, the one with the highest mean difference to
+its own control, paired by seed. Controls do not count, so that "the control is best" is said by a candidate whose
+difference is below zero. The control of an arm is the one with its filter policy, which alone moves an accuracy by
+points.
 """
 
 import json
@@ -33,7 +35,8 @@ Origin = Literal["control", "point", "searcher", "ablation", "winner"]
 class Arm:
     """One configuration and what its replicates came to.
 
-    Example: Arm(name="c03", origin="searcher", config=..., params={"noise.sigma_start": 0.011}, results={0: Outcome(...)})
+    Example: Arm(name="c03", origin="searcher", config=..., params={"noise.sigma_start": 0.011}, results={0:
+    Outcome(...)})
     """
 
     name: str
@@ -49,7 +52,7 @@ class Arm:
     """Replicates that this run of the sweep has given up; the next run tries them again."""
 
 
-# --- files -------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def trial_folder(study: StudyConfig, arm: str, replicate: int) -> Folder:
@@ -85,7 +88,9 @@ def read_arms(study: StudyConfig) -> list[Arm]:
         except ConfigError:  # a ValueError, too: a configuration that this version does not take
             raise
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup") from None
+            raise ConfigError(
+                f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup"
+            ) from None
         for replicate in range(study.replicates):
             outcome = read_outcome(trial_folder(study, arm.name, replicate))
             if outcome is not None:
@@ -115,7 +120,7 @@ def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
     return study.runs - sum(len(arm.results) for arm in arms)
 
 
-# --- who is compared with whom --------------------------------------------------------------------------------------------------
+# --- who is compared with whom ----------------------------------------------------------------------------------------
 
 
 def replicates_of(study: StudyConfig, arm: Arm) -> list[Replicate]:
@@ -133,7 +138,8 @@ def replicates_of(study: StudyConfig, arm: Arm) -> list[Replicate]:
 
 
 def filter_policy(config: TrialConfig) -> tuple[str, int]:
-    """What a control must share with the arms that are compared with it: the filter, and for `resample` how long it tries."""
+    """What a control must share with the arms that are compared with it: the filter, and for `resample` how long it
+    tries."""
     grpo = config.grpo
     return grpo.filter_groups, grpo.max_gen_batches if grpo.filter_groups == "resample" else 0
 
@@ -156,12 +162,13 @@ def paired_difference(study: StudyConfig, arm: Arm, control: Arm) -> float | Non
     return fmean(differences) if differences else None
 
 
-# --- who is ahead ----------------------------------------------------------------------------------------------------------------
+# --- who is ahead -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The arm that the sweep puts forward, or another one that was asked for. Chosen and judged on the same questions: no finding."""
+    """The arm that the sweep puts forward, or another one that was asked for. Chosen and judged on the same questions:
+    no finding."""
 
     study: StudyConfig
     arm: Arm
@@ -188,7 +195,8 @@ class Candidate:
 def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = None) -> Candidate:
     """By the one rule (above), or the arm that is named, whatever became of it.
 
-    Raises NoCandidate when no arm qualifies, ConfigError for a name that is no arm with noise, and for an arm without a control.
+    Raises NoCandidate when no arm qualifies, ConfigError for a name that is no arm with noise, and for an arm without a
+    control.
     """
     treated = {arm.name: arm for arm in arms if arm.origin != "control"}
     if named is not None and named not in treated:
@@ -200,7 +208,9 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
             if named is None:
                 continue
             policy = filter_policy(arm.config)[0]
-            raise ConfigError(f"--arm {named}: has no control with grpo.filter_groups={policy} in {study.name}; name another arm")
+            raise ConfigError(
+                f"--arm {named}: has no control with grpo.filter_groups={policy} in {study.name}; name another arm"
+            )
         difference = paired_difference(study, arm, control)
         runs = replicates_of(study, arm)
         completed = len(runs) == study.replicates and not any(run.collapsed for run in runs)

@@ -1,9 +1,9 @@
 """Hours: how many a sweep has used, and the limit at which everything is stopped.
 
-An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is the time of every process that worked on a trial,
-loading, evaluating and repeated steps included, as the attempts in the trials' folders tell (also those of a driver that was
-killed). The limit is hard: a stopped trial still saves itself and evaluates, so everything is stopped one such time ahead, judged by
-the longest step that any trial has reported.
+An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is the time of every process that worked
+on a trial, loading, evaluating and repeated steps included, as the attempts in the trials' folders tell (also those of
+a driver that was killed). The limit is hard: a stopped trial still saves itself and evaluates, so everything is stopped
+one such time ahead, judged by the longest step that any trial has reported.
 """
 
 import math
@@ -29,7 +29,9 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0
         self._since: dict[str, float] = {}
-        reported = [report.seconds for folder in folders for report in read_reports(folder)] if config.budget_hours else []
+        reported = (
+            [report.seconds for folder in folders for report in read_reports(folder)] if config.budget_hours else []
+        )
         self._longest = max(reported, default=0.0)  # the first step of a trial, which evaluates
 
     def started(self, trial: str) -> None:
@@ -47,7 +49,11 @@ class Budget(tune.Stopper):  # type: ignore[misc]
     def hours(self) -> float:
         """Used so far, those of running trials included."""
         now = time.monotonic()
-        return self.earlier_hours + self._ended_hours + self.slots * sum(now - since for since in self._since.values()) / 3600
+        return (
+            self.earlier_hours
+            + self._ended_hours
+            + self.slots * sum(now - since for since in self._since.values()) / 3600
+        )
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False

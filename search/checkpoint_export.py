@@ -1,22 +1,26 @@
 """The candidate's model, taken away: a folder that transformers and vLLM load, with how it computes and what it scores.
 
     choose     the candidate, the one that `--to yaml` takes; of its replicates the one with the median final accuracy
-               (of an even number the lower of the two in the middle, of equals the first): the best one would be the luckiest one
-    rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the base
-    write      FOLDER: transformers' files with the clean master, unquantised; rin_quantization.json: how each linear layer computes;
-               trial.yaml: the trial's configuration
+               (of an even number the lower of the two in the middle, of equals the first): the best one would be the
+               luckiest one
+    rebuild    the policy of its configuration with the weights that the trial ended with; adapters are merged into the
+               base
+    write      FOLDER: transformers' files with the clean master, unquantised; rin_quantization.json: how each linear
+               layer computes; trial.yaml: the trial's configuration
     pack       FOLDER/packed: the same with MXFP4 weights, where that format can hold them (`trainable/packing.py`)
-    measure    the trial's own questions once more: does the folder answer as the trial did, and what do other programs' scale rules cost
+    measure    the trial's own questions once more: does the folder answer as the trial did, and what do other programs'
+               scale rules cost
 
-Full weights are proven: what was written is loaded again and must give the trial's answers, question by question. Adapters are not the
-same after merging: in training the base alone was quantised and they ran beside it, afterwards their sum is. So the answers are compared
-before merging, which proves base and adapters, and the accuracy after merging is told beside it. A difference is told and nothing is
-refused: on another kind of machine a few answers differ by rounding.
+Full weights are proven: what was written is loaded again and must give the trial's answers, question by question.
+Adapters are not the same after merging: in training the base alone was quantised and they ran beside it, afterwards
+their sum is. So the answers are compared before merging, which proves base and adapters, and the accuracy after merging
+is told beside it. A difference is told and nothing is refused: on another kind of machine a few answers differ by
+rounding.
 
 A head that computes in few bits is untied from its embedding, which does not: engines hold tied weights once.
 
-The table of scale rules keeps the weights as packed and changes the rule of the inputs alone, because that is what a program does that
-loads the packed form.
+The table of scale rules keeps the weights as packed and changes the rule of the inputs alone, because that is what a
+program does that loads the packed form.
 """
 
 import json
@@ -61,8 +65,8 @@ WHO = {
         "rceil": "vLLM on Blackwell (FlashInfer)",
     },
 }
-"""By the trial's format of inputs: which program quantises those of the packed form by which scale rule (`none`: not at all). From the
-source of vLLM 0.32 and compressed-tensors 0.17 and 0.20; FlashInfer's rule from its documentation."""
+"""By the trial's format of inputs: which program quantises those of the packed form by which scale rule (`none`: not at
+all). From the source of vLLM 0.32 and compressed-tensors 0.17 and 0.20; FlashInfer's rule from its documentation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,9 @@ class RuleAccuracy:
     """Of everything around the packed weights: the trial's dtype, and bfloat16, the packed form's."""
 
 
-def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None) -> None:
+def export_checkpoint(
+    candidate: Candidate, folder: Path, say: Callable[[str], None] = print, progress: Progress | None = None
+) -> None:
     """Write the folder and tell what was found.
 
     Raises ConfigError for a folder that holds something, and for a trial whose weights are missing or damaged.
@@ -116,12 +122,16 @@ def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], N
         uneven = [] if why_not else uneven_blocks(layers)
         say(f"wrote {folder}" + (f" and {folder / PACKED}" if not why_not else f"; no packed form: {why_not}"))
         if uneven:
-            say(f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it")
+            say(
+                f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it"
+            )
 
         loaded = _evaluate(load_policy(_model_in(folder, config), config.quant, config.seed), config)
         found = [*_proof_lines(source, proof or loaded, merging=merging)]
         if merging:
-            found.append(f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}")
+            found.append(
+                f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}"
+            )
         accuracies = ["(The export was interrupted before it was measured.)"]
         _write_readme(folder, study, source, why_not, uneven, found, accuracies)
         for line in found:
@@ -133,15 +143,21 @@ def export_checkpoint(candidate: Candidate, folder: Path, say: Callable[[str], N
                 say(line)
 
 
-# --- choose and rebuild -----------------------------------------------------------------------------------------------------------
+# --- choose and rebuild -----------------------------------------------------------------------------------------------
 
 
 def _median_trial(candidate: Candidate) -> Source:
     """Raises ConfigError for an arm of which no replicate completed."""
     study, arm = candidate.study, candidate.arm
-    completed = [(outcome.eval.accuracy, replicate) for replicate, outcome in arm.results.items() if outcome.outcome == "completed"]
+    completed = [
+        (outcome.eval.accuracy, replicate)
+        for replicate, outcome in arm.results.items()
+        if outcome.outcome == "completed"
+    ]
     if not completed:
-        raise ConfigError(f"--arm {arm.name}: no replicate of it completed, so there is no model to export; name another arm")
+        raise ConfigError(
+            f"--arm {arm.name}: no replicate of it completed, so there is no model to export; name another arm"
+        )
     accuracy, replicate = sorted(completed)[(len(completed) - 1) // 2]
     outcome = arm.results[replicate]
     return Source(
@@ -175,13 +191,15 @@ def _restore(source: Source, policy: Policy, weights: Mapping[str, Tensor]) -> N
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
     if shapes != {name: (weight.shape, weight.dtype) for name, weight in weights.items()}:
         place = f"{source.folder.uri}/{FINAL_FILE}"
-        raise ConfigError(f"{place}: does not fit model.name={source.config.model.name}; use the model that the sweep was run with")
+        raise ConfigError(
+            f"{place}: does not fit model.name={source.config.model.name}; use the model that the sweep was run with"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
 
-# --- write ------------------------------------------------------------------------------------------------------------------------
+# --- write ------------------------------------------------------------------------------------------------------------
 
 
 def _check_empty(folder: Path) -> None:
@@ -204,7 +222,9 @@ def _write_plain(policy: Policy, folder: Path, table: Mapping[str, Any]) -> None
     if head is not None and head.weight is network.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         network.config.tie_word_embeddings = False
-    if getattr(network, "hf_quantizer", None) is not None:  # read from a GGUF file: plain by now, and transformers would not write it
+    if (
+        getattr(network, "hf_quantizer", None) is not None
+    ):  # read from a GGUF file: plain by now, and transformers would not write it
         network.hf_quantizer = None
         del network.config.quantization_config
     network.save_pretrained(folder)
@@ -212,7 +232,7 @@ def _write_plain(policy: Policy, folder: Path, table: Mapping[str, Any]) -> None
     (folder / CONFIG_FILE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-# --- measure ----------------------------------------------------------------------------------------------------------------------
+# --- measure ----------------------------------------------------------------------------------------------------------
 
 
 def measure_rules(folder: Path, config: TrialConfig) -> list[RuleAccuracy]:
@@ -255,7 +275,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# --- tell -------------------------------------------------------------------------------------------------------------------------
+# --- tell -------------------------------------------------------------------------------------------------------------
 
 
 def _proof_lines(source: Source, found: Evaluation, *, merging: bool) -> Iterator[str]:
@@ -279,7 +299,13 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
 
 
 def _write_readme(
-    folder: Path, study: StudyConfig, source: Source, why_not: str, uneven: Sequence[str], found: Sequence[str], accuracies: Sequence[str]
+    folder: Path,
+    study: StudyConfig,
+    source: Source,
+    why_not: str,
+    uneven: Sequence[str],
+    found: Sequence[str],
+    accuracies: Sequence[str],
 ) -> None:
     candidate, config = source.candidate, source.config
     arm, runs, control = candidate.arm, candidate.accuracies, candidate.control_accuracies

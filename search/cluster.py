@@ -60,7 +60,9 @@ def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str,
         return
     wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
     largest = ", ".join(f"{max((offer.get(kind, 0.0) for offer in offers), default=0.0):g} {kind}" for kind in need)
-    raise ConfigError(f"a trial asks for {wanted}, which no node has (at most {largest}); give smaller --cpus or --gpus, or --address")
+    raise ConfigError(
+        f"a trial asks for {wanted}, which no node has (at most {largest}); give smaller --cpus or --gpus, or --address"
+    )
 
 
 # The Ray that a sweep runs on
@@ -85,7 +87,9 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
         except AuthenticationError:
             raise ConfigError(f"--address {address}: {TOKEN_REMEDY}") from None
         except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
+            raise ConfigError(
+                f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+            ) from error
     try:
         yield
     finally:

@@ -1,13 +1,13 @@
 """Is the winner better? The only place that may say so.
 
-The winner of a sweep was chosen because it looked good, on the questions it was chosen by, with the seeds it was chosen with: its
-advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control with seeds that no arm has
-had, and is judged on questions that nobody has looked at. Replicates are added until the comparison is decided, by a rule that
-keeps the error level over all looks (`search/sequential.py`); a decision stands, and what is undecided when the replicates or the
-budget end is called undecided.
+The winner of a sweep was chosen because it looked good, on the questions it was chosen by, with the seeds it was chosen
+with: its advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control
+with seeds that no arm has had, and is judged on questions that nobody has looked at. Replicates are added until the
+comparison is decided, by a rule that keeps the error level over all looks (`search/sequential.py`); a decision stands,
+and what is undecided when the replicates or the budget end is called undecided.
 
-A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true of it, and
-calling it again goes on where it stopped.
+A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true
+of it, and calling it again goes on where it stopped.
 """
 
 import math
@@ -51,7 +51,9 @@ class Confirmation:
     """What else must be known: trials that failed, a winner that has changed, other confirmations of this sweep."""
 
 
-def planned_confirmation(parent: StudyConfig, looks: Sequence[int], arm: str | None = None) -> tuple[StudyConfig, list[Arm]]:
+def planned_confirmation(
+    parent: StudyConfig, looks: Sequence[int], arm: str | None = None
+) -> tuple[StudyConfig, list[Arm]]:
     """The study NAME-confirm of a sweep (NAME-confirm-ARM for an arm that is not the winner), and its two arms.
 
     Raises NoCandidate when there is nothing to confirm, ConfigError for an arm that does not exist.
@@ -94,8 +96,8 @@ def confirm(
 ) -> Confirmation:
     """Run until decided, or until the replicates or the budget end.
 
-    `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were planned, since
-    the error level is spent by that plan. Raises ConfigError for what the user can mend.
+    `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were
+    planned, since the error level is spent by that plan. Raises ConfigError for what the user can mend.
     """
     place = parent.model_copy(update={"name": _name_of(parent, arm)})
     begun = STUDY_FILE in place.folder.names()
@@ -103,7 +105,9 @@ def confirm(
         config, arms = load_study_config(parent.store, place.name), None
         if looks is not None and tuple(looks) != config.looks:
             given, planned = (",".join(map(str, numbers)) for numbers in (looks, config.looks))
-            raise ConfigError(f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; leave --looks out")
+            raise ConfigError(
+                f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; leave --looks out"
+            )
     else:
         config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
     config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "address": address})
@@ -132,9 +136,13 @@ def _cautions(parent: StudyConfig, state: Confirmation, arm: str | None) -> list
     if now != state.winner:
         again = f"rin confirm {parent.name} --arm {now}"
         cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}: {again}")
-    others = [name for name in sweeps(parent.store) if name.startswith(f"{parent.name}-confirm") and name != state.config.name]
+    others = [
+        name for name in sweeps(parent.store) if name.startswith(f"{parent.name}-confirm") and name != state.config.name
+    ]
     if others:
-        cautions.append(f"{', '.join(others)} asks the same questions: the error level holds for each alone and not for all together")
+        cautions.append(
+            f"{', '.join(others)} asks the same questions: the error level holds for each alone and not for all together"
+        )
     return cautions
 
 

@@ -1,7 +1,7 @@
 """Running a sweep's trials: Ray, Tune, its signals, and what is heard from trials on the way.
 
-Tune is the executor only: nothing is read back from its files, and a new Tuner is made each time. What happens to a trial goes from one
-callback to the budget, to MLflow and to the view.
+Tune is the executor only: nothing is read back from its files, and a new Tuner is made each time. What happens to a
+trial goes from one callback to the budget, to MLflow and to the view.
 """
 
 import os
@@ -80,7 +80,9 @@ def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker:
                 name="tune",
                 storage_path=study.folder.uri,
                 stop=budget,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),  # a trial saves itself
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),  # a trial saves itself
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 callbacks=[SweepCallback.of(study, budget, tracker, view)],
                 verbose=0,
@@ -93,8 +95,8 @@ def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker:
 
 
 def _in_flight(config: StudyConfig) -> int:
-    """Trials at a time: on this machine as many as fit, which Tune then starts together, and one that is ready when a place is free.
-    0: as many as there are places, for a cluster, which may grow."""
+    """Trials at a time: on this machine as many as fit, which Tune then starts together, and one that is ready when a
+    place is free. 0: as many as there are places, for a cluster, which may grow."""
     if config.address is not None:
         return 0
     bundle = resources(WORKLOADS[config.workload], config.cpus, config.gpus).bundles[0]
@@ -102,8 +104,8 @@ def _in_flight(config: StudyConfig) -> int:
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
-    """Hears from Tune what happens to trials, and passes it on. Tune pickles its callbacks into the store; of this one nothing is in the
-    pickle, neither a thread nor a tracking URI with a password, and nothing reads it."""
+    """Hears from Tune what happens to trials, and passes it on. Tune pickles its callbacks into the store; of this one
+    nothing is in the pickle, neither a thread nor a tracking URI with a password, and nothing reads it."""
 
     study: StudyConfig
     budget: Budget
@@ -128,7 +130,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self.tracker.begin(arm, number, replicate)
         self._tell(trial, "running")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Tune brings the last result here too, before on_trial_complete."""
         report = StepReport.from_record(result)
         self.budget.reported(report.seconds)
@@ -143,7 +147,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self._tell(trial, outcome.outcome, report=report, outcome=outcome)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Without an outcome it was stopped from outside and evaluates itself as it leaves: `mirror.tell_endings` hears of that."""
+        """Without an outcome it was stopped from outside and evaluates itself as it leaves: `mirror.tell_endings` hears
+        of that."""
         self.budget.ended(trial.trial_id)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -217,8 +222,8 @@ def _last_line(error_file: str | None) -> str:
 
 @contextmanager
 def _sigterm_is_a_first_ctrl_c() -> Iterator[None]:
-    """A batch system that ends a job sends SIGTERM and waits a little: every trial saves itself, as after Ctrl-C. Tune takes
-    SIGUSR1 for that, however often it comes."""
+    """A batch system that ends a job sends SIGTERM and waits a little: every trial saves itself, as after Ctrl-C. Tune
+    takes SIGUSR1 for that, however often it comes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -260,4 +265,8 @@ def _ray(config: StudyConfig) -> Iterator[None]:
 
 def _cache_environment(config: StudyConfig) -> dict[str, str]:
     """On this machine workers look for the base model where this process does."""
-    return {name: os.environ[name] for name in ("RIN_CACHE", "XDG_CACHE_HOME") if name in os.environ and config.address is None}
+    return {
+        name: os.environ[name]
+        for name in ("RIN_CACHE", "XDG_CACHE_HOME")
+        if name in os.environ and config.address is None
+    }

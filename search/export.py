@@ -28,8 +28,8 @@ def to_yaml(candidate: Candidate) -> str:
 
 
 def to_verl(candidate: Candidate) -> str:
-    """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped in
-    silence."""
+    """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped
+    in silence."""
     config = candidate.config
     noise, grpo = config.noise, config.grpo
     on = noise.sigma_start > 0

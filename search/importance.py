@@ -1,18 +1,20 @@
 """Which dimension of a sweep mattered: importance per dimension over the trials of an Optuna study.
 
-Two questions, two methods. PED-ANOVA (Watanabe et al. 2023): where must a dimension be for a trial to be among the best? fANOVA
-(Hutter et al. 2014): how much of the variance of the result does a dimension explain, over its whole range? A dimension that only
-breaks runs at one end matters to fANOVA and little to PED-ANOVA among the good.
+Two questions, two methods. PED-ANOVA (Watanabe et al. 2023): where must a dimension be for a trial to be among the
+best? fANOVA (Hutter et al. 2014): how much of the variance of the result does a dimension explain, over its whole
+range? A dimension that only breaks runs at one end matters to fANOVA and little to PED-ANOVA among the good.
 
-**Dimensions that exist in some trials only** (sigma of linear layers exists where noise goes into linear layers) are assessed among
-those trials, beside the dimensions that all of them have. Each row names its number of trials; shares of rows with
-different trials are not parts of one whole, and must not be added or ranked against each other.
+**Dimensions that exist in some trials only** (sigma of linear layers exists where noise goes into linear layers) are
+assessed among those trials, beside the dimensions that all of them have. Each row names its number of trials; shares of
+rows with different trials are not parts of one whole, and must not be added or ranked against each other.
 
-**Chance.** Every dimension gets some importance from noise, a lot of it from few trials. So the results are dealt out to the trials at
-random, 19 times, and the highest importance that the dimension then reaches is told as `chance`, on the same scale: one without
-influence stays below it in 95 of 100 cases. With fewer than MIN_TRIALS trials there is no number at all.
+**Chance.** Every dimension gets some importance from noise, a lot of it from few trials. So the results are dealt out
+to the trials at random, 19 times, and the highest importance that the dimension then reaches is told as `chance`, on
+the same scale: one without influence stays below it in 95 of 100 cases. With fewer than MIN_TRIALS trials there is no
+number at all.
 
-A sampler that learns looks closely where results are good. Both methods then describe the trials that were run, not the whole space.
+A sampler that learns looks closely where results are good. Both methods then describe the trials that were run, not the
+whole space.
 """
 
 import math
@@ -38,11 +40,13 @@ TREES = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Importance:
-    """Example: Importance(dimension="noise.sigma_start|linear", importance=0.81, chance=0.55, trials=34, of=60, note="")."""
+    """Example: Importance(dimension="noise.sigma_start|linear", importance=0.81, chance=0.55, trials=34, of=60,
+    note="")."""
 
     dimension: str
     importance: float | None
-    """Share among the dimensions assessed on the same trials, 0 to 1; None where it cannot be said, and `note` tells why."""
+    """Share among the dimensions assessed on the same trials, 0 to 1; None where it cannot be said, and `note` tells
+    why."""
     chance: float | None
     """What it would stay below without any influence, in 95 of 100 cases; 0 to 1."""
     trials: int
@@ -53,7 +57,9 @@ class Importance:
     """Why there is no number; or that the dimension exists in some trials only."""
 
 
-def importance(study: optuna.Study, *, method: Method = "ped-anova", objective: int = 0, seed: int = 0) -> tuple[Importance, ...]:
+def importance(
+    study: optuna.Study, *, method: Method = "ped-anova", objective: int = 0, seed: int = 0
+) -> tuple[Importance, ...]:
     """A row per dimension: those of all trials first, then conditional ones, each group by falling importance.
 
     `objective`: which value of a study with several. Complete trials with a finite value count; a failed one has none.
@@ -85,10 +91,17 @@ def importance(study: optuna.Study, *, method: Method = "ped-anova", objective: 
                 note = f"exists in {len(group)} of {len(trials)} trials; its share is among these"
             rows.append(
                 Importance(
-                    dimension=name, importance=shares.get(name), chance=chance.get(name), trials=len(group), of=len(trials), note=note
+                    dimension=name,
+                    importance=shares.get(name),
+                    chance=chance.get(name),
+                    trials=len(group),
+                    of=len(trials),
+                    note=note,
                 )
             )
-    return tuple(sorted(rows, key=lambda row: (row.trials < row.of, -row.trials, -(row.importance or 0.0), row.dimension)))
+    return tuple(
+        sorted(rows, key=lambda row: (row.trials < row.of, -row.trials, -(row.importance or 0.0), row.dimension))
+    )
 
 
 def _reason(values: Sequence[float]) -> str:
@@ -105,8 +118,8 @@ def _assess(
     objective: int,
     seed: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results, as a share of the same
-    whole: among dealt results shares would say nothing, since they add up to 1 there too."""
+    """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results, as a
+    share of the same whole: among dealt results shares would say nothing, since they add up to 1 there too."""
     values = [trial.values[objective] for trial in trials]
     rng = np.random.default_rng(seed)
     found = _raw(direction, trials, values, names, method, seed)

@@ -1,9 +1,10 @@
 """One owner at a time, where there are no file locks: an object store.
 
-The owner writes its name with the time, and again every few seconds; whoever finds a fresh name that is not its own stays away,
-and a name that has not been renewed for a minute belongs to a dead process. Two that start in the same instant both write, wait, and
-read again: the later writer's name is there, and the other one withdraws. An owner that finds that it has lost the lease interrupts itself
-as Ctrl-C would. Clocks of the machines must agree within half a minute.
+The owner writes its name with the time, and again every few seconds; whoever finds a fresh name that is not its own
+stays away, and a name that has not been renewed for a minute belongs to a dead process. Two that start in the same
+instant both write, wait, and read again: the later writer's name is there, and the other one withdraws. An owner that
+finds that it has lost the lease interrupts itself as Ctrl-C would. Clocks of the machines must agree within half a
+minute.
 """
 
 import json
@@ -39,7 +40,9 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self._thread.join()
         if self._other() == "":

@@ -1,9 +1,9 @@
 """Where a sweep's hours went.
 
-An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is every process that worked on a trial, from its
-start to its last sign of life: loading, evaluating, and steps that were done again after a fault. Three kinds of hours bought no
-answer by themselves and are named apart: those of collapsed trials, those of repeated steps, and the share of generation whose
-groups the filter threw away.
+An hour is a trial-slot hour, or a GPU hour where trials have GPUs. What counts is every process that worked on a trial,
+from its start to its last sign of life: loading, evaluating, and steps that were done again after a fault. Three kinds
+of hours bought no answer by themselves and are named apart: those of collapsed trials, those of repeated steps, and the
+share of generation whose groups the filter threw away.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from trainable.metrics import ROLLOUT_SECONDS, WASTED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """Example: Ledger(hours=0.11, collapsed=0.02, repeated=0.0, filtered=0.004, arms={"control": 0.03, "c01": 0.08}, gpu=False)."""
+    """Example: Ledger(hours=0.11, collapsed=0.02, repeated=0.0, filtered=0.004, arms={"control": 0.03, "c01": 0.08},
+    gpu=False)."""
 
     hours: float
     """Trial-slot hours, or GPU hours."""
@@ -51,9 +52,16 @@ def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
                 collapsed += hours
             useful = sum(report.seconds for report in reports) / 3600 * slots
             repeated += max(hours - useful - slots * _first_start_hours(attempts), 0.0) if len(attempts) > 1 else 0.0
-            filtered += slots * sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports) / 3600
+            filtered += (
+                slots * sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports) / 3600
+            )
     return Ledger(
-        hours=sum(by_arm.values()), collapsed=collapsed, repeated=repeated, filtered=filtered, arms=by_arm, gpu=gpus_of(config) > 0
+        hours=sum(by_arm.values()),
+        collapsed=collapsed,
+        repeated=repeated,
+        filtered=filtered,
+        arms=by_arm,
+        gpu=gpus_of(config) > 0,
     )
 
 

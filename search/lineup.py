@@ -1,7 +1,8 @@
-"""Which arms a sweep begins with: the control, one more for each other filter policy, and the points that were asked for.
+"""Which arms a sweep begins with: the control, one more for each other filter policy, and the points that were asked
+for.
 
-A control is a configuration without noise on the same code path. One is not enough where arms differ in their filter: the filter alone
-moves an accuracy by points, so every policy that a point or the space brings has a control of its own.
+A control is a configuration without noise on the same code path. One is not enough where arms differ in their filter:
+the filter alone moves an accuracy by points, so every policy that a point or the space brings has a control of its own.
 """
 
 import re
@@ -26,10 +27,13 @@ def base_tree(config: StudyConfig) -> dict[str, Any]:
 
 
 def fixed_arms(config: StudyConfig) -> list[Arm]:
-    """The controls, then the points. Raises ConfigError for an unknown point and for settings that contradict each other."""
+    """The controls, then the points. Raises ConfigError for an unknown point and for settings that contradict each
+    other."""
     base = base_tree(config)
     if read_config(base).eval.split != "selection":
-        raise ConfigError("--set eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out")
+        raise ConfigError(
+            "--set eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out"
+        )
     points = []
     for given in config.points:
         name, settings = _point(given)
@@ -69,13 +73,18 @@ def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm
 
 
 def _point(named: str) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such files)."""
+    """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such
+    files)."""
     path = home(named)
     if path.suffix not in (".yaml", ".yml"):
         if named not in POINTS:
             raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
         return named, POINTS[named].settings
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem) or path.stem in POINTS or re.fullmatch(r"c\d+|control.*", path.stem):
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem)
+        or path.stem in POINTS
+        or re.fullmatch(r"c\d+|control.*", path.stem)
+    ):
         raise ConfigError(
             f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )

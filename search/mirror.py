@@ -1,8 +1,8 @@
 """What MLflow has yet to hear, told from the sweep's folder.
 
-A driver that is killed, a server that is down, a trial that ends while everything is stopped: the folder has it, MLflow does not. It is
-asked which trials it knows and in which state; of each that stands otherwise in the folder it is told everything once more, which has
-no effect on what it has heard before.
+A driver that is killed, a server that is down, a trial that ends while everything is stopped: the folder has it, MLflow
+does not. It is asked which trials it knows and in which state; of each that stands otherwise in the folder it is told
+everything once more, which has no effect on what it has heard before.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,16 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
 
 
 def tell_endings(study: StudyConfig, tracker: Tracker) -> None:
-    """Of trials that were begun and have not been ended: one that is stopped from outside evaluates itself as it leaves, after its last
-    word to Tune."""
+    """Of trials that were begun and have not been ended: one that is stopped from outside evaluates itself as it
+    leaves, after its last word to Tune."""
     by_name = {arm.name: arm for arm in read_arms(study)}
     for name, replicate in tracker.open():
         tracker.end(by_name[name], replicate)
 
 
 def send_missing(study: StudyConfig) -> int:
-    """All that MLflow lacks of a sweep that nobody runs; how many records it did not take. Raises ConfigError when it cannot be asked."""
+    """All that MLflow lacks of a sweep that nobody runs; how many records it did not take. Raises ConfigError when it
+    cannot be asked."""
     tracker = Tracker(study)
     catch_up(study, read_arms(study), tracker)
     return tracker.close()

@@ -20,7 +20,8 @@ from spaces.paths import home
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default of 7 takes minutes; what cannot be delivered is kept and told later
+    # its default of 7 takes minutes; what cannot be delivered is kept and told later
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -40,7 +41,8 @@ def absolute_uri(uri: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """Whose an experiment is. Names are no proof: a folder is deleted and its name used again, two stores share one server."""
+    """Whose an experiment is. Names are no proof: a folder is deleted and its name used again, two stores share one
+    server."""
 
     id: str
     """Random, of the sweep."""
@@ -104,19 +106,24 @@ def _knock(uri: str, create: bool) -> None:
 
 
 def experiment_id(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
-    """Made if it is new. Files of its runs go where an MLflow server wants them; with a database and no server beside it if it is a
-    file, otherwise into the sweep's store. Raises ConfigError for one that was deleted, and for another sweep's.
+    """Made if it is new. Files of its runs go where an MLflow server wants them; with a database and no server beside
+    it if it is a file, otherwise into the sweep's store. Raises ConfigError for one that was deleted, and for another
+    sweep's.
     """
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is not None:
         if experiment.lifecycle_stage != "active":
-            raise ConfigError(f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name")
+            raise ConfigError(
+                f"MLflow experiment {name} was deleted; restore it (mlflow experiments restore) or choose another name"
+            )
         refuse_other_owner(experiment, uri, owner)
         return str(experiment.experiment_id)
     scheme, _, database = absolute_uri(uri).partition(":///")
     store = None if "://" in owner.store else Path(owner.store)
     place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
-    folder = None if place is None else str(place.absolute() / "artifacts")  # MLflow's default is ./mlruns of whoever comes first
+    folder = (
+        None if place is None else str(place.absolute() / "artifacts")
+    )  # MLflow's default is ./mlruns of whoever comes first
     return str(mlflow.create_experiment(name, artifact_location=folder))
 
 
@@ -150,7 +157,10 @@ def one_line(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in ("mlflow", "sqlalchemy"):
+        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in (
+            "mlflow",
+            "sqlalchemy",
+        ):
             raise
         lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
         reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."

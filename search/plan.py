@@ -1,8 +1,9 @@
 """What a sweep would run, in which order, how long, and what its answers could show. Trains nothing.
 
-Time and spread come from trials of the same workload that this store holds (medians), else from the workload's own measured figures.
-The worst case is that no trial collapses: a collapsed one stops early and only saves time. How much it saves is told apart, from the
-share of collapsed trials and the step at which they stopped in this store, or at which the plan recorded it for a point.
+Time and spread come from trials of the same workload that this store holds (medians), else from the workload's own
+measured figures. The worst case is that no trial collapses: a collapsed one stops early and only saves time. How much
+it saves is told apart, from the share of collapsed trials and the step at which they stopped in this store, or at which
+the plan recorded it for a point.
 """
 
 import math
@@ -28,12 +29,14 @@ class Experience:
     difference_sd: float | None = None
     """Std from seed to seed of the accuracy difference between two arms that share the seed."""
     searched_share: float | None = None
-    """Part of a whole trial's time that a configuration of the searcher took on average; below 1 because some collapsed."""
+    """Part of a whole trial's time that a configuration of the searcher took on average; below 1 because some
+    collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyPlan:
-    """Example: StudyPlan(study=..., arms=..., searched=7, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0  # of 8 runs"""
+    """Example: StudyPlan(study=..., arms=..., searched=7, slots=2, trial_seconds=20.0, ...).wall_seconds == 80.0  # of
+    8 runs"""
 
     study: StudyConfig
     arms: tuple[Arm, ...]
@@ -70,7 +73,8 @@ class StudyPlan:
 
     @property
     def affordable(self) -> int:
-        """Configurations, with all their replicates, that the budget pays for if nothing collapses; all of them without a budget."""
+        """Configurations, with all their replicates, that the budget pays for if nothing collapses; all of them without
+        a budget."""
         budget = self.study.budget_hours
         if budget is None or budget >= self.hours:
             return self.study.trials
@@ -87,7 +91,9 @@ class StudyPlan:
         lines = []
         budget = self.study.budget_hours
         if budget is not None and self.affordable < self.study.trials:
-            lines.append(f"the budget of {budget:g} hours pays for about {self.affordable} of {self.study.trials} configurations")
+            lines.append(
+                f"the budget of {budget:g} hours pays for about {self.affordable} of {self.study.trials} configurations"
+            )
         if budget is not None and self.affordable < 2:
             lines.append("so it cannot decide anything: no configuration would have a control to be compared with")
         if self.study.replicates < 3:
@@ -99,7 +105,9 @@ class StudyPlan:
             )
         steps, stages = self.config.grpo.steps, self.config.noise.num_stages
         if stages > steps:
-            lines.append(f"noise.num_stages={stages} is more than grpo.steps={steps}: stages are skipped, sigma_end may not be reached")
+            lines.append(
+                f"noise.num_stages={stages} is more than grpo.steps={steps}: stages are skipped, sigma_end may not be reached"
+            )
         return tuple(lines)
 
 
@@ -118,7 +126,9 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
         searched=searched,
         slots=config.concurrent or max(1, min(cpus // per_trial, int(gpus_here / gpus)) if gpus else cpus // per_trial),
         trial_seconds=known.trial_seconds or workload.trial_seconds,
-        seconds_source=f"median of completed trials {here}" if known.trial_seconds else "the workload's figure (README, Measurements)",
+        seconds_source=f"median of completed trials {here}"
+        if known.trial_seconds
+        else "the workload's figure (README, Measurements)",
         difference_sd=known.difference_sd or workload.difference_sd,
         sd_source=f"from replicates {here}" if known.difference_sd else "the workload's figure (docs/science.md)",
         adjusted_share=share / config.trials,
@@ -165,12 +175,17 @@ def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
 
 
 def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
-    """(sum of squares, degrees of freedom) of differences from the control over seeds, for each healthy arm with 2 replicates or more."""
+    """(sum of squares, degrees of freedom) of differences from the control over seeds, for each healthy arm with 2
+    replicates or more."""
     found = []
     for arm in arms:
         control = control_for(arm, arms)
         plain = {} if control is None else {run.seed: run.accuracy for run in replicates_of(study, control)}
-        differences = [run.accuracy - plain[run.seed] for run in replicates_of(study, arm) if run.seed in plain and not run.collapsed]
+        differences = [
+            run.accuracy - plain[run.seed]
+            for run in replicates_of(study, arm)
+            if run.seed in plain and not run.collapsed
+        ]
         if arm.origin != "control" and len(differences) >= 2:
             middle = sum(differences) / len(differences)
             found.append((sum((difference - middle) ** 2 for difference in differences), len(differences) - 1))

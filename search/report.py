@@ -1,11 +1,12 @@
-"""Every arm of a study against its control: what was seen, how sure it is, what it cost, and what it would take to know more.
+"""Every arm of a study against its control: what was seen, how sure it is, what it cost, and what it would take to know
+more.
 
-Read from the sweep's own files, so it needs no tracking server. Collapsed replicates count with the accuracy of their clean model at
-the stop (intention to treat); replicates that failed or have not ended are missing, and said to be. Several arms share one control,
-so verdicts and intervals are corrected for their number (Holm, Bonferroni).
+Read from the sweep's own files, so it needs no tracking server. Collapsed replicates count with the accuracy of their
+clean model at the stop (intention to treat); replicates that failed or have not ended are missing, and said to be.
+Several arms share one control, so verdicts and intervals are corrected for their number (Holm, Bonferroni).
 
-A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out is `ahead`
-or `behind` and the best one a `candidate`. Only a confirmation says more (`search/confirm.py`).
+A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out
+is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says more (`search/confirm.py`).
 """
 
 from collections import Counter
@@ -65,7 +66,8 @@ class ArmReport:
     corrected: Comparison | None
     """Of all replicates, corrected for the number of arms that share the study."""
     dose: float | None
-    """Applied noise: rms change of the noised weights relative to their size, mean over noisy stages; None without noise."""
+    """Applied noise: rms change of the noised weights relative to their size, mean over noisy stages; None without
+    noise."""
     hours: float
     candidate: bool
 
@@ -122,7 +124,9 @@ def report_study(config: StudyConfig) -> StudyReport:
         ledger=read_ledger(config, arms),
         unfinished=unfinished(config, arms),
         tolerance=boundaries(noisy_runs(arms)),
-        importance=importance(optuna_study(known_of(config, arms, read_evidence(config)))) if config.kind == "sweep" else (),
+        importance=importance(optuna_study(known_of(config, arms, read_evidence(config))))
+        if config.kind == "sweep"
+        else (),
     )
 
 
@@ -133,10 +137,15 @@ def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ..
         best: str | None = candidate_of(config, arms).arm.name
     except NoCandidate:
         best = None
-    comparisons = {arm.name: comparison for arm in arms if (comparison := _against_control(config, arm, arms)) is not None}
+    comparisons = {
+        arm.name: comparison for arm in arms if (comparison := _against_control(config, arm, arms)) is not None
+    }
     corrected = adjust({name: comparison.primary for name, comparison in comparisons.items()})
     driven = is_driven(config)
-    return tuple(_row(config, arm, arms, driven, comparisons.get(arm.name), corrected.get(arm.name), ledger, best) for arm in arms)
+    return tuple(
+        _row(config, arm, arms, driven, comparisons.get(arm.name), corrected.get(arm.name), ledger, best)
+        for arm in arms
+    )
 
 
 def screening_words(comparison: Comparison) -> str:
@@ -154,10 +163,19 @@ def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
     runs = []
     for arm in arms:
         noise = arm.config.noise
-        if noise.sigma_start == 0 or noise.scale != "absolute" or noise.zones or noise.layer_multipliers or noise.layers != "all":
+        if (
+            noise.sigma_start == 0
+            or noise.scale != "absolute"
+            or noise.zones
+            or noise.layer_multipliers
+            or noise.layers != "all"
+        ):
             continue
         mode, kind = arm.config.quant.mode, "+".join(noise.modules)
-        runs += [NoisyRun(mode=mode, kind=kind, sigma=noise.sigma_start, collapsed=outcome.collapsed) for outcome in arm.results.values()]
+        runs += [
+            NoisyRun(mode=mode, kind=kind, sigma=noise.sigma_start, collapsed=outcome.collapsed)
+            for outcome in arm.results.values()
+        ]
     return runs
 
 

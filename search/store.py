@@ -4,13 +4,16 @@
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
-    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it (`trainable/disk/trial_folder.py`)
+    STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it
+                                          (`trainable/disk/trial_folder.py`)
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
-    STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from them
+    STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from
+                                          them
     STORE/NAME/best.yaml                  the candidate
 
-So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from both. The
-store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without importing ray or torch.
+So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from
+both. The store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without
+importing ray or torch.
 """
 
 import hashlib
@@ -57,7 +60,8 @@ class StudyConfig(BaseModel):
     version: int = VERSION
     name: str
     id: str = Field(default_factory=new_id)
-    """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its tracking."""
+    """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its
+    tracking."""
     kind: Literal["sweep", "ablation", "confirm"] = "sweep"
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
@@ -130,7 +134,9 @@ class StudyConfig(BaseModel):
 def check_name(name: str) -> str:
     """A sweep's name is also a folder and an MLflow experiment. Raises ConfigError."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"--name {name}: use letters, digits, '.', '_' and '-' only (it names a folder and an MLflow experiment)")
+        raise ConfigError(
+            f"--name {name}: use letters, digits, '.', '_' and '-' only (it names a folder and an MLflow experiment)"
+        )
     return name
 
 
@@ -154,7 +160,8 @@ def save_study_config(config: StudyConfig) -> None:
 
 
 def load_study_config(store: str, name: str) -> StudyConfig:
-    """What `study.json` says; where it lies wins over where it says it was written (a store may be moved or mounted elsewhere).
+    """What `study.json` says; where it lies wins over where it says it was written (a store may be moved or mounted
+    elsewhere).
 
     Raises ConfigError for a sweep that does not exist, that another version wrote, or whose file is damaged.
     """
@@ -162,16 +169,22 @@ def load_study_config(store: str, name: str) -> StudyConfig:
     text = place.read(STUDY_FILE)
     if text is None:
         known = sweeps(store)
-        raise ConfigError(f"NAME={name}: no sweep of that name in {store}; {'there are ' + ', '.join(known) if known else 'it holds none'}")
+        raise ConfigError(
+            f"NAME={name}: no sweep of that name in {store}; {'there are ' + ', '.join(known) if known else 'it holds none'}"
+        )
     where = f"{place.uri}/{STUDY_FILE}"
     try:
         tree = json.loads(text)
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: is damaged (not JSON); restore it from a backup, or start the sweep anew under another name") from None
+        raise ConfigError(
+            f"{where}: is damaged (not JSON); restore it from a backup, or start the sweep anew under another name"
+        ) from None
     if tree.get("version") != VERSION:
-        raise ConfigError(f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it")
+        raise ConfigError(
+            f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it"
+        )
     try:
         config = StudyConfig.model_validate({**tree, "name": name})
     except ValidationError as error:
@@ -187,7 +200,9 @@ def load_study_config(store: str, name: str) -> StudyConfig:
 def default_tracking_uri(store: str) -> str:
     """The sqlite file in the store folder. Raises ConfigError for an object store, which cannot hold a database."""
     if "://" in store:
-        raise ConfigError(f"--store {store.partition('?')[0]}: a database cannot lie there; give --tracking-uri http://HOST:5000 as well")
+        raise ConfigError(
+            f"--store {store.partition('?')[0]}: a database cannot lie there; give --tracking-uri http://HOST:5000 as well"
+        )
     return f"sqlite:///{Path(store) / 'mlflow.db'}"
 
 

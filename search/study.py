@@ -3,12 +3,15 @@
     refuse what cannot work        a name that is taken, tracking that is down, a point that contradicts its workload
     write down what will run       STORE/NAME/study.json, the fixed arms, what the searcher is told beforehand
     the arms                       control first (one per filter policy), then named points, then the searcher's own
-    run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are results
-    choose                         the arm that is furthest ahead of its control -> STORE/NAME/best.yaml (`arms.candidate_of`)
+    run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are
+                                   results
+    choose                         the arm that is furthest ahead of its control -> STORE/NAME/best.yaml
+                                   (`arms.candidate_of`)
 
-A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a sweep can be
-killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are at first says
-`lineup.py`, how trials run `execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time drives a sweep.
+A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a
+sweep can be killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are
+at first says `lineup.py`, how trials run `execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time
+drives a sweep.
 
 The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
@@ -48,8 +51,11 @@ class StudyResult:
     """Records that MLflow did not take; the folder has what they are of, and the next resume tells it."""
 
 
-def run_study(config: StudyConfig, view: View, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> StudyResult:
-    """Run a sweep to its end. `fixed`: its arms, where they are known already or chosen elsewhere; else those of `fixed_arms`.
+def run_study(
+    config: StudyConfig, view: View, progress: Progress | None = None, fixed: Sequence[Arm] | None = None
+) -> StudyResult:
+    """Run a sweep to its end. `fixed`: its arms, where they are known already or chosen elsewhere; else those of
+    `fixed_arms`.
 
     Raises ConfigError before any training for whatever the user can mend.
     """
@@ -70,7 +76,9 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
     _preflight(arms, progress)
     with only_driver(config):
         if STUDY_FILE in config.folder.names():  # since then
-            raise ConfigError(f"--name {config.name}: another process has begun a sweep of that name; choose another name")
+            raise ConfigError(
+                f"--name {config.name}: another process has begun a sweep of that name; choose another name"
+            )
         config.folder.remove("arms")  # of a start that was killed before it wrote its study.json
         write_evidence(config, evidence)
         for number, arm in enumerate(arms):
@@ -130,21 +138,24 @@ def _save_candidate(config: StudyConfig, arms: Sequence[Arm]) -> Candidate | Non
 
 
 def evidence_of(config: StudyConfig) -> list[Evidence]:
-    """What the searcher is told beforehand: recorded collapses of the plan, results of an earlier sweep. Raises ConfigError."""
+    """What the searcher is told beforehand: recorded collapses of the plan, results of an earlier sweep. Raises
+    ConfigError."""
     base = base_tree(config)
     evidence = evidence_from_points(config.evidence, config.space, base)
     if config.warm_start:
         earlier = load_study_config(config.store, config.warm_start)
         if earlier.kind == "confirm":
-            raise ConfigError(f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep")
+            raise ConfigError(
+                f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
+            )
         arms = read_arms(earlier)
         evidence += evidence_from_arms(arms, config.space, f"sweep {config.warm_start}", base)
     return evidence
 
 
 def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
-    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here and not
-    in each trial."""
+    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
+    and not in each trial."""
     for arm in arms:
         trial = arm.config
         if trial.model.recipe is not None:

@@ -120,12 +120,18 @@ def job_server(address: str) -> JobServer:
     """The cluster at exactly this address. Raises ConfigError."""
     refuse_secrets([address])
     if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--submit {address}: give the address of the cluster's dashboard, for example http://HEAD:8265")
+        raise ConfigError(
+            f"--submit {address}: give the address of the cluster's dashboard, for example http://HEAD:8265"
+        )
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         if os.environ.get(variable, address) != address:
-            raise ConfigError(f"--submit {address}: {variable}={os.environ[variable]} would win over it; unset {variable}")
+            raise ConfigError(
+                f"--submit {address}: {variable}={os.environ[variable]} would win over it; unset {variable}"
+            )
     if importlib.util.find_spec("aiohttp_cors") is None:  # of what ray[default] brings, the part that nothing else does
-        raise ConfigError('--submit: Ray cannot submit jobs as it is installed here; pip install "ray[default,tune]==2.60.*"')
+        raise ConfigError(
+            '--submit: Ray cannot submit jobs as it is installed here; pip install "ray[default,tune]==2.60.*"'
+        )
     from ray.job_submission import JobSubmissionClient
 
     for talkative in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
@@ -192,7 +198,9 @@ def submit_resume(
     server: JobServer, name: str, store: str, *, tracking_uri: str | None, budget: float | None, concurrent: int | None
 ) -> Submission:
     """A sweep that lies in `store` already, wherever that is. Raises ConfigError before anything is sent."""
-    places = ["--store", absolute_store(store)] + ([] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)])
+    places = ["--store", absolute_store(store)] + (
+        [] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)]
+    )
     changes = [] if budget is None else ["--budget", f"{budget:g}"]
     changes += [] if concurrent is None else ["--concurrent", str(concurrent)]
     return _send(server, check_name(name), places, changes)
@@ -278,7 +286,13 @@ def _packages(folder: Path) -> list[str]:
         spec = importlib.util.find_spec(name)
         assert spec is not None, name
         assert spec.origin is not None, name
-        copies.append(str(shutil.copytree(Path(spec.origin).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))))
+        copies.append(
+            str(
+                shutil.copytree(
+                    Path(spec.origin).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+                )
+            )
+        )
     return copies
 
 
@@ -291,7 +305,11 @@ def _told_by_the_cluster(address: str) -> Iterator[None]:
         yield
     except AuthenticationError:
         raise ConfigError(f"--submit {address}: {TOKEN_REMEDY}") from None
-    except (ConnectionError, RequestException, RuntimeError) as error:  # Ray raises RuntimeError for every answer but 200
+    except (
+        ConnectionError,
+        RequestException,
+        RuntimeError,
+    ) as error:  # Ray raises RuntimeError for every answer but 200
         lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"--submit {address}: {lines[0][:300]}; start the head with ray[default] and give its dashboard's address"

@@ -1,24 +1,27 @@
 """MLflow is told everything and asked nothing, but for one thing: which trials it lacks.
 
-What a sweep is lies in its folder (`search/arms.py`); MLflow is a place to look at it. So whatever MLflow has not heard, because its
-server was down or a driver was killed, is told again from the folder by the next resume (`search/mirror.py`), and no queue of ours
-needs to outlive its process. Telling twice has no effect: a run is looked up by its tag `trial_key` before it is created, MLflow ignores
-a metric that it has at the same step, time and value, and files are overwritten.
+What a sweep is lies in its folder (`search/arms.py`); MLflow is a place to look at it. So whatever MLflow has not
+heard, because its server was down or a driver was killed, is told again from the folder by the next resume
+(`search/mirror.py`), and no queue of ours needs to outlive its process. Telling twice has no effect: a run is looked up
+by its tag `trial_key` before it is created, MLflow ignores a metric that it has at the same step, time and value, and
+files are overwritten.
 
-Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that drives every trial
-(1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a second run for each trial on resume,
-and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happened into records, and the one thread of a `Delivery`
-applies them in order, one `log_batch` per report. A record that MLflow refuses, rather than misses, would block those behind it for
-good: it is dropped, with a warning.
+Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that
+drives every trial (1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a
+second run for each trial on resume, and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happened
+into records, and the one thread of a `Delivery` applies them in order, one `log_batch` per report. A record that MLflow
+refuses, rather than misses, would block those behind it for good: it is dropped, with a warning.
 
-A run that is closed and has been told whole, files included, says so in its tag `told`: where the trial stood then. By it the next
-start finds what MLflow lacks. Steps that a trial makes again from its checkpoint are told once, the first time.
+A run that is closed and has been told whole, files included, says so in its tag `told`: where the trial stood then. By
+it the next start finds what MLflow lacks. Steps that a trial makes again from its checkpoint are told once, the first
+time.
 
-A run's tag `status` is the trial's (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is FINISHED,
-KILLED for a collapse or what was stopped, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the largest float (SQL has
-none), and the tag `nonfinite/<metric>` holds the first step of either.
+A run's tag `status` is the trial's (`running`, then `completed | collapsed | stopped | failed`); MLflow's own status is
+FINISHED, KILLED for a collapse or what was stopped, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the
+largest float (SQL has none), and the tag `nonfinite/<metric>` holds the first step of either.
 
-Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow is imported at first use.
+Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow is imported at first
+use.
 """
 
 import json
@@ -58,10 +61,11 @@ CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delive
 
 Record = dict[str, Any]
 Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]]
-"""Delivers records, calling its second argument after each; returns those that it could not deliver, in order, and why."""
+"""Delivers records, calling its second argument after each; returns those that it could not deliver, in order, and why.
+"""
 
 
-# --- what is told ------------------------------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +97,9 @@ class Tracker:
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
         uri = study.tracking_uri
-        self._delivery = Delivery(MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}")
+        self._delivery = Delivery(
+            MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}"
+        )
         self._runs: dict[tuple[str, int], _Run] = {}
 
     def heard_before(self, arm: Arm, replicate: int, heard: "Heard") -> None:
@@ -110,7 +116,14 @@ class Tracker:
         attempts = read_trial(trial_folder(self._study, arm.name, replicate), driven=True).attempts
         tags = {"sweep": self._study.name, "arm": arm.name, "replicate": str(replicate), "status": "running"}
         tags |= {"origin": arm.origin, "arm_number": str(number)}
-        self._put(arm, replicate, do="open", name=f"{arm.name}/{replicate}", tags=tags, time=_ms(attempts[0].started if attempts else None))
+        self._put(
+            arm,
+            replicate,
+            do="open",
+            name=f"{arm.name}/{replicate}",
+            tags=tags,
+            time=_ms(attempts[0].started if attempts else None),
+        )
         params = {name: _param(value) for name, value in flatten(config).items()}
         self._put(arm, replicate, do="log", params=params)
         self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
@@ -122,7 +135,15 @@ class Tracker:
             return
         run.steps = report.step + 1
         # Its own time: MLflow then knows it when it comes twice.
-        self._put(arm, replicate, do="log", step=report.step, metrics=_metrics(report), tags=run.news(report), time=report.time_ms)
+        self._put(
+            arm,
+            replicate,
+            do="log",
+            step=report.step,
+            metrics=_metrics(report),
+            tags=run.news(report),
+            time=report.time_ms,
+        )
 
     def retry(self, arm: Arm, replicate: int, failures: int, error: str) -> None:
         """It failed, and will be tried again from its checkpoint."""
@@ -213,7 +234,8 @@ def _param(value: Any) -> str:
 
 
 def _table(samples: Sequence[Sample]) -> str:
-    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when retried."""
+    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when
+    retried."""
     cells = [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
     strict = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in row] for row in cells]
     return as_json({"columns": SAMPLE_COLUMNS, "data": strict})
@@ -223,7 +245,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-# --- the one question ---------------------------------------------------------------------------------------------------------
+# --- the one question -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,12 +281,12 @@ def _heard(run: Any) -> Heard:
     return Heard(standing=run.data.tags.get(TOLD_TAG, "") if closed else "", steps=steps)
 
 
-# --- how it is told -----------------------------------------------------------------------------------------------------------
+# --- how it is told ---------------------------------------------------------------------------------------------------
 
 
 class Delivery:
-    """A queue that one background thread delivers in order. `put` takes microseconds and never waits for the receiver; `close`
-    waits while records are being delivered, then gives up."""
+    """A queue that one background thread delivers in order. `put` takes microseconds and never waits for the receiver;
+    `close` waits while records are being delivered, then gives up."""
 
     def __init__(self, send: Send, receiver: str) -> None:
         self._send, self._receiver = send, receiver
@@ -326,9 +348,10 @@ class Delivery:
 class MlflowWriter:
     """Applies records to MLflow; each is safe to apply twice.
 
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics": {"gen/length":
-    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or `told`
-    (tags), which waits for the files before it; `time` is Unix ms.
+    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics":
+    {"gen/length":
+    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or
+    `told` (tags), which waits for the files before it; `time` is Unix ms.
     """
 
     def __init__(self, uri: str, owner: Owner) -> None:
@@ -338,8 +361,8 @@ class MlflowWriter:
         self._runs: dict[str, str] = {}
 
     def send(self, records: Sequence[Record], note_delivery: Callable[[], None]) -> tuple[list[Record], str]:
-        """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may live
-        elsewhere than the rest, and metrics should not wait for them.
+        """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may
+        live elsewhere than the rest, and metrics should not wait for them.
         """
         left: list[Record] = []
         trouble = ""

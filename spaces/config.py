@@ -1,12 +1,13 @@
 """One trial, written down: every setting that can change a number, with its unit and range.
 
-The lesson of earlier systems is that a setting which silently fails to arrive is worse than one that does not exist: variable
-sigma, target layers and multipliers were passed by scripts and dropped on the way, and every such run was an ordinary uniform
-one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the nearest known one), is hashable
-(tuples, never lists), equals itself after a round trip through YAML or JSON, and is the only thing a trial is built from.
+The lesson of earlier systems is that a setting which silently fails to arrive is worse than one that does not exist:
+variable sigma, target layers and multipliers were passed by scripts and dropped on the way, and every such run was an
+ordinary uniform one. So a configuration here is a tree of frozen records that refuses unknown keys (and names the
+nearest known one), is hashable (tuples, never lists), equals itself after a round trip through YAML or JSON, and is the
+only thing a trial is built from.
 
-A setting that may name a file or folder is marked `path`, with the names that may stand there instead ([]: it is always one);
-`spaces/paths.py` and whoever sends a sweep elsewhere go by that mark.
+A setting that may name a file or folder is marked `path`, with the names that may stand there instead ([]: it is always
+one); `spaces/paths.py` and whoever sends a sweep elsewhere go by that mark.
 
 Left out: defaults that depend on the machine. `threads` alone names the machine, because float sums depend on it.
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
@@ -41,8 +42,8 @@ Scalar = bool | int | float | str
 
 
 def _plain(value: Any) -> Any:
-    """Numpy scalars and arrays, also inside lists and mappings, become Python ones (samplers hand them out); the rest stays as
-    it is."""
+    """Numpy scalars and arrays, also inside lists and mappings, become Python ones (samplers hand them out); the rest
+    stays as it is."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -151,7 +152,9 @@ class ModelConfig(Record):
         }
         if self.adapter == "full" and given:
             key = min(given)
-            raise ValueError(f"{key}={getattr(self, key)} does nothing with adapter=full; set adapter=lora or remove it")
+            raise ValueError(
+                f"{key}={getattr(self, key)} does nothing with adapter=full; set adapter=lora or remove it"
+            )
         return self
 
 
@@ -161,7 +164,8 @@ class QuantConfig(Record):
     activations: Format = "mxfp4"
     """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
     scale_rule: ScaleRule = "floor"
-    """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`)."""
+    """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`).
+    """
     hadamard: bool = Field(False, strict=True)
     """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
     stays as it is, and next to no dead zone is left."""
@@ -169,7 +173,8 @@ class QuantConfig(Record):
     """Gradients are products with the quantised operands, as the forward pass is, or with those before quantisation
     (high_precision: dx = dy W, dW = dy^T x). Adapters are not quantised, and have their own gradient either way."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
-    """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part)."""
+    """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part).
+    """
     skip_layers: tuple[int, ...] = ()
     """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1)."""
 
@@ -181,7 +186,9 @@ class QuantConfig(Record):
     @model_validator(mode="after")
     def _scale_rule_has_a_use(self) -> Self:
         if self.scale_rule != "floor" and not {self.weights, self.activations} & {"mxfp4", "mxfp8"}:
-            raise ValueError(f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8")
+            raise ValueError(
+                f"scale_rule={self.scale_rule} concerns MX formats only; remove it or choose mxfp4 or mxfp8"
+            )
         return self
 
     @model_validator(mode="after")
@@ -206,7 +213,8 @@ class ZoneSigma(Record):
     """Another pair of sigmas for one zone of layers."""
 
     zone: Zone
-    """first | early_mid | middle | late_mid | last, by relative depth (the plan's 0-3, 4-9, 10-19, 20-25, 26-27 of 28)."""
+    """first | early_mid | middle | late_mid | last, by relative depth (the plan's 0-3, 4-9, 10-19, 20-25, 26-27 of 28).
+    """
     sigma_start: float = Field(ge=0)
     """Sigma of the zone at the first noisy stage."""
     sigma_end: float = Field(ge=0)
@@ -231,11 +239,17 @@ def _layers(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
     if isinstance(value, list | tuple):
-        if value and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value) and len(set(value)) == len(value):
+        if (
+            value
+            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
+            and len(set(value)) == len(value)
+        ):
             return tuple(value)
     elif value in ("all", *get_args(Zone)):
         return value
-    raise ValueError(f"layers must be all, a zone ({', '.join(get_args(Zone))}) or different block indices >= 0, but got {value}")
+    raise ValueError(
+        f"layers must be all, a zone ({', '.join(get_args(Zone))}) or different block indices >= 0, but got {value}"
+    )
 
 
 class NoiseConfig(Record):
@@ -255,11 +269,13 @@ class NoiseConfig(Record):
     layers: Annotated[Literal["all"] | Zone | tuple[int, ...], BeforeValidator(_layers)] = "all"
     """`all`, a zone name, or explicit block indices."""
     layer_multipliers: tuple[float, ...] = ()
-    """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28)."""
+    """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28).
+    """
     zones: tuple[ZoneSigma, ...] = ()
     """Zones with their own sigmas; other layers keep the global pair."""
     scale: Literal["absolute", "rms", "step"] = "absolute"
-    """Unit of sigma: absolute, times rms(W), or times the local quantisation step (linear layers of a quantised model)."""
+    """Unit of sigma: absolute, times rms(W), or times the local quantisation step (linear layers of a quantised model).
+    """
     placement: Literal["before", "after"] = "before"
     """Noise before or after weight quantisation; no difference for norms."""
 
@@ -286,9 +302,13 @@ class NoiseConfig(Record):
         if self.zones and self.sigma_start == 0:
             raise ValueError("zones has no use with sigma_start=0 (the control); remove zones or raise sigma_start")
         if self.final_norm and "rmsnorm" not in self.modules:
-            raise ValueError(f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; add it or set final_norm=false")
+            raise ValueError(
+                f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; add it or set final_norm=false"
+            )
         if self.placement == "after" and "linear" not in self.modules:
-            raise ValueError("placement=after concerns linear layers only; add linear to modules or set placement=before")
+            raise ValueError(
+                "placement=after concerns linear layers only; add linear to modules or set placement=before"
+            )
         if self.scale == "step" and self.modules != ("linear",):
             raise ValueError(
                 f"scale=step needs modules=[linear], because norms have no quantisation step, but got {list(self.modules)}; "
@@ -305,7 +325,8 @@ class GRPOConfig(Record):
     epochs: int = Field(1, ge=1)
     """Passes over each rollout's episodes; divides updates_per_step."""
     prompts: int = Field(32, ge=1)
-    """Prompts trained on per step, under every filter policy (so that switching the filter does not change the batch)."""
+    """Prompts trained on per step, under every filter policy (so that switching the filter does not change the batch).
+    """
     generation_prompts: int | None = Field(None, ge=1)
     """Prompts per generated batch when a filter is on (off generates just what it trains on); null = prompts."""
     group_size: int = Field(8, ge=2)
@@ -321,8 +342,8 @@ class GRPOConfig(Record):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     loss: Loss = "bnpo"
-    """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the mini-batch
-    (bnpo)."""
+    """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the
+    mini-batch (bnpo)."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(0.28, gt=0)
@@ -336,16 +357,20 @@ class GRPOConfig(Record):
     overlong_penalty: float = Field(1.0, gt=0)
     """Penalty at the limit; only with overlong_buffer."""
     filter_groups: FilterPolicy = "off"
-    """Groups whose rewards are all equal: train on them (off), leave them out (drop), or sample more prompts (resample)."""
+    """Groups whose rewards are all equal: train on them (off), leave them out (drop), or sample more prompts
+    (resample)."""
     max_gen_batches: int = Field(5, ge=1)
     """With resample: batches generated before the step counts as collapsed (filter_rejection)."""
     micro_batch_size: int = Field(1024, ge=1)
-    """Completions per forward and backward pass, rounded down to whole groups or equal parts of one; changes memory, not the loss."""
+    """Completions per forward and backward pass, rounded down to whole groups or equal parts of one; changes memory,
+    not the loss."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.updates_per_step % self.epochs:
-            raise ValueError(f"epochs must divide updates_per_step, but got epochs={self.epochs} updates_per_step={self.updates_per_step}")
+            raise ValueError(
+                f"epochs must divide updates_per_step, but got epochs={self.epochs} updates_per_step={self.updates_per_step}"
+            )
         if self.minibatches > self.prompts:
             raise ValueError(
                 f"updates_per_step={self.updates_per_step} in {self.epochs} epochs needs a prompt for each of {self.minibatches} "
@@ -361,7 +386,8 @@ class GRPOConfig(Record):
 
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
-    """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long completions)."""
+    """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long
+    completions)."""
     engine: Literal["inside", "process"] = "inside"
     """Where vLLM runs: inside the trial's process, or in a child of it."""
     kv_cache_gib: float = Field(1.0, gt=0)
@@ -414,7 +440,9 @@ class TaskConfig(Record):
     @model_validator(mode="after")
     def _options_have_a_use(self) -> Self:
         if self.options and not self.name.startswith("reasoning_gym:"):
-            raise ValueError(f"options={dict(self.options)} has no use with name={self.name}; remove it or choose a reasoning_gym data set")
+            raise ValueError(
+                f"options={dict(self.options)} has no use with name={self.name}; remove it or choose a reasoning_gym data set"
+            )
         if self.path is not None and self.name != "gsm8k":
             raise ValueError(f"path={self.path} has no use with name={self.name}; remove it or set name=gsm8k")
         if self.name == "addition" and (self.prompt is not None or self.chat):
@@ -451,7 +479,8 @@ class CollapseConfig(Record):
     truncation_rise: float = Field(0.25, gt=0, le=1)
     """truncation: truncated share above the baseline's by this much."""
     gibberish_share: float = Field(0.05, gt=0, le=1)
-    """gibberish: share of sampled tokens that the clean policy finds less likely than exp(-2)/V, above the baseline's."""
+    """gibberish: share of sampled tokens that the clean policy finds less likely than exp(-2)/V, above the baseline's.
+    """
     repetition_rise: float = Field(0.3, gt=0, le=1)
     """repetition: share of repeated 4-grams above the baseline's by this much."""
     reward_ratio: float = Field(0.25, gt=0, lt=1)
@@ -462,10 +491,11 @@ class CollapseConfig(Record):
     """grad_norm: gradient norm above this many times the median of the quiet steps, while clip_fraction is above
     grad_norm_clip."""
     grad_norm_clip: float = Field(0.1, ge=0, le=1)
-    """grad_norm also needs this share of clipped ratios: norms alone are heavy-tailed in healthy W4A4 runs (3 to 45 here)."""
-    mismatch_kl: float = Field(1.0, gt=0)
-    """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is wanted
+    """grad_norm also needs this share of clipped ratios: norms alone are heavy-tailed in healthy W4A4 runs (3 to 45
     here)."""
+    mismatch_kl: float = Field(1.0, gt=0)
+    """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is
+    wanted here)."""
 
 
 class TrialConfig(Record):
@@ -495,8 +525,8 @@ class TrialConfig(Record):
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; null = what the process was given. Recorded, because float sums depend on it."""
     hang_seconds: float = Field(1800.0, gt=0)
-    """In a sweep: a rollout, update, evaluation or loading that takes longer is a hang; its process is ended, and the trial goes
-    on from its checkpoint."""
+    """In a sweep: a rollout, update, evaluation or loading that takes longer is a hang; its process is ended, and the
+    trial goes on from its checkpoint."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -514,9 +544,15 @@ class TrialConfig(Record):
             )
         recipe = self.model.recipe
         if recipe is not None and self.task.name != "addition":
-            raise ValueError(f"the embedded model only knows sums, but task.name={self.task.name}; choose another model.name")
+            raise ValueError(
+                f"the embedded model only knows sums, but task.name={self.task.name}; choose another model.name"
+            )
         if recipe is not None and self.task.digits > recipe.digits:
-            raise ValueError(f"task.digits={self.task.digits} is more than the base was trained on (model.recipe.digits={recipe.digits})")
+            raise ValueError(
+                f"task.digits={self.task.digits} is more than the base was trained on (model.recipe.digits={recipe.digits})"
+            )
         if self.task.name == "addition" and self.model.name != "embedded":
-            raise ValueError(f"task.name=addition speaks the embedded model's characters; model.name={self.model.name} needs another task")
+            raise ValueError(
+                f"task.name=addition speaks the embedded model's characters; model.name={self.model.name} needs another task"
+            )
         return self

@@ -9,4 +9,5 @@ class ConfigError(ValueError):
 
 
 class NoCandidate(Exception):
-    """No configuration with noise completed all its replicates: nothing to confirm, take apart or take home. One line; exit code 1."""
+    """No configuration with noise completed all its replicates: nothing to confirm, take apart or take home. One line;
+    exit code 1."""

@@ -1,9 +1,10 @@
 """Named search spaces: many points, written as data. `search/proposals.py` alone turns them into a sampler's words.
 
-A space is a tuple of dimensions over dotted configuration keys. The same key may occur twice under different conditions, because
-sigma is not comparable between module kinds or precisions: RMSNorm gains are near 1 and linear weights near 0.05, so one absolute
-range for both would compare a whisper with a shout. The ranges for linear layers are the plan's lookup table.
-Choices are labels (strings) with a value behind each, so that a stored study never meets a list or a new object.
+A space is a tuple of dimensions over dotted configuration keys. The same key may occur twice under different
+conditions, because sigma is not comparable between module kinds or precisions: RMSNorm gains are near 1 and linear
+weights near 0.05, so one absolute range for both would compare a whisper with a shout. The ranges for linear layers are
+the plan's lookup table. Choices are labels (strings) with a value behind each, so that a stored study never meets a
+list or a new object.
 """
 
 from pathlib import Path
@@ -91,13 +92,16 @@ class Space(_Record):
         for dimension in self.dimensions:
             when = dimension.when
             if when is not None and when.value not in (choices[when.parent].options if when.parent in choices else {}):
-                raise ValueError(f"{dimension.key}: when.parent={when.parent} with value {when.value} must be a choice listed before it")
+                raise ValueError(
+                    f"{dimension.key}: when.parent={when.parent} with value {when.value} must be a choice listed before it"
+                )
             if isinstance(dimension.domain, Choice):
                 choices[dimension.key] = dimension.domain
         return self
 
 
-# The plan's sigma lookup table, for linear layers, as {quantisation mode: (lowest, highest)}; W4A8 lies between its neighbours.
+# The plan's sigma lookup table, for linear layers, as {quantisation mode: (lowest, highest)}; W4A8 lies between its
+# neighbours.
 LINEAR_SIGMA = {"W4A4": (0.002, 0.02), "W4A8": (0.005, 0.04), "W4A16": (0.01, 0.08), "W16A16": (0.01, 0.08)}
 # RMSNorm gains are near 1: QeRL's published starts run from 0.01 to 0.05.
 RMSNORM_SIGMA = {"W4A4": (0.005, 0.1), "W4A8": (0.005, 0.1), "W4A16": (0.01, 0.15), "W16A16": (0.01, 0.15)}

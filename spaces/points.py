@@ -1,10 +1,10 @@
 """Every experiment of the plan as a point: what it changes, what it was meant to show, and what was recorded.
 
-A point lies on top of any workload and any depth: layers are named by zone, multipliers are interpolated at relative depth. All
-experiments of the plan ran with a filter that resamples groups without variance (5 batches at most), so all of them carry it here,
-and a fair control shares it. Recorded outcomes are kept as they were written down, with what is known against them: single
-seeds (two runs of one configuration differed by 4.3 points), noise that was never removed, settings that never arrived.
-A point whose experiment had two meanings stands here twice.
+A point lies on top of any workload and any depth: layers are named by zone, multipliers are interpolated at relative
+depth. All experiments of the plan ran with a filter that resamples groups without variance (5 batches at most), so all
+of them carry it here, and a fair control shares it. Recorded outcomes are kept as they were written down, with what is
+known against them: single seeds (two runs of one configuration differed by 4.3 points), noise that was never removed,
+settings that never arrived. A point whose experiment had two meanings stands here twice.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,8 @@ POINTS: dict[str, Point] = {
         Point(
             name="e12",
             hypothesis="W4A16 tolerates sigma 0.05 when layers are weighted by their error",
-            settings=_noisy(0.05, 0.0005, layer_multipliers=SRDD_MULTIPLIERS, modules=["rmsnorm"]) | {"quant": {"activations": "none"}},
+            settings=_noisy(0.05, 0.0005, layer_multipliers=SRDD_MULTIPLIERS, modules=["rmsnorm"])
+            | {"quant": {"activations": "none"}},
             recorded="72.48 %; but the multipliers never reached its rollout, and the plan also quotes sigma 0.1",
         ),
         Point(

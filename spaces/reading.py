@@ -1,8 +1,8 @@
 """From text to a TrialConfig: YAML 1.2 files, dotted `--set` overrides, and one line for each mistake.
 
-YAML 1.2 throughout, for files and for values on the command line: `off` stays text and `1e-3` is a number, neither of which
-holds for the YAML 1.1 that most parsers speak. Only plain data is read (no tags that build objects). Trees are merged leaf by
-leaf, so that a point lies on a workload and an override on both.
+YAML 1.2 throughout, for files and for values on the command line: `off` stays text and `1e-3` is a number, neither of
+which holds for the YAML 1.1 that most parsers speak. Only plain data is read (no tags that build objects). Trees are
+merged leaf by leaf, so that a point lies on a workload and an override on both.
 """
 
 import difflib
@@ -34,7 +34,9 @@ def read_config(source: Mapping[str, Any], overrides: Iterable[str] = (), origin
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of `base` in which the leaves of `changes` win."""
-    merged: dict[str, Any] = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
+    merged: dict[str, Any] = {
+        key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()
+    }
     for key, value in changes.items():
         here = merged.get(key)
         merged[key] = merge(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
@@ -72,7 +74,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["noise.sigma_start=1e-3", "grpo.filter_groups=off"]` -> a tree; values are YAML 1.2 (`off` is text, `1e-3` a number)."""
+    """`["noise.sigma_start=1e-3", "grpo.filter_groups=off"]` -> a tree; values are YAML 1.2 (`off` is text, `1e-3` a
+    number)."""
     flat: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -86,10 +89,15 @@ def parse_yaml(text: str, origin: str) -> Any:
     """YAML 1.2, data only (no tags that build objects). Raises ConfigError."""
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:  # ValueError: a scalar that only looks like a date or, by its tag, a number
+    except (
+        YAMLError,
+        ValueError,
+    ) as error:  # ValueError: a scalar that only looks like a date or, by its tag, a number
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}; quote text values") from None
+        raise ConfigError(
+            f"{origin}: not valid YAML{where}: {getattr(error, 'problem', None) or error}; quote text values"
+        ) from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -123,8 +131,8 @@ def as_tree(config: BaseModel) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """One problem of a pydantic error as one line: key, value, remedy. A misspelt key comes before the missing one that it
-    causes."""
+    """One problem of a pydantic error as one line: key, value, remedy. A misspelt key comes before the missing one that
+    it causes."""
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     unknown = problem["type"] == "extra_forbidden"
     *parents, leaf = problem["loc"] or ("",)

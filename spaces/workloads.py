@@ -1,9 +1,10 @@
 """What is trained: a model, its task, its sizes, its number of steps. A point says how; a workload says on what.
 
-`embedded` is the product's proving ground: a small transformer made on this machine whose GRPO run shows in half a minute what a
-1.5 B model shows in two hours (W4A4 hurts, training wins part of it back, noise on linear layers wrecks generation). `tiny` is for
-plumbing and faults. `smollm2-135m` is a real pretrained model that arrives as a PyPI package. `qwen2.5-1.5b-gsm8k` is the
-experiment plan's own set-up, number by number. Settings that are not named here keep the defaults of `spaces/config.py`.
+`embedded` is the product's proving ground: a small transformer made on this machine whose GRPO run shows in half a
+minute what a 1.5 B model shows in two hours (W4A4 hurts, training wins part of it back, noise on linear layers wrecks
+generation). `tiny` is for plumbing and faults. `smollm2-135m` is a real pretrained model that arrives as a PyPI
+package. `qwen2.5-1.5b-gsm8k` is the experiment plan's own set-up, number by number. Settings that are not named here
+keep the defaults of `spaces/config.py`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ class Workload:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """A tree over the defaults of TrialConfig."""
     trial_seconds: float
-    """One control trial beside another one, on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of `rin plan`."""
+    """One control trial beside another one, on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of
+    `rin plan`."""
     difference_sd: float | None = None
     """Std from seed to seed of the accuracy difference between two arms, a share, measured; null = not known."""
     trial_cpus: int = 1
@@ -71,7 +73,8 @@ WORKLOADS: dict[str, Workload] = {
             "task": {
                 "name": "reasoning_gym:chain_sum",
                 "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-                "prompt": "{question}",  # as a text to continue it answers sums; in its chat template it talks about them
+                # as a text to continue it answers sums; in its chat template it talks about them
+                "prompt": "{question}",
             },
             "grpo": {
                 "steps": 5,

@@ -1,7 +1,7 @@
 """What all tests share: one CPU thread, no network, a cache of their own, and small models that are made on the spot.
 
-The models have random weights that are large enough for opinions (greedy answers with a margin); the tokenizers are the embedded
-one (a character is a token) and a byte-level one with a chat template, so that any text is a prompt.
+The models have random weights that are large enough for opinions (greedy answers with a margin); the tokenizers are the
+embedded one (a character is a token) and a byte-level one with a chat template, so that any text is a prompt.
 """
 
 # ruff: noqa: E402 - Hugging Face and OpenMP read their switches when they are imported
@@ -63,12 +63,15 @@ LONGEST = (
     "test_mlflow_views.py",
     "test_trial.py",
 )
-"""Files whose tests take half a minute or more, the longest first: what is left for the end is small, and all workers end together."""
+"""Files whose tests take half a minute or more, the longest first: what is left for the end is small, and all workers
+end together."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--quick", action="store_true", help="what is not marked slow; a test that starts Ray, a server, vLLM or another Python fails"
+        "--quick",
+        action="store_true",
+        help="what is not marked slow; a test that starts Ray, a server, vLLM or another Python fails",
     )
 
 
@@ -109,7 +112,9 @@ class _Failures:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.reporter.write_line(f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)\n{report.longreprtext[-2000:]}")
+            self.reporter.write_line(
+                f"\nFAILED {report.nodeid} ({report.when}, {report.duration:.0f} s)\n{report.longreprtext[-2000:]}"
+            )
 
 
 @pytest.hookimpl(trylast=True)
@@ -179,12 +184,17 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="session")
 def s3_store() -> Iterator[Callable[[str], str]]:
-    """s3_store("runs"): the URI of that folder on a local S3 server. Credentials come by the environment, as on a real machine."""
+    """s3_store("runs"): the URI of that folder on a local S3 server. Credentials come by the environment, as on a real
+    machine."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
             patch.setenv(name, value)
         server.start()
         address = "{}:{}".format(*server.get_host_and_port())
@@ -194,7 +204,8 @@ def s3_store() -> Iterator[Callable[[str], str]]:
 
 
 def require(found: object, what: str) -> None:
-    """Skips where this machine lacks what a test, or a whole file, needs; CI installs everything, so that there it is a failure."""
+    """Skips where this machine lacks what a test, or a whole file, needs; CI installs everything, so that there it is a
+    failure."""
     if not found:
         assert not os.environ.get("CI"), what
         pytest.skip(what, allow_module_level=True)
@@ -227,16 +238,24 @@ def ragged_prompts(count: int, longest: int = 20, vocabulary: int = 15) -> list[
     return [torch.randint(2, vocabulary, (length,), generator=source).tolist() for length in lengths]
 
 
-def sampled_groups(policy: Policy, prompts: Sequence[Sequence[int]], *, group_size: int = 4, seed: int = 0, **options: Any) -> list[Group]:
+def sampled_groups(
+    policy: Policy, prompts: Sequence[Sequence[int]], *, group_size: int = 4, seed: int = 0, **options: Any
+) -> list[Group]:
     """Groups as a rollout makes them, with reward 0."""
     arguments: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 32, **options}
     with deployed(policy):
         sampled = generate(policy, prompts, group_size=group_size, generator=generator("test", seed), **arguments)
-    return [tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, sampled, strict=True)]
+    return [
+        tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, sampled, strict=True)
+    ]
 
 
 def episode(
-    reward: float, *, correct: bool | None = None, completion: Completion | None = None, prompt_ids: Sequence[int] = (2, 3)
+    reward: float,
+    *,
+    correct: bool | None = None,
+    completion: Completion | None = None,
+    prompt_ids: Sequence[int] = (2, 3),
 ) -> Episode:
     """An episode with this reward; correct when the reward is 1, unless said otherwise."""
     return Episode(

@@ -1,9 +1,10 @@
 """Programs that a test starts, and that end with it; and `rin` without a program.
 
-A Python that imports torch, Ray and MLflow has worked for six seconds before it does anything: a test whose claim is not about the
-process (its signals, its environment, its command line) calls `rin` here.
+A Python that imports torch, Ray and MLflow has worked for six seconds before it does anything: a test whose claim is
+not about the process (its signals, its environment, its command line) calls `rin` here.
 
-`with subprocess.Popen(..)` waits when it is left, also when an assertion failed: for a program that waits for something itself, for ever.
+`with subprocess.Popen(..)` waits when it is left, also when an assertion failed: for a program that waits for something
+itself, for ever.
 """
 
 import os
@@ -49,7 +50,8 @@ def rin(*arguments: str, cwd: Path | None = None) -> Said:
 
 @contextmanager
 def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A running program; killed where the body raises, with its whole session if it has one of its own. Options are those of Popen."""
+    """A running program; killed where the body raises, with its whole session if it has one of its own. Options are
+    those of Popen."""
     with subprocess.Popen(command, **options) as running:
         try:
             yield running

@@ -1,4 +1,5 @@
-"""Real Ray nodes on this machine: `ray start` as an administrator would call it, on free ports, with a token of their own.
+"""Real Ray nodes on this machine: `ray start` as an administrator would call it, on free ports, with a token of their
+own.
 
 Each node is a process group of its own and is ended through it; `ray stop` would end every Ray on the machine.
 """
@@ -51,7 +52,12 @@ def head_node(folder: Path, *, cpus: int, python: str = sys.executable) -> Itera
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(python).parent}:{environment['PATH']}"
-    options = [f"--port={port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    options = [
+        f"--port={port}",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+    ]
     options += [f"--temp-dir={folder / 'ray'}", "--ray-client-server-port", str(free_port())]
     with _node(["--head", *options], cpus, environment, folder / "head.log", python) as process:
         line = next(line for line in (folder / "head.log").read_text().splitlines() if "ray start --address=" in line)
@@ -62,7 +68,9 @@ def head_node(folder: Path, *, cpus: int, python: str = sys.executable) -> Itera
 @contextmanager
 def worker_node(cluster: Cluster, folder: Path, *, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
     """A further node of the cluster."""
-    with _node([f"--address={cluster.address}"], cpus, cluster.environment, folder / "worker.log", sys.executable) as process:
+    with _node(
+        [f"--address={cluster.address}"], cpus, cluster.environment, folder / "worker.log", sys.executable
+    ) as process:
         yield process
 
 
@@ -74,9 +82,22 @@ def kill_raylet(node: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _node(options: list[str], cpus: int, environment: Mapping[str, str], log: Path, python: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [python, "-m", "ray.scripts.scripts", "start", *options, f"--num-cpus={cpus}", "--disable-usage-stats", "--block"]
-    command += [f"--dashboard-agent-listen-port={free_port()}"]  # by default one port, and an agent that does not get it takes no jobs
+def _node(
+    options: list[str], cpus: int, environment: Mapping[str, str], log: Path, python: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [
+        python,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        *options,
+        f"--num-cpus={cpus}",
+        "--disable-usage-stats",
+        "--block",
+    ]
+    command += [
+        f"--dashboard-agent-listen-port={free_port()}"
+    ]  # by default one port, and an agent that does not get it takes no jobs
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=dict(environment), stdout=file, stderr=file, start_new_session=True)
     try:

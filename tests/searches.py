@@ -56,7 +56,15 @@ def searcher(
     **changes: Any,
 ) -> Search:
     """`known`: arms that are written down; the control alone, unless told otherwise."""
-    given = {"space": space, "trials": 4, "seed": 3, "searcher": "random", "settings": {}, "store": "/nowhere", **changes}
+    given = {
+        "space": space,
+        "trials": 4,
+        "seed": 3,
+        "searcher": "random",
+        "settings": {},
+        "store": "/nowhere",
+        **changes,
+    }
     return Search(study(**given), [control()] if known is None else known, evidence)
 
 

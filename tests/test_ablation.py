@@ -29,9 +29,17 @@ NOISE = ("noise.sigma_start=0.05", "noise.sigma_end=0.005")
 
 def test_each_change_takes_one_setting_back_to_the_control_s(tmp_path: Path) -> None:
     control = tree()
-    winner = tree(*NOISE, "noise.modules=[linear]", "noise.num_stages=5", "grpo.learning_rate=0.0002", "quant.scale_rule=even")
+    winner = tree(
+        *NOISE, "noise.modules=[linear]", "noise.num_stages=5", "grpo.learning_rate=0.0002", "quant.scale_rule=even"
+    )
     steps, skipped = single_changes(winner, control)
-    assert set(steps) == {"noise.sigma_end", "noise.modules", "noise.num_stages", "grpo.learning_rate", "quant.scale_rule"}
+    assert set(steps) == {
+        "noise.sigma_end",
+        "noise.modules",
+        "noise.num_stages",
+        "grpo.learning_rate",
+        "quant.scale_rule",
+    }
     assert skipped == []
     plain, won = flatten(control), flatten(winner)
     for key, step in steps.items():
@@ -60,7 +68,9 @@ def test_what_the_sweep_sets_for_its_control_too_is_no_change_of_the_winner() ->
     winner = tree(*NOISE, "noise.modules=[linear]", "noise.num_stages=3")
     control = tree("noise.modules=[linear]", "noise.num_stages=3", "noise.sigma_start=0")
     assert set(single_changes(winner, control)[0]) == {"noise.sigma_end"}
-    assert single_changes(winner, control)[0]["noise.sigma_end"].noise.sigma_end == winner["noise"]["sigma_start"], "no decay"
+    assert single_changes(winner, control)[0]["noise.sigma_end"].noise.sigma_end == winner["noise"]["sigma_start"], (
+        "no decay"
+    )
 
 
 @pytest.mark.parametrize("key", ["seed=3", "threads=2", "hang_seconds=60"])
@@ -124,6 +134,8 @@ def test_names_of_arms_are_unlike(tmp_path: Path) -> None:
 
 def test_a_sweep_without_a_winner_cannot_be_taken_apart(tmp_path: Path) -> None:
     parent = study(tmp_path, trials=2, replicates=1)
-    write_sweep(parent, [make_arm(parent, "control"), make_arm(parent, "c01")], {"control": [280], "c01": [("collapsed", 10)]})
+    write_sweep(
+        parent, [make_arm(parent, "control"), make_arm(parent, "c01")], {"control": [280], "c01": [("collapsed", 10)]}
+    )
     with pytest.raises(NoCandidate, match="there is no candidate"):
         ablation(parent, study(tmp_path, name="x"), named=False)

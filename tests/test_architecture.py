@@ -42,7 +42,11 @@ def imports(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             assert node.module is not None
             yield node.module
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
             argument = node.args[0]
             yield argument.value if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else ""
 
@@ -54,7 +58,9 @@ def relative(path: Path) -> str:
 def test_the_walk_sees_all_four_packages_and_imports_inside_functions() -> None:
     assert {relative(path).split("/")[0] for path in MODULES} == set(PACKAGES)
     assert "peft" in imports(ROOT / "trainable/policy/loading.py")  # written inside a function
-    assert "ray.tune" in imports(ROOT / "trainable/ray_trainable.py") or "ray" in imports(ROOT / "trainable/ray_trainable.py")
+    assert "ray.tune" in imports(ROOT / "trainable/ray_trainable.py") or "ray" in imports(
+        ROOT / "trainable/ray_trainable.py"
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -71,8 +77,9 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
     assert [library for library in used & set(HEAVY) if not relative(path).startswith(HEAVY[library])] == []
 
 
-# What other libraries keep to themselves, by the file that touches it: names beginning with `_`, and those of INSIDE. A version of theirs
-# may take any of it away, so each is pinned in pyproject.toml and lies where one reader finds it. The table may only shrink.
+# What other libraries keep to themselves, by the file that touches it: names beginning with `_`, and those of INSIDE. A
+# version of theirs may take any of it away, so each is pinned in pyproject.toml and lies where one reader finds it. The
+# table may only shrink.
 INSIDE = {"ray.tune.execution", "ray.tune.utils", "ray.dashboard", "vllm.distributed", "vllm.model_executor", "vllm.v1"}
 INSIDE |= {"engine_core", "hf_quantizer", "mlflow.sharedViewState", "mlflow.loggedArtifacts"}
 PRIVATE: dict[str, set[str]] = {
@@ -90,9 +97,9 @@ def private(path: Path) -> set[str]:
     """What a file takes from inside other libraries; `_names` that it defines itself are its own."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{node.attr}"} & {
-        node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-    }
+    own |= {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{node.attr}"
+    } & {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     used: set[str] = set()
     for node in nodes:
@@ -131,7 +138,10 @@ def test_what_others_keep_to_themselves_is_touched_where_the_table_says(path: Pa
         ("from ray.tune.execution import class_cache", {"ray.tune.execution"}),
         ("import ray.tune.execution.class_cache", {"ray.tune.execution"}),
         ("from ray import tune", set()),
-        ("from search.cluster import _taken", {"search.cluster._taken"}),  # our own modules have secrets from each other, too
+        (
+            "from search.cluster import _taken",
+            {"search.cluster._taken"},
+        ),  # our own modules have secrets from each other, too
         ("cluster._taken()", {"_taken"}),
         ("client._do_request()", {"_do_request"}),
         ("getattr(client, '_do_request')", {"_do_request"}),
@@ -202,7 +212,10 @@ def test_records_of_a_rollout_are_read_without_torch() -> None:
 def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
     modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential"
     code = f"import sys, {', '.join(f'search.{name}' for name in modules)}; print({{'torch', 'ray', 'mlflow'}} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
 
 
 # A table and the Literal of the configuration that chooses from it.
@@ -216,8 +229,12 @@ CONTRACTS: list[tuple[dict[str, Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"])
-def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(table: dict[str, Any], choices: Any) -> None:
+@pytest.mark.parametrize(
+    ("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"]
+)
+def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(
+    table: dict[str, Any], choices: Any
+) -> None:
     assert tuple(table) == get_args(choices)
 
 
@@ -250,7 +267,9 @@ def test_no_module_imports_itself_through_others() -> None:
     def top(path: Path) -> set[str]:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         found = {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
-        found |= {f"{node.module}.{name.name}" for node in body if isinstance(node, ast.ImportFrom) for name in node.names}
+        found |= {
+            f"{node.module}.{name.name}" for node in body if isinstance(node, ast.ImportFrom) for name in node.names
+        }
         return found | {name.name for node in body if isinstance(node, ast.Import) for name in node.names}
 
     names = {relative(path).removesuffix(".py").replace("/", "."): path for path in MODULES}

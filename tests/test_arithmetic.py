@@ -31,7 +31,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def policy_of(folder: str, arithmetic: Arithmetic = W4A4, **model: Any) -> Policy:
-    policy = load_policy(ModelConfig(name=folder, **model), QuantConfig(exclude=("lm_head",), **asdict(arithmetic)), seed=0)
+    policy = load_policy(
+        ModelConfig(name=folder, **model), QuantConfig(exclude=("lm_head",), **asdict(arithmetic)), seed=0
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
@@ -61,7 +63,8 @@ def learned(policy: Policy) -> dict[str, Tensor]:
 
 
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, gradients: bool = True) -> None:
-    """Every bit forward. Gradients of a shared input are added up before and not after they pass the norm: in another order."""
+    """Every bit forward. Gradients of a shared input are added up before and not after they pass the norm: in another
+    order."""
     assert torch.equal(ours["logits"], theirs["logits"])
     for name, tensor in ours.items() if gradients else ():
         scale = theirs[name].abs().max().item()
@@ -73,7 +76,7 @@ def any_arithmetic(draw: random.Random) -> Arithmetic:
     return Arithmetic(**chosen)
 
 
-# --- records -----------------------------------------------------------------------------------------------------------------
+# --- records ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_part_of_an_arithmetic_is_a_setting_and_has_its_default() -> None:
@@ -100,11 +103,13 @@ def test_arithmetic_survives_the_file_beside_a_model_layer_by_layer(model_folder
         arithmetic_of(tree | {"version": 1})
 
 
-# --- who quantises a shared input --------------------------------------------------------------------------------------------
+# --- who quantises a shared input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("model", [{}, {"adapter": "lora", "lora_rank": 4}, {"dtype": "bfloat16"}], ids=["full", "lora", "bf16"])
+@pytest.mark.parametrize(
+    "model", [{}, {"adapter": "lora", "lora_rank": 4}, {"dtype": "bfloat16"}], ids=["full", "lora", "bf16"]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_sharing_changes_no_bit_whatever_each_layer_computes(
     model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], fused: bool, seed: int
@@ -131,7 +136,11 @@ def test_sharing_changes_no_bit_whatever_each_layer_computes(
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize(
     ("reader", "siblings"),
-    [("self_attn.k_proj", ("self_attn.q_proj", "self_attn.v_proj")), ("mlp.up_proj", ("mlp.gate_proj",)), ("mlp.down_proj", ())],
+    [
+        ("self_attn.k_proj", ("self_attn.q_proj", "self_attn.v_proj")),
+        ("mlp.up_proj", ("mlp.gate_proj",)),
+        ("mlp.down_proj", ()),
+    ],
 )
 def test_one_reader_that_computes_otherwise_ends_the_sharing_of_its_input_alone(
     model_folder: ModelFolder, adapter: str, reader: str, siblings: tuple[str, ...]
@@ -150,7 +159,9 @@ def test_one_reader_that_computes_otherwise_ends_the_sharing_of_its_input_alone(
             assert_equal(ours, learned(policy))
     assert state(policy) == before
     with computing(policy, {own: Arithmetic(weights="nvfp4")}):
-        assert {name for name, layer in policy.linears.items() if layer.quantize_input} == apart, "weights are nobody's input"
+        assert {name for name, layer in policy.linears.items() if layer.quantize_input} == apart, (
+            "weights are nobody's input"
+        )
 
 
 def test_contexts_within_contexts_decide_anew_and_restore_what_was(model_folder: ModelFolder) -> None:
@@ -209,7 +220,10 @@ def test_arithmetic_that_does_not_fit_a_layer_names_it_and_changes_nothing(model
     before = state(policy)
     first, *_, last = policy.linears
     policy.linears[last].in_features = 48
-    with pytest.raises(ValueError, match=rf"{last}: mxfp4 needs in_features .* but got 48"), computing(policy, {first: W4A8, last: W4A8}):
+    with (
+        pytest.raises(ValueError, match=rf"{last}: mxfp4 needs in_features .* but got 48"),
+        computing(policy, {first: W4A8, last: W4A8}),
+    ):
         pass
     assert state(policy) == before
     with pytest.raises(KeyError, match="nobody"), computing(policy, {"nobody": W4A8}):

@@ -22,7 +22,10 @@ def test_arms_come_back_in_their_order_as_they_were(config: StudyConfig) -> None
     """Twelve of them: 10 comes after 9."""
     arms = [
         make_arm(config, "control"),
-        *(Arm(name=f"c{n:02}", origin="searcher", config=make_arm(config, "x").config, params={"sigma": 0.1 * n}) for n in range(11)),
+        *(
+            Arm(name=f"c{n:02}", origin="searcher", config=make_arm(config, "x").config, params={"sigma": 0.1 * n})
+            for n in range(11)
+        ),
     ]
     for number, arm in reversed(list(enumerate(arms))):
         write_arm(config, number, arm)

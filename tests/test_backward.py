@@ -1,6 +1,7 @@
 """`quant.backward`: gradients are products with the operands before quantisation, and the forward pass is what it was.
 
-The reference is q + p - p.detach(), where q has no gradient and p is the plain product: the bits of q, the gradients of p.
+The reference is q + p - p.detach(), where q has no gradient and p is the plain product: the bits of q, the gradients of
+p.
 """
 
 from typing import Any
@@ -47,8 +48,14 @@ def test_a_layer_has_the_gradients_of_its_unquantised_operands(
     y, theirs = layer(x), reference(x, linear, how)
     assert torch.equal(y, theirs)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    expected = (g.double() @ linear.weight.double(), torch.einsum("bto,bti->oi", g.double(), x.double()), g.double().sum((0, 1)))
-    for ours, plain, exact in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(theirs, leaves, g), expected, strict=True):
+    expected = (
+        g.double() @ linear.weight.double(),
+        torch.einsum("bto,bti->oi", g.double(), x.double()),
+        g.double().sum((0, 1)),
+    )
+    for ours, plain, exact in zip(
+        torch.autograd.grad(y, leaves, g), torch.autograd.grad(theirs, leaves, g), expected, strict=True
+    ):
         torch.testing.assert_close(ours, plain, **close)
         torch.testing.assert_close(ours.double(), exact, **close)
     with torch.no_grad():
@@ -58,7 +65,8 @@ def test_a_layer_has_the_gradients_of_its_unquantised_operands(
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"), [("both", [("x", 960), ("weight", 4608)]), ("frozen", [("weight", 4608)]), ("first", [("x", 960)])]
+    ("options", "kept"),
+    [("both", [("x", 960), ("weight", 4608)]), ("frozen", [("weight", 4608)]), ("first", [("x", 960)])],
 )
 def test_only_the_operands_that_a_gradient_needs_are_kept(options: str, kept: list[tuple[str, int]]) -> None:
     layer = QuantLinear.from_linear(nn.Linear(96, 48), name="q_proj", arithmetic=HIGH)
@@ -68,7 +76,9 @@ def test_only_the_operands_that_a_gradient_needs_are_kept(options: str, kept: li
     with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.detach()) or t, lambda t: t):  # type: ignore[func-returns-value]
         layer(x)
     assert sorted(t.numel() for t in found) == [count for _, count in kept]
-    assert {t.data_ptr() for t in found} == {(x if name == "x" else layer.weight).data_ptr() for name, _ in kept}, "nothing is copied"
+    assert {t.data_ptr() for t in found} == {(x if name == "x" else layer.weight).data_ptr() for name, _ in kept}, (
+        "nothing is copied"
+    )
 
 
 def by_reference(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Policy:
@@ -84,7 +94,13 @@ def by_reference(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Policy:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"exclude": ()}, {"hadamard": True, "skip_layers": (0,)}, {"activations": "none", "hadamard": True}, {"weights": "none"}],
+    [
+        {},
+        {"exclude": ()},
+        {"hadamard": True, "skip_layers": (0,)},
+        {"activations": "none", "hadamard": True},
+        {"weights": "none"},
+    ],
     ids=str,
 )
 def test_a_model_learns_by_the_gradients_of_the_reference(
@@ -115,7 +131,9 @@ def test_with_adapters_the_frozen_weight_itself_carries_the_gradient(model_folde
     x, g = torch.randn(2, 5, linear.in_features, requires_grad=True), torch.randn(2, 5, linear.out_features)
     y = adapted(x)
     seen = HIGH.input.of(x.detach())
-    torch.testing.assert_close(y, F.linear(seen, linear.quantized_weight(), linear.bias) + 2 * seen @ first.T @ second.T)
+    torch.testing.assert_close(
+        y, F.linear(seen, linear.quantized_weight(), linear.bias) + 2 * seen @ first.T @ second.T
+    )
     y.backward(g)
     torch.testing.assert_close(x.grad, g @ linear.weight + 2 * g @ second @ first)
     torch.testing.assert_close(first.grad, 2 * torch.einsum("btr,bti->ri", g @ second, seen))

@@ -94,7 +94,14 @@ def test_it_stops_the_longest_step_ahead_for_each_running_trial(tmp_path: Path, 
 def test_the_longest_step_of_earlier_drivers_is_known(tmp_path: Path, clock: Clock) -> None:
     config = study(tmp_path, budget_hours=2.0)
     arm = make_arm(config, "control")
-    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=[report(0, seconds=1800.0), report(1, seconds=1.0)], attempts=[attempt(0, 0)])
+    write_trial(
+        config,
+        arm,
+        0,
+        outcome(arm, 0, 300),
+        reports=[report(0, seconds=1800.0), report(1, seconds=1.0)],
+        attempts=[attempt(0, 0)],
+    )
     budget = Budget(config, [arm])
     budget.started("a")
     clock.hours(1.4)

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from spaces.config import ConfigError
-from trainable.disk.checkpoint import VERSION, load_state, newest_checkpoint, remove_checkpoints, save_checkpoint, save_state
+from trainable.disk.checkpoint import (
+    VERSION,
+    load_state,
+    newest_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    save_state,
+)
 from trainable.disk.folder import Folder
 
 TENSORS, VALUES = "tensors.safetensors", "progress.json"
@@ -23,7 +30,11 @@ def state(step: int, size: int = 1000) -> dict[str, Any]:
     """Of every kind that a trial holds: trained weights in two precisions, moments with a scalar, plain values."""
     source = torch.Generator().manual_seed(step)
     weights = torch.randn(size, generator=source)
-    model = {"a.weight": weights, "b.weight": torch.randn(3, 5, generator=source).to(torch.bfloat16).T, "nan": torch.tensor([float("nan")])}
+    model = {
+        "a.weight": weights,
+        "b.weight": torch.randn(3, 5, generator=source).to(torch.bfloat16).T,
+        "nan": torch.tensor([float("nan")]),
+    }
     optimizer = {"0.exp_avg": weights * 2, "0.step": torch.tensor(float(step))}
     return {
         "model": model,
@@ -146,7 +157,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("name", [TENSORS, VALUES])
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(trial: Folder, name: str, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(
+    trial: Folder, name: str, damage: Callable[[Path], None]
+) -> None:
     for step in (4, 5):
         save_checkpoint(trial, step, state(step))
     damage(file(trial, 5, name))
@@ -160,8 +173,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_line(trial: Folder, n
 
 
 def test_no_single_damaged_byte_changes_what_is_loaded(trial: Folder) -> None:
-    """Each byte of both files, one at a time: passed over, or refused (a version number that changed), or nothing was lost (the
-    name of the version, the newline at the end)."""
+    """Each byte of both files, one at a time: passed over, or refused (a version number that changed), or nothing was
+    lost (the name of the version, the newline at the end)."""
     small = {"model": {"w": torch.tensor([1.0, 2.0])}, "optimizer": {}, "progress": {"next_step": 3}}
     save_checkpoint(trial, 3, small)
     harmless = refused = 0
@@ -230,7 +243,9 @@ def test_nothing_that_is_loaded_can_run_code(trial: Folder, name: str) -> None:
 
 
 @pytest.mark.parametrize("full_at", [TENSORS, VALUES])
-def test_a_full_disk_leaves_the_earlier_checkpoints_usable(trial: Folder, monkeypatch: pytest.MonkeyPatch, full_at: str) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoints_usable(
+    trial: Folder, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
     for step in (4, 5):
         save_checkpoint(trial, step, state(step))
     write = Folder.write

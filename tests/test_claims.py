@@ -1,7 +1,9 @@
-"""One seed of each claim that the README makes about the embedded workload. Full replicates: `make science`, docs/science.md.
+"""One seed of each claim that the README makes about the embedded workload. Full replicates: `make science`,
+docs/science.md.
 
-These tests train (about 25 s each, and 2 minutes for the base where it is not cached). They assert what the product promises of
-its own workload; differences between arms, which one seed cannot show, are reported by `make science` and asserted nowhere.
+These tests train (about 25 s each, and 2 minutes for the base where it is not cached). They assert what the product
+promises of its own workload; differences between arms, which one seed cannot show, are reported by `make science` and
+asserted nowhere.
 """
 
 from functools import cache
@@ -22,7 +24,9 @@ pytestmark = pytest.mark.slow
 
 @cache
 def run(point: str, *overrides: str) -> tuple[list[dict[str, Any]], Outcome]:
-    config: TrialConfig = read_config(merge(WORKLOADS["embedded"].settings, POINTS[point].settings), ("eval.every=0", *overrides))
+    config: TrialConfig = read_config(
+        merge(WORKLOADS["embedded"].settings, POINTS[point].settings), ("eval.every=0", *overrides)
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -91,7 +95,14 @@ def test_the_receipt_shows_that_the_smallest_sigmas_do_not_arrive_on_linear_weig
 
 def test_a_real_pretrained_model_takes_a_grpo_step_in_w4a4() -> None:
     """SmolLM2-135M from its PyPI package, on a reasoning-gym task; sizes cut down, arithmetic untouched."""
-    sizes = ("grpo.steps=1", "grpo.prompts=2", "grpo.group_size=2", "grpo.updates_per_step=1", "eval.questions=2", "noise.num_stages=1")
+    sizes = (
+        "grpo.steps=1",
+        "grpo.prompts=2",
+        "grpo.group_size=2",
+        "grpo.updates_per_step=1",
+        "eval.questions=2",
+        "noise.num_stages=1",
+    )
     config = read_config(merge(WORKLOADS["smollm2-135m"].settings, POINTS["e13i-v3"].settings), sizes)
     trial = Trial(config)
     report = trial.step()

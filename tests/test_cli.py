@@ -27,7 +27,9 @@ RIN = Path(sys.executable).parent / "rin"
 
 def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "160"}
-    return subprocess.run([str(RIN), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
+    return subprocess.run(
+        [str(RIN), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300
+    )
 
 
 @pytest.mark.slow
@@ -39,7 +41,9 @@ def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         (["export", "nobody"], "NAME=nobody: no sweep of that name"),
     ],
 )
-def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
     """Of the whole process: what libraries say while they are imported would be seen here."""
     done = rin(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -49,7 +53,20 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(argumen
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
-COMMANDS = ("sweep", "resume", "trial", "plan", "list", "status", "report", "confirm", "export", "ui", "probe", "doctor")
+COMMANDS = (
+    "sweep",
+    "resume",
+    "trial",
+    "plan",
+    "list",
+    "status",
+    "report",
+    "confirm",
+    "export",
+    "ui",
+    "probe",
+    "doctor",
+)
 Said = tuple[int, str, str]
 """Exit code, stdout, stderr."""
 
@@ -60,8 +77,12 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
     return done.code, done.out, done.err
 
 
-def test_the_commands_are_those_of_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {command.name or getattr(command.callback, "__name__", "") for command in cli.app.registered_commands} == set(COMMANDS)
+def test_the_commands_are_those_of_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {
+        command.name or getattr(command.callback, "__name__", "") for command in cli.app.registered_commands
+    } == set(COMMANDS)
     _, out, _ = here(monkeypatch, capsys, "--help")
     assert all(command in out for command in COMMANDS)
 
@@ -75,7 +96,9 @@ def test_every_command_explains_itself_and_its_options(
     assert "Usage:" in out
     group: Any = typer.main.get_command(cli.app)
     unexplained = [
-        parameter.name for parameter in group.commands[command].params if not getattr(parameter, "help", "") and parameter.name != "help"
+        parameter.name
+        for parameter in group.commands[command].params
+        if not getattr(parameter, "help", "") and parameter.name != "help"
     ]
     assert unexplained == []
 
@@ -86,8 +109,14 @@ def test_every_command_explains_itself_and_its_options(
         (["trial"], "POINT or --config"),
         (["trial", "control", "--config", "x.yaml"], "POINT or --config"),
         (["trial", "--config", "missing.yaml"], "missing.yaml: cannot be read"),
-        (["trial", "control", "--set", "noise.sigma_strat=1"], "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?"),
-        (["trial", "control", "--set", "rollout.backend=trt"], "rollout.backend=trt: Input should be 'torch' or 'vllm'"),
+        (
+            ["trial", "control", "--set", "noise.sigma_strat=1"],
+            "unknown key noise.sigma_strat=1; did you mean noise.sigma_start?",
+        ),
+        (
+            ["trial", "control", "--set", "rollout.backend=trt"],
+            "rollout.backend=trt: Input should be 'torch' or 'vllm'",
+        ),
         (["trial", "control", "--set", "quant.weights"], "--set quant.weights: expected dotted.key=value"),
         (["trial", "control", "--workload", "big"], "--workload big: unknown"),
         (["sweep", "nothing"], "SPACE=nothing: unknown; choose one of sigma"),
@@ -131,7 +160,9 @@ def test_submitting_without_ray_s_job_client_names_what_to_install(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "aiohttp_cors" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "aiohttp_cors" else find(name, *rest)
+    )
     code, _, err = here(monkeypatch, capsys, "sweep", "--workload", "tiny", "--submit", "http://127.0.0.1:9")
     assert code == 2
     assert 'pip install "ray[default,tune]' in err
@@ -143,7 +174,9 @@ def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
     """A sweep in ./runs, c01 ahead of the control, c02 collapsed once."""
     config = study(tmp_path / "runs", trials=3, replicates=3)
     arms = [make_arm(config, "control"), make_arm(config, "c01"), make_arm(config, "c02")]
-    write_sweep(config, arms, {"control": [280, 285, 283], "c01": [330, 336, 332], "c02": [300, ("collapsed", 50), None]})
+    write_sweep(
+        config, arms, {"control": [280, 285, 283], "c01": [330, 336, 332], "c02": [300, ("collapsed", 50), None]}
+    )
     monkeypatch.chdir(tmp_path)
     return config
 
@@ -153,7 +186,15 @@ def test_report_prints_every_arm_and_what_to_do_next(
 ) -> None:
     code, out, _ = here(monkeypatch, capsys, "report", "s")
     assert code == 0
-    for said in ("control", "c01 (candidate)", "ahead", "1: filter_rejection", "undecided: c02", "rin confirm s", "rin resume s"):
+    for said in (
+        "control",
+        "c01 (candidate)",
+        "ahead",
+        "1: filter_rejection",
+        "undecided: c02",
+        "rin confirm s",
+        "rin resume s",
+    ):
         assert said in out
     assert not re.search("better|worse", out.replace("Only rin confirm says better or worse.", ""), re.IGNORECASE)
 
@@ -166,7 +207,9 @@ def test_report_as_json_is_strict_json_and_nothing_else(
     assert (code, [arm["arm"] for arm in tree["arms"]], tree["candidate"]) == (0, ["control", "c01", "c02"], "c01")
 
 
-def test_report_needs_no_tracking(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_needs_no_tracking(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert here(monkeypatch, capsys, "report", "s")[0] == 0
     assert not (swept.folder.local or Path()).parent.joinpath("mlflow.db").exists()
 
@@ -200,7 +243,11 @@ def test_a_confirmation_is_gone_on_with_by_confirm(
     ],
 )
 def test_a_confirmation_s_mistakes_are_told_before_anything_runs(
-    arguments: list[str], said: str, swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    said: str,
+    swept: StudyConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, _, err = here(monkeypatch, capsys, "confirm", "s", *arguments)
     assert code == 2
@@ -208,7 +255,9 @@ def test_a_confirmation_s_mistakes_are_told_before_anything_runs(
     assert sweeps(swept.store) == ["s"]
 
 
-def test_a_full_disk_is_told_as_such(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_told_as_such(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import search.report
 
     def full(config: StudyConfig) -> None:
@@ -223,7 +272,9 @@ def test_a_full_disk_is_told_as_such(swept: StudyConfig, monkeypatch: pytest.Mon
     assert "no space left for /data/runs/s/arms/0003.json" in err
 
 
-def test_a_bug_is_not_hidden(swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_not_hidden(
+    swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import search.report
 
     def broken(config: StudyConfig) -> None:
@@ -266,9 +317,17 @@ def test_trial_in_words_says_how_it_ended_and_what_was_touched() -> None:
 
 
 def test_plan_lists_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
-    done = processes.rin("plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path)
+    done = processes.rin(
+        "plan", "--points", "e13i-baseline,e13m-rmsnorm", "--trials", "6", "--replicates", "3", cwd=tmp_path
+    )
     assert done.code == 0, done.err
-    for said in ("control-resample", "e13i-baseline", "3 ", "runs: 18 = 6 configurations x 3 replicates", "trial-slot hours"):
+    for said in (
+        "control-resample",
+        "e13i-baseline",
+        "3 ",
+        "runs: 18 = 6 configurations x 3 replicates",
+        "trial-slot hours",
+    ):
         assert said in done.out
     assert list(tmp_path.iterdir()) == []
 
@@ -276,7 +335,9 @@ def test_plan_lists_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_new_user_s_walk(tmp_path: Path) -> None:
     """sweep -> list -> status -> export -> trial --config."""
-    swept = rin("sweep", "--workload", "tiny", "--trials", "3", "--name", "first", "--set", "eval.questions=32", cwd=tmp_path)
+    swept = rin(
+        "sweep", "--workload", "tiny", "--trials", "3", "--name", "first", "--set", "eval.questions=32", cwd=tmp_path
+    )
     assert swept.returncode == 0, swept.stderr
     assert "candidate:" in swept.stdout
     assert "rin export first --to verl" in swept.stdout
@@ -293,7 +354,9 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     arms = {arm.name: arm for arm in read_arms(load_study_config(str(tmp_path / "runs"), "first"))}
     candidate = next(row["arm"] for row in rows if row["candidate"])
     assert outcome["eval"]["correct"] == list(arms[candidate].results[0].eval.correct)
-    assert processes.rin("export", "first", "--to", "verl", cwd=tmp_path).out.startswith("++trainer.noise_injection.enabled=")
+    assert processes.rin("export", "first", "--to", "verl", cwd=tmp_path).out.startswith(
+        "++trainer.noise_injection.enabled="
+    )
     refused = processes.rin("export", "first", "--to", "toml", cwd=tmp_path)
     assert (refused.code, "choose one of yaml, verl" in refused.err) == (2, True)
 

@@ -1,4 +1,5 @@
-"""Resources of a trial, the Ray that carries it, and the examples in docs/cluster; with a real Ray cluster on this machine."""
+"""Resources of a trial, the Ray that carries it, and the examples in docs/cluster; with a real Ray cluster on this
+machine."""
 
 import contextlib
 import json
@@ -58,7 +59,8 @@ def test_a_trial_takes_what_its_workload_names_unless_told_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "said"), [(0, None, "--cpus 0"), (None, -0.5, "--gpus -0.5"), (None, 2, "--gpus 2"), (1, 1.5, "--gpus 1.5")]
+    ("cpus", "gpus", "said"),
+    [(0, None, "--cpus 0"), (None, -0.5, "--gpus -0.5"), (None, 2, "--gpus 2"), (1, 1.5, "--gpus 1.5")],
 )
 def test_what_a_trial_cannot_use_is_refused(cpus: int | None, gpus: float | None, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
@@ -80,7 +82,9 @@ def node(alive: bool = True, **offers: float) -> dict[str, Any]:
         ([], False),
     ],
 )
-def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wait(nodes: list[dict[str, Any]], fits: bool) -> None:
+def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wait(
+    nodes: list[dict[str, Any]], fits: bool
+) -> None:
     request = resources(WORKLOADS["tiny"], 2, 0.5)
     with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=re.escape("2 CPU and 0.5 GPU")):
         check_fits(request, nodes)
@@ -115,7 +119,8 @@ def short() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_path: Path) -> None:
-    """Three raylets, tokens on: a head without CPUs, a node that dies in the middle of a trial, and one that comes instead."""
+    """Three raylets, tokens on: a head without CPUs, a node that dies in the middle of a trial, and one that comes
+    instead."""
     trials = tmp_path / "s" / "trials"
     arguments = ["--workload", "tiny", "--trials", "2", "--name", "s", "--store", str(tmp_path)]
     arguments += ["--set", "grpo.steps=150", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
@@ -138,9 +143,15 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
                 said, _ = sweep.communicate(timeout=300)
         assert sweep.returncode == 0, said
 
-    shown = [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in runs(f"sqlite:///{tmp_path}/mlflow.db", "s")]
+    shown = [
+        (run.data.tags["arm"], run.data.tags["status"], run.info.status)
+        for run in runs(f"sqlite:///{tmp_path}/mlflow.db", "s")
+    ]
     assert shown == [("control", "completed", "FINISHED"), ("c01", "completed", "FINISHED")]
-    assert {folder.name: len(list(folder.glob("attempt-*.json"))) for folder in trials.iterdir()} == {"control-0": 2, "c01-0": 1}
+    assert {folder.name: len(list(folder.glob("attempt-*.json"))) for folder in trials.iterdir()} == {
+        "control-0": 2,
+        "c01-0": 1,
+    }
     killed, went_on = (json.loads((trials / "control-0" / f"attempt-00{number}.json").read_text()) for number in (1, 2))
     assert (killed["ended"], went_on["ended"]) == ("", "outcome")
     assert went_on["first_step"] > 0, "it did not begin again"
@@ -183,7 +194,9 @@ def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() ->
 def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> None:
     """The very command of the example, on a process that is called as rin is, and on itself."""
     job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
-    hook = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    hook = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"][
+        "exec"
+    ]["command"]
     place = f"{tmp_path.name}/bin/rin "  # of this test alone: other sweeps of this machine go on
     hook = [word.replace("[b]in/rin ", f"{tmp_path.name}/[b]in/rin ") for word in hook]
     (tmp_path / "bin").mkdir()
@@ -201,7 +214,8 @@ def test_the_kuberay_hook_ends_the_sweep_and_nothing_else(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(tmp_path: Path) -> None:
-    """The script itself, with Slurm and Ray played by six shell scripts: TERM reaches rin, which gets its time, then requeue."""
+    """The script itself, with Slurm and Ray played by six shell scripts: TERM reaches rin, which gets its time, then
+    requeue."""
     tools = tmp_path / "rin-search" / ".venv" / "bin"
     tools.mkdir(parents=True)
     played = {
@@ -272,6 +286,10 @@ def test_every_ray_option_of_the_examples_is_one_that_ray_knows() -> None:
     for path in EXAMPLES.iterdir():
         for line in path.read_text().replace("\\\n", " ").splitlines():
             called = re.search(r"ray (?:symmetric-run|start)\b(.*?)(?: -- |$)", line)
-            used |= set(re.findall(r"(?<!\S)(--[a-z-]+)", called[1])) if called and not line.lstrip().startswith(("#", "-" * 3)) else set()
+            used |= (
+                set(re.findall(r"(?<!\S)(--[a-z-]+)", called[1]))
+                if called and not line.lstrip().startswith(("#", "-" * 3))
+                else set()
+            )
     assert {"--address", "--min-nodes", "--num-cpus", "--head", "--dashboard-host"} <= used
     assert used <= known

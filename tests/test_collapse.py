@@ -13,7 +13,8 @@ from trainable.episode import FilterOutcome
 from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals
 
-# A dense model in its noise-free stage, after the recorded runs: entropy 0.27 nats, length 215, a third of the groups all wrong.
+# A dense model in its noise-free stage, after the recorded runs: entropy 0.27 nats, length 215, a third of the groups
+# all wrong.
 DENSE = Signals(
     sigma=0.0,
     reward=0.73,
@@ -47,19 +48,33 @@ UNLEARNED: dict[str, Any] = {"loss": None, "grad_norm": None, "clip_fraction": N
 
 
 def run(
-    steps: list[dict[str, Any]], base: Signals = DENSE, quiet: int = 3, filtered: FilterOutcome | None = None, **limits: Any
+    steps: list[dict[str, Any]],
+    base: Signals = DENSE,
+    quiet: int = 3,
+    filtered: FilterOutcome | None = None,
+    **limits: Any,
 ) -> tuple[str, int | None]:
     """The rule that ends a trial, and its step: `quiet` quiet steps, then one step per dict of changes."""
     detector = CollapseDetector(config=CollapseConfig(**limits))
     assert detector.observe(replace(base, **UNLEARNED), quiet=True) == HEALTHY
     for step, changes in enumerate([{}] * quiet + steps):
-        verdict = detector.observe(replace(base, **changes), quiet=step < quiet, filtered=filtered if step >= quiet else None)
+        verdict = detector.observe(
+            replace(base, **changes), quiet=step < quiet, filtered=filtered if step >= quiet else None
+        )
         if verdict.collapsed:
             return verdict.rule, step
     return "", None
 
 
-MOE = {"entropy": 0.217, "kl": 0.134, "grad_norm": 88.7, "clip_fraction": 0.13, "length": 55.0, "reward": 0.34, "accuracy": 0.34}
+MOE = {
+    "entropy": 0.217,
+    "kl": 0.134,
+    "grad_norm": 88.7,
+    "clip_fraction": 0.13,
+    "length": 55.0,
+    "reward": 0.34,
+    "accuracy": 0.34,
+}
 
 # what was recorded, its steady state, the baseline, the rule; facts/rin-grpo.md section 4.3
 RECORDED: list[tuple[str, dict[str, Any], Signals, str]] = [
@@ -67,7 +82,12 @@ RECORDED: list[tuple[str, dict[str, Any], Signals, str]] = [
     ("linear noise 0.005: entropy 2.56", {"entropy": 2.56, "reward": 0.2, "accuracy": 0.2}, DENSE, "entropy_high"),
     ("linear noise 0.001: entropy stays", {"entropy": 0.3}, DENSE, ""),
     ("linear noise 0.001: entropy stays, lower end", {"entropy": 0.05}, DENSE, ""),
-    ("head quantised: entropy to 0.01, accuracy 72.55 to 7.66", {"entropy": 0.01, "reward": 0.0766}, DENSE, "entropy_low"),
+    (
+        "head quantised: entropy to 0.01, accuracy 72.55 to 7.66",
+        {"entropy": 0.01, "reward": 0.0766},
+        DENSE,
+        "entropy_low",
+    ),
     ("reward hacking: length 215 to 410", {"length": 410.0, "entropy": 0.11, "reward": 0.66}, DENSE, "length_up"),
     ("mixture of experts", MOE, EXPERTS, "entropy_high"),
     ("mixture of experts, by its gradients alone", {"grad_norm": 88.7, "clip_fraction": 0.13}, EXPERTS, "grad_norm"),
@@ -76,7 +96,12 @@ RECORDED: list[tuple[str, dict[str, Any], Signals, str]] = [
     ("healthy: 22 % of groups all wrong", {"all_wrong": 0.22, "entropy": 0.32, "length": 237.0}, DENSE, ""),
     ("healthy: 66 % of groups all wrong", {"all_wrong": 0.66, "entropy": 0.32, "length": 237.0}, DENSE, ""),
     ("healthy: certain because right", {"entropy": 0.01, "reward": 0.95, "accuracy": 0.95}, DENSE, ""),
-    ("healthy: everything solved", {"entropy": 0.02, "reward": 1.0, "all_right": 1.0, "all_wrong": 0.0, "grad_norm": 0.0}, DENSE, ""),
+    (
+        "healthy: everything solved",
+        {"entropy": 0.02, "reward": 1.0, "all_right": 1.0, "all_wrong": 0.0, "grad_norm": 0.0},
+        DENSE,
+        "",
+    ),
     ("healthy: 8 % right at the start", {"reward": 0.08}, replace(DENSE, reward=0.08), ""),
     ("healthy: nothing right at the start", {"reward": 0.0}, replace(DENSE, reward=0.0), ""),
 ]
@@ -103,7 +128,9 @@ LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("rule", "over", "under"), LIMITS, ids=[row[0] for row in LIMITS])
-def test_each_rule_fires_over_its_limit_and_not_under_it(rule: str, over: dict[str, Any], under: dict[str, Any]) -> None:
+def test_each_rule_fires_over_its_limit_and_not_under_it(
+    rule: str, over: dict[str, Any], under: dict[str, Any]
+) -> None:
     assert run([over] * 3) == (rule, 5)
     assert run([under] * 30) == ("", None)
 
@@ -114,8 +141,16 @@ def test_every_rule_has_a_row_of_its_limit() -> None:
 
 
 FLOORS: list[tuple[str, dict[str, Any], Signals]] = [
-    ("entropy below 0.2 nats is not high, however small the baseline", {"entropy": 0.19}, replace(DENSE, entropy=0.001)),
-    ("gradient norms are heavy-tailed: without clipped ratios they prove nothing", {"grad_norm": 99.0, "clip_fraction": 0.1}, DENSE),
+    (
+        "entropy below 0.2 nats is not high, however small the baseline",
+        {"entropy": 0.19},
+        replace(DENSE, entropy=0.001),
+    ),
+    (
+        "gradient norms are heavy-tailed: without clipped ratios they prove nothing",
+        {"grad_norm": 99.0, "clip_fraction": 0.1},
+        DENSE,
+    ),
     ("too few right answers to fall from", {"reward": 0.0}, replace(DENSE, reward=0.09)),
     ("low entropy with the reward above its baseline is learning", {"entropy": 0.001, "reward": 0.74}, DENSE),
     ("a baseline without reward cannot be undercut", {"reward": -1.0}, replace(DENSE, reward=-0.5)),
@@ -128,14 +163,16 @@ def test_floors_keep_small_numbers_from_looking_like_collapses(what: str, state:
 
 
 def test_where_several_rules_fire_the_first_in_the_table_names_the_collapse() -> None:
-    everything = {key: value for _, over, _ in reversed(LIMITS) for key, value in over.items() if key not in ("entropy", "length")}
+    everything = {
+        key: value for _, over, _ in reversed(LIMITS) for key, value in over.items() if key not in ("entropy", "length")
+    }
     names = list(RULES)
     assert run([everything | {"entropy": 5.0, "length": 1000.0}] * 3) == (names[0], 5)
     assert run([everything] * 3) == ("gibberish", 5)
     assert names.index("entropy_low") < names.index("reward_low")
 
 
-# --- how long -----------------------------------------------------------------------------------------------------------------
+# --- how long ---------------------------------------------------------------------------------------------------------
 
 BAD: dict[str, Any] = {"entropy": 5.0}
 GOOD: dict[str, Any] = {}
@@ -153,7 +190,9 @@ PATIENCE: list[tuple[int, list[dict[str, Any]], int | None]] = [
 
 
 @pytest.mark.parametrize(("patience", "steps", "expected"), PATIENCE)
-def test_a_level_must_be_wrong_for_patience_steps_in_a_row(patience: int, steps: list[dict[str, Any]], expected: int | None) -> None:
+def test_a_level_must_be_wrong_for_patience_steps_in_a_row(
+    patience: int, steps: list[dict[str, Any]], expected: int | None
+) -> None:
     assert run(steps, patience=patience) == ("" if expected is None else "entropy_high", expected)
 
 
@@ -183,8 +222,13 @@ def test_the_baseline_is_the_mean_of_all_quiet_rollouts_and_the_median_of_their_
     verdict = detector().observe(replace(DENSE, length=438.0), quiet=False)
     assert verdict.rule == "length_up"
     assert verdict.evidence == "mean length 438 tokens, baseline 250, 1 steps in a row"
-    assert detector().observe(replace(DENSE, length=250.0, grad_norm=9.9, clip_fraction=0.2), quiet=False) == HEALTHY  # 5 x 2
-    assert detector().observe(replace(DENSE, length=250.0, grad_norm=10.1, clip_fraction=0.2), quiet=False).rule == "grad_norm"
+    assert (
+        detector().observe(replace(DENSE, length=250.0, grad_norm=9.9, clip_fraction=0.2), quiet=False) == HEALTHY
+    )  # 5 x 2
+    assert (
+        detector().observe(replace(DENSE, length=250.0, grad_norm=10.1, clip_fraction=0.2), quiet=False).rule
+        == "grad_norm"
+    )
 
 
 def test_noisy_steps_do_not_move_the_baseline() -> None:
@@ -192,7 +236,7 @@ def test_noisy_steps_do_not_move_the_baseline() -> None:
     assert run(drift) == ("entropy_high", 3 + 10 + 2)
 
 
-# --- at once ------------------------------------------------------------------------------------------------------------------
+# --- at once ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -236,12 +280,16 @@ def test_a_filter_rejection_tells_its_groups_and_batches() -> None:
     assert verdict.evidence == "5 groups with variance after 5 batches; 90% of groups all wrong, 5% all right"
 
 
-# --- state --------------------------------------------------------------------------------------------------------------------
+# --- state ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("saved_after", range(8))
 def test_a_restored_detector_goes_on_as_if_nothing_had_happened(saved_after: int) -> None:
-    steps: list[tuple[dict[str, Any], bool]] = [(UNLEARNED, True), ({"grad_norm": 0.5}, True), ({"length": 200.0}, True)]
+    steps: list[tuple[dict[str, Any], bool]] = [
+        (UNLEARNED, True),
+        ({"grad_norm": 0.5}, True),
+        ({"length": 200.0}, True),
+    ]
     steps += [(BAD, False), (BAD, False), (GOOD, False), (BAD, False), (BAD, False), (BAD, False)]
     steady = CollapseDetector(config=CollapseConfig())
     detector = CollapseDetector(config=CollapseConfig())

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from spaces.config import ConfigError, GRPOConfig, ModelConfig, NoiseConfig, QuantConfig, TaskConfig, TrialConfig, ZoneSigma
+from spaces.config import (
+    ConfigError,
+    GRPOConfig,
+    ModelConfig,
+    NoiseConfig,
+    QuantConfig,
+    TaskConfig,
+    TrialConfig,
+    ZoneSigma,
+)
 from spaces.points import POINTS
 from spaces.reading import (
     as_tree,
@@ -42,12 +51,14 @@ RICH = TrialConfig(
         zones=(ZoneSigma(zone="first", sigma_start=0.02, sigma_end=0.001),),
     ),
     grpo=GRPOConfig(filter_groups="off", generation_prompts=64),
-    task=TaskConfig(name="reasoning_gym:chain_sum", options=(("max_terms", 3), ("off", "on"), ("share", 0.5), ("strict", True))),
+    task=TaskConfig(
+        name="reasoning_gym:chain_sum", options=(("max_terms", 3), ("off", "on"), ("share", 0.5), ("strict", True))
+    ),
     seed=3,
 )
 
 
-# --- YAML 1.2 -----------------------------------------------------------------------------------------------------------------
+# --- YAML 1.2 ---------------------------------------------------------------------------------------------------------
 
 YAML_12: list[tuple[str, Any]] = [
     ("off", "off"),
@@ -86,10 +97,13 @@ def test_the_filter_can_be_switched_off_in_a_file_and_in_set(tmp_path: Path) -> 
     path.write_text("grpo:\n  filter_groups: off\n  learning_rate: 1e-3\n", encoding="utf-8")
     from_file = read_config(load_yaml(path))
     assert (from_file.grpo.filter_groups, from_file.grpo.learning_rate) == ("off", 0.001)
-    assert read_config({"grpo": {"filter_groups": "drop"}}, ["grpo.filter_groups=off", "grpo.learning_rate=1e-3"]) == from_file
+    assert (
+        read_config({"grpo": {"filter_groups": "drop"}}, ["grpo.filter_groups=off", "grpo.learning_rate=1e-3"])
+        == from_file
+    )
 
 
-# --- there and back -----------------------------------------------------------------------------------------------------------
+# --- there and back ---------------------------------------------------------------------------------------------------
 
 
 def point_on(workload: str, point: str) -> TrialConfig:
@@ -186,7 +200,7 @@ def test_merge_lets_the_leaves_of_the_second_win_and_changes_neither() -> None:
     assert (base["a"]["b"], base["h"]["i"], changes["a"]["b"]) == (1, 8, 5)
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refusal(overrides: list[str], tree: dict[str, Any] | None = None) -> str:
@@ -223,7 +237,9 @@ def test_an_unknown_key_is_refused_by_path_with_the_nearest_known_one(override: 
 
 
 # The settings that earlier systems dropped on the way: none may be taken silently.
-@pytest.mark.parametrize("key", ["noise.target_layers", "noise.use_variable_sigma", "noise.layer_sigma_config", "noise.layer_types"])
+@pytest.mark.parametrize(
+    "key", ["noise.target_layers", "noise.use_variable_sigma", "noise.layer_sigma_config", "noise.layer_types"]
+)
 def test_what_earlier_systems_dropped_silently_is_refused(key: str) -> None:
     assert f"unknown key {key}" in refusal([f"{key}=[1]"])
 
@@ -237,9 +253,15 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["noise.sigma_end=.nan"], ["noise.sigma_end=nan", "finite"]),
     (["noise.sigma_start=off"], ["noise.sigma_start=off", "valid number"]),
     (["noise.sigma_start=null"], ["noise.sigma_start=nothing", "valid number"]),
-    (["noise.sigma_start=0.01", "noise.sigma_end=0.02"], ["noise", "sigma_start=0.01", "sigma_end=0.02", "at most sigma_start"]),
+    (
+        ["noise.sigma_start=0.01", "noise.sigma_end=0.02"],
+        ["noise", "sigma_start=0.01", "sigma_end=0.02", "at most sigma_start"],
+    ),
     (["noise.sigma_start=0.01", "noise.sigma_end=0"], ["sigma_end=0", "above 0", "sigma_start=0 switches noise off"]),
-    (["noise.zones=[{zone: middle, sigma_start: .1, sigma_end: .2}]"], ["noise.zones.0", "sigma_start=0.1", "sigma_end=0.2", "at most"]),
+    (
+        ["noise.zones=[{zone: middle, sigma_start: .1, sigma_end: .2}]"],
+        ["noise.zones.0", "sigma_start=0.1", "sigma_end=0.2", "at most"],
+    ),
     (["noise.zones=[{zone: middle, sigma_start: .1}]"], ["noise.zones.0.sigma_end", "required"]),
     # ranges and choices
     (["grpo.steps=0"], ["grpo.steps=0", "greater than or equal to 1"]),
@@ -274,12 +296,24 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     (["quant.hadamard=1"], ["quant.hadamard=1", "boolean"]),
     (["quant.hadamard=yes"], ["quant.hadamard=yes", "boolean"]),
-    (["quant.hadamard=true", "quant.weights=none", "quant.activations=none"], ["quant", "hadamard=true", "nothing is quantised"]),
-    (["quant.weights=nvfp4", "quant.activations=none", "quant.scale_rule=ceil"], ["quant", "scale_rule=ceil", "mxfp4 or mxfp8"]),
-    (["noise.modules=linear", "noise.final_norm=true"], ["noise", "final_norm=true", "['linear']", "set final_norm=false"]),
+    (
+        ["quant.hadamard=true", "quant.weights=none", "quant.activations=none"],
+        ["quant", "hadamard=true", "nothing is quantised"],
+    ),
+    (
+        ["quant.weights=nvfp4", "quant.activations=none", "quant.scale_rule=ceil"],
+        ["quant", "scale_rule=ceil", "mxfp4 or mxfp8"],
+    ),
+    (
+        ["noise.modules=linear", "noise.final_norm=true"],
+        ["noise", "final_norm=true", "['linear']", "set final_norm=false"],
+    ),
     (["noise.placement=after"], ["noise", "placement=after", "add linear", "set placement=before"]),
     (["noise.scale=step"], ["noise", "scale=step", "['rmsnorm']", "set scale=rms"]),
-    (["noise.scale=step", "noise.modules=linear", "quant.weights=none"], ["noise.scale=step", "quant.weights=none", "scale=rms"]),
+    (
+        ["noise.scale=step", "noise.modules=linear", "quant.weights=none"],
+        ["noise.scale=step", "quant.weights=none", "scale=rms"],
+    ),
     (
         ["noise.sigma_start=0", "noise.zones=[{zone: last, sigma_start: 1, sigma_end: 1}]"],
         ["noise", "zones", "sigma_start=0", "remove zones"],
@@ -315,7 +349,9 @@ REFUSED: list[tuple[list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[" ".join(overrides)[:70].replace("\x00", "NUL") for overrides, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("overrides", "words"), REFUSED, ids=[" ".join(overrides)[:70].replace("\x00", "NUL") for overrides, _ in REFUSED]
+)
 def test_a_refusal_is_one_line_with_key_value_and_remedy(overrides: list[str], words: list[str]) -> None:
     message = refusal(overrides)
     assert [word for word in words if word not in message] == []
@@ -369,7 +405,7 @@ def test_files_that_cannot_be_read_are_refused_by_their_path(tmp_path: Path) -> 
         assert "give the path of a YAML file" in str(caught.value)
 
 
-# --- sigma --------------------------------------------------------------------------------------------------------------------
+# --- sigma ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [0.0, 0.0005, 5.0])
@@ -397,7 +433,7 @@ def test_the_mode_is_said_in_the_words_of_the_field(weights: Any, activations: A
     assert QuantConfig(weights=weights, activations=activations).mode == mode
 
 
-# --- the module ---------------------------------------------------------------------------------------------------------------
+# --- the module -------------------------------------------------------------------------------------------------------
 
 
 def records(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -411,7 +447,9 @@ def records(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def test_every_field_is_documented() -> None:
     found = list(records(TrialConfig))
     assert {ZoneSigma, NoiseConfig, QuantConfig} <= set(found)
-    assert [f"{m.__name__}.{name}" for m in found for name, field in m.model_fields.items() if not field.description] == []
+    assert [
+        f"{m.__name__}.{name}" for m in found for name, field in m.model_fields.items() if not field.description
+    ] == []
 
 
 @pytest.mark.slow

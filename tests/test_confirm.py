@@ -1,4 +1,5 @@
-"""A confirmation without Ray: trials are files that a stand-in for the sweep writes, their accuracies drawn by the test."""
+"""A confirmation without Ray: trials are files that a stand-in for the sweep writes, their accuracies drawn by the
+test."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -46,7 +47,9 @@ class Sweeps:
         self.calls: list[tuple[str, int]] = []
         self.configs: list[StudyConfig] = []
 
-    def run(self, config: StudyConfig, view: object, progress: object = None, fixed: Sequence[Arm] | None = None) -> StudyResult:
+    def run(
+        self, config: StudyConfig, view: object, progress: object = None, fixed: Sequence[Arm] | None = None
+    ) -> StudyResult:
         assert fixed is not None
         for number, arm in enumerate(fixed):
             write_arm(config, number, arm)
@@ -112,7 +115,9 @@ def test_the_winner_and_its_control_run_on_other_questions_with_seeds_that_no_ar
 
 def test_seeds_are_fresh_however_many_the_sweep_had(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=5, seed=998)
-    write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [280] * 5, "c01": [300] * 5})
+    write_sweep(
+        config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [280] * 5, "c01": [300] * 5}
+    )
     fresh, _ = planned_confirmation(config, (20,))
     assert set(range(998, 1003)).isdisjoint(range(fresh.seed, fresh.seed + 20))
 
@@ -120,7 +125,11 @@ def test_seeds_are_fresh_however_many_the_sweep_had(tmp_path: Path) -> None:
 def test_the_control_is_the_one_with_the_winner_s_own_filter_policy(tmp_path: Path) -> None:
     config = study(tmp_path, trials=3, replicates=1)
     resample = "grpo.filter_groups=resample"
-    arms = [make_arm(config, "control"), make_arm(config, "control-resample", resample), make_arm(config, "c01", resample)]
+    arms = [
+        make_arm(config, "control"),
+        make_arm(config, "control-resample", resample),
+        make_arm(config, "c01", resample),
+    ]
     write_sweep(config, arms, {"control": [280], "control-resample": [250], "c01": [300]})
     assert [arm.name for arm in planned_confirmation(config, LOOKS)[1]] == ["control-resample", "c01"]
 
@@ -161,20 +170,27 @@ def test_it_ends_at_the_first_look_that_decides_with_the_verdict_of_the_stopping
     assert confirmation_lines(state)[0] == "c02 against control: better"
 
 
-def test_replicates_are_added_look_by_look_until_it_is_decided(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicates_are_added_look_by_look_until_it_is_decided(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweeps = Sweeps(late)
     state = confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
     assert sweeps.calls[0] == ("run", 3)
     assert [replicates for _, replicates in sweeps.calls] == list(LOOKS[: len(sweeps.calls)])
     assert len(sweeps.calls) > 1
-    treated, plain = accuracies(state.config, "c02", state.replicates), accuracies(state.config, "control", state.replicates)
+    treated, plain = (
+        accuracies(state.config, "c02", state.replicates),
+        accuracies(state.config, "control", state.replicates),
+    )
     for look in LOOKS:
         expected = sequential_compare(treated[:look], plain[:look], rule=SequentialRule(looks=LOOKS))
         assert (expected.verdict != "undecided") == (look >= sweeps.calls[-1][1])
     assert state.comparison.verdict == "better"
 
 
-def test_what_is_not_decided_by_the_last_look_is_called_undecided(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_decided_by_the_last_look_is_called_undecided(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweeps = Sweeps(nothing)
     state = confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
     assert [replicates for _, replicates in sweeps.calls] == list(LOOKS)
@@ -199,7 +215,9 @@ def test_a_worse_winner_is_called_worse_and_an_equal_one_the_same(
     assert state.comparison.verdict == "worse"
 
 
-def test_a_collapse_counts_with_its_accuracy_and_is_told_apart(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapse_counts_with_its_accuracy_and_is_told_apart(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def collapsing(arm: str, number: int) -> Any:
         return ("collapsed", 60 + number) if arm != "control" else 280 + number * 2
 
@@ -207,7 +225,9 @@ def test_a_collapse_counts_with_its_accuracy_and_is_told_apart(parent: StudyConf
     assert state.comparison.verdict == "worse"
     assert state.arms is not None
     assert (state.arms.treated_risk.collapsed, state.arms.control_risk.collapsed) == (state.replicates, 0)
-    assert any(line.startswith(f"  collapsed: {state.replicates} of {state.replicates}") for line in confirmation_lines(state))
+    assert any(
+        line.startswith(f"  collapsed: {state.replicates} of {state.replicates}") for line in confirmation_lines(state)
+    )
 
 
 # Interrupted
@@ -246,7 +266,9 @@ def test_the_default_looks_are_five_to_twenty(parent: StudyConfig, monkeypatch: 
     assert confirmed(parent, monkeypatch, Sweeps(strong)).looks == (5, 8, 12, 16, 20)
 
 
-def test_which_replicate_failed_does_not_choose_what_is_looked_at(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_replicate_failed_does_not_choose_what_is_looked_at(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pairs count in the order in which they were planned, up to the first that is missing."""
 
     def failing(arm: str, number: int) -> Any:
@@ -261,7 +283,9 @@ def test_which_replicate_failed_does_not_choose_what_is_looked_at(parent: StudyC
 # The budget
 
 
-def test_the_end_of_the_budget_is_a_look_and_spends_its_part_of_the_level(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_budget_is_a_look_and_spends_its_part_of_the_level(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweeps = Sweeps(nothing)
     confirmed(parent, monkeypatch, sweeps, looks=LOOKS, budget_hours=None)  # all eight pairs are there
     config = load_study_config(parent.store, "s-confirm")
@@ -303,11 +327,15 @@ def test_before_the_first_pair_nothing_is_known(parent: StudyConfig, monkeypatch
 
 
 @pytest.mark.parametrize("room", [0, 2, 4, 10**6])
-def test_its_json_is_strict_however_little_has_ended(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_its_json_is_strict_however_little_has_ended(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
     sweeps = Sweeps(strong)
     sweeps.room = room
     state = confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
-    tree = json.loads(json.dumps(confirmation_tree(state)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    tree = json.loads(
+        json.dumps(confirmation_tree(state)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
     assert (tree["winner"], tree["verdict"], tree["looks"]) == ("c02", state.comparison.verdict, list(LOOKS))
     assert tree["replicates"] == min(room // 2, 3)
 
@@ -321,7 +349,9 @@ def test_judging_runs_nothing_and_changes_nothing(parent: StudyConfig, monkeypat
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
-def test_a_store_that_moved_goes_on_with_its_tracking_where_the_sweep_has_it(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_moved_goes_on_with_its_tracking_where_the_sweep_has_it(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweeps = Sweeps(strong)
     confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
     moved = parent.model_copy(update={"tracking_uri": "http://elsewhere:5000"})

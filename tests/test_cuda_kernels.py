@@ -1,11 +1,12 @@
-"""The Triton kernels against the definition in eager torch: on a GPU where there is one, in Triton's interpreter on any machine.
+"""The Triton kernels against the definition in eager torch: on a GPU where there is one, in Triton's interpreter on any
+machine.
 
-Each of CHECKS takes the device. The interpreter is chosen by an environment variable when triton is imported, so that it gets a process of
-its own, and it is slow: it sees a part of the rows. What it cannot show, that the compiled code rounds where the source does, is read off
-the assembly, which Triton makes without a GPU too.
+Each of CHECKS takes the device. The interpreter is chosen by an environment variable when triton is imported, so that
+it gets a process of its own, and it is slow: it sees a part of the rows. What it cannot show, that the compiled code
+rounds where the source does, is read off the assembly, which Triton makes without a GPU too.
 
-Eager values are computed on the CPU, also for a GPU: torch divides a CUDA tensor by a number as it multiplies by the rounded reciprocal,
-which moves some NVFP4 scales by an ulp.
+Eager values are computed on the CPU, also for a GPU: torch divides a CUDA tensor by a number as it multiplies by the
+rounded reciprocal, which moves some NVFP4 scales by an ulp.
 """
 
 import importlib.util
@@ -31,7 +32,9 @@ from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_
 from trainable.seeds import generator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here: pip install triton==3.7.1")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="no Triton here: pip install triton==3.7.1"
+)
 
 
 def quantised(x: Tensor, fmt: str, rule: str, per_tensor: bool, device: str) -> Tensor:
@@ -46,14 +49,16 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, name: str = "x") -> T
     return torch.randn(shape, generator=generator(name)).to(dtype)
 
 
-# --- checks --------------------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def every_class_of_data(device: str) -> None:
     for (fmt, rule), kind, dtype in product(ALL, CLASSES, DTYPES):
         x = sample(kind, fmt, dtype)[: 12 if device == "cpu" else None]
         for per_tensor in scopes(fmt):
-            assert_same(quantised(x, fmt, rule, per_tensor, device), fake_quantize_eager(x, fmt, rule, per_tensor=per_tensor))
+            assert_same(
+                quantised(x, fmt, rule, per_tensor, device), fake_quantize_eager(x, fmt, rule, per_tensor=per_tensor)
+            )
 
 
 def odd_shapes_and_views(device: str) -> None:
@@ -94,7 +99,9 @@ def norms(device: str) -> None:
         x, weight = drawn(*shape, dtype=dtype), 1 + drawn(shape[-1], name="weight").mul_(0.1).to(dtype)
         on_device = x.to(device), weight.to(device)
         y, inverse = cuda.rms_norm(*on_device, 1e-6, -1, 0)
-        flips = dtype == torch.bfloat16  # of the normalised value's rounding, where sums in another order move it across a midpoint
+        flips = (
+            dtype == torch.bfloat16
+        )  # of the normalised value's rounding, where sums in another order move it across a midpoint
         torch.testing.assert_close(y.cpu(), normed(x, weight, 1e-6), rtol=2**-7 if flips else 1e-6, atol=0.0)
         assert (y.cpu() != normed(x, weight, 1e-6)).float().mean() < 0.01 or not flips
         expected = torch.rsqrt(x.float().pow(2).mean(-1).flatten() + 1e-6)
@@ -118,7 +125,9 @@ def norms_that_are_not_finite(device: str) -> None:
     for bad, dtype, fmt in product((float("nan"), float("inf")), (torch.float32, torch.bfloat16), ("none", *QUANTISED)):
         x = torch.ones(3, 96, dtype=dtype)
         x[1, 5] = bad
-        y = cuda.rms_norm(x.to(device), torch.ones(96, dtype=dtype).to(device), 1e-6, *kernel_codes(fmt, "floor"))[0].cpu()
+        y = cuda.rms_norm(x.to(device), torch.ones(96, dtype=dtype).to(device), 1e-6, *kernel_codes(fmt, "floor"))[
+            0
+        ].cpu()
         assert y[[0, 2]].isfinite().all()
         expected = normed(x, torch.ones(96, dtype=dtype), 1e-6)
         assert_same(y[1:2], expected[1:2] if fmt == "none" else fake_quantize_eager(expected, fmt)[1:2])
@@ -263,12 +272,15 @@ def test_eager_torch_on_the_gpu_is_the_same_definition(fmt: str, rule: str) -> N
         assert_same(fake_quantize_eager(x.cuda(), fmt, rule).cpu(), fake_quantize_eager(x, fmt, rule))
 
 
-# --- the compiled code ---------------------------------------------------------------------------------------------------------------
+# --- the compiled code ------------------------------------------------------------------------------------------------
 
 TENSORS = ("*fp32", "*i16", "*fp16")
 NORM = {"inverse": "*fp32", "epsilon": "fp32", "addend": "i32"}
 COMPILED = [
-    *(("mx_tensor", dict.fromkeys(("x", "out"), t) | {"count": "i32", "addend": "i32"}, {"MANTISSA": 3, "B": 128}) for t in TENSORS),
+    *(
+        ("mx_tensor", dict.fromkeys(("x", "out"), t) | {"count": "i32", "addend": "i32"}, {"MANTISSA": 3, "B": 128})
+        for t in TENSORS
+    ),
     *(("nv_tensor", dict.fromkeys(("x", "out"), t) | {"count": "i32", "top": "*fp32"}, {"B": 256}) for t in TENSORS),
     *(("nv_rows", dict.fromkeys(("x", "out"), t) | {"columns": "i32"}, {"B": 256}) for t in TENSORS),
     *(
@@ -276,7 +288,11 @@ COMPILED = [
         for t, code in product(TENSORS[:2], (-1, 0, 2))
     ),
     *(
-        ("swiglu_tensor", dict.fromkeys(("gate", "up", "out"), t) | {"count": "i32", "addend": "i32"}, {"FORMAT": code, "B": 128})
+        (
+            "swiglu_tensor",
+            dict.fromkeys(("gate", "up", "out"), t) | {"count": "i32", "addend": "i32"},
+            {"FORMAT": code, "B": 128},
+        )
         for t, code in product(TENSORS[:2], (-1, 0))
     ),
 ]
@@ -296,16 +312,20 @@ def test_the_assembly_contracts_flushes_and_approximates_nothing(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(cuda_blocks, name)
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(constant),): value for constant, value in constants.items()})
+    source = ASTSource(
+        kernel, signature, {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+    )
     assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=cuda._OPTIONS).asm["ptx"]
     floats = set(re.findall(r"\b[a-z]+(?:\.\w+)*\.f32\b", assembly))
     assert "add.rn.f32" in floats
     if name == "swiglu_tensor":
         floats -= {"ex2.approx.f32", "ex2.approx.ftz.f32"}  # e^x, which has no exact value
-    assert not [op for op in floats if re.search(r"^fma|^mad|\.ftz|\.approx|\.full|^(add|sub|mul|div|sqrt)\.f32", op)], floats
+    assert not [
+        op for op in floats if re.search(r"^fma|^mad|\.ftz|\.approx|\.full|^(add|sub|mul|div|sqrt)\.f32", op)
+    ], floats
 
 
-# --- the way to them -----------------------------------------------------------------------------------------------------------------
+# --- the way to them --------------------------------------------------------------------------------------------------
 
 
 def on_cuda(*shape: int) -> Tensor:
@@ -340,7 +360,9 @@ def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(mo
     assert calls == [(1e-6, -1, 0, False), (1e-6, *kernel_codes("mxfp8", "even"), False)]
 
 
-def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
     monkeypatch.setattr(cuda, "SwiGLU", SimpleNamespace(apply=lambda gate, up, *arguments: calls.append(arguments)))
     monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)

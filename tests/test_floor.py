@@ -48,7 +48,7 @@ def floor_in(policy: Policy, batch: Batch, micro: int = MICRO) -> Floor:
         return measure_floor(policy, batch, TEMPERATURE, micro)
 
 
-# --- the gap -----------------------------------------------------------------------------------------------------------------
+# --- the gap ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_gap_worked_out_by_hand() -> None:
@@ -112,10 +112,15 @@ def test_what_is_not_finite_makes_the_floor_nan_whichever_pair_it_is_in(bad: str
 
 def test_the_floor_is_the_wider_pair() -> None:
     near, far = (gap(torch.zeros(1, 2), torch.full((1, 2), d), torch.ones(1, 2)) for d in (0.1, 0.5))
-    assert Floor(pairs={"cached": near, "eager": far}).kl == Floor(pairs={"cached": far, "eager": near}).kl == far.kl > near.kl
+    assert (
+        Floor(pairs={"cached": near, "eager": far}).kl
+        == Floor(pairs={"cached": far, "eager": near}).kl
+        == far.kl
+        > near.kl
+    )
 
 
-# --- the two other ways ------------------------------------------------------------------------------------------------------
+# --- the two other ways -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -148,7 +153,9 @@ def test_both_ways_give_the_log_probs_of_transformers(model_folder: ModelFolder,
     with deployed(policy):
         cached = cached_logps(policy, batch, TEMPERATURE, MICRO)
         eager = eager_logps(policy, batch, TEMPERATURE, MICRO)
-    theirs = [logps_of_transformers(folder, batch, cached=c, implementation=i) for c, i in ((True, "sdpa"), (False, "eager"))]
+    theirs = [
+        logps_of_transformers(folder, batch, cached=c, implementation=i) for c, i in ((True, "sdpa"), (False, "eager"))
+    ]
     torch.testing.assert_close(cached[inside], theirs[0][inside], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(eager[inside], theirs[1][inside], rtol=1e-4, atol=1e-4)
 
@@ -161,10 +168,14 @@ def test_the_cached_way_is_the_one_that_sampled(model_folder: ModelFolder) -> No
     with deployed(policy):
         cached = cached_logps(policy, batch, TEMPERATURE, len(batch))
     same = cached[inside] == batch.rollout_logps[inside]
-    assert same.float().mean() > 0.95, "but for rows that generation retired, and sums that change with the number of rows"
+    assert same.float().mean() > 0.95, (
+        "but for rows that generation retired, and sums that change with the number of rows"
+    )
 
 
-def test_the_eager_way_is_that_of_a_policy_loaded_with_eager_attention(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eager_way_is_that_of_a_policy_loaded_with_eager_attention(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = policy_of(model_folder(), QuantConfig())
     batch = sampled_batch(policy)
     calls: list[int] = []
@@ -193,7 +204,7 @@ def test_rows_at_a_time_change_no_more_than_rounding(model_folder: ModelFolder, 
     torch.testing.assert_close(found[inside], expected[inside], rtol=5e-5, atol=5e-5)  # up to 1.6e-5, by processor
 
 
-# --- the floor ---------------------------------------------------------------------------------------------------------------
+# --- the floor --------------------------------------------------------------------------------------------------------
 
 
 def floors_of(folder: str, group_size: int = 4, **model: Any) -> tuple[Floor, Floor]:
@@ -226,7 +237,11 @@ def test_16_bits_in_fp32_agree(model_folder: ModelFolder, kind: str, adapter: st
     plain, _ = floors_of(model_folder(kind), adapter=adapter)
     assert all(0 < pair.max_abs < 1e-4 for pair in plain.pairs.values())
     assert 0 < plain.kl < 1e-9
-    assert (plain.widest.apart, plain.widest.token_share, plain.widest.sequence_share) == (0.0, pytest.approx(1), pytest.approx(1))
+    assert (plain.widest.apart, plain.widest.token_share, plain.widest.sequence_share) == (
+        0.0,
+        pytest.approx(1),
+        pytest.approx(1),
+    )
 
 
 def test_4_bits_in_fp32_agree_but_for_the_tokens_behind_a_flip(model_folder: ModelFolder) -> None:
@@ -267,12 +282,15 @@ def test_an_error_in_one_way_raises_the_kl(
 
 
 def test_the_same_floor_again_bit_for_bit(model_folder: ModelFolder) -> None:
-    first, second = (floor_in(policy, sampled_batch(policy)) for policy in (policy_of(model_folder(), QuantConfig()) for _ in range(2)))
+    first, second = (
+        floor_in(policy, sampled_batch(policy))
+        for policy in (policy_of(model_folder(), QuantConfig()) for _ in range(2))
+    )
     assert first == second
     assert first.kl > 0
 
 
-# --- other architectures -----------------------------------------------------------------------------------------------------
+# --- other architectures ----------------------------------------------------------------------------------------------
 
 
 def gpt_neox(place: Path) -> str:
@@ -280,27 +298,38 @@ def gpt_neox(place: Path) -> str:
         place,
         lambda **sizes: GPTNeoXForCausalLM(
             GPTNeoXConfig(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=128, **sizes
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                **sizes,
             )
         ),
     )
 
 
 def gpt2(place: Path) -> str:
-    return saved(place, lambda **sizes: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=4, n_head=4, n_positions=128, **sizes)))
+    return saved(
+        place, lambda **sizes: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=4, n_head=4, n_positions=128, **sizes))
+    )
 
 
 def saved(place: Path, build: Callable[..., Any]) -> str:
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        build(vocab_size=len(tokenizer), initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0).save_pretrained(place)
+        build(
+            vocab_size=len(tokenizer), initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0
+        ).save_pretrained(place)
     tokenizer.save_pretrained(place)
     return str(place)
 
 
 @pytest.mark.parametrize("build", [gpt2, gpt_neox])
-def test_architectures_that_our_forward_does_not_know_have_a_floor_too(build: Callable[[Path], str], tmp_path: Path) -> None:
+def test_architectures_that_our_forward_does_not_know_have_a_floor_too(
+    build: Callable[[Path], str], tmp_path: Path
+) -> None:
     policy = policy_of(build(tmp_path), PLAIN)
     assert forward_of(policy) is None
     assert type(decoder(policy, 4)) is _Transformers
@@ -315,7 +344,7 @@ def test_architectures_that_our_forward_does_not_know_have_a_floor_too(build: Ca
     torch.testing.assert_close(eager[inside], theirs[1][inside], rtol=1e-4, atol=1e-4)
 
 
-# --- everything is as before afterwards --------------------------------------------------------------------------------------
+# --- everything is as before afterwards -------------------------------------------------------------------------------
 
 
 def settings_of(policy: Policy) -> dict[str, Any]:
@@ -359,7 +388,9 @@ def test_every_setting_is_restored_exactly_also_on_error(model_folder: ModelFold
     assert settings_of(policy) == before
 
 
-def test_a_floor_that_fails_half_way_leaves_the_attention_as_it_was(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_floor_that_fails_half_way_leaves_the_attention_as_it_was(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = policy_of(model_folder(), QuantConfig())
     batch = sampled_batch(policy)
     before, seen = settings_of(policy), []
@@ -394,7 +425,7 @@ def test_an_architecture_that_only_warns_that_it_cannot_switch_is_refused(
         pass
 
 
-# --- the same weights in other settings --------------------------------------------------------------------------------------
+# --- the same weights in other settings -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -410,7 +441,9 @@ def test_an_architecture_that_only_warns_that_it_cannot_switch_is_refused(
     ],
     ids=["W16A16", "W4A16", "W4A8", "rceil", "skipped", "excluded"],
 )
-def test_switched_formats_are_those_of_a_policy_loaded_with_them(model_folder: ModelFolder, quant: QuantConfig, adapter: str) -> None:
+def test_switched_formats_are_those_of_a_policy_loaded_with_them(
+    model_folder: ModelFolder, quant: QuantConfig, adapter: str
+) -> None:
     loaded = policy_of(model_folder(), quant, adapter=adapter)
     batch = sampled_batch(loaded)
     coarse = quant.model_copy(update={"weights": "mxfp4", "activations": "mxfp4", "scale_rule": "floor"})
@@ -427,7 +460,9 @@ def test_switched_formats_are_those_of_a_policy_loaded_with_them(model_folder: M
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("blocks", [1, 3, 4])
-def test_the_first_blocks_are_a_model_of_that_depth(model_folder: ModelFolder, tmp_path: Path, kind: str, blocks: int) -> None:
+def test_the_first_blocks_are_a_model_of_that_depth(
+    model_folder: ModelFolder, tmp_path: Path, kind: str, blocks: int
+) -> None:
     """Against a model that transformers builds with so many blocks and the same weights."""
     folder = gpt_neox(tmp_path) if kind == "gpt_neox" else model_folder(kind, layers=4)
     whole: Any = AutoModelForCausalLM.from_pretrained(folder)
@@ -443,11 +478,15 @@ def test_the_first_blocks_are_a_model_of_that_depth(model_folder: ModelFolder, t
     policy = policy_of(folder, PLAIN)
     batch = sampled_batch(policy)
     inside = batch.mask > 0
-    cached, full = (logps_of_transformers(str(tmp_path / "shallow"), batch, cached=c, implementation="eager") for c in (True, False))
+    cached, full = (
+        logps_of_transformers(str(tmp_path / "shallow"), batch, cached=c, implementation="eager") for c in (True, False)
+    )
     with first_blocks(policy, blocks) as part, deployed(part):
         assert part.depth == blocks
         for way, theirs in ((cached_logps, cached), (eager_logps, full), (clean_logps, full)):
-            torch.testing.assert_close(way(part, batch, TEMPERATURE, MICRO)[inside], theirs[inside], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                way(part, batch, TEMPERATURE, MICRO)[inside], theirs[inside], rtol=1e-4, atol=1e-4
+            )
     with deployed(policy):
         deep = clean_logps(policy, batch, TEMPERATURE, MICRO)
     assert ((deep - full)[inside].abs().max() > 0.01) == (blocks < policy.depth), "the blocks behind matter"
@@ -460,7 +499,9 @@ def test_a_real_model_has_a_floor_in_w4a4_and_next_to_none_in_16_bits() -> None:
         prompts = [policy.tokenizer(f"State the final answer to {a} + {a + 7} =")["input_ids"] for a in (3, 25, 48, 71)]
         for quant in quants:
             with computing(policy, Arithmetic.of(quant)):
-                batch = make_batch(policy, sampled_groups(policy, prompts, group_size=2, temperature=1.0), torch.zeros(4, 2))
+                batch = make_batch(
+                    policy, sampled_groups(policy, prompts, group_size=2, temperature=1.0), torch.zeros(4, 2)
+                )
                 with deployed(policy):
                     found.append(measure_floor(policy, batch, 1.0, MICRO))
         return found

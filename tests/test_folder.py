@@ -65,7 +65,8 @@ def test_remove_takes_a_file_or_a_folder_with_all_it_holds_and_nothing_else(fold
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "", "/", "/etc/passwd", "a/b", "../a", ".hidden", "a\\b", "a\n", "a\0", "~", "a b", "-r", "?x=1"]
+    "name",
+    ["..", ".", "", "/", "/etc/passwd", "a/b", "../a", ".hidden", "a\\b", "a\n", "a\0", "~", "a b", "-r", "?x=1"],
 )
 def test_a_name_that_could_lead_out_is_refused_by_everything(folder: Folder, name: str, tmp_path: Path) -> None:
     for use in (folder.__truediv__, folder.read, folder.remove, lambda name: folder.write(name, "x")):
@@ -74,7 +75,9 @@ def test_a_name_that_could_lead_out_is_refused_by_everything(folder: Folder, nam
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["c03-0", "outcome.json", "0001.json", "checkpoint-000012", "control-resample-2", "_x", "a+b"])
+@pytest.mark.parametrize(
+    "name", ["c03-0", "outcome.json", "0001.json", "checkpoint-000012", "control-resample-2", "_x", "a+b"]
+)
 def test_the_names_of_a_sweep_are_allowed(folder: Folder, name: str) -> None:
     (folder / name).write(name, name)
     assert (folder / name).read(name) == name.encode()

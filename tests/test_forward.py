@@ -82,14 +82,20 @@ def causal(mask: torch.Tensor) -> torch.Tensor:
 
 
 def both(folder: str) -> tuple[Policy, Any, torch.Tensor, torch.Tensor]:
-    """The policy and the model as transformers loads it, with norms and linear layers of its own; and the logits of each."""
+    """The policy and the model as transformers loads it, with norms and linear layers of its own; and the logits of
+    each."""
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
     ids, mask = padded_rows(policy)
     forward = forward_of(policy)
     assert forward is not None
     ours = forward.logits(forward.hidden(ids, forward.angles(positions(mask)), forward.masked(causal(mask))))[mask > 0]
-    return policy, theirs, ours, theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0]
+    return (
+        policy,
+        theirs,
+        ours,
+        theirs(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits[mask > 0],
+    )
 
 
 def test_logits_and_gradients_are_those_of_transformers(folder: str) -> None:
@@ -160,7 +166,7 @@ def test_adapters_take_part(model_folder: ModelFolder) -> None:
         assert ((mine - other).abs().amax(-1) > 1e-3).float().mean() < 0.2, "but for flipped roundings"
 
 
-# --- prompts that are computed once ----------------------------------------------------------------------------------------------
+# --- prompts that are computed once -----------------------------------------------------------------------------------
 
 
 def sampled_batch(policy: Policy, group_size: int = 6) -> Batch:
@@ -200,7 +206,7 @@ def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     assert not torch.equal(before[~others], after[~others])
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 def cpu_kernels() -> cpu.Kernels:
@@ -285,7 +291,8 @@ def test_the_norm_of_a_sum_is_that_of_the_sum(monkeypatch: pytest.MonkeyPatch, f
 
 @pytest.mark.parametrize("shape", [(1, 32), (7, 96), (3, 5, 64), (900, 256)], ids=str)
 def test_the_activation_and_its_gradients_are_torch_s_bit_for_bit(shape: tuple[int, ...]) -> None:
-    """Where torch itself computes in vectors: it takes the last elements of an odd piece one by one, with another exponential."""
+    """Where torch itself computes in vectors: it takes the last elements of an odd piece one by one, with another
+    exponential."""
     source = generator("swiglu", shape)
     values = [torch.randn(shape, generator=source) * scale for scale in (5, 3, 1)]
     values[0].flatten()[:8] = torch.tensor([0.0, -0.0, 90.0, -90.0, 1e-40, -1e-40, 3e38, -3e38])
@@ -397,7 +404,10 @@ def test_rotation_is_that_of_transformers() -> None:
 def test_attention_over_the_cache_is_torch_s(heads: int, kv_heads: int, size: int, filled: int) -> None:
     source = generator("attend", heads, filled)
     rows, room = 9, 48
-    keys, values = torch.randn(rows, kv_heads, room, size, generator=source), torch.randn(rows, kv_heads, room, size, generator=source)
+    keys, values = (
+        torch.randn(rows, kv_heads, room, size, generator=source),
+        torch.randn(rows, kv_heads, room, size, generator=source),
+    )
     q, k, v = (torch.randn(rows, n * size, generator=source) * 2 for n in (heads, kv_heads, kv_heads))
     starts = torch.randint(0, filled + 1, (rows,), generator=source)
     cos, sin = torch.ones(rows, size), torch.zeros(rows, size)

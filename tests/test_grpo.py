@@ -1,7 +1,7 @@
 """GRPO's arithmetic, with TRL's own trainer as the oracle: advantages, losses, gradients, clip and KL metrics.
 
-The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the loss alone, the log-probs that it would compute
-are handed to it; where it is about parameters, both sides compute them on the same weights.
+The trainer is a real `trl.GRPOTrainer` on the CPU. Where a claim is about the loss alone, the log-probs that it would
+compute are handed to it; where it is about parameters, both sides compute them on the same weights.
 """
 
 import importlib
@@ -39,7 +39,8 @@ MAX_NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def oracle(model_folder: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A GRPOTrainer on the model that `policy` loads, with a reference model; its rewards are read from `oracle.rewards`."""
+    """A GRPOTrainer on the model that `policy` loads, with a reference model; its rewards are read from
+    `oracle.rewards`."""
     from datasets import Dataset
 
     with pytest.MonkeyPatch.context() as patch:
@@ -102,9 +103,13 @@ def random_batch(rows: int, seed: int = 0, spread: float = 0.3) -> Batch:
     )
 
 
-def our_loss(logps: torch.Tensor, batch: Batch, loss: Loss, normalizer: float, **options: Any) -> tuple[torch.Tensor, Any]:
+def our_loss(
+    logps: torch.Tensor, batch: Batch, loss: Loss, normalizer: float, **options: Any
+) -> tuple[torch.Tensor, Any]:
     arguments = {"clip_low": 0.2, "clip_high": 0.28, **options}
-    return grpo_loss(logps, batch.old_logps, batch.advantages, batch.mask, loss=loss, normalizer=normalizer, **arguments)
+    return grpo_loss(
+        logps, batch.old_logps, batch.advantages, batch.mask, loss=loss, normalizer=normalizer, **arguments
+    )
 
 
 def trl_loss(
@@ -133,7 +138,9 @@ def trl_loss(
         monkeypatch.setattr(oracle, name, setting)
     monkeypatch.setattr(oracle.args, "steps_per_generation", minibatches)
     if logps is not None:
-        monkeypatch.setattr(oracle, "_get_per_token_logps_and_entropies", lambda *_, **__: (logps, torch.zeros_like(logps), None))
+        monkeypatch.setattr(
+            oracle, "_get_per_token_logps_and_entropies", lambda *_, **__: (logps, torch.zeros_like(logps), None)
+        )
     inputs = {
         "prompt_ids": batch.prompt_ids,
         "prompt_mask": batch.prompt_mask,
@@ -154,7 +161,7 @@ def with_gradient(loss: torch.Tensor, logps: torch.Tensor) -> tuple[torch.Tensor
     return loss.detach(), gradient
 
 
-# --- the loss ----------------------------------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -162,26 +169,38 @@ def with_gradient(loss: torch.Tensor, logps: torch.Tensor) -> tuple[torch.Tensor
 @pytest.mark.parametrize(("clip_low", "clip_high"), [(0.2, 0.2), (0.2, 0.28), (0.05, 2.0)])
 @pytest.mark.parametrize("level", ["none", "token", "sequence"])
 def test_loss_and_gradient_are_those_of_trl(
-    oracle: Any, monkeypatch: pytest.MonkeyPatch, loss: Loss, kl_beta: float, clip_low: float, clip_high: float, level: Any
+    oracle: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Loss,
+    kl_beta: float,
+    clip_low: float,
+    clip_high: float,
+    level: Any,
 ) -> None:
     whole = random_batch(12)
     weights = importance_weights(level, whole.old_logps, whole.rollout_logps, whole.mask, cap=2.0).weights
     for part in (slice(0, 4), slice(4, 12)):
         batch = whole.rows(part)
-        logps = (batch.old_logps + 0.3 * torch.randn(batch.mask.shape, generator=generator("now", part.start))).requires_grad_()
+        logps = (
+            batch.old_logps + 0.3 * torch.randn(batch.mask.shape, generator=generator("now", part.start))
+        ).requires_grad_()
         options: dict[str, Any] = {
             "clip_low": clip_low,
             "clip_high": clip_high,
             "kl_beta": kl_beta,
             "weights": None if level == "none" else weights[part],
         }
-        expected = with_gradient(trl_loss(oracle, monkeypatch, batch, loss, logps=logps, whole=whole, minibatches=2, **options), logps)
+        expected = with_gradient(
+            trl_loss(oracle, monkeypatch, batch, loss, logps=logps, whole=whole, minibatches=2, **options), logps
+        )
         normalizer = loss_normalizer(loss, batch, whole, 2, MAX_NEW_TOKENS)
         ours, metrics = our_loss(logps, batch, loss, normalizer, reference_logps=batch.reference_logps, **options)
         for value, reference in zip(with_gradient(ours, logps), expected, strict=True):
             torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
         assert metrics.tokens == batch.mask.sum()
-        assert metrics.clipped / metrics.tokens == pytest.approx(oracle._metrics["train"]["clip_ratio/region_mean"][-1], abs=1e-6)
+        assert metrics.clipped / metrics.tokens == pytest.approx(
+            oracle._metrics["train"]["clip_ratio/region_mean"][-1], abs=1e-6
+        )
         if kl_beta:
             assert metrics.kl / metrics.tokens == pytest.approx(oracle._metrics["train"]["kl"][-1], rel=1e-5)
 
@@ -239,13 +258,24 @@ def test_what_stands_in_the_padding_does_not_matter(loss: Loss, level: Any, fill
     def results(value: float) -> tuple[list[float], torch.Tensor]:
         batch, padding = random_batch(6), random_batch(6).mask == 0
         spoilt = replace(
-            batch, old_logps=batch.old_logps.masked_fill(padding, -value), rollout_logps=batch.rollout_logps.masked_fill(padding, value)
+            batch,
+            old_logps=batch.old_logps.masked_fill(padding, -value),
+            rollout_logps=batch.rollout_logps.masked_fill(padding, value),
         )
         reference = batch.old_logps.masked_fill(padding, -value)
         now = (batch.old_logps + 0.1).masked_fill(padding, value).requires_grad_()
         correction = importance_weights(level, spoilt.old_logps, spoilt.rollout_logps, spoilt.mask, 2.0)
-        ours, metrics = our_loss(now, spoilt, loss, 7.0, weights=correction.weights, reference_logps=reference, kl_beta=0.1)
-        reported = [metrics.clipped, metrics.kl, metrics.tokens, correction.mean, correction.effective_share, correction.kl]
+        ours, metrics = our_loss(
+            now, spoilt, loss, 7.0, weights=correction.weights, reference_logps=reference, kl_beta=0.1
+        )
+        reported = [
+            metrics.clipped,
+            metrics.kl,
+            metrics.tokens,
+            correction.mean,
+            correction.effective_share,
+            correction.kl,
+        ]
         return [ours.item(), *reported], with_gradient(ours, now)[1]
 
     numbers, gradient = results(filling)
@@ -254,7 +284,7 @@ def test_what_stands_in_the_padding_does_not_matter(loss: Loss, level: Any, fill
     assert torch.equal(gradient, expected_gradient)
 
 
-# --- advantages --------------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 REWARDS = [
@@ -266,13 +296,17 @@ REWARDS = [
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("rewards", REWARDS)
-def test_advantages_are_those_of_trl(oracle: Any, monkeypatch: pytest.MonkeyPatch, scale: str, rewards: list[float]) -> None:
+def test_advantages_are_those_of_trl(
+    oracle: Any, monkeypatch: pytest.MonkeyPatch, scale: str, rewards: list[float]
+) -> None:
     oracle.rewards = rewards
     monkeypatch.setattr(oracle, "scale_rewards", scale)
     monkeypatch.setattr(oracle, "beta", 0.0)
     monkeypatch.setattr(oracle, "_generate_single_turn", lambda *_: ([[3, 4, 1]] * 12, None))
     expected = oracle._generate_and_score_completions([{"prompt": "1+2="}] * 12)["advantages"]
-    torch.testing.assert_close(group_advantages(torch.tensor(rewards).view(3, 4), scale).flatten(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        group_advantages(torch.tensor(rewards).view(3, 4), scale).flatten(), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -300,12 +334,12 @@ def test_the_overlong_penalty_grows_over_the_buffer(length: int, penalty: float)
     assert shaped_rewards(groups, GRPOConfig(), max_new_tokens=10).tolist() == [[1.0, 0.0]]
 
 
-# --- the filter --------------------------------------------------------------------------------------------------------------
+# --- the filter -------------------------------------------------------------------------------------------------------
 
 
 def groups_of(kinds: str) -> list[Group]:
-    """m = mixed, w = all wrong, r = all right, p = all the same partial credit (wrong), d = differing partial credit (all
-    wrong)."""
+    """m = mixed, w = all wrong, r = all right, p = all the same partial credit (wrong), d = differing partial credit
+    (all wrong)."""
     rewards = {"m": (1.0, 0.0), "w": (0.0, 0.0), "r": (1.0, 1.0), "p": (0.3, 0.3), "d": (0.3, 0.1)}
     return [tuple(episode(reward) for reward in rewards[kind]) for kind in kinds]
 
@@ -333,7 +367,9 @@ def groups_of(kinds: str) -> list[Group]:
         ("resample", "wwwwmwmwwmm", "mmmm", 7, 0, True, False),
     ],
 )
-def test_filter(policy: Any, generated: str, kept: str, wrong: int, right: int, enough: bool, rejected_as_wrong: bool) -> None:
+def test_filter(
+    policy: Any, generated: str, kept: str, wrong: int, right: int, enough: bool, rejected_as_wrong: bool
+) -> None:
     groups = groups_of(generated)
     outcome = filter_groups(policy, groups, 4)
     allowed = [g for g, kind in zip(groups, generated, strict=True) if policy == "off" or kind in "md"]
@@ -348,7 +384,7 @@ def test_a_flat_group_that_is_partly_correct_is_neither_all_wrong_nor_all_right(
     assert (outcome.all_wrong, outcome.all_right, outcome.groups) == (0, 0, ())
 
 
-# --- the update --------------------------------------------------------------------------------------------------------------
+# --- the update -------------------------------------------------------------------------------------------------------
 
 
 class Recorder(torch.optim.SGD):
@@ -445,7 +481,9 @@ def test_without_correction_the_rollout_has_no_say(model_folder: ModelFolder) ->
             policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
             before, batch = weights_of(policy), ready_batch(policy)
             source = generator("shift")
-            batch = replace(batch, rollout_logps=batch.rollout_logps + shift * torch.randn(batch.mask.shape, generator=source))
+            batch = replace(
+                batch, rollout_logps=batch.rollout_logps + shift * torch.randn(batch.mask.shape, generator=source)
+            )
             run_update(policy, batch, RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, correction=correction))
             shifts[correction, shift] = moved(policy, before)
     assert torch.equal(shifts["none", 0.0], shifts["none", 0.4])
@@ -465,7 +503,13 @@ def test_without_correction_the_rollout_has_no_say(model_folder: ModelFolder) ->
     ],
 )
 def test_every_epoch_sees_every_completion_once(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, updates: int, epochs: int, completions: int, steps: int, sizes: list[int]
+    policy: Policy,
+    monkeypatch: pytest.MonkeyPatch,
+    updates: int,
+    epochs: int,
+    completions: int,
+    steps: int,
+    sizes: list[int],
 ) -> None:
     batch = ready_batch(policy).rows(slice(0, completions))
     batch = replace(batch, advantages=torch.arange(1.0, completions + 1))  # names of the rows
@@ -487,7 +531,8 @@ def test_every_epoch_sees_every_completion_once(
 
 
 @pytest.mark.parametrize(
-    ("update", "warmup", "factor"), [(0, 0, 1.0), (7, 0, 1.0), (0, 4, 0.25), (1, 4, 0.5), (3, 4, 1.0), (9, 4, 1.0), (0, 1, 1.0)]
+    ("update", "warmup", "factor"),
+    [(0, 0, 1.0), (7, 0, 1.0), (0, 4, 0.25), (1, 4, 0.5), (3, 4, 1.0), (9, 4, 1.0), (0, 1, 1.0)],
 )
 def test_warm_up(update: int, warmup: int, factor: float) -> None:
     assert warmup_factor(update, warmup) == factor

@@ -1,4 +1,5 @@
-"""The Hadamard rotation against matrices of float64 and a transform of numpy's, in every place where an operand is made."""
+"""The Hadamard rotation against matrices of float64 and a transform of numpy's, in every place where an operand is
+made."""
 
 from dataclasses import replace
 from typing import Any
@@ -53,7 +54,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-# --- the rotation ------------------------------------------------------------------------------------------------------------
+# --- the rotation -----------------------------------------------------------------------------------------------------
 
 
 def test_it_is_sylvester_s_matrix_its_own_transpose_and_inverse() -> None:
@@ -99,11 +100,16 @@ def test_shapes_stay(shape: tuple[int, ...]) -> None:
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
     for way in (rotate, rotate_eager):
-        with pytest.raises(ValueError, match="a Hadamard rotation needs a last dim that is a multiple of 32, but got 48; exclude it"):
+        with pytest.raises(
+            ValueError, match="a Hadamard rotation needs a last dim that is a multiple of 32, but got 48; exclude it"
+        ):
             way(torch.zeros(2, 48))
     kernels, x = cpu.load(), torch.zeros(2, 48)
     assert kernels is not None
-    for fused in (lambda: kernels.swiglu(x, x, -1, 0, True), lambda: kernels.rms_norm(x, None, x[0], 1e-6, -1, 0, True)):
+    for fused in (
+        lambda: kernels.swiglu(x, x, -1, 0, True),
+        lambda: kernels.rms_norm(x, None, x[0], 1e-6, -1, 0, True),
+    ):
         with pytest.raises(ValueError, match="multiple of 32, but got 48"):
             fused()
 
@@ -116,7 +122,7 @@ def test_it_takes_the_dead_zone_away_where_there_are_outliers() -> None:
     assert flushed[1] < 0.15
 
 
-# --- the layer ---------------------------------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 def q(x: Tensor, fmt: str, rule: str, *, per_tensor: bool = False) -> Tensor:
@@ -157,7 +163,9 @@ def test_a_layer_multiplies_rotated_operands_and_its_gradients_turn_back(
 def test_the_product_stays_what_it_was_where_nothing_is_rounded() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 48), drawn(7, 64, seed=1)
-    layer = QuantLinear.from_linear(linear, name="o_proj", arithmetic=Arithmetic(weights="none", activations="none", hadamard=True))
+    layer = QuantLinear.from_linear(
+        linear, name="o_proj", arithmetic=Arithmetic(weights="none", activations="none", hadamard=True)
+    )
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
@@ -173,9 +181,13 @@ def test_what_an_adapter_sees_is_the_rounded_input_in_the_models_own_basis() -> 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_and_their_gradients_are_in_the_models_own_basis(model_folder: ModelFolder, dtype: str, shared: bool) -> None:
+def test_adapters_and_their_gradients_are_in_the_models_own_basis(
+    model_folder: ModelFolder, dtype: str, shared: bool
+) -> None:
     """An adapter's product and gradients, from the input that its layer is given, by float64."""
-    policy = policy_of(model_folder("qwen2"), Arithmetic(hadamard=True), adapter="lora", lora_rank=4, lora_alpha=8.0, dtype=dtype)
+    policy = policy_of(
+        model_folder("qwen2"), Arithmetic(hadamard=True), adapter="lora", lora_rank=4, lora_alpha=8.0, dtype=dtype
+    )
     name = "model.layers.0.self_attn.v_proj"
     linear, adapted = policy.linears[name], policy.model.get_submodule(f"base_model.model.{name}")
     linear.quantize_input = not shared
@@ -189,8 +201,12 @@ def test_adapters_and_their_gradients_are_in_the_models_own_basis(model_folder: 
     expected = operand.double() @ wq.T + linear.bias.double() + 2.0 * seen @ first.double().T @ second.double().T
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
     torch.testing.assert_close(y.double(), expected, **close)
-    torch.testing.assert_close(first.grad.double(), 2.0 * torch.einsum("btr,bti->ri", up @ second.double(), seen), **close)
-    torch.testing.assert_close(second.grad.double(), 2.0 * torch.einsum("bto,btr->or", up, seen @ first.double().T), **close)
+    torch.testing.assert_close(
+        first.grad.double(), 2.0 * torch.einsum("btr,bti->ri", up @ second.double(), seen), **close
+    )
+    torch.testing.assert_close(
+        second.grad.double(), 2.0 * torch.einsum("bto,btr->or", up, seen @ first.double().T), **close
+    )
     through = up @ wq  # in the basis of the operand; the adapter's is in the model's
     beside = 2.0 * up @ second.double() @ first.double()
     wanted = through + exact(beside) if shared else exact(through) + beside
@@ -198,13 +214,18 @@ def test_adapters_and_their_gradients_are_in_the_models_own_basis(model_folder: 
     torch.testing.assert_close(given.grad.double(), wanted, **close)
 
 
-# --- models ------------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"exclude": ()}, {"skip_layers": (0, -1)}, {"weights": "nvfp4", "activations": "nvfp4"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"exclude": ()}, {"skip_layers": (0, -1)}, {"weights": "nvfp4", "activations": "nvfp4"}], ids=str
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_is_its_layers(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tied: bool) -> None:
-    """transformers' model of plain linear layers, each with operands of the test's own making, against ours, fused and deployed."""
+def test_a_model_is_its_layers(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tied: bool
+) -> None:
+    """transformers' model of plain linear layers, each with operands of the test's own making, against ours, fused and
+    deployed."""
     folder = model_folder("qwen2", tied=tied)
     quant = QuantConfig(hadamard=True, **options)
     policy = load_policy(ModelConfig(name=folder), quant, seed=0)
@@ -229,9 +250,7 @@ def test_a_model_is_its_layers(model_folder: ModelFolder, monkeypatch: pytest.Mo
 
 
 def test_a_layer_that_cannot_be_rotated_is_named_together_with_the_remedy() -> None:
-    message = (
-        r"layers\.3\.down_proj: a Hadamard rotation needs in_features .* multiple of 32, but got 48; name this layer in quant\.exclude"
-    )
+    message = r"layers\.3\.down_proj: a Hadamard rotation needs in_features .* multiple of 32, but got 48; name this layer in quant\.exclude"
     with pytest.raises(ValueError, match=message):
         QuantLinear.from_linear(nn.Linear(48, 8), name="layers.3.down_proj", arithmetic=NVFP4)
 

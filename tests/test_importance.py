@@ -1,4 +1,5 @@
-"""A dimension that matters is told from one that does not; one that exists in some trials only is assessed among those, or not at all."""
+"""A dimension that matters is told from one that does not; one that exists in some trials only is assessed among those,
+or not at all."""
 
 import math
 from collections.abc import Callable
@@ -131,7 +132,9 @@ def test_what_the_best_trials_have_in_common_counts_and_not_the_worst() -> None:
     """The lowest are best here: `a` makes them, `b` makes the highest."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     made = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=2))
-    made.optimize(lambda t: -float(t.suggest_float("a", 0, 1) > 0.75) + float(t.suggest_float("b", 0, 1) > 0.75), n_trials=80)
+    made.optimize(
+        lambda t: -float(t.suggest_float("a", 0, 1) > 0.75) + float(t.suggest_float("b", 0, 1) > 0.75), n_trials=80
+    )
     assert importance(made)[0].dimension == "a"
 
 

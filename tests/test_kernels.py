@@ -1,4 +1,5 @@
-"""The fused kernel against its reference, eager torch, in each of its three builds; and what happens without a compiler.
+"""The fused kernel against its reference, eager torch, in each of its three builds; and what happens without a
+compiler.
 
 The values themselves are checked against exact oracles in test_quantization.py, for both implementations.
 """
@@ -42,7 +43,9 @@ print(torch.backends.cpu.get_cpu_capability())
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
 
 
 @pytest.mark.slow
@@ -74,7 +77,9 @@ def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple
 def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
     """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner left."""
     for top in range(0x0000, 0x7F80, 0x20):  # bits of a largest element: each binade at 4 mantissas
-        below = torch.arange(top + 1, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # all that can lie beside it
+        below = (
+            torch.arange(top + 1, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        )  # all that can lie beside it
         values = torch.cat([below, -below, below[:1].expand(-2 * len(below) % 31)]).reshape(-1, 31)
         x = torch.cat([below[-1].expand(len(values), 1), values], 1).contiguous()
         for fmt, rule in product(("mxfp4", "mxfp8"), ("floor", "even", "rceil", "ceil")):
@@ -83,9 +88,12 @@ def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
 
 @pytest.mark.parametrize("largest", [147.0, 189.0, 231.0, 3.21875], ids=str)
 def test_nvfp4_in_bf16_where_results_lie_halfway_and_scales_are_subnormal(largest: float) -> None:
-    """With an amax of 21 n the outer scale has so few bits that products with it lie halfway between two numbers of bf16."""
+    """With an amax of 21 n the outer scale has so few bits that products with it lie halfway between two numbers of
+    bf16."""
     source = torch.Generator().manual_seed(0)
-    tops = torch.exp2(20 * torch.rand(200, 40, 1, generator=source) - 20)  # of blocks, down to E4M3's subnormals and below
+    tops = torch.exp2(
+        20 * torch.rand(200, 40, 1, generator=source) - 20
+    )  # of blocks, down to E4M3's subnormals and below
     x = largest * tops * (2 * torch.rand(200, 40, 16, generator=source) - 1)
     x[:, 7, 3] = largest
     x = x.flatten(1).bfloat16()
@@ -93,7 +101,9 @@ def test_nvfp4_in_bf16_where_results_lie_halfway_and_scales_are_subnormal(larges
     halfway = int(((exact.view(torch.int32) & 0xFFFF) == 0x8000).sum())
     assert halfway > 1000 or largest % 21 > 0
     for per_tensor in (False, True):
-        assert_same(fake_quantize(x, "nvfp4", per_tensor=per_tensor), fake_quantize_eager(x, "nvfp4", per_tensor=per_tensor))
+        assert_same(
+            fake_quantize(x, "nvfp4", per_tensor=per_tensor), fake_quantize_eager(x, "nvfp4", per_tensor=per_tensor)
+        )
 
 
 def test_views_are_quantised_as_their_copies() -> None:
@@ -119,7 +129,7 @@ def test_it_can_be_compiled_around() -> None:
     assert torch.equal(compiled(x, weight), layer(x, weight))
 
 
-# --- building it -----------------------------------------------------------------------------------------------------------------
+# --- building it ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -141,7 +151,9 @@ def test_without_a_compiler_one_line_says_so_and_the_values_stay(tmp_path: Path)
 
 def test_a_compiler_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken-c++"
-    broken.write_text('#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "x.cpp:1: error: no luck" >&2; exit 1;; esac\n')
+    broken.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo broken 1.0;; *) echo "x.cpp:1: error: no luck" >&2; exit 1;; esac\n'
+    )
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("RIN_CACHE", str(tmp_path))
@@ -162,7 +174,9 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     """The compiler is played by a script that counts its runs, and makes each last long enough for the others to come."""
     log, wrapper = tmp_path / "log", tmp_path / "c++"
     asked = 'while [ "$1" != -o ]; do shift; done; cp'
-    wrapper.write_text(f'#!/bin/sh\n[ "$1" != --version ] || exec c++ --version\necho run >> {log}\nsleep 3\n{asked} {cpu.build()} "$2"\n')
+    wrapper.write_text(
+        f'#!/bin/sh\n[ "$1" != --version ] || exec c++ --version\necho run >> {log}\nsleep 3\n{asked} {cpu.build()} "$2"\n'
+    )
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"CXX": str(wrapper), "RIN_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-c", "from trainable.kernels import cpu; assert cpu.load() is not None"]

@@ -67,7 +67,9 @@ def test_a_living_owner_is_named_and_left_alone(folder: Folder) -> None:
         ({"host": "another-machine", "pid": "dead"}, False),  # process numbers of other machines say nothing
     ],
 )
-def test_a_name_is_free_when_it_is_stale_or_its_process_on_this_machine_is_dead(folder: Folder, owner: dict[str, Any], free: bool) -> None:
+def test_a_name_is_free_when_it_is_stale_or_its_process_on_this_machine_is_dead(
+    folder: Folder, owner: dict[str, Any], free: bool
+) -> None:
     if owner.get("pid") == "dead":
         owner = owner | {"pid": dead_process()}
     held(folder, **owner)
@@ -91,7 +93,9 @@ def test_the_limit_between_alive_and_stale(folder: Folder, age: float, free: boo
     assert taken == free
 
 
-def test_of_two_that_start_in_the_same_instant_only_the_later_writer_goes_on(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_start_in_the_same_instant_only_the_later_writer_goes_on(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other one writes while this one waits."""
     monkeypatch.setattr("search.lease.time.sleep", lambda seconds: held(folder))
     with pytest.raises(Busy), Lease(folder, Busy):
@@ -141,7 +145,9 @@ def test_who_lost_the_lease_does_not_remove_the_next_owner_s_name(folder: Folder
     assert token(folder) == "other"
 
 
-def test_a_store_that_is_away_for_a_moment_does_not_end_the_renewing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_for_a_moment_does_not_end_the_renewing(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
     calls: list[int] = []
     write = Lease._write

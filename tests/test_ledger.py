@@ -15,16 +15,29 @@ def written(config: StudyConfig) -> list[Arm]:
     control, noisy = make_arm(config, "control"), make_arm(config, "c01")
     for number, arm in enumerate((control, noisy)):
         write_arm(config, number, arm)
-    # completed in one go: 360 s, 60 s of them loading; 5 steps of 60 s, of which half of 20 s generation was thrown away
+    # completed in one go: 360 s, 60 s of them loading; 5 steps of 60 s, of which half of 20 s generation was thrown
+    # away
     reports = [report(step, seconds=60.0, rollout=20.0, wasted=0.5) for step in range(5)]
-    write_trial(config, control, 0, outcome(control, 0, 300), reports=reports, attempts=[attempt(0, 360, loading_seconds=60.0)])
+    write_trial(
+        config, control, 0, outcome(control, 0, 300), reports=reports, attempts=[attempt(0, 360, loading_seconds=60.0)]
+    )
     # killed after 3 of 5 steps and started again from step 2: 60 + 180 s, then 60 + 180 s; 300 s are useful
-    attempts = [attempt(0, 240, loading_seconds=60.0, ended=""), attempt(1000, 1240, loading_seconds=60.0, first_step=2)]
+    attempts = [
+        attempt(0, 240, loading_seconds=60.0, ended=""),
+        attempt(1000, 1240, loading_seconds=60.0, first_step=2),
+    ]
     reports = [report(step, seconds=60.0, rollout=20.0, wasted=0.0) for step in range(5)]
     write_trial(config, control, 1, outcome(control, 1, 300), reports=reports, attempts=attempts)
     # collapsed after two steps
     reports = [report(step, seconds=60.0, rollout=20.0, wasted=1.0) for step in range(2)]
-    write_trial(config, noisy, 0, outcome(noisy, 0, 100, "collapsed"), reports=reports, attempts=[attempt(0, 180, loading_seconds=60.0)])
+    write_trial(
+        config,
+        noisy,
+        0,
+        outcome(noisy, 0, 100, "collapsed"),
+        reports=reports,
+        attempts=[attempt(0, 180, loading_seconds=60.0)],
+    )
     # running: nothing reported yet
     write_trial(config, noisy, 1, None, attempts=[attempt(0, 36, ended="")])
     return read_arms(config)
@@ -62,5 +75,7 @@ def test_an_attempt_s_time_that_no_report_explains_is_not_negative(tmp_path: Pat
     arm = make_arm(config, "control")
     write_arm(config, 0, arm)
     reports = [report(step, seconds=60.0) for step in range(5)]
-    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=reports, attempts=[attempt(0, 100, ended=""), attempt(0, 150)])
+    write_trial(
+        config, arm, 0, outcome(arm, 0, 300), reports=reports, attempts=[attempt(0, 100, ended=""), attempt(0, 150)]
+    )
     assert read_ledger(config, read_arms(config)).repeated == 0.0

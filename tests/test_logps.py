@@ -34,7 +34,8 @@ def test_a_batch_holds_every_token_in_its_place(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)]
+    ("size", "expected"),
+    [(100, [24, 6]), (24, [24, 6]), (20, [18, 12]), (6, [6] * 5), (5, [3] * 10), (2, [2] * 15), (1, [1] * 30)],
 )
 def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: list[int]) -> None:
     zeros = torch.zeros(30, 1)
@@ -52,7 +53,7 @@ def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: lis
     assert lengths == (expected if size < 30 else [30])
 
 
-# --- importance weights ------------------------------------------------------------------------------------------------------
+# --- importance weights -----------------------------------------------------------------------------------------------
 
 
 # Differences clean - rollout, in nats; the last token of the second row is padding.
@@ -86,7 +87,9 @@ def test_k3_estimates_the_kl_of_the_rollout_to_the_clean_policy() -> None:
     rollout, clean = (torch.log_softmax(torch.randn(6, generator=generator("policy", i)), -1) for i in range(2))
     tokens = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=generator("tokens"))[None]
     estimated = importance_weights("none", clean[tokens], rollout[tokens], torch.ones(tokens.shape), 2.0).kl
-    exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=p) for p in (rollout, clean))).item()
+    exact = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=p) for p in (rollout, clean))
+    ).item()
     assert exact > 0.1
     assert estimated == pytest.approx(exact, rel=0.02)
 

@@ -1,4 +1,5 @@
-"""What MLflow has not heard, told from the folder: after an outage, after a killed driver, and nothing where it knows all."""
+"""What MLflow has not heard, told from the folder: after an outage, after a killed driver, and nothing where it knows
+all."""
 
 import shutil
 from collections.abc import Iterator
@@ -114,7 +115,9 @@ def test_what_mlflow_knows_already_is_not_told_again(sweep: StudyConfig, monkeyp
     write_outcome(trial_folder(sweep, "c01", 0), outcome(c01, 0, 3), [made(step) for step in range(3)])
     send_missing(sweep)
     assert {record["key"] for record in told} == {f"{sweep.name}/c01/0"}
-    assert [record["step"] for record in told if "step" in record and "rin/steps_done" in record["metrics"]] == [2], "the rest is known"
+    assert [record["step"] for record in told if "step" in record and "rin/steps_done" in record["metrics"]] == [2], (
+        "the rest is known"
+    )
     assert everything(sweep.tracking_uri, sweep.name) == shown
 
 
@@ -186,19 +189,25 @@ def ended(config: StudyConfig) -> StudyConfig:
     return config
 
 
-def test_a_sweep_of_the_same_name_in_a_store_whose_folder_was_deleted_is_refused(tmp_path: Path, uri: str, name: str) -> None:
+def test_a_sweep_of_the_same_name_in_a_store_whose_folder_was_deleted_is_refused(
+    tmp_path: Path, uri: str, name: str
+) -> None:
     ended(study(tmp_path, name=name, tracking_uri=uri, trials=2, settings=SETTINGS))
     shown = everything(uri, name)
     shutil.rmtree(tmp_path / name)
     second = study(tmp_path, name=name, tracking_uri=uri, trials=2, settings=SETTINGS)
-    with pytest.raises(ConfigError, match=f"--name {name}: .*another sweep .*{tmp_path}.*another --name, or another --tracking-uri"):
+    with pytest.raises(
+        ConfigError, match=f"--name {name}: .*another sweep .*{tmp_path}.*another --name, or another --tracking-uri"
+    ):
         run_study(second, lambda event: None)
     assert not (tmp_path / name).exists()
     assert everything(uri, name) == shown
     check_tracking(uri, f"{name}-2", second.owner)
 
 
-def test_of_two_stores_on_one_tracking_uri_the_second_sweep_of_a_name_is_refused(tmp_path: Path, uri: str, name: str) -> None:
+def test_of_two_stores_on_one_tracking_uri_the_second_sweep_of_a_name_is_refused(
+    tmp_path: Path, uri: str, name: str
+) -> None:
     ended(study(tmp_path / "one", name=name, tracking_uri=uri, trials=2, settings=SETTINGS))
     second = study(tmp_path / "two", name=name, tracking_uri=uri, trials=2, settings=SETTINGS)
     with pytest.raises(ConfigError, match=f"lay in {tmp_path / 'one'}"):
@@ -234,7 +243,12 @@ def test_a_sweep_keeps_its_id_and_a_confirmation_has_its_own(tmp_path: Path) -> 
 
 
 def sweep_of(store: Path, uri: str) -> StudyConfig:
-    settings = {"eval": {"questions": 64}, "grpo": {"steps": 4}, "noise": {"num_stages": 2}, "collapse": {"mode": "off"}}
+    settings = {
+        "eval": {"questions": 64},
+        "grpo": {"steps": 4},
+        "noise": {"num_stages": 2},
+        "collapse": {"mode": "off"},
+    }
     return study(store, trials=3, searcher="random", tracking_uri=uri, settings=settings)
 
 
@@ -254,7 +268,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def test_a_sweep_whose_tracking_dies_in_the_middle_ends_as_if_nothing_had_happened_and_mlflow_is_told_later(
     server: Server, tmp_path: Path
 ) -> None:
-    undisturbed = run_study(sweep_of(tmp_path / "undisturbed", f"sqlite:///{tmp_path}/undisturbed/mlflow.db"), lambda event: None)
+    undisturbed = run_study(
+        sweep_of(tmp_path / "undisturbed", f"sqlite:///{tmp_path}/undisturbed/mlflow.db"), lambda event: None
+    )
     events: list[TrialEvent] = []
 
     def view(event: TrialEvent) -> None:
@@ -286,7 +302,9 @@ def test_a_sweep_whose_tracking_dies_in_the_middle_ends_as_if_nothing_had_happen
         assert files(server.uri, run) == files(undisturbed.config.tracking_uri, twin)
         for metric in run.data.metrics:
             kept = points(server.uri, run, metric)
-            assert [step for step, _ in kept] == [step for step, _ in points(undisturbed.config.tracking_uri, twin, metric)], metric
+            assert [step for step, _ in kept] == [
+                step for step, _ in points(undisturbed.config.tracking_uri, twin, metric)
+            ], metric
     once = everything(server.uri, "s")
     assert send_missing(config) == 0
     assert everything(server.uri, "s") == once

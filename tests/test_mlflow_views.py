@@ -94,9 +94,21 @@ def tell_run(sweep: StudyConfig, tracker: Tracker, arm: Arm, number: int, replic
         if step % 10 == 9 or step == last:
             signals["eval/accuracy"] = accuracy
         ends_it = collapse is not None and step == last
-        verdict = CollapseVerdict(collapsed=True, rule="gibberish", evidence="gen/gibberish 0.3 above 0.05") if ends_it else HEALTHY
+        verdict = (
+            CollapseVerdict(collapsed=True, rule="gibberish", evidence="gen/gibberish 0.3 above 0.05")
+            if ends_it
+            else HEALTHY
+        )
         reports.append(
-            StepReport(step=step, sigma=sigma, signals=signals, verdict=verdict, seconds=2.5, samples=(), time_ms=1_700_000_000_000 + step)
+            StepReport(
+                step=step,
+                sigma=sigma,
+                signals=signals,
+                verdict=verdict,
+                seconds=2.5,
+                samples=(),
+                time_ms=1_700_000_000_000 + step,
+            )
         )
     how: Ending = "completed" if collapse is None else "collapsed"
     ended = replace(
@@ -141,7 +153,12 @@ def test_view_names_only_what_a_trial_tracks() -> None:
     metrics = {*NAMES.values(), "eval/accuracy"}
     params = set(flatten_fields(TrialConfig))
     named = {column: column.split("`")[1] for column in COLUMNS}
-    assert {name for column, name in named.items() if column.startswith("tags.")} == {"arm", "replicate", "status", "collapse/rule"}
+    assert {name for column, name in named.items() if column.startswith("tags.")} == {
+        "arm",
+        "replicate",
+        "status",
+        "collapse/rule",
+    }
     assert {name for column, name in named.items() if column.startswith("params.")} <= params
     assert {name for column, name in named.items() if column.startswith("metrics.")} <= metrics
     assert {*LINES, *PARALLEL["selectedMetrics"]} <= metrics
@@ -158,14 +175,18 @@ def test_taken_port_is_the_users_mistake_before_anything_starts(uri: str, monkey
     monkeypatch.setattr(mlflow_views, "save_view", lambda *_: pytest.fail("went on"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"):
+        with pytest.raises(
+            ConfigError, match=rf"port {port} on 127.0.0.1: Address already in use; give another --port"
+        ):
             serve_ui(uri, EXPERIMENT, port, on_ready=print)
     with pytest.raises(ConfigError, match=r"port 70000 on 127.0.0.1: .*; give another --port"):
         serve_ui(uri, EXPERIMENT, 70000, on_ready=print)
 
 
 @pytest.mark.slow
-def test_server_that_ends_by_itself_is_an_error_with_its_last_words(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_ends_by_itself_is_an_error_with_its_last_words(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho cannot import sqlalchemy >&2; exit 3\n")
     broken.chmod(0o755)
@@ -200,7 +221,8 @@ def page(filled: str) -> Iterator[str]:
 
 
 class Browser:
-    """Headless Chromium, spoken to over its DevTools pipe: JSON messages that end in a zero byte, on descriptors 3 and 4."""
+    """Headless Chromium, spoken to over its DevTools pipe: JSON messages that end in a zero byte, on descriptors 3 and
+    4."""
 
     def __init__(self, profile: Path) -> None:
         program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -210,9 +232,13 @@ class Browser:
         switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn
         pipes = [*os.pipe(), *os.pipe()]
-        there, self._write, self._read, back = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes]  # clear of 3 and 4
+        there, self._write, self._read, back = [
+            fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes
+        ]  # clear of 3 and 4
         shell = ["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
-        self._process = subprocess.Popen(shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for end in (*pipes, there, back):
             os.close(end)
         self._calls, self._rest, self._session = 0, b"", {}
@@ -221,7 +247,10 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> Any:
         self._calls += 1
-        os.write(self._write, json.dumps({"id": self._calls, "method": method, "params": params, **self._session}).encode() + b"\0")
+        os.write(
+            self._write,
+            json.dumps({"id": self._calls, "method": method, "params": params, **self._session}).encode() + b"\0",
+        )
         while True:
             while b"\0" not in self._rest:
                 chunk = os.read(self._read, 1 << 20)
@@ -298,7 +327,9 @@ def test_browser_shows_the_table_with_its_columns_sorted_by_accuracy(page: str, 
 
 @pytest.mark.slow
 def test_browser_shows_the_charts_of_all_runs(page: str, browser: Browser) -> None:
-    runs = [f"{'control' if arm == 0 else f'c{arm:02}'}/{replicate}" for arm in range(len(ARMS)) for replicate in range(2)]
+    runs = [
+        f"{'control' if arm == 0 else f'c{arm:02}'}/{replicate}" for arm in range(len(ARMS)) for replicate in range(2)
+    ]
     ready = f"{CARDS}.filter(card => card.traces >= {len(runs)}).length >= {len(SCATTERS + LINES)} && document.querySelector('.parcoords')"
     browser.open(page.replace("TABLE", "CHART"), f"Boolean({ready.strip()})")
     cards = browser.evaluate(CARDS)
@@ -325,7 +356,9 @@ def test_files_of_a_run_can_be_read_in_the_ui(page: str, filled: str) -> None:
 
 
 @pytest.mark.slow
-def test_where_a_server_runs_already_only_the_view_is_saved(page: str, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_server_runs_already_only_the_view_is_saved(
+    page: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mlflow_views, "_server", lambda *_: pytest.fail("started a server"))
     base = page.split("/#/")[0]
     urls: list[str] = []

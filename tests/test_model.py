@@ -40,12 +40,14 @@ def logits(policy: Policy) -> torch.Tensor:
     return out
 
 
-# --- which layers ------------------------------------------------------------------------------------------------------------
+# --- which layers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_projection_of_every_block_is_wrapped_and_the_head_is_not(model_folder: ModelFolder, kind: str, tied: bool) -> None:
+def test_every_projection_of_every_block_is_wrapped_and_the_head_is_not(
+    model_folder: ModelFolder, kind: str, tied: bool
+) -> None:
     policy = load_policy(ModelConfig(name=model_folder(kind, tied=tied)), W4A4, seed=0)
     expected = [f"model.layers.{block}.{name}" for block in range(3) for name in PROJECTIONS]
     assert sorted(policy.linears) == sorted(expected)
@@ -76,12 +78,16 @@ def test_norms_are_the_two_of_every_block_and_the_final_one_apart(model_folder: 
         ("layers.1.*.v_proj", {1}, ["self_attn.v_proj"]),
     ],
 )
-def test_a_pattern_excludes_whole_name_parts(model_folder: ModelFolder, pattern: str, blocks: set[int], projections: list[str]) -> None:
+def test_a_pattern_excludes_whole_name_parts(
+    model_folder: ModelFolder, pattern: str, blocks: set[int], projections: list[str]
+) -> None:
     folder = model_folder(layers=12)
     policy = load_policy(ModelConfig(name=folder), QuantConfig(exclude=("lm_head", pattern)), seed=0)
     excluded = {f"model.layers.{block}.{name}" for block in blocks for name in projections}
     assert set(policy.linears) - set(policy.quantized) == excluded
-    assert len(policy.linears) == 12 * len(PROJECTIONS), "an excluded layer of a block stays wrapped, so that noise can see it"
+    assert len(policy.linears) == 12 * len(PROJECTIONS), (
+        "an excluded layer of a block stays wrapped, so that noise can see it"
+    )
     for name, linear in policy.linears.items():
         assert linear.arithmetic == (UNQUANTIZED if name in excluded else Arithmetic())
 
@@ -120,7 +126,8 @@ def test_block_of_a_name(name: str, block: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("indices", "blocks"), [((), set()), ((0,), {0}), ((-1,), {11}), ((0, -1), {0, 11}), ((11, -1), {11}), ((-12,), {0})]
+    ("indices", "blocks"),
+    [((), set()), ((0,), {0}), ((-1,), {11}), ((0, -1), {0, 11}), ((11, -1), {11}), ((-12,), {0})],
 )
 def test_skipped_blocks_stay_at_16_bits(model_folder: ModelFolder, indices: tuple[int, ...], blocks: set[int]) -> None:
     policy = load_policy(ModelConfig(name=model_folder(layers=12)), QuantConfig(skip_layers=indices), seed=0)
@@ -177,11 +184,13 @@ def test_a_width_that_the_block_does_not_divide_names_the_layer(
         ({"hidden": 48}, W16A16),
     ],
 )
-def test_what_an_error_about_width_recommends_works(model_folder: ModelFolder, sizes: dict[str, int], quant: QuantConfig) -> None:
+def test_what_an_error_about_width_recommends_works(
+    model_folder: ModelFolder, sizes: dict[str, int], quant: QuantConfig
+) -> None:
     assert logits(load_policy(ModelConfig(name=model_folder(**sizes)), quant, seed=0)).isfinite().all()
 
 
-# --- LoRA --------------------------------------------------------------------------------------------------------------------
+# --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 def test_lora_names_are_those_without_it(model_folder: ModelFolder) -> None:
@@ -277,7 +286,7 @@ def test_adapters_depend_on_the_seed_alone(model_folder: ModelFolder) -> None:
     assert not torch.equal(adapters(3), adapters(4))
 
 
-# --- for a while -------------------------------------------------------------------------------------------------------------
+# --- for a while ------------------------------------------------------------------------------------------------------
 
 
 def formats(policy: Policy) -> list[tuple[Arithmetic, bool]]:
@@ -314,7 +323,9 @@ def test_everything_is_as_before_afterwards(
     model_folder: ModelFolder, context: Callable[[Policy], AbstractContextManager[None]], adapter: str, fails: bool
 ) -> None:
     folder = model_folder()
-    policy = load_policy(lora(folder) if adapter == "lora" else ModelConfig(name=folder), QuantConfig(skip_layers=(1,)), seed=0)
+    policy = load_policy(
+        lora(folder) if adapter == "lora" else ModelConfig(name=folder), QuantConfig(skip_layers=(1,)), seed=0
+    )
     weights = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     before, before_formats = logits(policy), formats(policy)
 
@@ -341,7 +352,7 @@ def test_nothing_learns_through_deployed_weights(model_folder: ModelFolder) -> N
         policy.model(input_ids=torch.arange(4)[None])
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -385,8 +396,12 @@ def broken(place: Path, damage: str) -> str:
     return str(place)
 
 
-@pytest.mark.parametrize("damage", ["missing", "on the hub, which is offline", "empty", "not JSON", "unknown architecture", "cut off"])
-def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(model_folder: ModelFolder, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["missing", "on the hub, which is offline", "empty", "not JSON", "unknown architecture", "cut off"]
+)
+def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(
+    model_folder: ModelFolder, tmp_path: Path, damage: str
+) -> None:
     if damage not in ("missing", "empty"):
         for file in Path(model_folder()).iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -400,7 +415,9 @@ def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(model_folder: Mo
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_that_are_missing_or_do_not_fit_are_not_drawn_at_random(model_folder: ModelFolder, tmp_path: Path, tied: bool) -> None:
+def test_weights_that_are_missing_or_do_not_fit_are_not_drawn_at_random(
+    model_folder: ModelFolder, tmp_path: Path, tied: bool
+) -> None:
     shutil.copytree(model_folder(tied=tied), tmp_path, dirs_exist_ok=True)
     whole = load_file(tmp_path / "model.safetensors")
     up = "model.layers.1.mlp.up_proj.weight"
@@ -409,7 +426,9 @@ def test_weights_that_are_missing_or_do_not_fit_are_not_drawn_at_random(model_fo
         rf"{up} is \[64, 64\], by config.json \[128, 64\]": whole | {up: whole[up][:64].clone()},
     }
     if not tied:
-        changes[r"lacks weights \(lm_head.weight and 0 others\)"] = {n: w for n, w in whole.items() if n != "lm_head.weight"}
+        changes[r"lacks weights \(lm_head.weight and 0 others\)"] = {
+            n: w for n, w in whole.items() if n != "lm_head.weight"
+        }
     for message, weights in changes.items():
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ConfigError, match=message):

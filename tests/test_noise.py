@@ -41,7 +41,7 @@ STEPS = 29
 HIDDEN = 64
 
 
-# --- when ---------------------------------------------------------------------------------------------------------------------
+# --- when -------------------------------------------------------------------------------------------------------------
 
 ALL_SCHEDULES: tuple[Any, ...] = get_args(Schedule)
 STAGES = (1, 2, 3, 5, 10, 29, 40)
@@ -66,7 +66,8 @@ def test_qerl_code_gives_the_recorded_test_vector() -> None:
 
 
 def test_qerl_paper_gives_equation_8_worked_out_by_hand() -> None:
-    # floor(29 / 10) = 2 steps per stage; k = 0 is quiet; sigma(k) = 0.05 * 0.01^((k - 1) / 9); k stays at 9 from step 18 on.
+    # floor(29 / 10) = 2 steps per stage; k = 0 is quiet; sigma(k) = 0.05 * 0.01^((k - 1) / 9); k stays at 9 from step
+    # 18 on.
     by_hand = [0.0, 0.05, 0.0299742, 0.0179691, 0.0107722, 0.00645775, 0.00387132, 0.00232079, 0.00139128, 0.000834050]
     assert sigmas("qerl_paper", 10) == pytest.approx([by_hand[min(step // 2, 9)] for step in range(29)], rel=1e-5)
 
@@ -92,7 +93,10 @@ SHAPES: list[tuple[str, list[float]]] = [
     ("qerl_code", [0, 1, 0.5, 0.25, 0.125, 0.0625]),
     ("qerl_paper", [0, 1, 0.0625**0.2, 0.0625**0.4, 0.0625**0.6, 0.0625**0.8]),
     ("linear", [0, 1, 0.765625, 0.53125, 0.296875, 0.0625]),
-    ("cosine", [0, 1, 0.0625 + 0.9375 * (2 + math.sqrt(2)) / 4, 0.53125, 0.0625 + 0.9375 * (2 - math.sqrt(2)) / 4, 0.0625]),
+    (
+        "cosine",
+        [0, 1, 0.0625 + 0.9375 * (2 + math.sqrt(2)) / 4, 0.53125, 0.0625 + 0.9375 * (2 - math.sqrt(2)) / 4, 0.0625],
+    ),
     ("log", [0, 1, *(1 - 0.9375 * math.log(n, 5) for n in (2, 3, 4, 5))]),
     ("constant", [0, 1, 1, 1, 1, 1]),
 ]
@@ -100,7 +104,9 @@ SHAPES: list[tuple[str, list[float]]] = [
 
 @pytest.mark.parametrize(("schedule", "stages"), SHAPES)
 def test_each_schedule_has_its_shape(schedule: str, stages: list[float]) -> None:
-    assert sigmas(schedule, 6, 1.0, 0.0625, total=12) == pytest.approx([stages[step // 2] for step in range(12)], rel=1e-12)
+    assert sigmas(schedule, 6, 1.0, 0.0625, total=12) == pytest.approx(
+        [stages[step // 2] for step in range(12)], rel=1e-12
+    )
 
 
 def test_every_schedule_has_a_row_of_its_shape() -> None:
@@ -111,7 +117,9 @@ def test_every_schedule_has_a_row_of_its_shape() -> None:
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize(("start", "end"), [(0.05, 0.0005), (0.03, 0.03), (0.05, 1e-20)])
 @pytest.mark.parametrize("total", [1, 6, 29])
-def test_sigma_is_finite_and_falls_from_start_to_end(schedule: Any, stages: int, start: float, end: float, total: int) -> None:
+def test_sigma_is_finite_and_falls_from_start_to_end(
+    schedule: Any, stages: int, start: float, end: float, total: int
+) -> None:
     got = sigmas(schedule, stages, start, end, total)
     noisy = got if stages == 1 else [sigma for step, sigma in enumerate(got) if sigma != 0 or step >= total / stages]
     assert all(math.isfinite(sigma) and 0 <= sigma <= start for sigma in got)
@@ -137,7 +145,7 @@ def test_sigma_start_zero_is_silent_throughout(schedule: Any, stages: int) -> No
     assert sigmas(schedule, stages, 0.0, 0.0005) == [0.0] * STEPS
 
 
-# --- where --------------------------------------------------------------------------------------------------------------------
+# --- where ------------------------------------------------------------------------------------------------------------
 
 
 def test_zones_at_depth_28_are_the_plans() -> None:
@@ -146,8 +154,8 @@ def test_zones_at_depth_28_are_the_plans() -> None:
     assert sum(len(zone_layers(zone, 28)) for zone in expected) == 28
 
 
-# Midpoints by hand. Depth 8: 1.75, 5.25, 8.75, 12.25, 15.75, 19.25, 22.75, 26.25. Depth 2: 7 and 21, so first, middle (its own
-# middle is 15) and last are empty and take the nearest. Depth 1: 14.
+# Midpoints by hand. Depth 8: 1.75, 5.25, 8.75, 12.25, 15.75, 19.25, 22.75, 26.25. Depth 2: 7 and 21, so first, middle
+# (its own middle is 15) and last are empty and take the nearest. Depth 1: 14.
 SMALL: list[tuple[int, dict[str, tuple[int, ...]]]] = [
     (8, {"first": (0,), "early_mid": (1, 2), "middle": (3, 4, 5), "late_mid": (6,), "last": (7,)}),
     (2, {"first": (0,), "early_mid": (0,), "middle": (1,), "late_mid": (1,), "last": (1,)}),
@@ -183,7 +191,7 @@ def test_multipliers_are_interpolated_at_relative_depth() -> None:
     assert layer_multipliers(NoiseConfig(), 3) == (1.0, 1.0, 1.0)
 
 
-# --- a tiny model -------------------------------------------------------------------------------------------------------------
+# --- a tiny model -----------------------------------------------------------------------------------------------------
 
 
 class Load(Protocol):
@@ -226,7 +234,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.fixture(scope="module")
 def load(folder: Callable[[int], Path]) -> Load:
     def policy(depth: int = 4, *, dtype: Any = "float32", adapter: Any = "full", **quant: Any) -> Policy:
-        return load_policy(ModelConfig(name=str(folder(depth)), dtype=dtype, adapter=adapter), QuantConfig(**quant), seed=0)
+        return load_policy(
+            ModelConfig(name=str(folder(depth)), dtype=dtype, adapter=adapter), QuantConfig(**quant), seed=0
+        )
 
     return policy
 
@@ -246,7 +256,10 @@ def expected_names(layers: tuple[int, ...], parts: list[str]) -> list[str]:
 TARGETS: list[tuple[dict[str, Any], list[str]]] = [
     ({}, expected_names((0, 1, 2, 3), NORMS)),
     ({"modules": "linear"}, expected_names((0, 1, 2, 3), PROJECTIONS)),
-    ({"modules": ["rmsnorm", "linear"]}, expected_names((0, 1, 2, 3), NORMS) + expected_names((0, 1, 2, 3), PROJECTIONS)),
+    (
+        {"modules": ["rmsnorm", "linear"]},
+        expected_names((0, 1, 2, 3), NORMS) + expected_names((0, 1, 2, 3), PROJECTIONS),
+    ),
     ({"layers": "first"}, expected_names((0,), NORMS)),
     ({"layers": "middle"}, expected_names((1, 2), NORMS)),  # midpoints 3.5, 10.5, 17.5, 24.5
     ({"layers": "late_mid"}, expected_names((3,), NORMS)),
@@ -259,7 +272,9 @@ TARGETS: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("settings", "names"), TARGETS)
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_targets_are_the_named_modules_of_the_named_layers(settings: dict[str, Any], names: list[str], adapter: str, load: Load) -> None:
+def test_targets_are_the_named_modules_of_the_named_layers(
+    settings: dict[str, Any], names: list[str], adapter: str, load: Load
+) -> None:
     targets = noise_targets(load(adapter=adapter), NoiseConfig.model_validate(settings))
     assert names_of(targets) == names
     assert [t.layer for t in targets] == [int(n.split(".")[2]) if ".layers." in n else None for n in names]
@@ -269,7 +284,9 @@ def test_targets_are_the_named_modules_of_the_named_layers(settings: dict[str, A
 def test_linear_noise_also_reaches_layers_that_stay_at_16_bits(load: Load) -> None:
     policy = load(skip_layers=(0, -1), exclude=("lm_head", "down_proj"))
     assert len(policy.quantized) == 2 * 6
-    assert names_of(noise_targets(policy, NoiseConfig(modules=("linear",)))) == expected_names((0, 1, 2, 3), PROJECTIONS)
+    assert names_of(noise_targets(policy, NoiseConfig(modules=("linear",)))) == expected_names(
+        (0, 1, 2, 3), PROJECTIONS
+    )
 
 
 def test_the_head_is_never_a_target_even_when_it_is_quantised(load: Load) -> None:
@@ -292,7 +309,8 @@ NOTHING: list[tuple[dict[str, Any], list[str]]] = [
     ({"layer_multipliers": [0, 0]}, ["noise.layer_multipliers", "nothing"]),
     ({"layers": 0, "layer_multipliers": [0, 1, 1, 1]}, ["noise.layer_multipliers", "nothing"]),
     ({"layers": "middle", "zones": [zone("middle", 0.0, 0.0)]}, ["noise.zones", "nothing"]),
-    # A zone whose sigmas reach no chosen block: not among the layers, or all of its block belongs to a zone that is also named.
+    # A zone whose sigmas reach no chosen block: not among the layers, or all of its block belongs to a zone that is
+    # also named.
     ({"layers": "first", "zones": [zone("middle")]}, ["noise.zones", "middle", "remove it"]),
     ({"zones": [zone("late_mid"), zone("last")]}, ["noise.zones", "last", "remove it"]),
 ]
@@ -313,7 +331,9 @@ def test_a_setting_that_would_touch_nothing_is_an_error(settings: dict[str, Any]
         ("final_norm", {"final_norm": True}, "noise.final_norm=true"),
     ],
 )
-def test_a_model_without_the_named_modules_is_an_error(missing: str, settings: dict[str, Any], words: str, load: Load) -> None:
+def test_a_model_without_the_named_modules_is_an_error(
+    missing: str, settings: dict[str, Any], words: str, load: Load
+) -> None:
     without: dict[str, Any] = {missing: {}}
     policy = dataclasses.replace(load(), **without)
     with pytest.raises(ConfigError, match=words):
@@ -322,7 +342,9 @@ def test_a_model_without_the_named_modules_is_an_error(missing: str, settings: d
 
 def test_noise_in_quantisation_steps_needs_every_target_quantised(load: Load) -> None:
     policy = load(skip_layers=(0,))
-    with pytest.raises(ConfigError, match=r"noise\.scale=step: model\.layers\.0\.self_attn\.q_proj\.weight is not quantised"):
+    with pytest.raises(
+        ConfigError, match=r"noise\.scale=step: model\.layers\.0\.self_attn\.q_proj\.weight is not quantised"
+    ):
         noise_targets(policy, NoiseConfig(modules=("linear",), scale="step"))
     assert noise_targets(policy, NoiseConfig(modules=("linear",), scale="step", layers=(1, 2, 3)))
 
@@ -335,14 +357,16 @@ def test_every_point_of_the_plan_reaches_a_weight_at_any_depth(depth: int, load:
         assert bool(noise_targets(policy, noise)) == (noise.sigma_start > 0), name
 
 
-# --- in and out again ---------------------------------------------------------------------------------------------------------
+# --- in and out again -------------------------------------------------------------------------------------------------
 
 
 def deployed_weights(policy: Policy) -> dict[str, torch.Tensor]:
     """What the forward pass computes with at this moment, by bare name."""
     weights: dict[str, torch.Tensor] = {}
     for name, linear in policy.linears.items():
-        weights[f"{name}.weight"] = (linear.quantized_weight() if linear.deployed_weight is None else linear.deployed_weight).clone()
+        weights[f"{name}.weight"] = (
+            linear.quantized_weight() if linear.deployed_weight is None else linear.deployed_weight
+        ).clone()
     for name, norm in (policy.norms | policy.final_norm).items():
         assert isinstance(norm.weight, torch.Tensor)
         weights[f"{name}.weight"] = norm.weight.detach().clone()
@@ -358,7 +382,9 @@ def during(policy: Policy, noise: NoiseConfig, step: int = STEPS - 1, seed: int 
 def shifts(policy: Policy, noise: NoiseConfig, step: int = STEPS - 1, seed: int = 0) -> dict[str, torch.Tensor]:
     """What noise changes, by name; unchanged weights are left out."""
     clean = deployed_weights(policy)
-    changes = {name: weight.double() - clean[name].double() for name, weight in during(policy, noise, step, seed).items()}
+    changes = {
+        name: weight.double() - clean[name].double() for name, weight in during(policy, noise, step, seed).items()
+    }
     return {name: change for name, change in changes.items() if bool((change != 0).any())}
 
 
@@ -434,7 +460,9 @@ def test_noise_never_accumulates(load: Load) -> None:
     assert shifts(fresh, noise, step=5)
 
 
-def test_the_rollout_computes_with_the_noisy_weights_and_nothing_else_does(load: Load, folder: Callable[[int], Path]) -> None:
+def test_the_rollout_computes_with_the_noisy_weights_and_nothing_else_does(
+    load: Load, folder: Callable[[int], Path]
+) -> None:
     policy = load(activations="none")
     ids = torch.tensor([[2, 5, 12, 7, 14]])
     quiet = policy.model(input_ids=ids).logits
@@ -480,7 +508,7 @@ def test_no_step_is_noisy_in_the_quiet_stage(load: Load) -> None:
     assert [bool(shifts(policy, BOTH, step=step)) for step in (0, 2, 3)] == [False, False, True]
 
 
-# --- the draw -----------------------------------------------------------------------------------------------------------------
+# --- the draw ---------------------------------------------------------------------------------------------------------
 
 NAME = "model.layers.1.input_layernorm.weight"
 OTHERS: list[dict[str, Any]] = [
@@ -555,7 +583,9 @@ def test_scale_step_counts_in_the_local_quantisation_step(load: Load) -> None:
     policy = load()
     with torch.no_grad():  # blocks of very different size in one weight
         policy.linears["model.layers.0.self_attn.q_proj"].weight[::2, :32].mul_(64)
-    noise = NoiseConfig(sigma_start=0.25, sigma_end=0.25, modules=("linear",), scale="step", placement="after", layers=(0,))
+    noise = NoiseConfig(
+        sigma_start=0.25, sigma_end=0.25, modules=("linear",), scale="step", placement="after", layers=(0,)
+    )
     for name, change in shifts(policy, noise).items():
         weight = policy.linears[name.removesuffix(".weight")].weight.detach().numpy()
         blocks = weight.reshape(weight.shape[0], -1, 32)
@@ -578,12 +608,18 @@ def test_placement_says_whether_noise_passes_the_quantiser(fmt: Any, load: Load)
         weight = policy.linears[name.removesuffix(".weight")].weight.detach()
         noisy = (weight.double() + shift).float()
         assert torch.equal(before[name], fake_quantize(noisy, fmt, per_tensor=True))
-        torch.testing.assert_close(after[name].double(), fake_quantize(weight, fmt, per_tensor=True).double() + shift, rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            after[name].double(), fake_quantize(weight, fmt, per_tensor=True).double() + shift, rtol=0, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("placement", ["before", "after"])
-@pytest.mark.parametrize(("fmt", "scale"), [("mxfp4", "absolute"), ("mxfp4", "step"), ("nvfp4", "step"), ("none", "rms")])
-def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(fmt: Any, scale: Any, placement: Any, load: Load) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "scale"), [("mxfp4", "absolute"), ("mxfp4", "step"), ("nvfp4", "step"), ("none", "rms")]
+)
+def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(
+    fmt: Any, scale: Any, placement: Any, load: Load
+) -> None:
     """And arrives with the rms that it has on a weight that is not rotated, in the basis of either."""
     policy = load(weights=fmt, hadamard=True)
     sigma = 0.02 if scale == "absolute" else 0.3
@@ -600,7 +636,9 @@ def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(fmt: Any, scale:
             expected = fake_quantize(turned + shift, fmt, per_tensor=True)
             assert ((weight - expected).abs() > 1e-6).float().mean() < 0.001, "but for the last bit of rms"
         else:
-            torch.testing.assert_close(weight, fake_quantize(turned, fmt, per_tensor=True) + shift, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                weight, fake_quantize(turned, fmt, per_tensor=True) + shift, rtol=1e-6, atol=1e-7
+            )
             back = rotate(weight - fake_quantize(turned, fmt, per_tensor=True))
             assert rms(back) == pytest.approx(rms(shift), rel=1e-4), "the change of the weight in the model's own basis"
 
@@ -612,10 +650,13 @@ def test_noise_is_added_in_fp32_and_cast_to_bf16_afterwards(load: Load) -> None:
             there.copy_(here)
     noise = NoiseConfig(sigma_start=0.01, sigma_end=0.01, modules=("rmsnorm", "linear"))
     got, expected = during(narrow, noise), during(wide, noise)
-    assert all(weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name].bfloat16()) for name, weight in got.items())
+    assert all(
+        weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name].bfloat16())
+        for name, weight in got.items()
+    )
 
 
-# --- the proof ----------------------------------------------------------------------------------------------------------------
+# --- the proof --------------------------------------------------------------------------------------------------------
 
 
 def effects_of(policy: Policy, noise: NoiseConfig, step: int = STEPS - 1, seed: int = 0) -> tuple[Effect, ...]:
@@ -646,7 +687,9 @@ def test_the_receipt_holds_what_really_changed(settings: dict[str, Any], options
         assert (e.stage, e.step) == (9, 28)
         assert e.applied == pytest.approx(rms(changes[e.name]), rel=1e-4)
         assert e.changed == pytest.approx((changes[e.name] != 0).double().mean().item())
-        assert e.applied_relative == pytest.approx(e.applied / rms(clean[e.name]), rel=0.05)  # of the master weight, here of the quantised
+        assert e.applied_relative == pytest.approx(
+            e.applied / rms(clean[e.name]), rel=0.05
+        )  # of the master weight, here of the quantised
 
 
 def test_nominal_sigma_in_the_receipt_follows_zone_multiplier_and_stage(load: Load) -> None:
@@ -654,7 +697,10 @@ def test_nominal_sigma_in_the_receipt_follows_zone_multiplier_and_stage(load: Lo
     noise = NoiseConfig(
         sigma_start=0.05,
         sigma_end=0.0005,
-        zones=(ZoneSigma(zone="middle", sigma_start=0.08, sigma_end=0.001), ZoneSigma(zone="last", sigma_start=0.02, sigma_end=0.02)),
+        zones=(
+            ZoneSigma(zone="middle", sigma_start=0.08, sigma_end=0.001),
+            ZoneSigma(zone="last", sigma_start=0.02, sigma_end=0.02),
+        ),
         layer_multipliers=(1.0, 1.0, 0.5, 2.0),
         final_norm=True,
     )
@@ -705,7 +751,15 @@ def test_what_mxfp4_makes_of_linear_noise_is_measured(load: Load) -> None:
 
 def effect(nominal: float, applied: float, *, stage: int = 1, kind: str = "linear") -> Effect:
     return Effect(
-        stage=stage, step=3, name=f"w{applied}", layer=0, kind=kind, nominal=nominal, applied=applied, applied_relative=1, changed=1
+        stage=stage,
+        step=3,
+        name=f"w{applied}",
+        layer=0,
+        kind=kind,
+        nominal=nominal,
+        applied=applied,
+        applied_relative=1,
+        changed=1,
     )
 
 
@@ -720,7 +774,9 @@ WARNINGS: list[tuple[list[Effect], list[str]]] = [
 
 
 @pytest.mark.parametrize(("effects", "words"), WARNINGS)
-def test_a_warning_names_what_moved_by_less_than_half_or_more_than_twice(effects: list[Effect], words: list[str]) -> None:
+def test_a_warning_names_what_moved_by_less_than_half_or_more_than_twice(
+    effects: list[Effect], words: list[str]
+) -> None:
     lines = effect_warnings(tuple(effects))
     assert len(lines) == (1 if words else 0)
     assert [word for word in words if word not in lines[0]] == []

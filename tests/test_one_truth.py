@@ -66,7 +66,9 @@ def test_with_the_control_best_everyone_names_the_same_candidate_and_says_that_i
         "status": [row["arm"] for row in status if row["candidate"]],
         "report": [report["candidate"]],
         "confirm": [arm.name for arm in arms if arm.origin == "winner"],
-        "ablation": [arm.name for arm in ablation(config, study(tmp_path, name="a"), named=False).arms if arm.origin == "winner"],
+        "ablation": [
+            arm.name for arm in ablation(config, study(tmp_path, name="a"), named=False).arms if arm.origin == "winner"
+        ],
         "rule": [candidate_of(config, read_arms(config)).arm.name],
     }
     assert all(names == ["c02"] for names in named.values()), named
@@ -118,5 +120,9 @@ def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch
     (row,) = json.loads(say("list", "--json")[1])
     assert (row["runs"], row["of"], row["status"]) == (4, 6, {"completed": 2, "collapsed": 1, "stopped": 1})
     said = say("status", "s")[1]
-    for part in ("4 of 6 trials begun", "1 collapsed, 1 stopped", "3 trials are not finished and nobody is running them"):
+    for part in (
+        "4 of 6 trials begun",
+        "1 collapsed, 1 stopped",
+        "3 trials are not finished and nobody is running them",
+    ):
         assert part in said

@@ -38,7 +38,9 @@ def made(tmp_path: Path, **given: Any) -> StudyConfig:
     return study_config(SweepOptions(**{"store": str(tmp_path), **given}))
 
 
-def test_without_options_it_is_the_default_sweep_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_options_it_is_the_default_sweep_in_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = study_config(SweepOptions())
     assert re.fullmatch(r"sigma-\d{8}-\d{6}", config.name)
@@ -69,9 +71,17 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "tracking_uri": "http://host:5000",
         "address": "HEAD:6379",
     }
-    assert set(given) | {"store"} == {field.name for field in fields(SweepOptions)}, "a new option belongs into this test"
+    assert set(given) | {"store"} == {field.name for field in fields(SweepOptions)}, (
+        "a new option belongs into this test"
+    )
     config = made(tmp_path, **given)
-    assert (config.name, config.space.name, config.workload, config.trials, config.replicates) == ("mine", "schedule", "tiny", 12, 3)
+    assert (config.name, config.space.name, config.workload, config.trials, config.replicates) == (
+        "mine",
+        "schedule",
+        "tiny",
+        12,
+        3,
+    )
     assert (config.concurrent, config.seed, config.searcher) == (2, 5, "tpe")
     assert config.settings == {"noise": {"modules": "linear"}, "eval": {"questions": 16}}
     assert (config.points, config.evidence, config.warm_start) == (("e12", "e13h"), ("e13i-baseline",), "earlier")
@@ -96,7 +106,9 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"store": "s3://bucket/runs"}, "--store s3://bucket/runs: a database cannot lie there; give --tracking-uri"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
         made(tmp_path, **given)
     assert said in str(caught.value)
@@ -188,7 +200,9 @@ def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypa
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     model = ["model.name=weights", "model.recipe=null", "task.name=gsm8k"]
-    assert made(tmp_path, overrides=[*model, "task.path=q.jsonl"]).settings["task"]["path"] == str(tmp_path / "here" / "q.jsonl")
+    assert made(tmp_path, overrides=[*model, "task.path=q.jsonl"]).settings["task"]["path"] == str(
+        tmp_path / "here" / "q.jsonl"
+    )
     (tmp_path / "there" / "mine.yaml").write_text(
         "name: mine\ndescription: my own\nsettings: {model: {name: ../here/weights, recipe: null}, task: {name: gsm8k, path: q.jsonl}}\n"
         "dimensions:\n- {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.01}}\n"
@@ -216,10 +230,15 @@ def test_the_home_is_written_as_a_shell_would(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "space.yaml").write_text(dump_yaml(as_tree(SPACES["sigma"])))
     (tmp_path / "point.yaml").write_text("noise: {sigma_start: 0.02}\n")
-    config = made(tmp_path, space="~/space.yaml", points="e12,~/point.yaml", store="~/runs", tracking_uri="sqlite:///~/m.db")
+    config = made(
+        tmp_path, space="~/space.yaml", points="e12,~/point.yaml", store="~/runs", tracking_uri="sqlite:///~/m.db"
+    )
     assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), f"sqlite:///{tmp_path}/m.db")
     assert "point" in [arm.name for arm in fixed_arms(config)]
-    assert trial_config("control", None, "tiny", ["model.name=~/m", "model.recipe=null", "task.name=gsm8k"]).model.name == f"{tmp_path}/m"
+    assert (
+        trial_config("control", None, "tiny", ["model.name=~/m", "model.recipe=null", "task.name=gsm8k"]).model.name
+        == f"{tmp_path}/m"
+    )
 
 
 # A sweep that is there
@@ -249,7 +268,9 @@ def test_a_relative_store_is_found_from_here(tmp_path: Path, monkeypatch: pytest
         ("auto", None, "auto"),
     ],
 )
-def test_it_goes_on_where_it_ran_before_unless_told_otherwise(address: str | None, before: str | None, place: str | None) -> None:
+def test_it_goes_on_where_it_ran_before_unless_told_otherwise(
+    address: str | None, before: str | None, place: str | None
+) -> None:
     assert ray_address(address, before) == place
 
 
@@ -264,10 +285,16 @@ def test_it_goes_on_where_it_ran_before_unless_told_otherwise(address: str | Non
         ("/data", "http://h:5000", " --store /data --tracking-uri http://h:5000"),
     ],
 )
-def test_the_next_command_repeats_what_it_needs_and_a_shell_reads_it_right(store: str, tracking_uri: str | None, said: str) -> None:
+def test_the_next_command_repeats_what_it_needs_and_a_shell_reads_it_right(
+    store: str, tracking_uri: str | None, said: str
+) -> None:
     assert repeated(store, tracking_uri) == said
-    words = subprocess.run(["sh", "-c", f"printf '%s\\n'{said}"], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert [word for word in words if "/" in word] == [word for word in (store if store != "runs" else None, tracking_uri) if word]
+    words = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n'{said}"], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    assert [word for word in words if "/" in word] == [
+        word for word in (store if store != "runs" else None, tracking_uri) if word
+    ]
 
 
 @pytest.mark.parametrize(("text", "found"), [("5", (5,)), ("5,8,12", (5, 8, 12)), (" 5 , 8,", (5, 8))])
@@ -277,7 +304,9 @@ def test_numbers(text: str, found: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["five", "5;8", "5,8.5"])
 def test_what_is_no_list_of_numbers_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"--looks {text}: give whole numbers separated by commas, for example 5,8,12")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"--looks {text}: give whole numbers separated by commas, for example 5,8,12")
+    ):
         numbers("--looks", text)
 
 
@@ -311,7 +340,9 @@ def test_a_trial_s_mistakes(point: str | None, config: Path | None, workload: st
 @pytest.mark.slow
 def test_options_import_nothing_heavy() -> None:
     code = "import sys, dashboards.options; print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.slow

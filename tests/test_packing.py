@@ -59,7 +59,11 @@ def weights(kind: str, dtype: torch.dtype) -> torch.Tensor:
             x = x.clamp(-0.9, 0.9)
             x[:, ::32] = top
         case "smallest":  # scales of 2^-127 and a little more
-            x *= torch.exp2(torch.randint(-132, -120, (64, 3), generator=source).double()).float().repeat_interleave(32, 1)
+            x *= (
+                torch.exp2(torch.randint(-132, -120, (64, 3), generator=source).double())
+                .float()
+                .repeat_interleave(32, 1)
+            )
         case "zeros":
             x = torch.zeros(64, 96)
             x[::2] = -0.0
@@ -74,7 +78,9 @@ KINDS = ("ordinary", "heavy tails", "wide range", "midpoints", "thresholds", "sm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
-def test_what_the_library_unpacks_is_the_fake_quantised_weight_bit_for_bit(rule: str, kind: str, dtype: torch.dtype) -> None:
+def test_what_the_library_unpacks_is_the_fake_quantised_weight_bit_for_bit(
+    rule: str, kind: str, dtype: torch.dtype
+) -> None:
     weight = weights(kind, dtype)
     codes, scales = pack(weight, rule)
     assert (codes.dtype, codes.shape) == (torch.uint8, (64, 48))
@@ -161,12 +167,16 @@ def plain(folder: str, **formats: str) -> Path:
     names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
     chosen = {name: formats.get(name.split(".")[-1], "mxfp4") for name in names}
     chosen |= {name: form for name, form in formats.items() if name == "lm_head"}
-    layers = {name: asdict(Arithmetic(weights=form, activations="none", scale_rule="rceil")) for name, form in chosen.items()}
+    layers = {
+        name: asdict(Arithmetic(weights=form, activations="none", scale_rule="rceil")) for name, form in chosen.items()
+    }
     (place / CONFIG_FILE).write_text(json.dumps({"version": 2, "layers": layers}))
     return place
 
 
-def test_a_packed_folder_holds_each_weight_once_and_the_rest_in_bfloat16(model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_a_packed_folder_holds_each_weight_once_and_the_rest_in_bfloat16(
+    model_folder: ModelFolder, tmp_path: Path
+) -> None:
     source = plain(model_folder("qwen2", seed=11), q_proj="none")
     pack_checkpoint(source, tmp_path / "packed")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")
@@ -180,14 +190,19 @@ def test_a_packed_folder_holds_each_weight_once_and_the_rest_in_bfloat16(model_f
         assert torch.equal(decoded.float(), fake_quantize(before[f"{name}.weight"], "mxfp4", "rceil")), name
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"]["ignore"] == [*(f"model.layers.{i}.self_attn.q_proj" for i in range(3)), "lm_head"]
+    assert config["quantization_config"]["ignore"] == [
+        *(f"model.layers.{i}.self_attn.q_proj" for i in range(3)),
+        "lm_head",
+    ]
     assert config["quantization_config"]["config_groups"]["group_0"]["input_activations"] is None
     names = {path.name for path in (tmp_path / "packed").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert CONFIG_FILE not in names
 
 
-def test_a_head_can_be_packed_and_is_named_because_vllm_s_is_no_linear(model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_a_head_can_be_packed_and_is_named_because_vllm_s_is_no_linear(
+    model_folder: ModelFolder, tmp_path: Path
+) -> None:
     source = plain(model_folder("qwen2", tied=False, seed=12), lm_head="mxfp4")
     pack_checkpoint(source, tmp_path / "packed")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "packed" / "model.safetensors")

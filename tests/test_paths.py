@@ -75,7 +75,10 @@ def test_a_mistake_is_left_for_those_who_tell_it(tree: dict[str, Any], folder: P
 
 def test_paths_in_a_file_begin_at_the_file(folder: Path) -> None:
     (folder / "trial.yaml").write_text("task: {path: q.jsonl}\nmodel: {name: weights}\n")
-    assert load_settings(folder / "trial.yaml") == {"task": {"path": f"{folder}/q.jsonl"}, "model": {"name": f"{folder}/weights"}}
+    assert load_settings(folder / "trial.yaml") == {
+        "task": {"path": f"{folder}/q.jsonl"},
+        "model": {"name": f"{folder}/weights"},
+    }
     (folder / "space.yaml").write_text(
         "name: mine\ndescription: which data\nsettings: {model: {name: weights}}\ndimensions:\n"
         "- {key: task.path, domain: {kind: choice, options: {small: s.jsonl, large: /shared/l.jsonl, hub: null}}}\n"

@@ -38,7 +38,9 @@ def test_time_and_hours_are_the_workload_s_figure_times_the_runs(tmp_path: Path)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("cpus", "per_trial", "concurrent", "slots"), [(8, 2, None, 4), (7, 2, None, 3), (1, 2, None, 1), (8, 2, 3, 3)])
+@pytest.mark.parametrize(
+    ("cpus", "per_trial", "concurrent", "slots"), [(8, 2, None, 4), (7, 2, None, 3), (1, 2, None, 1), (8, 2, 3, 3)]
+)
 def test_trials_at_once_are_what_the_cores_hold_or_what_was_asked(
     tmp_path: Path, cpus: int, per_trial: int, concurrent: int | None, slots: int
 ) -> None:
@@ -83,7 +85,9 @@ def finished(store: Path, seconds: list[float], **changes: Any) -> tuple[StudyCo
     write_sweep(config, arms, {})
     for arm in arms:
         for replicate, took in enumerate(seconds):
-            write_trial(config, arm, replicate, outcome(arm, replicate, 280 + replicate), attempts=[attempt(100, 100 + took)])
+            write_trial(
+                config, arm, replicate, outcome(arm, replicate, 280 + replicate), attempts=[attempt(100, 100 + took)]
+            )
     return config, arms
 
 
@@ -113,7 +117,9 @@ def test_the_spread_is_that_of_differences_from_the_control_over_seeds(tmp_path:
     write_sweep(config, [make_arm(config, name) for name in right], right)
     squares = 0.0
     for name in ("c01", "c02"):
-        squares += 3 * statistics.variance([(a - b) / QUESTIONS for a, b in zip(right[name], right["control"], strict=True)])
+        squares += 3 * statistics.variance(
+            [(a - b) / QUESTIONS for a, b in zip(right[name], right["control"], strict=True)]
+        )
     assert experience(str(tmp_path), "tiny").difference_sd == pytest.approx(math.sqrt(squares / 6))
 
 

@@ -1,4 +1,5 @@
-"""Every experiment of the plan is a point with the plan's numbers, every workload takes it, every space stays inside the rules."""
+"""Every experiment of the plan is a point with the plan's numbers, every workload takes it, every space stays inside
+the rules."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -47,7 +48,7 @@ def value_of(trial: TrialConfig, key: str) -> Any:
     return value
 
 
-# --- points -------------------------------------------------------------------------------------------------------------------
+# --- points -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_points_are_the_experiments_of_the_plan() -> None:
@@ -163,10 +164,12 @@ def test_the_collapses_that_the_plan_recorded_are_those_of_its_text() -> None:
         "e13i-v2": 4,
     }
     for name, point in POINTS.items():
-        assert (point.collapsed_at_step is not None) == (f"failed at step {point.collapsed_at_step}" in (point.recorded or "")), name
+        assert (point.collapsed_at_step is not None) == (
+            f"failed at step {point.collapsed_at_step}" in (point.recorded or "")
+        ), name
 
 
-# --- workloads ----------------------------------------------------------------------------------------------------------------
+# --- workloads --------------------------------------------------------------------------------------------------------
 
 # facts/rin-grpo.md, section 5.1, and what its E13h left unquantised
 QWEN: list[tuple[str, Any]] = [
@@ -217,7 +220,7 @@ def test_the_default_configuration_is_the_embedded_workload() -> None:
     assert TrialConfig().model.recipe is not None
 
 
-# --- spaces -------------------------------------------------------------------------------------------------------------------
+# --- spaces -----------------------------------------------------------------------------------------------------------
 
 
 def values(dimension: Dimension) -> list[Any]:
@@ -274,7 +277,9 @@ def test_there_is_a_space_for_sigma_targets_schedule_everything_and_each_mode() 
 
 def sigma_range(space: str, module: str) -> tuple[float, float]:
     (domain,) = (
-        d.domain for d in SPACES[space].dimensions if d.key == "noise.sigma_start" and d.when is not None and d.when.value == module
+        d.domain
+        for d in SPACES[space].dimensions
+        if d.key == "noise.sigma_start" and d.when is not None and d.when.value == module
     )
     assert isinstance(domain, Float)
     assert domain.log
@@ -284,7 +289,13 @@ def sigma_range(space: str, module: str) -> tuple[float, float]:
 # The plan: "W4A16: sigma in {0.01, 0.03, 0.05, 0.08}; W4A4: sigma in {0.002, 0.005, 0.01, 0.02}", for linear layers.
 @pytest.mark.parametrize(
     ("space", "low", "high"),
-    [("w4a4", 0.002, 0.02), ("sigma", 0.002, 0.02), ("targets", 0.002, 0.02), ("full", 0.002, 0.02), ("w4a16", 0.01, 0.08)],
+    [
+        ("w4a4", 0.002, 0.02),
+        ("sigma", 0.002, 0.02),
+        ("targets", 0.002, 0.02),
+        ("full", 0.002, 0.02),
+        ("w4a16", 0.01, 0.08),
+    ],
 )
 def test_sigma_on_linear_layers_has_the_range_of_the_plans_table(space: str, low: float, high: float) -> None:
     assert sigma_range(space, "linear") == (low, high)
@@ -326,7 +337,8 @@ def test_the_full_space_holds_every_option(key: str, names: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "inside"), [("rollout.temperature", 1.0), ("grpo.learning_rate", 3e-5), ("noise.num_stages", 10), ("noise.sigma_end", 0.0005)]
+    ("key", "inside"),
+    [("rollout.temperature", 1.0), ("grpo.learning_rate", 3e-5), ("noise.num_stages", 10), ("noise.sigma_end", 0.0005)],
 )
 def test_the_full_space_reaches_around_the_default(key: str, inside: float) -> None:
     (domain,) = (d.domain for d in SPACES["full"].dimensions if d.key == key)
@@ -348,14 +360,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"key": "noise.schedule", "domain": {"kind": "gauss"}}, "gauss"),
     ({"key": "noise.num_stages", "domain": {"kind": "int", "low": 3, "high": 5, "log": True}}, "unknown key"),
     (
-        {"key": "noise.num_stages", "domain": {"kind": "int", "low": 3, "high": 5}, "when": {"parent": "noise.modules", "value": "linear"}},
+        {
+            "key": "noise.num_stages",
+            "domain": {"kind": "int", "low": 3, "high": 5},
+            "when": {"parent": "noise.modules", "value": "linear"},
+        },
         "must be a choice listed before it",
     ),
 ]
 
 
 @pytest.mark.parametrize(("dimension", "words"), WRONG)
-def test_a_space_that_contradicts_itself_is_refused_in_one_line(dimension: dict[str, Any], words: str, tmp_path: Any) -> None:
+def test_a_space_that_contradicts_itself_is_refused_in_one_line(
+    dimension: dict[str, Any], words: str, tmp_path: Any
+) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(dump_yaml({"name": "mine", "description": "d", "dimensions": [dimension]}), encoding="utf-8")
     with pytest.raises(ConfigError) as caught:

@@ -25,7 +25,18 @@ from tests.ray_nodes import free_port
 
 PASSWORD = "canary-4711-postgres"
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
-SHORT = ["--workload", "tiny", "--trials", "2", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
+SHORT = [
+    "--workload",
+    "tiny",
+    "--trials",
+    "2",
+    "--set",
+    "grpo.steps=3",
+    "--set",
+    "noise.num_stages=2",
+    "--set",
+    "eval.questions=32",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,9 @@ class Postgres:
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
     """A server of this test alone, on localhost, that wants its password; as another user where this one is root."""
-    programs = [Path(found).parent for found in [shutil.which("initdb")] if found] + sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    programs = [Path(found).parent for found in [shutil.which("initdb")] if found] + sorted(
+        Path("/usr/lib/postgresql").glob("*/bin")
+    )
     require(programs, "needs PostgreSQL: apt-get update && apt-get install -y postgresql")
     user = {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
     with tempfile.TemporaryDirectory(prefix="rin-pg-", dir="/tmp") as folder:
@@ -58,7 +71,16 @@ def postgres() -> Iterator[Postgres]:
         if user:
             for path in (folder, secret):
                 shutil.chown(path, **user)
-        begin = [str(programs[0] / "initdb"), "-D", str(data), "-U", "rin", "--auth=scram-sha-256", f"--pwfile={secret}", "--no-sync"]
+        begin = [
+            str(programs[0] / "initdb"),
+            "-D",
+            str(data),
+            "-U",
+            "rin",
+            "--auth=scram-sha-256",
+            f"--pwfile={secret}",
+            "--no-sync",
+        ]
         subprocess.run(begin, cwd=folder, check=True, capture_output=True, **user)  # type: ignore[call-overload]
         serve = [str(programs[0] / "postgres"), "-D", str(data), "-k", folder, "-p", str(port)]
         serve += ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
@@ -88,7 +110,9 @@ def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
     switches = {"MLFLOW_BACKEND_STORE_URI": store.uri_with_password, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     switches |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
     with (folder / "mlflow.log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, env={**os.environ, **switches}, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **switches}, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -106,9 +130,12 @@ def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
 
 
 def watched(folder: Path, *arguments: str) -> str:
-    """What `rin` prints; libpq finds the password in its environment, as the documentation advises, and no command line shows it."""
+    """What `rin` prints; libpq finds the password in its environment, as the documentation advises, and no command line
+    shows it."""
     environment = {**os.environ, "PGPASSWORD": PASSWORD}
-    with program([*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+    with program(
+        [*RIN, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
         assert running.stdout is not None
         said = ""
         for line in running.stdout:

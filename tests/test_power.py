@@ -13,18 +13,24 @@ from search.power import MIN_REPLICATES, detectable_difference, replicates_to_de
 @pytest.mark.parametrize("replicates", [3, 5, 8, 40])
 @pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("confidence", [0.9, 0.99])
-def test_the_detectable_difference_is_that_of_the_paired_t_test(replicates: int, power: float, confidence: float) -> None:
+def test_the_detectable_difference_is_that_of_the_paired_t_test(
+    replicates: int, power: float, confidence: float
+) -> None:
     found = detectable_difference(0.02, replicates, power=power, confidence=confidence)
     critical, shift = stats.t.ppf(0.5 + confidence / 2, replicates - 1), found / 0.02 * math.sqrt(replicates)
 
     def rejecting(spread: float) -> float:
         """By the normal distribution, given the spread that came out."""
         mean = stats.norm.sf(critical * spread - shift) + stats.norm.cdf(-critical * spread - shift)
-        return float(mean * stats.chi.pdf(spread * math.sqrt(replicates - 1), replicates - 1) * math.sqrt(replicates - 1))
+        return float(
+            mean * stats.chi.pdf(spread * math.sqrt(replicates - 1), replicates - 1) * math.sqrt(replicates - 1)
+        )
 
     assert integrate.quad(rejecting, 0, 8, points=[shift / critical], limit=200)[0] == pytest.approx(power, abs=1e-6)
     achieved = TTestPower().power(found / 0.02, replicates, 1 - confidence)
-    assert math.isnan(achieved) or achieved == pytest.approx(power, abs=1e-6)  # it has no number where scipy's tail has none
+    assert math.isnan(achieved) or achieved == pytest.approx(
+        power, abs=1e-6
+    )  # it has no number where scipy's tail has none
 
 
 @pytest.mark.parametrize("difference", [-0.03, 0.005, 0.01, 0.02, 0.1])
@@ -49,7 +55,9 @@ DECIDABLE: list[tuple[float, float, float, bool]] = [
 
 
 @pytest.mark.parametrize(("difference", "se", "margin", "decidable"), DECIDABLE)
-def test_what_no_number_of_replicates_can_decide_is_said(difference: float, se: float, margin: float, decidable: bool) -> None:
+def test_what_no_number_of_replicates_can_decide_is_said(
+    difference: float, se: float, margin: float, decidable: bool
+) -> None:
     assert (replicates_to_decide(difference, 0.02, se, 5, margin=margin, level=0.05) is not None) == decidable
 
 
@@ -69,6 +77,9 @@ def test_power_is_a_number_everywhere_and_grows_with_the_difference(level: float
     """At degrees of freedom and levels where scipy's noncentral t has none for a tail: plans must not stumble over
     it."""
     for replicates in (3, 4, 5, 9, 20, 41, 101, 401, 10_000):
-        found = [detectable_difference(0.02, replicates, power=power, confidence=1 - level) for power in (0.5, 0.8, 0.9, 0.99)]
+        found = [
+            detectable_difference(0.02, replicates, power=power, confidence=1 - level)
+            for power in (0.5, 0.8, 0.9, 0.99)
+        ]
         assert found == sorted(found)
         assert all(0 <= difference < math.inf for difference in found)

@@ -58,7 +58,7 @@ def measured(folder: str) -> Rows:
     return list(measure(small_plan(folder)))
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------------------
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,9 @@ def measured(folder: str) -> Rows:
         ("tiny", {"tokens": 2}, (1, 2), 64),
     ],
 )
-def test_lengths_are_a_quarter_half_and_all(workload: str, options: dict[str, int], lengths: tuple[int, ...], prompts: int) -> None:
+def test_lengths_are_a_quarter_half_and_all(
+    workload: str, options: dict[str, int], lengths: tuple[int, ...], prompts: int
+) -> None:
     plan = plan_probe(workload, dtypes="float32", **options)
     assert (plan.lengths, plan.prompts, plan.seed) == (lengths, prompts, 0)
 
@@ -83,7 +85,10 @@ def test_a_workload_is_probed_on_its_own_task_with_what_it_excludes(workload: st
     assert config.model.dtype == "bfloat16"
     assert config.quant.mode == "W4A4"
     assert config.quant.skip_layers == tuple(own.get("quant", {}).get("skip_layers", ()))
-    assert (config.task.name, config.task.chat) == (own.get("task", {}).get("name", "addition"), own.get("task", {}).get("chat", False))
+    assert (config.task.name, config.task.chat) == (
+        own.get("task", {}).get("name", "addition"),
+        own.get("task", {}).get("chat", False),
+    )
 
 
 def test_a_folder_is_named_from_the_root_and_asked_in_text(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +103,7 @@ def test_dtypes_are_a_list(folder: str, text: str) -> None:
     assert small_plan(folder, dtypes=text).dtypes == DTYPES
 
 
-# --- the rows ----------------------------------------------------------------------------------------------------------------
+# --- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_setting_is_measured_at_every_depth_and_length(measured: Rows) -> None:
@@ -106,8 +111,12 @@ def test_every_setting_is_measured_at_every_depth_and_length(measured: Rows) -> 
         *((mode, "floor", blocks) for mode in ("W16A16", "W4A16", "W4A8", "W4A4") for blocks in (1, 2, 4)),
         *(("W4A4", rule, 4) for rule in ("even", "rceil", "ceil")),
     ]
-    found = [(row.dtype, row.mode, row.scale_rule, row.blocks, row.depth, row.length) for rows in measured for row in rows]
-    assert found == [("float32", mode, rule, blocks, DEPTH, n) for mode, rule, blocks in settings(DEPTH) for n in (2, 4, 8)]
+    found = [
+        (row.dtype, row.mode, row.scale_rule, row.blocks, row.depth, row.length) for rows in measured for row in rows
+    ]
+    assert found == [
+        ("float32", mode, rule, blocks, DEPTH, n) for mode, rule, blocks in settings(DEPTH) for n in (2, 4, 8)
+    ]
 
 
 def test_longer_completions_have_more_tokens(measured: Rows) -> None:
@@ -119,7 +128,12 @@ def test_longer_completions_have_more_tokens(measured: Rows) -> None:
 
 
 def whole(measured: Rows, mode: str, rule: str = "floor") -> Row:
-    (row,) = [row for rows in measured for row in rows if (row.mode, row.scale_rule, row.blocks, row.length) == (mode, rule, row.depth, 8)]
+    (row,) = [
+        row
+        for rows in measured
+        for row in rows
+        if (row.mode, row.scale_rule, row.blocks, row.length) == (mode, rule, row.depth, 8)
+    ]
     return row
 
 
@@ -133,8 +147,12 @@ def test_4_bit_activations_have_a_floor_and_16_bits_have_none_to_speak_of(folder
     assert len(set(found)) == 4
 
 
-@pytest.mark.parametrize(("mode", "rule"), [("W16A16", "floor"), ("W4A8", "floor"), ("W4A4", "floor"), ("W4A4", "ceil")])
-def test_a_row_is_the_floor_of_a_policy_loaded_in_that_setting(folder: str, measured: Rows, mode: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "rule"), [("W16A16", "floor"), ("W4A8", "floor"), ("W4A4", "floor"), ("W4A4", "ceil")]
+)
+def test_a_row_is_the_floor_of_a_policy_loaded_in_that_setting(
+    folder: str, measured: Rows, mode: str, rule: str
+) -> None:
     """Loaded, not switched; its completions sampled, teacher-forced and cut here."""
     config = small_plan(folder).config
     quant = config.quant.model_copy(update={**MODES[mode], "scale_rule": rule})
@@ -160,11 +178,17 @@ def test_a_row_is_the_floor_of_a_policy_loaded_in_that_setting(folder: str, meas
     assert row.floor.pairs["cached"].kl == pytest.approx(gap(batch.rollout_logps, training, batch.mask).kl, rel=1e-9)
     assert row.effective_share == gap(batch.rollout_logps, training, batch.mask).effective_share
     assert row.floor.pairs["cached"].tokens == floor.pairs["cached"].tokens
-    (cut,) = [r for rows in measured for r in rows if (r.mode, r.scale_rule, r.blocks, r.length) == (mode, rule, DEPTH, 2)]
-    assert cut.floor.pairs["eager"] == gap(eager[:, :2], training[:, :2], batch.mask[:, :2], sampler_logps=batch.rollout_logps[:, :2])
+    (cut,) = [
+        r for rows in measured for r in rows if (r.mode, r.scale_rule, r.blocks, r.length) == (mode, rule, DEPTH, 2)
+    ]
+    assert cut.floor.pairs["eager"] == gap(
+        eager[:, :2], training[:, :2], batch.mask[:, :2], sampler_logps=batch.rollout_logps[:, :2]
+    )
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_seed_others(folder: str, measured: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_rows_and_another_seed_others(
+    folder: str, measured: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert list(measure(small_plan(folder))) == measured
     other = next(iter(measure(small_plan(folder, seed=1))))
     assert other != measured[0]
@@ -180,7 +204,8 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(folder: str, 
 def test_a_policy_that_is_cast_is_one_that_was_loaded_in_that_dtype(model_folder: ModelFolder, kind: str) -> None:
     config = small_plan(model_folder(kind, text=True, layers=2)).config
     policy, loaded = (
-        load_policy(config.model.model_copy(update={"dtype": dtype}), config.quant, seed=0) for dtype in ("float32", "bfloat16")
+        load_policy(config.model.model_copy(update={"dtype": dtype}), config.quant, seed=0)
+        for dtype in ("float32", "bfloat16")
     )
     cast(policy, torch.bfloat16)
     for parts in ("named_parameters", "named_buffers"):
@@ -193,11 +218,15 @@ def test_a_policy_that_is_cast_is_one_that_was_loaded_in_that_dtype(model_folder
 
 
 @pytest.mark.parametrize(("adapter", "times"), [("full", 1), ("lora", 2)])
-def test_a_model_is_read_once_but_for_its_adapters(folder: str, monkeypatch: pytest.MonkeyPatch, adapter: str, times: int) -> None:
+def test_a_model_is_read_once_but_for_its_adapters(
+    folder: str, monkeypatch: pytest.MonkeyPatch, adapter: str, times: int
+) -> None:
     """Adapters stay in float32 whatever the model's dtype."""
     monkeypatch.setattr("dashboards.probe.settings", lambda depth: [("W4A4", "floor", depth)])
     reads: list[str] = []
-    monkeypatch.setattr("dashboards.probe.load_policy", lambda model, *rest: (reads.append(model.dtype), load_policy(model, *rest))[1])
+    monkeypatch.setattr(
+        "dashboards.probe.load_policy", lambda model, *rest: (reads.append(model.dtype), load_policy(model, *rest))[1]
+    )
     plan = small_plan(folder, dtypes="float32,bfloat16", tokens=4)
     model = plan.config.model.model_copy(update={"adapter": adapter})
     both = list(measure(replace(plan, config=plan.config.model_copy(update={"model": model}))))
@@ -214,11 +243,19 @@ def test_each_dtype_has_its_rows(folder: str, monkeypatch: pytest.MonkeyPatch) -
     assert half > 100 * single, "8 bits of mantissa instead of 24"
 
 
-# --- text, JSON, figure ------------------------------------------------------------------------------------------------------
+# --- text, JSON, figure -----------------------------------------------------------------------------------------------
 
 
 def row(mode: str, kl: float, *, length: int = 8, blocks: int = 30, rule: str = "floor", dtype: str = "float32") -> Row:
-    near = Gap(kl=kl / 2, mean_abs=0.01, max_abs=0.5, apart=0.1, tokens=16 * length, token_share=0.62, sequence_share=0.4 / length)
+    near = Gap(
+        kl=kl / 2,
+        mean_abs=0.01,
+        max_abs=0.5,
+        apart=0.1,
+        tokens=16 * length,
+        token_share=0.62,
+        sequence_share=0.4 / length,
+    )
     far = Gap(kl=kl, mean_abs=0.17, max_abs=7.25, apart=0.6, tokens=16 * length, token_share=0.01, sequence_share=0.9)
     floor = Floor(pairs={"cached": near, "eager": far})
     return Row(dtype=dtype, mode=mode, scale_rule=rule, blocks=blocks, depth=30, length=length, floor=floor)
@@ -230,15 +267,40 @@ def three(mode: str, kl: float, **options: Any) -> tuple[Row, ...]:
 
 def test_a_line_shows_the_wider_pair_the_shares_of_the_sampled_one_and_every_length(folder: str) -> None:
     text = line(three("W4A4", 0.088, blocks=15))
-    assert " ".join(text.split()) == "float32 W4A4 floor 15/30 128 0.022 0.044 0.088 0.17 7.2 60.0 % 100 % 62 % 20 % 10 % 5 %"
+    assert (
+        " ".join(text.split())
+        == "float32 W4A4 floor 15/30 128 0.022 0.044 0.088 0.17 7.2 60.0 % 100 % 62 % 20 % 10 % 5 %"
+    )
     *_, names = header(small_plan(folder))
-    assert names.split()[5:] == ["KL@2", "KL@4", "KL@8", "mean", "max", "apart", "none", "token", "seq@2", "seq@4", "seq@8"]
+    assert names.split()[5:] == [
+        "KL@2",
+        "KL@4",
+        "KL@8",
+        "mean",
+        "max",
+        "apart",
+        "none",
+        "token",
+        "seq@2",
+        "seq@4",
+        "seq@8",
+    ]
     assert len(text) == len(names), "columns stand under their names"
 
 
 def test_a_floor_that_is_not_finite_is_shown_and_is_null_in_json(folder: str) -> None:
-    bad = Gap(kl=math.nan, mean_abs=math.nan, max_abs=math.nan, apart=1.0, tokens=4, token_share=math.nan, sequence_share=math.nan)
-    rows = (replace(row("W4A4", 1.0), floor=Floor(pairs={"cached": bad, "eager": row("W4A4", 1.0).floor.pairs["eager"]})),)
+    bad = Gap(
+        kl=math.nan,
+        mean_abs=math.nan,
+        max_abs=math.nan,
+        apart=1.0,
+        tokens=4,
+        token_share=math.nan,
+        sequence_share=math.nan,
+    )
+    rows = (
+        replace(row("W4A4", 1.0), floor=Floor(pairs={"cached": bad, "eager": row("W4A4", 1.0).floor.pairs["eager"]})),
+    )
     assert line(rows).split()[5:7] == ["nan", "nan"]
     tree = json.loads(json.dumps(as_tree(small_plan(folder), rows, 1.0), allow_nan=False))
     assert tree["rows"][0]["kl"] is None
@@ -269,7 +331,9 @@ def test_the_conclusion_makes_no_limit_of_tokens_on_which_nothing_flipped() -> N
     assert not any("look for an error" in text for text in said)
 
 
-def curves(rows: list[Row], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[list[float], list[float]]]]:
+def curves(
+    rows: list[Row], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, tuple[list[float], list[float]]]]:
     """What each half of the figure shows, by label."""
     from matplotlib.figure import Figure
 
@@ -287,14 +351,18 @@ def test_the_figure_shows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = [*three("W16A16", 0.0), *three("W4A4", 0.2, blocks=7), *three("W4A4", 0.4), *three("W4A4", 0.9, rule="even")]
     rows += three("W4A4", 0.6, dtype="bfloat16")
     left, right = curves(rows, tmp_path / "floor.png", monkeypatch)
-    assert left == {"W16A16 float32": ([30], [1e-16]), "W4A4 float32": ([7, 30], [0.2, 0.4]), "W4A4 bfloat16": ([30], [0.6])}
+    assert left == {
+        "W16A16 float32": ([30], [1e-16]),
+        "W4A4 float32": ([7, 30], [0.2, 0.4]),
+        "W4A4 bfloat16": ([30], [0.6]),
+    }
     assert right["W4A4 float32"] == ([2, 4, 8], [0.2, 0.1, 0.05])
     picture = (tmp_path / "floor.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 10_000
 
 
-# --- the command -------------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 Said = tuple[int, str, str]
@@ -332,14 +400,24 @@ def test_the_table_has_a_line_for_each_setting_and_says_what_it_means(rin: Any, 
     assert lines[-1].startswith("45 floors in ")
 
 
-def test_json_is_one_object_with_every_row_and_the_plot_a_picture(rin: Any, folder: str, measured: Rows, tmp_path: Path) -> None:
-    code, out, err = rin("probe", folder, "--dtype", "float32", "--tokens", "8", "--prompts", "3", "--json", "--plot", "floor.png")
+def test_json_is_one_object_with_every_row_and_the_plot_a_picture(
+    rin: Any, folder: str, measured: Rows, tmp_path: Path
+) -> None:
+    code, out, err = rin(
+        "probe", folder, "--dtype", "float32", "--tokens", "8", "--prompts", "3", "--json", "--plot", "floor.png"
+    )
     assert (code, err) == (0, "")
     tree = json.loads(out)
     expected = as_tree(small_plan(folder), [row for rows in measured for row in rows], tree["seconds"])
     assert tree == json.loads(json.dumps(expected))
     last = tree["rows"][-1]
-    assert (last["mode"], last["scale_rule"], last["weights"], last["blocks"], last["length"]) == ("W4A4", "ceil", "mxfp4", 4, 8)
+    assert (last["mode"], last["scale_rule"], last["weights"], last["blocks"], last["length"]) == (
+        "W4A4",
+        "ceil",
+        "mxfp4",
+        4,
+        8,
+    )
     assert set(last["pairs"]) == {"cached", "eager"}
     assert set(last["pairs"]["eager"]) == {"kl", "mean_abs", "max_abs", "apart", "tokens"}
     assert set(last["effective_share"]) == set(get_args(Correction))
@@ -411,7 +489,9 @@ def test_without_matplotlib_the_plot_is_refused_before_anything_is_measured(
     rin: Any, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
     code, out, err = rin("probe", folder, "--plot", "floor.png")
     assert (code, out) == (2, "")
     assert "--plot floor.png: needs matplotlib; run: pip install" in err

@@ -18,8 +18,16 @@ CONDITIONAL = Space(
         Dimension(key="noise.schedule", domain=Choice(options={"constant": "constant", "log": "log"})),
         Dimension(key="noise.num_stages", domain=Int(low=2, high=4), when=When(parent="noise.schedule", value="log")),
         Dimension(key="noise.modules", domain=Choice(options={"rmsnorm": ["rmsnorm"], "linear": ["linear"]})),
-        Dimension(key="noise.sigma_start", domain=Float(low=0.005, high=0.1, log=True), when=When(parent="noise.modules", value="rmsnorm")),
-        Dimension(key="noise.sigma_start", domain=Float(low=0.002, high=0.02, log=True), when=When(parent="noise.modules", value="linear")),
+        Dimension(
+            key="noise.sigma_start",
+            domain=Float(low=0.005, high=0.1, log=True),
+            when=When(parent="noise.modules", value="rmsnorm"),
+        ),
+        Dimension(
+            key="noise.sigma_start",
+            domain=Float(low=0.002, high=0.02, log=True),
+            when=When(parent="noise.modules", value="linear"),
+        ),
     ),
 )
 
@@ -42,7 +50,10 @@ def test_dimensions_of_one_key_share_a_coordinate() -> None:
 
 @pytest.mark.parametrize(("beyond", "end"), [(1.4, 0.02), (-0.3, 0.002)])
 def test_a_proposal_beyond_a_range_is_moved_to_its_end(beyond: float, end: float) -> None:
-    place = {c.name: c.middle for c in coordinates(CONDITIONAL)} | {"noise.modules": "linear", coordinates(CONDITIONAL)[3].name: beyond}
+    place = {c.name: c.middle for c in coordinates(CONDITIONAL)} | {
+        "noise.modules": "linear",
+        coordinates(CONDITIONAL)[3].name: beyond,
+    }
     assert decode(CONDITIONAL, place)["noise.sigma_start|linear"] == end
 
 
@@ -74,7 +85,9 @@ def test_the_beginning_of_the_grid_is_spread_out() -> None:
     first = list(lattice(SPACES["sigma"], GRID_LEVELS))[:10]
     assert {p["noise.modules"] for p in first} == {"rmsnorm", "linear"}
     assert len({p["noise.sigma_end"] for p in first}) == GRID_LEVELS
-    assert len({round(encode(SPACES["sigma"], p)[coordinates(SPACES["sigma"])[1].name], 9) for p in first}) == GRID_LEVELS
+    assert (
+        len({round(encode(SPACES["sigma"], p)[coordinates(SPACES["sigma"])[1].name], 9) for p in first}) == GRID_LEVELS
+    )
 
 
 def test_a_finite_space_can_be_listed_and_a_real_number_cannot() -> None:

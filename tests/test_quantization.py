@@ -430,7 +430,9 @@ PAIRS = [
 ]
 
 
-def quant_linear(weights: str = "mxfp4", activations: str = "mxfp4", rule: str = "floor", bias: bool = True) -> QuantLinear:
+def quant_linear(
+    weights: str = "mxfp4", activations: str = "mxfp4", rule: str = "floor", bias: bool = True
+) -> QuantLinear:
     torch.manual_seed(0)
     return QuantLinear.from_linear(
         nn.Linear(64, 48, bias=bias),

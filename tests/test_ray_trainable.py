@@ -1,4 +1,5 @@
-"""The Tune trainable, driven as Tune drives it, without a cluster: what a trial leaves in its folder, and what it goes on from."""
+"""The Tune trainable, driven as Tune drives it, without a cluster: what a trial leaves in its folder, and what it goes
+on from."""
 
 import errno
 import json
@@ -38,7 +39,9 @@ STEP = trainable.ray_trainable.TrialWorker.step
 
 
 def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
-    config = read_config(merge(WORKLOADS["tiny"].settings, POINTS[point].settings), ("eval.questions=16", "threads=1", *overrides))
+    config = read_config(
+        merge(WORKLOADS["tiny"].settings, POINTS[point].settings), ("eval.questions=16", "threads=1", *overrides)
+    )
     return {"config": as_tree(config), "arm": "a", "replicate": 0, "origin": "point", "folder": str(folder)}
 
 
@@ -71,7 +74,11 @@ def numbers(result: dict[str, Any]) -> dict[str, float]:
 
 def comparable(report: dict[str, Any]) -> dict[str, Any]:
     """All that a step reported, without clocks."""
-    return {name: value for name, value in report.items() if name not in ("seconds", "time_ms") and not name.startswith("perf/")}
+    return {
+        name: value
+        for name, value in report.items()
+        if name not in ("seconds", "time_ms") and not name.startswith("perf/")
+    }
 
 
 def comparable_outcome(folder: Path) -> dict[str, Any]:
@@ -146,7 +153,10 @@ def test_a_collapse_ends_it_as_a_result(tmp_path: Path) -> None:
             break
     assert (result["collapsed"], result["outcome"], result["rule"]) == (1, "collapsed", "filter_rejection")
     trainable.stop()
-    assert (read(tmp_path)["outcome"]["outcome"], read(tmp_path)["outcome"]["rule"]) == ("collapsed", "filter_rejection")
+    assert (read(tmp_path)["outcome"]["outcome"], read(tmp_path)["outcome"]["rule"]) == (
+        "collapsed",
+        "filter_rejection",
+    )
     assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
 
 
@@ -163,18 +173,24 @@ def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome
     assert attempt.seen >= attempt.started + attempt.loading_seconds > attempt.started
 
 
-def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
     running = start(setting(tmp_path))
     for _ in range(3):
         running.train()
-    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001"], "one, to know what it costs"
+    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001"], (
+        "one, to know what it costs"
+    )
     running.stop()
     assert "checkpoint-000003" in names(tmp_path), "a trial that is stopped in good order loses nothing"
 
 
 @pytest.mark.parametrize("ending", ["outcome", "stop", "error"])
-def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
     save, asked, free = save_checkpoint, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> None:
@@ -208,7 +224,9 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(tmp_path: Path,
     assert names(tmp_path) == left[ending]
 
 
-def test_what_goes_wrong_in_a_write_other_than_a_full_disk_is_a_bug_and_propagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_write_other_than_a_full_disk_is_a_bug_and_propagates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
     monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", lambda *_: 1 / 0)
     running = start(setting(tmp_path, "e13i-v3"))
@@ -232,7 +250,9 @@ def test_a_trial_that_is_stopped_saves_itself_and_is_evaluated_as_it_leaves(tmp_
     assert [attempt.ended for attempt in read_attempts(folder)] == ["stopped"]
 
 
-def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever stops it may not wait for the evaluation."""
     monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
     running = start(setting(tmp_path))
@@ -285,7 +305,9 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None
     ],
     ids=["completed", "lora", "collapsed"],
 )
-def test_a_trial_that_ended_keeps_the_clean_weights_that_were_trained(tmp_path: Path, how: str, overrides: tuple[str, ...]) -> None:
+def test_a_trial_that_ended_keeps_the_clean_weights_that_were_trained(
+    tmp_path: Path, how: str, overrides: tuple[str, ...]
+) -> None:
     running = start(setting(tmp_path, "e13i-baseline" if how == "collapsed" else "e13i-v3", *overrides))
     before = None
     while not running.train()["done"]:
@@ -304,7 +326,9 @@ def test_a_trial_that_ended_keeps_the_clean_weights_that_were_trained(tmp_path: 
     running.stop()
 
 
-def test_a_kill_between_weights_and_outcome_loses_neither(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_weights_and_outcome_loses_neither(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once there is an outcome, the trial is never run again: the weights are there by then."""
     write = Folder.write
 
@@ -362,7 +386,9 @@ def test_final_weights_of_no_damaged_byte_are_taken_for_whole(tmp_path: Path) ->
             said.append("refused" if isinstance(error, ConfigError) else str(error)[:10])
             continue
         assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weights[name]) and found[name].dtype == weights[name].dtype for name in weights)
+        assert all(
+            torch.equal(found[name], weights[name]) and found[name].dtype == weights[name].dtype for name in weights
+        )
         said.append("harmless")
     assert set(said) <= {"is damaged", "refused", "harmless"}
     assert said.count("refused") == 1, "the version"
@@ -383,13 +409,19 @@ def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
     abandon(first) if ended == "killed" else first.stop()
     results = finish(start(setting(tmp_path)))
     assert [result["step"] for result in results] == list(range(after, 6))
-    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [
+        comparable(report) for report in read(undisturbed)["reports"]
+    ]
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
     attempts = read_attempts(Folder(str(tmp_path)))
     first_ended = "" if ended == "killed" else "stopped"
     assert [attempt.ended for attempt in attempts] == ([first_ended, "outcome"] if after else ["outcome"])
     assert first_steps(tmp_path) == ([0, after] if after else [0])
-    assert names(tmp_path) == [*(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)), FINAL_FILE, OUTCOME_FILE]
+    assert names(tmp_path) == [
+        *(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)),
+        FINAL_FILE,
+        OUTCOME_FILE,
+    ]
     assert (tmp_path / FINAL_FILE).read_bytes() == (undisturbed / FINAL_FILE).read_bytes()
 
 
@@ -399,12 +431,16 @@ def test_a_trial_that_is_killed_at_every_step_ends_as_if_it_had_not_been(tmp_pat
         running = start(setting(tmp_path))
         done = running.train()["done"]
         abandon(running)
-    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [
+        comparable(report) for report in read(undisturbed)["reports"]
+    ]
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
     assert first_steps(tmp_path) == list(range(6))
 
 
-def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune_heard_of_it(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune_heard_of_it(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     first = start(setting(tmp_path))
     for _ in range(6):
         last = first.train()
@@ -419,7 +455,9 @@ def test_a_trial_that_is_over_is_not_run_again_when_its_process_died_before_tune
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "nor is it another attempt"
 
 
-def test_the_next_trial_in_the_same_process_is_like_one_in_a_process_of_its_own(tmp_path: Path, undisturbed: Path) -> None:
+def test_the_next_trial_in_the_same_process_is_like_one_in_a_process_of_its_own(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     """After one that was stopped, and after one that was over before it began."""
     reused = start(setting(tmp_path / "stopped", "control"))
     reused.train()
@@ -428,7 +466,9 @@ def test_the_next_trial_in_the_same_process_is_like_one_in_a_process_of_its_own(
     assert reused.reset_config(setting(tmp_path / "next"))
     finish(reused)
     assert names(tmp_path / "stopped") == ["attempt-001.json", "checkpoint-000001", STOPPED_FILE]
-    assert [comparable(row) for row in read(tmp_path / "next")["reports"]] == [comparable(row) for row in read(undisturbed)["reports"]]
+    assert [comparable(row) for row in read(tmp_path / "next")["reports"]] == [
+        comparable(row) for row in read(undisturbed)["reports"]
+    ]
     assert comparable_outcome(tmp_path / "next") == comparable_outcome(undisturbed)
     assert [attempt.ended for attempt in read_attempts(Folder(str(tmp_path / "next")))] == ["outcome"]
 
@@ -443,7 +483,9 @@ def test_what_a_stop_had_said_is_gone_once_the_trial_goes_on(tmp_path: Path) -> 
     abandon(second)
 
 
-def test_a_damaged_newest_checkpoint_costs_one_step_and_is_told_in_the_attempt(tmp_path: Path, undisturbed: Path) -> None:
+def test_a_damaged_newest_checkpoint_costs_one_step_and_is_told_in_the_attempt(
+    tmp_path: Path, undisturbed: Path
+) -> None:
     first = start(setting(tmp_path))
     for _ in range(3):
         first.train()
@@ -454,7 +496,9 @@ def test_a_damaged_newest_checkpoint_costs_one_step_and_is_told_in_the_attempt(t
     tensors.write_bytes(data)
     results = finish(start(setting(tmp_path)))
     assert [result["step"] for result in results] == [2, 3, 4, 5]
-    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [
+        comparable(report) for report in read(undisturbed)["reports"]
+    ]
     (told,) = read(tmp_path, "attempt-002.json")["damaged"]
     assert "checkpoint-000003 is damaged" in told
 
@@ -492,13 +536,18 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
     running.train()
     assert "no checkpoint of step 3" in caplog.text
     assert "No space left" in caplog.text
-    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == ["checkpoint-000001", "checkpoint-000002"]
+    assert [name for name in names(tmp_path) if name.startswith("checkpoint-")] == [
+        "checkpoint-000001",
+        "checkpoint-000002",
+    ]
     full[0] = False
     running.train()
     assert "checkpoint-000005" in names(tmp_path)
     abandon(running)
     finish(start(setting(tmp_path)))
-    assert [comparable(report) for report in read(tmp_path)["reports"]] == [comparable(report) for report in read(undisturbed)["reports"]]
+    assert [comparable(report) for report in read(tmp_path)["reports"]] == [
+        comparable(report) for report in read(undisturbed)["reports"]
+    ]
 
 
 def test_after_a_disk_was_full_a_restart_goes_on_from_the_last_checkpoint_that_fitted(

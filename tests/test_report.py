@@ -83,7 +83,9 @@ def test_differences_intervals_and_p_values_are_scipy_s_corrected_for_the_number
 def test_one_arm_alone_needs_no_correction(tmp_path: Path) -> None:
     _, report = written(tmp_path, {"control": CONTROL, "c01": AHEAD})
     seen = row(report, "c01")
-    assert (seen.corrected.low, seen.corrected.p) == pytest.approx((seen.comparison.primary.low, seen.comparison.primary.p))
+    assert (seen.corrected.low, seen.corrected.p) == pytest.approx(
+        (seen.comparison.primary.low, seen.comparison.primary.p)
+    )
 
 
 def test_collapsed_replicates_count_with_their_accuracy_at_the_stop(tmp_path: Path) -> None:
@@ -125,9 +127,14 @@ def test_a_replicate_that_was_stopped_is_not_compared(tmp_path: Path) -> None:
 
 
 def test_arms_without_a_common_seed_have_no_difference_anywhere(tmp_path: Path) -> None:
-    _, report = written(tmp_path, {"control": [280, 291, None, None, None], "c01": [None, None, 331, 337, ("collapsed", 90)]})
+    _, report = written(
+        tmp_path, {"control": [280, 291, None, None, None], "c01": [None, None, 331, 337, ("collapsed", 90)]}
+    )
     seen = row(report, "c01")
-    assert (seen.difference, seen.verdict) == (None, "undecided: no seed in both arms, needs at least 3 more replicates")
+    assert (seen.difference, seen.verdict) == (
+        None,
+        "undecided: no seed in both arms, needs at least 3 more replicates",
+    )
     tree = next(arm for arm in strict(report)["arms"] if arm["arm"] == "c01")["comparison"]
     assert (tree["difference"], tree["replicates"], tree["unpaired"]) == (None, 0, 5)
     text = text_of(report)
@@ -161,7 +168,9 @@ def test_each_arm_is_compared_with_the_control_of_its_own_filter_policy(tmp_path
         "control",
         "control-resample",
     ]
-    assert row(report, "plain").corrected.difference - row(report, "filtered").corrected.difference == pytest.approx(0.1)
+    assert row(report, "plain").corrected.difference - row(report, "filtered").corrected.difference == pytest.approx(
+        0.1
+    )
 
 
 def test_an_arm_without_a_control_of_its_policy_is_not_compared_with_another(tmp_path: Path) -> None:
@@ -208,7 +217,9 @@ def test_dose_start_and_hours_are_means_and_sums_of_the_files(tmp_path: Path) ->
 # The candidate
 
 
-def test_the_candidate_is_furthest_ahead_of_its_control_among_those_whose_replicates_all_completed(tmp_path: Path) -> None:
+def test_the_candidate_is_furthest_ahead_of_its_control_among_those_whose_replicates_all_completed(
+    tmp_path: Path,
+) -> None:
     _, report = written(
         tmp_path,
         {
@@ -243,7 +254,9 @@ def test_across_filters_the_candidate_is_judged_by_its_own_control(tmp_path: Pat
     assert candidate.difference == pytest.approx(9 / QUESTIONS)
     report = report_study(config)
     assert report.candidate is not None
-    assert report.candidate.difference == pytest.approx(9 / QUESTIONS), "the number of the table is the one it was chosen by"
+    assert report.candidate.difference == pytest.approx(9 / QUESTIONS), (
+        "the number of the table is the one it was chosen by"
+    )
 
 
 def test_where_every_arm_collapsed_there_is_no_winner_and_the_report_says_nothing_of_one(tmp_path: Path) -> None:
@@ -278,7 +291,9 @@ def test_another_arm_can_be_named_if_it_exists_and_is_no_control(tmp_path: Path)
         {"control": CONTROL, "c01": CONTROL},
     ],
 )
-def test_no_word_of_a_sweep_s_report_is_better_or_worse_but_where_it_says_who_may(tmp_path: Path, right: dict[str, list[Any]]) -> None:
+def test_no_word_of_a_sweep_s_report_is_better_or_worse_but_where_it_says_who_may(
+    tmp_path: Path, right: dict[str, list[Any]]
+) -> None:
     _, report = written(tmp_path, right)
     said = text_of(report).replace("Only rin confirm says better or worse.", "")
     for text in (said, json.dumps(strict(report))):
@@ -313,7 +328,9 @@ def test_the_json_is_strict_and_complete_however_little_has_ended(tmp_path: Path
     assert tree["arms"][1]["collapsed"] == replicates
     assert tree["arms"][2]["accuracy"] is None
     if replicates == 1:
-        assert (tree["arms"][1]["comparison"]["low"], tree["arms"][1]["comparison"]["high"]) == (None, None), "open on both sides"
+        assert (tree["arms"][1]["comparison"]["low"], tree["arms"][1]["comparison"]["high"]) == (None, None), (
+            "open on both sides"
+        )
     text_of(report)
 
 
@@ -339,7 +356,10 @@ def test_noisy_runs_are_those_that_ended_by_themselves_with_noise(tmp_path: Path
 def test_replicates_are_named_by_their_seeds(tmp_path: Path) -> None:
     config, _ = written(tmp_path, {"control": [280, None, 276]}, seed=40)
     (control,) = read_arms(config)
-    assert [(run.seed, run.accuracy, sum(run.correct or ())) for run in replicates_of(config, control)] == [(40, 0.7, 280), (42, 0.69, 276)]
+    assert [(run.seed, run.accuracy, sum(run.correct or ())) for run in replicates_of(config, control)] == [
+        (40, 0.7, 280),
+        (42, 0.69, 276),
+    ]
 
 
 def test_a_damaged_outcome_is_the_users_to_mend_and_named(tmp_path: Path) -> None:
@@ -355,8 +375,15 @@ def test_a_sweep_s_own_draws_tell_what_mattered(tmp_path: Path) -> None:
     write_sweep(config, [make_arm(config, "control")], {"control": [300]})
     for number in range(1, 31):
         sigma, end = 0.005 + 0.003 * number, 1e-4 * (1 + number * 7 % 30)
-        params = {"noise.sigma_start": sigma, "noise.sigma_end": end, "noise.num_stages": 2 + number % 5, "noise.schedule": "constant"}
-        params = {dimension.name: params[dimension.name] for dimension in config.space.dimensions if dimension.name in params}
+        params = {
+            "noise.sigma_start": sigma,
+            "noise.sigma_end": end,
+            "noise.num_stages": 2 + number % 5,
+            "noise.schedule": "constant",
+        }
+        params = {
+            dimension.name: params[dimension.name] for dimension in config.space.dimensions if dimension.name in params
+        }
         plain = make_arm(config, f"c{number:02}", f"noise.sigma_start={sigma}", f"noise.sigma_end={end}")
         arm = Arm(name=plain.name, origin="searcher", config=plain.config, params=params)
         write_arm(config, number, arm)

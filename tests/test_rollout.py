@@ -1,8 +1,9 @@
 """Sampling: the probabilities it reports are those it sampled from, and those that training computes again.
 
-Tolerances. At 16 bits, and with 4-bit weights, two forward passes differ by the order of their sums: 1e-4 is far above that.
-With 4-bit activations a last-bit difference can flip a rounding, which no tolerance covers; where such a flip would be possible
-the test asks that (nearly) all tokens agree, or compares computations of one shape, which agree bit for bit.
+Tolerances. At 16 bits, and with 4-bit weights, two forward passes differ by the order of their sums: 1e-4 is far above
+that. With 4-bit activations a last-bit difference can flip a rounding, which no tolerance covers; where such a flip
+would be possible the test asks that (nearly) all tokens agree, or compares computations of one shape, which agree bit
+for bit.
 """
 
 from typing import Any
@@ -47,13 +48,15 @@ def gaps(policy: Policy, prompts: list[list[int]], temperature: float, **options
     return (logps.detach() - batch.rollout_logps).abs()[batch.mask > 0]
 
 
-# --- one arithmetic for rollout and training ---------------------------------------------------------------------------------
+# --- one arithmetic for rollout and training --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("quant", MODES, ids=lambda q: q.mode)
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-def test_training_computes_the_sampled_log_probs_again(tiny: Tiny, quant: QuantConfig, temperature: float, adapter: str) -> None:
+def test_training_computes_the_sampled_log_probs_again(
+    tiny: Tiny, quant: QuantConfig, temperature: float, adapter: str
+) -> None:
     config = tiny(f"model.adapter={adapter}")
     policy = load_policy(config.model, quant, seed=0)
     task = build_task(config.task)
@@ -88,8 +91,18 @@ def test_the_noisy_policy_reports_its_own_log_probs(tiny: Tiny) -> None:
         return injected(policy, config.noise, targets, step=0, total_steps=1, seed=0)
 
     with noisy():
-        rows = generate(policy, prompts, group_size=4, max_new_tokens=4, temperature=1.0, batch_size=8, generator=generator("test", 0))
-    groups = [tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, rows, strict=True)]
+        rows = generate(
+            policy,
+            prompts,
+            group_size=4,
+            max_new_tokens=4,
+            temperature=1.0,
+            batch_size=8,
+            generator=generator("test", 0),
+        )
+    groups = [
+        tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, rows, strict=True)
+    ]
     batch = make_batch(policy, groups, torch.zeros(2, 4))
     inside = batch.mask > 0
     with noisy():
@@ -102,7 +115,9 @@ def test_the_noisy_policy_reports_its_own_log_probs(tiny: Tiny) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", [W4A4, QuantConfig(weights="nvfp4", activations="nvfp4")], ids=["mxfp4", "nvfp4"])
-def test_padding_gives_finite_log_probs_and_gradients(model_folder: ModelFolder, attention: Any, dtype: Any, quant: QuantConfig) -> None:
+def test_padding_gives_finite_log_probs_and_gradients(
+    model_folder: ModelFolder, attention: Any, dtype: Any, quant: QuantConfig
+) -> None:
     """A padded row attends to nothing, or only to itself: a NaN made there would reach every weight by way of 0 * NaN."""
     policy = load_policy(ModelConfig(name=model_folder(), attention=attention, dtype=dtype), quant, seed=0)
     batch = make_batch(policy, sampled_groups(policy, ragged_prompts(4)), torch.zeros(4, 4))
@@ -124,13 +139,15 @@ def test_log_probs_and_entropies_are_those_of_the_bare_completion(model_folder: 
     for row, e in enumerate(e for group in groups for e in group):
         ids = torch.tensor([[*e.prompt_ids, *e.completion.ids]])
         length = len(e.completion.ids)
-        distribution: Any = torch.distributions.Categorical(logits=policy.model(input_ids=ids).logits[0, -length - 1 : -1] / 0.7)
+        distribution: Any = torch.distributions.Categorical(
+            logits=policy.model(input_ids=ids).logits[0, -length - 1 : -1] / 0.7
+        )
         torch.testing.assert_close(logps[row, :length], distribution.log_prob(ids[0, -length:]), atol=1e-4, rtol=0)
         torch.testing.assert_close(entropies[row, :length], distribution.entropy(), atol=1e-4, rtol=0)
         assert e.completion.entropy == pytest.approx(distribution.entropy().mean().item(), abs=1e-4)
 
 
-# --- greedy ------------------------------------------------------------------------------------------------------------------
+# --- greedy -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant", MODES, ids=lambda q: q.mode)
@@ -140,7 +157,9 @@ def test_greedy_answers_are_those_of_transformers(model_folder: ModelFolder, kin
     prompts = ragged_prompts(40)
     ids, mask = left_padded(prompts, 0, policy.device)
     model: Any = policy.model
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=1)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=1
+    )
     expected = [row[: row.index(1) + 1] if 1 in row else row for row in out[:, ids.shape[1] :].tolist()]
     assert len({len(row) for row in expected}) > 1, "some end early"
     assert [list(completion.ids) for completion in greedy(policy, prompts)] == expected
@@ -161,7 +180,7 @@ def test_greedy_takes_the_likeliest_token() -> None:
     torch.testing.assert_close(logp, torch.log_softmax(logits, -1).amax(-1))
 
 
-# --- rows and batches --------------------------------------------------------------------------------------------------------
+# --- rows and batches -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +188,9 @@ def test_greedy_takes_the_likeliest_token() -> None:
     [*MODES, QuantConfig(weights="nvfp4", activations="nvfp4"), QuantConfig(activations="mxfp8")],
     ids=["W16A16", "W4A16", "W4A4", "nvfp4", "W4A8"],
 )
-def test_a_row_does_not_depend_on_its_companions(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, quant: QuantConfig) -> None:
+def test_a_row_does_not_depend_on_its_companions(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, quant: QuantConfig
+) -> None:
     """But for those that end: a smaller batch may add up in another order."""
     monkeypatch.setattr(trainable.rollout, "_WORTH_RETIRING", 2.0)
     policy = load_policy(ModelConfig(name=model_folder()), quant, seed=0)
@@ -210,7 +231,7 @@ def test_position_ids_ignore_left_padding() -> None:
     assert positions(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
 
 
-# --- sampling ----------------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -242,7 +263,9 @@ def test_an_impossible_token_adds_nothing_to_the_entropy() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("bad", [[float("nan")] * 4, [0.0, float("inf"), 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0], [-float("inf")] * 4])
+@pytest.mark.parametrize(
+    "bad", [[float("nan")] * 4, [0.0, float("inf"), 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0], [-float("inf")] * 4]
+)
 def test_a_row_that_is_not_finite_is_nan_and_leaves_the_others_alone(bad: list[float], temperature: float) -> None:
     logits = torch.randn(6, 4, generator=generator("logits"))
     spoilt = logits.clone()
@@ -266,7 +289,7 @@ def test_the_generator_alone_decides_what_is_sampled(model_folder: ModelFolder) 
     assert sampled_groups(policy, prompts, seed=2) != first
 
 
-# --- the end -----------------------------------------------------------------------------------------------------------------
+# --- the end ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -303,7 +326,7 @@ def test_completions_end_with_the_end_token_or_at_the_limit(model_folder: ModelF
     assert any(c.finished for c in completions)
 
 
-# --- prompts -----------------------------------------------------------------------------------------------------------------
+# --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def questions(*prompts: str) -> list[Question]:
@@ -313,7 +336,9 @@ def questions(*prompts: str) -> list[Question]:
 def test_a_prompt_of_just_the_limit_passes_and_a_longer_one_is_refused(model_folder: ModelFolder) -> None:
     policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
     assert encode_prompts(policy, questions("1+2=", "12+3="), TaskConfig(), 5) == [[3, 12, 4, 14], [3, 4, 12, 5, 14]]
-    with pytest.raises(ConfigError, match=r"rollout\.max_prompt_tokens=4: a prompt has 5 tokens; raise it to at least that"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.max_prompt_tokens=4: a prompt has 5 tokens; raise it to at least that"
+    ):
         encode_prompts(policy, questions("1+2=", "12+3="), TaskConfig(), 4)
 
 
@@ -322,16 +347,20 @@ def test_the_chat_template_is_used_where_the_task_asks_for_it(model_folder: Mode
     tokenizer: Any = policy.tokenizer
     plain, chat = (TaskConfig(name="reasoning_gym:chain_sum", chat=chat) for chat in (False, True))
     assert encode_prompts(policy, questions("ab"), plain, 64) == [tokenizer.convert_tokens_to_ids(["a", "b"])]
-    assert encode_prompts(policy, questions("ab"), chat, 64) == [tokenizer.convert_tokens_to_ids(["<user>", "a", "b", "<assistant>"])]
+    assert encode_prompts(policy, questions("ab"), chat, 64) == [
+        tokenizer.convert_tokens_to_ids(["<user>", "a", "b", "<assistant>"])
+    ]
 
 
 def test_a_chat_without_a_template_is_an_error(model_folder: ModelFolder) -> None:
     policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
-    with pytest.raises(ConfigError, match=r"task\.chat=true: the model's tokenizer has no chat template; set task\.chat=false"):
+    with pytest.raises(
+        ConfigError, match=r"task\.chat=true: the model's tokenizer has no chat template; set task\.chat=false"
+    ):
         encode_prompts(policy, questions("1+1="), TaskConfig(name="reasoning_gym:chain_sum", chat=True), 64)
 
 
-# --- judging -----------------------------------------------------------------------------------------------------------------
+# --- judging ----------------------------------------------------------------------------------------------------------
 
 
 def completion(text: str, policy: Policy) -> Completion:

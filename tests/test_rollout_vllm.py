@@ -1,7 +1,7 @@
 """A real vLLM engine computes what training computes, and the gate notices when it does not.
 
-Nothing of vLLM is replaced here. Parity is measured, not assumed: the engine samples, and training's own forward pass gives the log-probs
-of what it sampled. Where noise is on, training's forward is the noisy one.
+Nothing of vLLM is replaced here. Parity is measured, not assumed: the engine samples, and training's own forward pass
+gives the log-probs of what it sampled. Where noise is on, training's forward is the noisy one.
 
 Where vLLM is not installed these tests are skipped, except in CI, which installs it.
 """
@@ -56,7 +56,8 @@ Engines = Callable[..., tuple[Policy, VllmBackend, TrialConfig]]
 
 @pytest.fixture(autouse=True)
 def _one_collection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Closing an engine collects garbage four times, half a second each in a process with so many modules: once behind it is enough."""
+    """Closing an engine collects garbage four times, half a second each in a process with so many modules: once behind
+    it is enough."""
     collect, asked = gc.collect, []
     monkeypatch.setattr(gc, "collect", lambda *_: asked.append(True) or 0)
     yield
@@ -85,11 +86,16 @@ def engine_of() -> Iterator[Engines]:
 
 
 def request_of(prompts: list[list[int]], **options: Any) -> Request:
-    return Request(prompts=prompts, **{"max_new_tokens": 6, "group_size": 1, "temperature": 0.0, "batch_size": 64, **options})
+    return Request(
+        prompts=prompts, **{"max_new_tokens": 6, "group_size": 1, "temperature": 0.0, "batch_size": 64, **options}
+    )
 
 
-def rollout(policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0) -> Batch:
-    """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or `injected`."""
+def rollout(
+    policy: Policy, backend: Any, prompts: list[list[int]], key: tuple[object, ...] = (0, 0), temperature: float = 1.0
+) -> Batch:
+    """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or
+    `injected`."""
     backend.sync(policy)
     sampled = backend.generate(policy, request_of(prompts, group_size=GROUP, temperature=temperature, draw=(0, *key)))
     groups: list[Group] = [
@@ -122,7 +128,7 @@ def update(policy: Policy, seed: int, size: float = 0.02) -> None:
             parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * size)
 
 
-# --- the same arithmetic -----------------------------------------------------------------------------------------------------
+# --- the same arithmetic ----------------------------------------------------------------------------------------------
 
 
 NOISES = {
@@ -133,9 +139,13 @@ NOISES = {
 
 
 def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: Engines) -> None:
-    """The embedded model in W4A4, with each kind of noise at both ends and one of them at each step between, while its weights move."""
+    """The embedded model in W4A4, with each kind of noise at both ends and one of them at each step between, while its
+    weights move."""
     policy, backend, _ = engine_of(read_config(WORKLOADS["embedded"].settings, VLLM))
-    prompts = [[2 + digit for digit in (number % 10, number // 10 % 10, 10, number // 7 % 10, 11)] for number in range(100, 116)]
+    prompts = [
+        [2 + digit for digit in (number % 10, number // 10 % 10, 10, number // 7 % 10, 11)]
+        for number in range(100, 116)
+    ]
     found = []
     for step in range(11):
         for kind in NOISES if step in (0, 10) else [list(NOISES)[step % 3]]:
@@ -169,20 +179,26 @@ def test_log_probs_are_those_of_training_before_and_after_ten_syncs(engine_of: E
     ],
     ids=lambda overrides: "-".join(part.split(".")[-1] for part in overrides) or "w4a4",
 )
-def test_every_choice_of_layers_formats_and_adapters_is_followed(engine_of: Engines, tiny: Tiny, overrides: tuple[str, ...]) -> None:
+def test_every_choice_of_layers_formats_and_adapters_is_followed(
+    engine_of: Engines, tiny: Tiny, overrides: tuple[str, ...]
+) -> None:
     policy, backend, config = engine_of(tiny(*VLLM, *overrides))
     update(policy, 0)  # adapters begin at zero
     with deployed(policy):
         batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
         flips = any(linear.arithmetic.activations != "none" for linear in policy.linears.values())
-        assert (gaps(batch) > SUMS).double().mean() <= (0.25 if flips else 0.0)  # a flip in one of the 8 prompts moves all of its tokens
+        assert (gaps(batch) > SUMS).double().mean() <= (
+            0.25 if flips else 0.0
+        )  # a flip in one of the 8 prompts moves all of its tokens
         gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_greedy_answers_are_those_of_the_torch_backend(engine_of: Engines, model_folder: ModelFolder, kind: str, tied: bool) -> None:
+def test_greedy_answers_are_those_of_the_torch_backend(
+    engine_of: Engines, model_folder: ModelFolder, kind: str, tied: bool
+) -> None:
     """Inputs at 16 bits: of a 4-bit input a flipped rounding may decide between two tokens."""
     config = with_model(model_folder(kind, tied=tied, text=True, heads=2), quant=QuantConfig(activations="none"))
     policy, backend, _ = engine_of(config)
@@ -200,7 +216,7 @@ def with_model(folder: str, **changes: Any) -> TrialConfig:
     return TrialConfig.model_validate({"model": ModelConfig(name=folder), "rollout": rollout, "task": task, **changes})
 
 
-# --- the gate ----------------------------------------------------------------------------------------------------------------
+# --- the gate ---------------------------------------------------------------------------------------------------------
 
 
 def leave_noise_in(policy: Policy, backend: VllmBackend) -> None:
@@ -268,7 +284,10 @@ BREAKAGES: dict[str, tuple[Callable[[Policy, VllmBackend], None], str]] = {
     "a transposed shard": (transpose_a_shard, r"other values of model\.layers\.1\.self_attn\.o_proj\.weight$"),
     "swapped shards": (swap_fused_shards, r"other values of model\.layers\.0\.mlp\.gate_proj\.weight and 1 more$"),
     "unquantised inputs": (leave_inputs_unquantized, r"layers: model\.layers\.0\.self_attn\.q_proj differs by"),
-    "wrong scale rule": (use_another_scale_rule, r"layers: model\.layers\.0\.self_attn\.q_proj differs by .* \(allowed 1e-05\)"),
+    "wrong scale rule": (
+        use_another_scale_rule,
+        r"layers: model\.layers\.0\.self_attn\.q_proj differs by .* \(allowed 1e-05\)",
+    ),
 }
 
 
@@ -309,7 +328,8 @@ def test_samples_depend_on_the_key_alone(checked: Checked) -> None:
 
 @only_tiny
 def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked) -> None:
-    """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's forward."""
+    """First tokens of many samples, by a chi-square of the engine's counts against the probabilities of training's
+    forward."""
     policy, backend, _, _ = checked
     with deployed(policy):
         backend.sync(policy)
@@ -388,10 +408,17 @@ def test_single_flips_pass_where_the_floor_has_none(flipped: int, passes: bool) 
             gate.check_logps(batch, floor)
 
 
-# --- a trial -----------------------------------------------------------------------------------------------------------------
+# --- a trial ----------------------------------------------------------------------------------------------------------
 
 
-SHORT = (*VLLM, "grpo.steps=3", "noise.num_stages=3", "eval.questions=32", "noise.modules=[rmsnorm, linear]", "noise.sigma_start=0.02")
+SHORT = (
+    *VLLM,
+    "grpo.steps=3",
+    "noise.num_stages=3",
+    "eval.questions=32",
+    "noise.modules=[rmsnorm, linear]",
+    "noise.sigma_start=0.02",
+)
 
 
 def run(config: TrialConfig) -> tuple[list[Any], Any]:
@@ -440,7 +467,9 @@ def test_a_restored_trial_asks_the_gate_again_and_goes_on_bit_for_bit(tiny: Tiny
     assert "rollout_corr/floor_kl" in report.signals
     assert "rollout_corr/floor_kl" not in undisturbed[1].signals
     clockless = {
-        name: value for name, value in report.signals.items() if not name.startswith(("perf/", "rollout_corr/floor", "rollout_corr/gate"))
+        name: value
+        for name, value in report.signals.items()
+        if not name.startswith(("perf/", "rollout_corr/floor", "rollout_corr/gate"))
     }
     assert clockless == {name: undisturbed[1].signals[name] for name in clockless}
 
@@ -457,7 +486,8 @@ def test_a_mismatch_fails_the_trial_and_is_no_collapse(tiny: Tiny, monkeypatch: 
     monkeypatch.setattr(VllmBackend, "sync", forgets_a_norm)
     trial = Trial(tiny(*SHORT))
     with pytest.raises(
-        TrialFailed, match=r"rollout_mismatch: weights: the engine has other values of model\.layers\.0\.input_layernorm\.weight"
+        TrialFailed,
+        match=r"rollout_mismatch: weights: the engine has other values of model\.layers\.0\.input_layernorm\.weight",
     ):
         trial.step()
     trial.close()
@@ -465,7 +495,8 @@ def test_a_mismatch_fails_the_trial_and_is_no_collapse(tiny: Tiny, monkeypatch: 
 
 
 def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder: ModelFolder, tmp_path: Path) -> None:
-    """`vllm serve FOLDER --quantization rin`: clean masters and a `rin_quantization.json`, in a process that never imports us by name."""
+    """`vllm serve FOLDER --quantization rin`: clean masters and a `rin_quantization.json`, in a process that never
+    imports us by name."""
     import json
     import shutil
     import subprocess
@@ -521,7 +552,13 @@ def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.Mon
     engine.sleep()
     engine.sync({}, quantize_inputs=True)
     engine.sync({}, quantize_inputs=True)
-    first = [("sleep", 1), ("wake_up", ["weights"]), ("apply_model",), ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
+    first = [
+        ("sleep", 1),
+        ("wake_up", ["weights"]),
+        ("apply_model",),
+        ("wake_up", ["kv_cache"]),
+        ("reset_prefix_cache",),
+    ]
     assert calls == [*first, ("apply_model",), ("reset_prefix_cache",)]
 
 
@@ -532,5 +569,7 @@ def test_a_tied_head_in_few_bits_is_refused() -> None:
     head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()
     head.take(layer, [64])
-    with pytest.raises(ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"):
+    with pytest.raises(
+        ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"
+    ):
         head.tie_weights(layer, torch.nn.Embedding(64, 32))

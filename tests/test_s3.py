@@ -1,7 +1,7 @@
 """A store in an object store: a real sweep against a local S3 server, killed in the middle and resumed.
 
-NFS is not tried here: a test cannot mount one. What differs there from a local folder (a rename is atomic on the server, locks
-need NFS 4) is left to the file system.
+NFS is not tried here: a test cannot mount one. What differs there from a local folder (a rename is atomic on the
+server, locks need NFS 4) is left to the file system.
 """
 
 import json
@@ -32,14 +32,18 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     address = f"127.0.0.1:{free_port()}"
     log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
     host, port = address.split(":")
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", host, "-p", port], stdout=log, stderr=log, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", host, "-p", port], stdout=log, stderr=log, start_new_session=True
+    )
     before = dict(os.environ)
     os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
     try:
         deadline = time.monotonic() + 60
         while True:
             try:
-                urllib.request.urlopen(urllib.request.Request(f"http://{address}/bucket", method="PUT"), timeout=5).close()
+                urllib.request.urlopen(
+                    urllib.request.Request(f"http://{address}/bucket", method="PUT"), timeout=5
+                ).close()
                 break
             except OSError:
                 assert server.poll() is None
@@ -78,9 +82,24 @@ def test_a_sweep_in_an_object_store_goes_on_after_its_driver_was_killed(endpoint
     store = f"s3://bucket/runs?scheme=http&endpoint_override={endpoint}"
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     places = ["--store", store, "--tracking-uri", tracking]
-    sweep = ["sweep", "--workload", "tiny", "--trials", "2", "--name", "s", "--concurrent", "1", "--set", "grpo.steps=120", *places]
+    sweep = [
+        "sweep",
+        "--workload",
+        "tiny",
+        "--trials",
+        "2",
+        "--name",
+        "s",
+        "--concurrent",
+        "1",
+        "--set",
+        "grpo.steps=120",
+        *places,
+    ]
     sweep += ["--set", "eval.questions=64", "--set", "collapse.mode=off"]
-    with program([*RIN, *sweep], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as first:
+    with program(
+        [*RIN, *sweep], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as first:
         deadline = time.monotonic() + 180
         while not in_second_trial(names(store)):
             assert first.poll() is None, first.communicate()[0]
@@ -94,7 +113,9 @@ def test_a_sweep_in_an_object_store_goes_on_after_its_driver_was_killed(endpoint
     shown = [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in runs(tracking, "s")]
     assert shown == [(arm, "completed", "FINISHED") for arm in ("control", "c01")]
     there = files(store)
-    assert {name for name in there if name.endswith("/outcome.json")} == {f"s/trials/{arm}-0/outcome.json" for arm in ("control", "c01")}
+    assert {name for name in there if name.endswith("/outcome.json")} == {
+        f"s/trials/{arm}-0/outcome.json" for arm in ("control", "c01")
+    }
     second = json.loads(there["s/trials/c01-0/attempt-002.json"])
     assert second["first_step"] > 0, "the trial went on from its checkpoint in the object store"
     assert "s/trials/control-0/attempt-002.json" not in there, "what was over was not run again"

@@ -1,4 +1,5 @@
-"""The searcher without Ray: what it hands out, what Optuna is told, and that it does not matter when a sweep was interrupted."""
+"""The searcher without Ray: what it hands out, what Optuna is told, and that it does not matter when a sweep was
+interrupted."""
 
 import json
 import math
@@ -24,7 +25,7 @@ from trainable.outcome import Outcome
 WITHOUT_A_MODEL = ["random", "grid", "qmc"]
 
 
-# --- order, replicates, seeds -----------------------------------------------------------------------------------------------------
+# --- order, replicates, seeds -----------------------------------------------------------------------------------------
 
 
 def test_the_control_is_handed_out_first_and_configurations_are_counted_with_it() -> None:
@@ -75,7 +76,9 @@ def test_every_suggestion_of_every_searcher_is_a_valid_trial_within_its_range(na
         assert len(arm.params) == len(domains) - 1, "sigma_start exists for one module kind alone"
         for dimension, value in arm.params.items():
             domain = domains[dimension]
-            assert value in domain.options if isinstance(domain, Choice) else domain.low <= value <= domain.high, dimension
+            assert value in domain.options if isinstance(domain, Choice) else domain.low <= value <= domain.high, (
+                dimension
+            )
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
@@ -117,7 +120,7 @@ def test_the_same_results_lead_to_the_same_draws() -> None:
     assert trees(one.arms) == trees(other.arms)
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------------------
+# --- what is told -----------------------------------------------------------------------------------------------------
 
 
 def test_optuna_is_told_the_median_of_all_replicates_once() -> None:
@@ -213,7 +216,7 @@ def test_running_configurations_are_not_proposed_again_by_a_model() -> None:
     assert states == ["COMPLETE"] * 7 + ["RUNNING"] * 4
 
 
-# --- interruption -----------------------------------------------------------------------------------------------------------------
+# --- interruption -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
@@ -261,14 +264,16 @@ def test_a_confirmation_goes_pair_by_pair() -> None:
 
 def test_tune_gets_nothing_to_pickle_and_nothing_to_unpickle(tmp_path: Any) -> None:
     search = searcher(tracking_uri="postgresql://me:secret@host/db")
-    assert b"secret" not in pickle.dumps(RinSearch(search.study, search.arms)), "Tune writes its searcher into the store"
+    assert b"secret" not in pickle.dumps(RinSearch(search.study, search.arms)), (
+        "Tune writes its searcher into the store"
+    )
     search.save_to_dir(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(RuntimeError, match="anew"):
         search.restore(str(tmp_path))
 
 
-# --- nothing twice ----------------------------------------------------------------------------------------------------------------
+# --- nothing twice ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
@@ -280,7 +285,9 @@ def test_a_finite_space_is_run_once_over_and_then_the_search_is_finished(name: s
 
 
 def test_a_configuration_that_equals_a_point_within_rounding_is_not_run_again() -> None:
-    space = Space(name="one", description="", dimensions=(Dimension(key="noise.num_stages", domain=Int(low=2, high=3)),))
+    space = Space(
+        name="one", description="", dimensions=(Dimension(key="noise.num_stages", domain=Int(low=2, high=3)),)
+    )
     settings = {"noise": {"sigma_start": 0.01}}
     base = base_tree(searcher(space, settings=settings).study)
     near = read_config(merge(base, {"noise": {"num_stages": 2, "sigma_start": 0.01 * (1 + 1e-14)}}))

@@ -1,4 +1,5 @@
-"""What a sweep tells whom: secrets stay out of everything it writes, files of others run no code and lead nowhere, ports stay local."""
+"""What a sweep tells whom: secrets stay out of everything it writes, files of others run no code and lead nowhere,
+ports stay local."""
 
 import ast
 import json
@@ -29,7 +30,18 @@ from tests.ray_nodes import free_port
 from tests.test_architecture import MODULES, relative
 
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
-SHORT = ["--workload", "tiny", "--trials", "2", "--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
+SHORT = [
+    "--workload",
+    "tiny",
+    "--trials",
+    "2",
+    "--set",
+    "grpo.steps=3",
+    "--set",
+    "noise.num_stages=2",
+    "--set",
+    "eval.questions=32",
+]
 IN_URI, IN_ENVIRONMENT = "canary-4711-in-the-uri", "canary-4711-in-the-environment"
 
 
@@ -61,11 +73,18 @@ def test_no_module_unpickles_evaluates_or_calls_a_shell(path: Path) -> None:
         elif isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"line {node.lineno}"
             for keyword in node.keywords:
-                risky = keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and ast.unparse(keyword.value) != "False"
+                risky = (
+                    keyword.arg in ("shell", "trust_remote_code", "allow_pickle")
+                    and ast.unparse(keyword.value) != "False"
+                )
                 assert not risky, f"line {node.lineno}: {keyword.arg}"
 
 
-TAGGED = ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!<tag:yaml.org,2002:python/object/new:os.system> [true]"]
+TAGGED = [
+    "!!python/object/apply:os.system ['true']",
+    "!!python/name:os.system",
+    "!<tag:yaml.org,2002:python/object/new:os.system> [true]",
+]
 
 
 @pytest.mark.parametrize("text", TAGGED)
@@ -104,7 +123,10 @@ def test_a_password_is_cut_out_of_whatever_is_shown(text: str, shown: str) -> No
 def mlflow_server(folder: Path) -> Iterator[int]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    switches = {"MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    switches = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     server = subprocess.Popen(
         command,
         cwd=folder,
@@ -131,11 +153,15 @@ def mlflow_server(folder: Path) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A sweep whose tracking URI and environment hold canaries; what its processes said, listened to and were called meanwhile."""
+    """A sweep whose tracking URI and environment hold canaries; what its processes said, listened to and were called
+    meanwhile."""
     import tempfile
 
     folder = tmp_path_factory.mktemp("swept")
-    with tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as ray, mlflow_server(folder) as port:
+    with (
+        tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as ray,
+        mlflow_server(folder) as port,
+    ):
         secrets = {"AWS_SECRET_ACCESS_KEY": IN_ENVIRONMENT, "HF_TOKEN": IN_ENVIRONMENT, "PGPASSWORD": IN_ENVIRONMENT}
         environment = {**os.environ, **secrets, "RAY_TMPDIR": ray}
         tracking = ["--tracking-uri", f"http://me:{IN_URI}@127.0.0.1:{port}"]
@@ -156,14 +182,18 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                 if "step" in line:
                     listening |= set(sockets(running.pid))
                     called |= {
-                        " ".join(process.cmdline()) for process in psutil.Process(running.pid).children(recursive=True) if alive(process)
+                        " ".join(process.cmdline())
+                        for process in psutil.Process(running.pid).children(recursive=True)
+                        if alive(process)
                     }
         assert running.returncode == 0, said
         with pytest.MonkeyPatch.context() as patch:
             for name, value in secrets.items():
                 patch.setenv(name, value)
             for command in (["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]):
-                done = rin(*command, "--store", str(folder / "runs"), *(tracking if command[0] != "list" else []), cwd=folder)
+                done = rin(
+                    *command, "--store", str(folder / "runs"), *(tracking if command[0] != "list" else []), cwd=folder
+                )
                 assert done.code == 0, done.err
                 said += done.out + done.err
         yield {"folder": folder, "ray": Path(ray), "said": said, "listening": listening, "called": called}
@@ -248,7 +278,8 @@ def test_the_bomb_explodes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
-    """Every file that Tune pickled, and each place where a pickle could lie in wait, is a bomb when the sweep is resumed."""
+    """Every file that Tune pickled, and each place where a pickle could lie in wait, is a bomb when the sweep is
+    resumed."""
     mark = tmp_path / "exploded"
     bomb = pickle.dumps(Bomb(mark))
 
@@ -261,7 +292,11 @@ def test_nothing_unpickles_what_lies_in_a_store(tmp_path: Path) -> None:
     (sweep / "trials" / "c01-0" / "outcome.json").unlink()  # so that there is something to resume
     planted = [path for path in (sweep / "tune").rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in planted), "Tune pickles"
-    planted += [sweep / "optuna.pkl", sweep / "trials" / "c01-0" / "checkpoint-000002.pkl", sweep / "tune" / "searcher-state-latest.pkl"]
+    planted += [
+        sweep / "optuna.pkl",
+        sweep / "trials" / "c01-0" / "checkpoint-000002.pkl",
+        sweep / "tune" / "searcher-state-latest.pkl",
+    ]
     for path in planted:
         path.write_bytes(bomb)
     for command in (["list"], ["status", "s"], ["resume", "s"], ["export", "s"]):
@@ -296,7 +331,11 @@ def test_the_command_line_refuses_such_a_name_before_it_writes_anything(tmp_path
 def foreign(tmp_path: Path) -> StudyConfig:
     """A sweep whose files somebody else wrote: they name places outside of the store."""
     config = StudyConfig(
-        name="s", space=SPACES["sigma"], workload="tiny", store="/elsewhere", tracking_uri=f"sqlite:///{tmp_path}/out/mlflow.db"
+        name="s",
+        space=SPACES["sigma"],
+        workload="tiny",
+        store="/elsewhere",
+        tracking_uri=f"sqlite:///{tmp_path}/out/mlflow.db",
     )
     (tmp_path / "runs" / "s").mkdir(parents=True)
     (tmp_path / "runs" / "s" / "study.json").write_text(config.model_dump_json())
@@ -304,7 +343,11 @@ def foreign(tmp_path: Path) -> StudyConfig:
 
 
 def outside(tmp_path: Path) -> list[str]:
-    return [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "runs" not in path.relative_to(tmp_path).parts[:1]]
+    return [
+        str(path.relative_to(tmp_path))
+        for path in tmp_path.rglob("*")
+        if "runs" not in path.relative_to(tmp_path).parts[:1]
+    ]
 
 
 def test_a_sweep_lies_where_it_is_found_and_not_where_it_says(foreign: StudyConfig, tmp_path: Path) -> None:
@@ -321,7 +364,9 @@ def test_no_name_of_an_arm_leads_out_of_the_store(foreign: StudyConfig, name: st
         read_arms(foreign)
 
 
-def test_telling_mlflow_of_somebody_else_s_sweep_makes_no_database_where_it_names_one(foreign: StudyConfig, tmp_path: Path) -> None:
+def test_telling_mlflow_of_somebody_else_s_sweep_makes_no_database_where_it_names_one(
+    foreign: StudyConfig, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         send_missing(foreign)
     assert outside(tmp_path) == []

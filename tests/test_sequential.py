@@ -97,7 +97,9 @@ def test_a_budget_that_ends_anywhere_keeps_the_level() -> None:
 def test_intervals_of_all_looks_hold_the_truth_together() -> None:
     missed = 0
     for row in sequences(400, 12, seed=5, effect=0.01):
-        results = [sequential_compare(row[:n].tolist(), [0.5] * n, rule=SequentialRule(looks=(5, 8, 12))) for n in (5, 8, 12)]
+        results = [
+            sequential_compare(row[:n].tolist(), [0.5] * n, rule=SequentialRule(looks=(5, 8, 12))) for n in (5, 8, 12)
+        ]
         missed += any(not r.low <= 0.01 <= r.high for r in results)
     assert missed / 400 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
 

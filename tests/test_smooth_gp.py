@@ -1,4 +1,5 @@
-"""What is used of Optuna's inside, by name: a version that renames any of it fails here, and does not search worse in silence."""
+"""What is used of Optuna's inside, by name: a version that renames any of it fails here, and does not search worse in
+silence."""
 
 import math
 from typing import Any
@@ -20,7 +21,9 @@ def test_the_private_names_are_there() -> None:
     assert callable(optuna.samplers.GPSampler._optimize_acqf)
     assert callable(acqf.BaseAcquisitionFunc.eval_acqf_no_grad)
     assert callable(search_space.SearchSpace.sample_normalized_params)
-    assert {"inverse_squared_lengthscales", "kernel_scale", "noise_var"} <= set(gp.GPRegressor.__init__.__code__.co_varnames)
+    assert {"inverse_squared_lengthscales", "kernel_scale", "noise_var"} <= set(
+        gp.GPRegressor.__init__.__code__.co_varnames
+    )
 
 
 def asked(sampler: Any) -> dict[str, float]:

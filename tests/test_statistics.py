@@ -89,7 +89,9 @@ def test_the_margin_says_what_counts_as_the_same(margin: float, verdict: str) ->
 
 
 def test_one_replicate_has_an_infinite_interval() -> None:
-    assert compare([0.9], [0.5]) == Comparison(verdict="undecided", difference=0.4, low=-math.inf, high=math.inf, replicates=1)
+    assert compare([0.9], [0.5]) == Comparison(
+        verdict="undecided", difference=0.4, low=-math.inf, high=math.inf, replicates=1
+    )
 
 
 def test_arrays_are_taken_and_plain_floats_given_back() -> None:
@@ -119,7 +121,13 @@ def test_unequal_or_empty_arms_are_an_error(treated: list[float], control: list[
 
 
 def answers(
-    rng: np.random.Generator, replicates: int, questions: int, *, run_sd: float = 0.0, lean: float = 0.0, copies: bool = False
+    rng: np.random.Generator,
+    replicates: int,
+    questions: int,
+    *,
+    run_sd: float = 0.0,
+    lean: float = 0.0,
+    copies: bool = False,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Answers [replicates, questions] of two arms of equal accuracy over all questions there are, to a sample of them.
 
@@ -269,7 +277,10 @@ def test_about_so_many_more_replicates_do_decide_in_four_of_five() -> None:
     needed = compare([0.5 + 0.008 + x for x in (-0.02, 0.01, 0.03, -0.02, 0.0)], [0.5] * 5).needs
     assert needed is not None
     sd = float(np.std([-0.02, 0.01, 0.03, -0.02, 0.0], ddof=1))
-    decided = [compare(rng.normal(0.508, sd, 5 + needed).tolist(), [0.5] * (5 + needed)).verdict != "undecided" for _ in range(500)]
+    decided = [
+        compare(rng.normal(0.508, sd, 5 + needed).tolist(), [0.5] * (5 + needed)).verdict != "undecided"
+        for _ in range(500)
+    ]
     assert 0.75 <= np.mean(decided) <= 0.95  # better or same: a little more than four of five
 
 
@@ -326,7 +337,10 @@ def test_two_common_seeds_have_an_interval_and_no_verdict() -> None:
 def test_answers_of_common_seeds_are_used_and_without_them_the_number_of_questions() -> None:
     sides = answers(np.random.default_rng(3), 4, 60)
     treated, control = (
-        [Replicate(seed=k, accuracy=row.mean(), collapsed=False, correct=tuple(row.tolist())) for k, row in enumerate(side)]
+        [
+            Replicate(seed=k, accuracy=row.mean(), collapsed=False, correct=tuple(row.tolist()))
+            for k, row in enumerate(side)
+        ]
         for side in sides
     )
     assert compare_arms(treated, control).primary == judged(sides)
@@ -360,7 +374,9 @@ def test_an_arm_that_always_collapses_has_no_completed_comparison() -> None:
 
 @pytest.mark.parametrize(("collapsed", "of"), [(0, 5), (1, 3), (5, 5), (3, 8)])
 def test_collapse_intervals_are_clopper_and_pearsons(collapsed: int, of: int) -> None:
-    risk = compare_arms(runs([0.5 + 0.01 * k for k in range(of)], collapsed=range(collapsed)), runs([0.6] * of)).treated_risk
+    risk = compare_arms(
+        runs([0.5 + 0.01 * k for k in range(of)], collapsed=range(collapsed)), runs([0.6] * of)
+    ).treated_risk
     assert (risk.low, risk.high) == pytest.approx(proportion_confint(collapsed, of, method="beta"), nan_ok=True)
     assert risk.probability == collapsed / of
 

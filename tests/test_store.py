@@ -34,7 +34,9 @@ def changed(place: Path, /, **changes: Any) -> None:
 
 
 def test_a_study_comes_back_as_it_was(tmp_path: Path) -> None:
-    config = study(tmp_path, kind="confirm", parent="p", looks=(5, 8), points=("e12",), budget_hours=1.5, seed=7, gpus=0.5)
+    config = study(
+        tmp_path, kind="confirm", parent="p", looks=(5, 8), points=("e12",), budget_hours=1.5, seed=7, gpus=0.5
+    )
     save_study_config(config)
     assert load_study_config(str(tmp_path), "s") == config
 
@@ -84,7 +86,9 @@ def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
 def test_another_version_is_refused_by_number(tmp_path: Path, version: Any) -> None:
     save_study_config(study(tmp_path))
     changed(tmp_path, version=version)
-    with pytest.raises(ConfigError, match=rf"written by version {version}, this program reads {VERSION}; use the program that wrote it"):
+    with pytest.raises(
+        ConfigError, match=rf"written by version {version}, this program reads {VERSION}; use the program that wrote it"
+    ):
         load_study_config(str(tmp_path), "s")
 
 
@@ -107,7 +111,14 @@ def test_json_that_is_no_study_is_refused_in_one_line(tmp_path: Path, text: str)
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("replicates", 0), ("searcher", "cmaes"), ("objectives", []), ("trials", "many"), ("colour", "red"), ("budget_hours", -1)],
+    [
+        ("replicates", 0),
+        ("searcher", "cmaes"),
+        ("objectives", []),
+        ("trials", "many"),
+        ("colour", "red"),
+        ("budget_hours", -1),
+    ],
 )
 def test_a_value_that_cannot_be_is_named(tmp_path: Path, key: str, value: Any) -> None:
     save_study_config(study(tmp_path))
@@ -151,7 +162,9 @@ def test_an_object_store_holds_no_database(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_reading_sweeps_imports_neither_ray_nor_torch() -> None:
     code = "import sys, search.store; print([name for name in ('ray', 'torch', 'mlflow', 'optuna') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # One driver
@@ -181,7 +194,10 @@ def test_a_second_driver_is_refused_until_the_first_has_ended_however_it_ended(t
     for ending in (signal.SIGKILL, None):
         first = driver(str(tmp_path))
         try:
-            with pytest.raises(ConfigError, match=r"sweep s is being run by another process; .*rin resume s"), only_driver(config):
+            with (
+                pytest.raises(ConfigError, match=r"sweep s is being run by another process; .*rin resume s"),
+                only_driver(config),
+            ):
                 pytest.fail("two drivers")
         finally:
             if ending is None:
@@ -201,7 +217,10 @@ def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_
     save_study_config(config)
     first = driver(config.store)
     try:
-        with pytest.raises(ConfigError, match=rf"being run by another process \(process {first.pid} on "), only_driver(config):
+        with (
+            pytest.raises(ConfigError, match=rf"being run by another process \(process {first.pid} on "),
+            only_driver(config),
+        ):
             pytest.fail("two drivers")
     finally:
         first.kill()
@@ -213,7 +232,9 @@ def test_in_an_object_store_a_second_driver_is_refused_and_a_killed_one_s_place_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(
+    place: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     store = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_store")(tmp_path.name)
     config = study(store)
     save_study_config(config)

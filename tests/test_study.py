@@ -70,10 +70,15 @@ def named(result: StudyResult) -> dict[str, Arm]:
 
 
 @pytest.mark.slow
-def test_every_trial_is_one_closed_run_and_the_control_comes_first(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
+def test_every_trial_is_one_closed_run_and_the_control_comes_first(
+    finished: tuple[StudyResult, list[TrialEvent]],
+) -> None:
     result, _ = finished
     shown = runs(result.config.tracking_uri, "s")
-    assert [(run.data.tags["arm"], run.data.tags["replicate"]) for run in shown[:2]] == [("control", "0"), ("control", "1")]
+    assert [(run.data.tags["arm"], run.data.tags["replicate"]) for run in shown[:2]] == [
+        ("control", "0"),
+        ("control", "1"),
+    ]
     assert [arm.name for arm in result.arms][:3] == ["control", "control-resample", "e13i-baseline"]
     assert len(shown) == 8
     for run in shown:
@@ -97,10 +102,15 @@ def test_a_collapse_is_a_result_with_rule_and_final_accuracy(finished: tuple[Stu
 
 
 @pytest.mark.slow
-def test_arms_are_paired_by_seed_and_a_point_brings_its_filter_s_own_control(finished: tuple[StudyResult, list[TrialEvent]]) -> None:
+def test_arms_are_paired_by_seed_and_a_point_brings_its_filter_s_own_control(
+    finished: tuple[StudyResult, list[TrialEvent]],
+) -> None:
     result, _ = finished
     arms = named(result)
-    assert [(k, outcome.config.seed) for arm in result.arms for k, outcome in arm.results.items()] == [(0, 5), (1, 6)] * 4
+    assert [(k, outcome.config.seed) for arm in result.arms for k, outcome in arm.results.items()] == [
+        (0, 5),
+        (1, 6),
+    ] * 4
     policies = {name: arm.config.grpo.filter_groups for name, arm in arms.items()}
     assert policies["control"] == "off"
     assert policies["control-resample"] == policies["e13i-baseline"] == "resample"
@@ -119,7 +129,9 @@ def test_the_settings_reach_the_model(finished: tuple[StudyResult, list[TrialEve
     assert run.data.params["noise.sigma_start"] == "4.0"
     assert max(sigma for _, sigma in points(result.config.tracking_uri, run, "rin/sigma")) == 4.0
     reported = read_reports(trial_folder(result.config, "e13i-baseline", 0))
-    assert points(result.config.tracking_uri, run, "grpo/reward") == [(r.step, r.signals["grpo/reward"]) for r in reported]
+    assert points(result.config.tracking_uri, run, "grpo/reward") == [
+        (r.step, r.signals["grpo/reward"]) for r in reported
+    ]
 
 
 @pytest.mark.slow
@@ -253,7 +265,9 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
         "--set",
         "grpo.steps=400",
     ]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert running.stdout is not None
     lines = []
     for line in running.stdout:
@@ -274,7 +288,10 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
     assert left.eval.n == 128, "evaluated as it left, and that was kept"
     assert json.loads(text(config.tracking_uri, shown[0], "correct.json")) == list(left.eval.correct)
     deadline = time.monotonic() + 30
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children) and time.monotonic() < deadline:
+    while (
+        any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0)
     assert not [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
 
@@ -297,17 +314,31 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
     report = report_study(result.config)
     for row in report.arms:
         measured = [run.accuracy for run in replicates_of(result.config, named(result)[row.arm])]
-        tracked = [run.data.metrics["eval/accuracy"] for run in runs(result.config.tracking_uri, "s") if run.data.tags["arm"] == row.arm]
+        tracked = [
+            run.data.metrics["eval/accuracy"]
+            for run in runs(result.config.tracking_uri, "s")
+            if run.data.tags["arm"] == row.arm
+        ]
         assert sorted(tracked) == sorted(measured)
         assert row.accuracy == pytest.approx(sum(tracked) / len(tracked))
     baseline = next(row for row in report.arms if row.arm == "e13i-baseline")
-    assert (baseline.collapsed, baseline.control, baseline.verdict.split(",")[0]) == (2, "control-resample", "undecided")
+    assert (baseline.collapsed, baseline.control, baseline.verdict.split(",")[0]) == (
+        2,
+        "control-resample",
+        "undecided",
+    )
     assert report.ledger.hours > 0
 
 
 @pytest.mark.slow
 def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path) -> None:
-    config = study(tmp_path, trials=3, searcher="random", settings={"eval": {"questions": 16}, "grpo": {"steps": 12}}, budget_hours=1e-5)
+    config = study(
+        tmp_path,
+        trials=3,
+        searcher="random",
+        settings={"eval": {"questions": 16}, "grpo": {"steps": 12}},
+        budget_hours=1e-5,
+    )
     stopped = run_study(config, lambda event: None)
     assert stopped.budget_spent
     assert stopped.unfinished == 3
@@ -317,7 +348,9 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
     assert {(run.data.tags["status"], run.info.status) for run in shown} == {("stopped", "KILLED")}
     finished = resume_study(config.model_copy(update={"budget_hours": 1.0}), lambda event: None)
     assert (finished.unfinished, finished.budget_spent) == (0, False)
-    assert [(arm.name, arm.results[0].outcome) for arm in finished.arms] == [(name, "completed") for name in ("control", "c01", "c02")]
+    assert [(arm.name, arm.results[0].outcome) for arm in finished.arms] == [
+        (name, "completed") for name in ("control", "c01", "c02")
+    ]
     again = runs(config.tracking_uri, "s")
     assert [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in again] == [
         (name, "completed", "FINISHED") for name in ("control", "c01", "c02")

@@ -1,4 +1,5 @@
-"""A sweep that is sent to a cluster: what is refused, what travels, what the job makes of it; with a real job server at the end."""
+"""A sweep that is sent to a cluster: what is refused, what travels, what the job makes of it; with a real job server at
+the end."""
 
 import json
 import re
@@ -48,7 +49,8 @@ RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 
 
 class Head:
-    """Takes jobs as Ray's client does, and keeps what is sent; its job says `says` (None: that it begins) and ends as `ends`."""
+    """Takes jobs as Ray's client does, and keeps what is sent; its job says `says` (None: that it begins) and ends as
+    `ends`."""
 
     def __init__(self, kept: Path, says: Sequence[str] | None = None, ends: JobStatus = JobStatus.RUNNING) -> None:
         self.kept, self.says, self.ends = kept, says, ends
@@ -59,7 +61,9 @@ class Head:
     def submit_job(self, **job: Any) -> str:
         if self.busy_for:
             self.busy_for -= 1
-            raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later..")
+            raise RuntimeError(
+                "Request failed with status code 500: No available agent to submit job, please try again later.."
+            )
         shutil.copytree(job["runtime_env"]["working_dir"], self.kept)
         self.packages = sorted(Path(package).name for package in job["runtime_env"]["py_modules"])
         self.jobs.append(job)
@@ -103,7 +107,9 @@ def test_a_password_does_not_travel_in_a_job(changes: dict[str, Any], tmp_path: 
         submit_sweep(server(head), study("/shared/runs").model_copy(update=changes), [])
     assert "canary-4711" not in str(caught.value)
     with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        submit_resume(server(head), "s", "s3://b/r?secret_key=canary-4711", tracking_uri=None, budget=None, concurrent=None)
+        submit_resume(
+            server(head), "s", "s3://b/r?secret_key=canary-4711", tracking_uri=None, budget=None, concurrent=None
+        )
     assert "canary-4711" not in str(caught.value)
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
         job_server("http://me:canary-4711@head:8265")
@@ -221,7 +227,9 @@ def test_a_sweep_travels_with_all_that_was_read_here(
     )
     Path("point.yaml").write_text("noise: {sigma_start: 0.0015}\n")
     words = ["sweep", "space.yaml", "--workload", "tiny", "--name", "s", "--points", "point.yaml", "--trials", "3"]
-    code, out, err = here(monkeypatch, capsys, *words, "--submit", "http://head:8265", "--set", "noise.sigma_end=0.0005")
+    code, out, err = here(
+        monkeypatch, capsys, *words, "--submit", "http://head:8265", "--set", "noise.sigma_end=0.0005"
+    )
     assert (code, err) == (0, "")
     (job,) = head.jobs
     store = tmp_path / "laptop" / "runs"
@@ -239,7 +247,10 @@ def test_a_sweep_travels_with_all_that_was_read_here(
     assert begin_shipped(str(tmp_path / "kept" / "sweep")) == []
     begun = load_study_config(str(store), "s")
     assert (begun.space.name, begun.trials, begun.settings) == ("mine", 3, {"noise": {"sigma_end": 0.0005}})
-    assert [(arm.name, arm.config.noise.sigma_start) for arm in read_arms(begun)] == [("control", 0.0), ("point", 0.0015)]
+    assert [(arm.name, arm.config.noise.sigma_start) for arm in read_arms(begun)] == [
+        ("control", 0.0),
+        ("point", 0.0015),
+    ]
 
 
 def test_on_other_machines_relative_paths_are_refused_wherever_they_stand(
@@ -248,10 +259,22 @@ def test_on_other_machines_relative_paths_are_refused_wherever_they_stand(
     head = reached(on_this_machine=False)
     Path("point.yaml").write_text("task: {name: gsm8k, path: q.jsonl}\n")
     places = ["--store", "/shared/runs", "--tracking-uri", "http://head:5000", "--submit", "http://head:8265"]
-    model = ["--workload", "tiny", "--set", "model.name=/shared/m", "--set", "model.recipe=null", "--set", "task.name=gsm8k"]
+    model = [
+        "--workload",
+        "tiny",
+        "--set",
+        "model.name=/shared/m",
+        "--set",
+        "model.recipe=null",
+        "--set",
+        "task.name=gsm8k",
+    ]
     for words, said in (
         (["--set", "task.path=q.jsonl"], "--set task.path=q.jsonl: lies on this machine"),
-        (["--set", "task.path=/shared/q.jsonl", "--points", "point.yaml"], "point.yaml: task.path=q.jsonl: lies on this machine"),
+        (
+            ["--set", "task.path=/shared/q.jsonl", "--points", "point.yaml"],
+            "point.yaml: task.path=q.jsonl: lies on this machine",
+        ),
     ):
         code, _, err = here(monkeypatch, capsys, "sweep", *model, *words, *places)
         assert (code, said in err) == (2, True), err
@@ -274,7 +297,12 @@ def test_an_ablation_can_be_sent_too(
     begin_shipped(str(tmp_path / "kept" / "sweep"))
     begun = load_study_config(parent.store, "s-ablation")
     assert (begun.kind, begun.parent) == ("ablation", "s")
-    assert [arm.name for arm in read_arms(begun)] == ["control", "c01", "c01-without-sigma-end", "c01-without-temperature"]
+    assert [arm.name for arm in read_arms(begun)] == [
+        "control",
+        "c01",
+        "c01-without-sigma-end",
+        "c01-without-temperature",
+    ]
 
 
 def test_a_resumed_sweep_sends_its_name_and_nothing_else(
@@ -282,7 +310,18 @@ def test_a_resumed_sweep_sends_its_name_and_nothing_else(
 ) -> None:
     """Whether it lies in the store is seen by those who reach the store."""
     head = reached(on_this_machine=False)
-    words = ["resume", "s", "--store", "/shared/runs", "--budget", "4", "--concurrent", "2", "--tracking-uri", "http://head:5000"]
+    words = [
+        "resume",
+        "s",
+        "--store",
+        "/shared/runs",
+        "--budget",
+        "4",
+        "--concurrent",
+        "2",
+        "--tracking-uri",
+        "http://head:5000",
+    ]
     assert here(monkeypatch, capsys, *words, "--submit", "http://head:8265")[0] == 0
     wanted = "resume s --store /shared/runs --tracking-uri http://head:5000 --budget 4 --concurrent 2 --address auto"
     assert shlex.split(head.jobs[0]["entrypoint"]) == ["python", "rin.py", *wanted.split()]
@@ -309,8 +348,16 @@ def test_a_head_whose_agent_is_not_up_yet_is_waited_for(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("says", "ends", "said"),
     [
-        (["INFO ray", "rin: --name s: /runs/s exists already; choose another name"], JobStatus.FAILED, "--name s: /runs/s exists already"),
-        (["Traceback", "ModuleNotFoundError: No module named 'torch'", ""], JobStatus.FAILED, "No module named 'torch'"),
+        (
+            ["INFO ray", "rin: --name s: /runs/s exists already; choose another name"],
+            JobStatus.FAILED,
+            "--name s: /runs/s exists already",
+        ),
+        (
+            ["Traceback", "ModuleNotFoundError: No module named 'torch'", ""],
+            JobStatus.FAILED,
+            "No module named 'torch'",
+        ),
         ([], JobStatus.FAILED, "runtime environment: no space left"),
         ([], JobStatus.STOPPED, "runtime environment: no space left"),
         (["sweep other: 3 trials"], JobStatus.FAILED, "sweep other"),
@@ -381,9 +428,13 @@ def bare_python(folder: Path) -> str:
     """An interpreter with everything that rin needs, and without rin."""
     venv.create(folder, symlinks=True)
     packages = next((folder / "lib").glob("python*/site-packages"))
-    (packages / "dependencies.pth").write_text(f"{Path(ray.__file__).parents[1]}\n")  # its own .pth files are not followed from here
+    (packages / "dependencies.pth").write_text(
+        f"{Path(ray.__file__).parents[1]}\n"
+    )  # its own .pth files are not followed from here
     python = str(folder / "bin" / "python")
-    found = subprocess.run([python, "-c", "import ray, torch, mlflow, spaces"], capture_output=True, text=True, cwd=folder, check=False)
+    found = subprocess.run(
+        [python, "-c", "import ray, torch, mlflow, spaces"], capture_output=True, text=True, cwd=folder, check=False
+    )
     assert "No module named 'spaces'" in found.stderr
     return python
 
@@ -397,7 +448,8 @@ def jobs(running: Cluster) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Path, tmp_path: Path) -> None:
-    """The program and the sweep travel; the cluster has only what rin depends on. A second one of that name is refused there."""
+    """The program and the sweep travel; the cluster has only what rin depends on. A second one of that name is refused
+    there."""
     laptop = tmp_path / "laptop"
     laptop.mkdir()
     (laptop / "space.yaml").write_text(
@@ -405,12 +457,29 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         "  - {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}\n"
     )
     with head_node(short, cpus=1, python=bare_python(short / "env")) as running:
-        arguments = ["sweep", "space.yaml", "--workload", "tiny", "--trials", "2", "--name", "s", "--submit", running.dashboard]
+        arguments = [
+            "sweep",
+            "space.yaml",
+            "--workload",
+            "tiny",
+            "--trials",
+            "2",
+            "--name",
+            "s",
+            "--submit",
+            running.dashboard,
+        ]
         arguments += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "noise.sigma_end=0.0005"]
 
         def submitted() -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [*RIN, *arguments], env=dict(running.environment), cwd=laptop, capture_output=True, text=True, timeout=240, check=False
+                [*RIN, *arguments],
+                env=dict(running.environment),
+                cwd=laptop,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
             )
 
         done = submitted()
@@ -427,7 +496,9 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         deadline = time.monotonic() + 240
         while (state := jobs(running)[job])["status"] in ("PENDING", "RUNNING") and time.monotonic() < deadline:
             time.sleep(0.5)
-        log = "\n".join(path.read_text(errors="replace") for path in short.glob(f"ray/session_2*/logs/job-driver-{job}.log"))
+        log = "\n".join(
+            path.read_text(errors="replace") for path in short.glob(f"ray/session_2*/logs/job-driver-{job}.log")
+        )
         assert state["status"] == "SUCCEEDED", log
         assert state["entrypoint"] == f"python rin.py resume s --store {laptop}/runs --address auto"
         assert state["metadata"] == {"sweep": "s"}

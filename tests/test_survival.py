@@ -26,7 +26,8 @@ def assert_every_trial_is_there_once_with_the_undisturbed_numbers(sweep: Sweep) 
 
 
 def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_with_the_undisturbed_numbers() -> None:
-    """By SIGKILL, by SIGTERM, and by SIGKILL with a damaged newest checkpoint: what one leaves behind meets the next one."""
+    """By SIGKILL, by SIGTERM, and by SIGKILL with a damaged newest checkpoint: what one leaves behind meets the next
+    one."""
     waiting = ["driver", "sigterm", "checkpoint"]
     for number in range(3):  # a sweep may have ended before all of them have struck
         with faults.new_store("driver") as store:
@@ -41,7 +42,9 @@ def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_w
     assert waiting == []
 
 
-def test_a_second_driver_is_refused_and_trials_that_hang_or_are_killed_are_tried_again_with_the_undisturbed_numbers() -> None:
+def test_a_second_driver_is_refused_and_trials_that_hang_or_are_killed_are_tried_again_with_the_undisturbed_numbers() -> (
+    None
+):
     with faults.new_store("hang") as store:
         sweep = Sweep("hang", store, random.Random(1), Tally(), more=LONGER)
         faults.prepare_freeze(sweep)

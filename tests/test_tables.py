@@ -56,7 +56,13 @@ def test_hours_of_a_trial_that_was_resumed_are_those_in_which_something_ran(tmp_
 
 def test_a_status_row_is_plain_data(tmp_path: Path) -> None:
     row = status_row(rows_of(tmp_path, {"control": [200, 210], "c01": [240, 250]})["c01"])
-    assert (row["arm"], row["status"], row["step"], row["replicates"], row["candidate"]) == ("c01", "completed", "6", 2, True)
+    assert (row["arm"], row["status"], row["step"], row["replicates"], row["candidate"]) == (
+        "c01",
+        "completed",
+        "6",
+        2,
+        True,
+    )
     assert row["difference"] == pytest.approx(0.1)
 
 
@@ -80,7 +86,13 @@ def test_noise_in_a_few_words(overrides: list[str], said: str) -> None:
 
 
 def test_units() -> None:
-    assert [points(None), points(0.5), duration(42), duration(210), duration(8280)] == ["-", "50.0 %", "42 s", "3.5 min", "2.3 h"]
+    assert [points(None), points(0.5), duration(42), duration(210), duration(8280)] == [
+        "-",
+        "50.0 %",
+        "42 s",
+        "3.5 min",
+        "2.3 h",
+    ]
 
 
 def event(status: str, **changes: Any) -> TrialEvent:

@@ -13,7 +13,15 @@ import pytest
 
 from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import addition_question
-from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, problems_of, split_problems, strict_number
+from trainable.tasks.gsm8k import (
+    Problem,
+    flexible_number,
+    load_problems,
+    parse_number,
+    problems_of,
+    split_problems,
+    strict_number,
+)
 from trainable.tasks.gym import HARMLESS, REFUSED, extract_answer, open_gym
 from trainable.tasks.table import TASKS, build_task
 from trainable.tasks.task import Question, Split, Task, split_of
@@ -68,7 +76,9 @@ def output_of(code: str, hash_seed: str) -> str:
     """What a new process prints whose sets and dicts of strings are ordered otherwise."""
     root = Path(__file__).parent.parent
     environment = {"PYTHONHASHSEED": hash_seed}
-    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 # Contract of every task
@@ -167,7 +177,16 @@ def test_questions_are_the_same_in_another_process() -> None:
 
 @pytest.mark.parametrize(
     ("completion", "correct"),
-    [("168", True), ("+168", False), (" 168", False), ("168 ", False), ("0168", False), ("168=", False), ("16", False), ("", False)],
+    [
+        ("168", True),
+        ("+168", False),
+        (" 168", False),
+        ("168 ", False),
+        ("0168", False),
+        ("168=", False),
+        ("16", False),
+        ("", False),
+    ],
 )
 def test_addition_wants_the_bare_number(completion: str, correct: bool) -> None:
     score = build_task(TaskConfig()).score(Question(prompt="123+45=", answer="168"), completion)
@@ -177,7 +196,9 @@ def test_addition_wants_the_bare_number(completion: str, correct: bool) -> None:
 
 @pytest.mark.parametrize("short_ones", [False, True])
 @pytest.mark.parametrize("digits", [1, 2, 3, 6])
-def test_addition_operands_are_even_by_value_or_by_length_and_have_no_leading_zero(digits: int, short_ones: bool) -> None:
+def test_addition_operands_are_even_by_value_or_by_length_and_have_no_leading_zero(
+    digits: int, short_ones: bool
+) -> None:
     rng = Random(0)
     questions = [addition_question(rng, digits, "train", short_ones=short_ones) for _ in range(600)]
     lengths = []
@@ -304,7 +325,9 @@ def test_small_file_is_split_70_15_15_in_order() -> None:
     rows = [json.loads(line) for line in SMALL.read_text().splitlines()]
     problems = load_problems(str(SMALL))
     assert [len(part) for part in (problems.train, problems.selection, problems.confirm)] == [28, 6, 6]
-    assert [p.question for p in (*problems.train, *problems.selection, *problems.confirm)] == [row["question"] for row in rows]
+    assert [p.question for p in (*problems.train, *problems.selection, *problems.confirm)] == [
+        row["question"] for row in rows
+    ]
     answers = {p.answer for p in (*problems.train, *problems.selection, *problems.confirm)}
     assert {"2000", "-7", "13.50", "1290000"} <= answers
 
@@ -315,7 +338,13 @@ def numbered(count: int, start: int = 0) -> list[Problem]:
 
 @pytest.mark.parametrize(
     ("train", "test", "sizes"),
-    [(7473, 1319, (6449, 1024, 1319)), (100, 10, (75, 25, 10)), (40, None, (28, 6, 6)), (11, None, (8, 2, 1)), (3, None, (3, 0, 0))],
+    [
+        (7473, 1319, (6449, 1024, 1319)),
+        (100, 10, (75, 25, 10)),
+        (40, None, (28, 6, 6)),
+        (11, None, (8, 2, 1)),
+        (3, None, (3, 0, 0)),
+    ],
 )
 def test_sizes_of_the_three_sets(train: int, test: int | None, sizes: tuple[int, int, int]) -> None:
     problems = split_problems(numbered(train), None if test is None else numbered(test, start=10_000))
@@ -378,7 +407,9 @@ def test_missing_or_binary_file_is_explained(tmp_path: Path) -> None:
 
 def test_more_questions_than_exist_is_the_users_mistake() -> None:
     task = build_task(CONFIGS["gsm8k"])
-    with pytest.raises(ConfigError, match=r"eval\.questions=2048: gsm8k has 6 questions for confirm; ask for at most 6"):
+    with pytest.raises(
+        ConfigError, match=r"eval\.questions=2048: gsm8k has 6 questions for confirm; ask for at most 6"
+    ):
         task.held_out("confirm", 2048)
     with pytest.raises(ConfigError, match=r"grpo\.prompts=29: gsm8k has 28 questions for train"):
         task.sample(29, seed=0, step=0, batch=0)
@@ -409,7 +440,9 @@ def test_without_network_the_remedy_is_a_file(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ConfigError, match=r"cannot be fetched \(ConnectionError: no route\); give a JSONL file by task\.path"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be fetched \(ConnectionError: no route\); give a JSONL file by task\.path"
+    ):
         build_task(TaskConfig(name="gsm8k"))
 
 
@@ -479,7 +512,12 @@ def test_scorers_that_evaluate_see_no_code(name: str, tmp_path: Path) -> None:
     dataset = open_gym(name, {})
     entry = next(dataset.entries(Random(0)))
     witness = tmp_path / "witness"
-    for completion in (f"open({str(witness)!r}, 'w')", f"__import__('pathlib').Path({str(witness)!r}).touch()", "exit()", "9**9**9**9"):
+    for completion in (
+        f"open({str(witness)!r}, 'w')",
+        f"__import__('pathlib').Path({str(witness)!r}).touch()",
+        "exit()",
+        "9**9**9**9",
+    ):
         assert dataset.score(completion, entry) == 0.0
     assert not witness.exists()
 
@@ -536,10 +574,16 @@ def test_every_accepted_data_set_marks_garbage_with_less_than_1() -> None:
         ({"name": "resoning_gym:gcd"}, "did you mean reasoning_gym:gcd?"),
         ({"name": "reasoning_gym"}, "did you mean reasoning_gym:chain_sum?"),
         ({"name": "reasoning_gym:chainsum"}, "no such data set; did you mean reasoning_gym:chain_sum?"),
-        ({"name": "reasoning_gym:chain_sum", "options": {"terms": 2}}, "chain_sum has no option terms; it has allow_negation, "),
+        (
+            {"name": "reasoning_gym:chain_sum", "options": {"terms": 2}},
+            "chain_sum has no option terms; it has allow_negation, ",
+        ),
         ({"name": "reasoning_gym:chain_sum", "options": {"seed": 2}}, "chain_sum has no option seed"),
         ({"name": "reasoning_gym:chain_sum", "options": {"min_terms": 0}}, "min_terms must be positive"),
-        ({"name": "reasoning_gym:chain_sum", "options": {"min_terms": "two"}}, "chain_sum refuses {'min_terms': 'two'}"),
+        (
+            {"name": "reasoning_gym:chain_sum", "options": {"min_terms": "two"}},
+            "chain_sum refuses {'min_terms': 'two'}",
+        ),
         ({"name": "reasoning_gym:gcd", "prompt": "Solve it"}, "task.prompt=Solve it: has no place for the question"),
     ],
 )
@@ -555,7 +599,9 @@ def test_options_without_variety_are_explained_and_do_not_hang() -> None:
     task = build_task(TaskConfig(name="reasoning_gym:chain_sum", options=options))
     assert len(set(prompts(task.sample(64, seed=0, step=0, batch=0)))) == 2
     task.draws = lambda rng, split: itertools.repeat(None)  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"1000 draws of reasoning_gym:chain_sum gave no question for confirm; allow more variety"):
+    with pytest.raises(
+        ConfigError, match=r"1000 draws of reasoning_gym:chain_sum gave no question for confirm; allow more variety"
+    ):
         task.held_out("confirm", 4)
 
 

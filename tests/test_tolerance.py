@@ -1,4 +1,5 @@
-"""The boundary is statsmodels' where outcomes overlap, a bracket where they are separated, one-sided where all runs ended alike."""
+"""The boundary is statsmodels' where outcomes overlap, a bracket where they are separated, one-sided where all runs
+ended alike."""
 
 import math
 
@@ -12,7 +13,9 @@ from search.tolerance import Boundary, NoisyRun, boundaries
 
 def runs(outcomes: dict[float, list[int]], mode: str = "w4a4", kind: str = "linear") -> list[NoisyRun]:
     """{sigma: [1 for a collapse, 0 for none]}"""
-    return [NoisyRun(mode=mode, kind=kind, sigma=sigma, collapsed=bool(c)) for sigma, ends in outcomes.items() for c in ends]
+    return [
+        NoisyRun(mode=mode, kind=kind, sigma=sigma, collapsed=bool(c)) for sigma, ends in outcomes.items() for c in ends
+    ]
 
 
 def one(outcomes: dict[float, list[int]], confidence: float = 0.95) -> Boundary:
@@ -39,7 +42,9 @@ def test_the_fit_is_statsmodels_logit(outcomes: dict[float, list[int]]) -> None:
 
 @pytest.mark.parametrize("outcomes", OVERLAPPING[1:])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_the_interval_ends_where_the_likelihood_has_fallen_by_chi_square(outcomes: dict[float, list[int]], confidence: float) -> None:
+def test_the_interval_ends_where_the_likelihood_has_fallen_by_chi_square(
+    outcomes: dict[float, list[int]], confidence: float
+) -> None:
     """By statsmodels: the best fit with the boundary held at the interval's end, against the best of all."""
     rows = runs(outcomes)
     x, y = np.log([run.sigma for run in rows]), np.array([float(run.collapsed) for run in rows])
@@ -61,7 +66,8 @@ def test_separated_outcomes_are_a_bracket_and_no_number() -> None:
 
 
 def test_the_interval_of_few_separated_runs_is_wider_than_their_bracket() -> None:
-    """Of two runs that held, half could have collapsed: 0.25 is not below 5 %. From three on 2 log 2 per run exceeds 3.84."""
+    """Of two runs that held, half could have collapsed: 0.25 is not below 5 %. From three on 2 log 2 per run exceeds
+    3.84."""
     assert (one({0.01: [0], 0.05: [1]}).low_50, one({0.01: [0], 0.05: [1]}).high_50) == (0.0, math.inf)
     few = one({0.005: [0], 0.01: [0], 0.05: [1], 0.1: [1]})
     assert few.low_50 < 0.01
@@ -114,7 +120,9 @@ def test_a_run_or_two_say_what_they_did_and_no_more() -> None:
     assert lone.words() == "2 of 3 runs broke at the only sigma tried"
 
 
-@pytest.mark.parametrize("outcomes", [{0.01: [1, 1], 0.05: [0, 0]}, {0.01: [0, 1], 0.05: [0, 1]}, {0.01: [1, 0, 1], 0.05: [0, 1, 0]}])
+@pytest.mark.parametrize(
+    "outcomes", [{0.01: [1, 1], 0.05: [0, 0]}, {0.01: [0, 1], 0.05: [0, 1]}, {0.01: [1, 0, 1], 0.05: [0, 1, 0]}]
+)
 def test_collapses_that_do_not_grow_with_sigma_have_no_boundary(outcomes: dict[float, list[int]]) -> None:
     boundary = one(outcomes)
     assert (boundary.status, boundary.sigma_50, boundary.low_50, boundary.high_50) == ("unordered", None, 0.0, math.inf)
@@ -135,7 +143,12 @@ def test_the_interval_holds_the_true_boundary_in_about_95_of_100() -> None:
     for steepness in (1.5, 4.0):
         chances = special.expit(steepness * np.log(sigmas / 0.02))
         found = [
-            one({sigma: (rng.random(6) < chance).astype(int).tolist() for sigma, chance in zip(sigmas.tolist(), chances, strict=True)})
+            one(
+                {
+                    sigma: (rng.random(6) < chance).astype(int).tolist()
+                    for sigma, chance in zip(sigmas.tolist(), chances, strict=True)
+                }
+            )
             for _ in range(250)
         ]
         held = np.mean([boundary.low_50 <= 0.02 <= boundary.high_50 for boundary in found])
@@ -143,7 +156,11 @@ def test_the_interval_holds_the_true_boundary_in_about_95_of_100() -> None:
 
 
 def test_every_mode_and_kind_has_a_line_of_its_own() -> None:
-    rows = runs({0.05: [1, 1, 1], 0.01: [0, 0, 0]}) + runs({0.05: [0, 0]}, kind="rmsnorm") + runs({0.1: [1]}, mode="w16a16")
+    rows = (
+        runs({0.05: [1, 1, 1], 0.01: [0, 0, 0]})
+        + runs({0.05: [0, 0]}, kind="rmsnorm")
+        + runs({0.1: [1]}, mode="w16a16")
+    )
     table = boundaries(rows)
     assert [(line.mode, line.kind, line.runs, line.collapsed) for line in table] == [
         ("w16a16", "linear", 1, 1),
@@ -177,7 +194,9 @@ def test_a_nearly_separated_fit_settles() -> None:
         logits = b[0] + b[1] * (x - centre)
         return -float(special.log_expit(np.where(y, logits, -logits)).sum())
 
-    best = optimize.minimize(loss, [0.0, 1.0], method="Nelder-Mead", options={"maxiter": 20000, "xatol": 1e-10, "fatol": 1e-13})
+    best = optimize.minimize(
+        loss, [0.0, 1.0], method="Nelder-Mead", options={"maxiter": 20000, "xatol": 1e-10, "fatol": 1e-13}
+    )
     assert one(outcomes).sigma_50 == pytest.approx(math.exp(centre - best.x[0] / best.x[1]), rel=1e-4)
 
 

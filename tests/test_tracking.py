@@ -1,4 +1,5 @@
-"""MLflow as it is told of trials: what it shows, when it is away, what it refuses. Real sqlite stores, a real server, a real Tune run."""
+"""MLflow as it is told of trials: what it shows, when it is away, what it refuses. Real sqlite stores, a real server, a
+real Tune run."""
 
 import json
 import logging
@@ -50,7 +51,8 @@ def experiment(request: pytest.FixtureRequest) -> str:
 
 
 class Sweep:
-    """A sweep of one trial, c03/2, that a test drives as a sweep and its trials do: files first, then what MLflow is told."""
+    """A sweep of one trial, c03/2, that a test drives as a sweep and its trials do: files first, then what MLflow is
+    told."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
@@ -68,7 +70,9 @@ class Sweep:
         self.attempt = AttemptLog(trial_folder(self.config, "c03", 2))
         self.tracker.begin(self.arm, 3, 2)
 
-    def step(self, rule: str = "", evidence: str = "", samples: tuple[Sample, ...] = (), **signals: float) -> StepReport:
+    def step(
+        self, rule: str = "", evidence: str = "", samples: tuple[Sample, ...] = (), **signals: float
+    ) -> StepReport:
         """`reward=0.1` is grpo/reward."""
         number = len(self.reports)
         report = StepReport(
@@ -124,7 +128,9 @@ def sweep(uri: str, experiment: str, tmp_path: Path) -> Iterator[Sweep]:
 @pytest.mark.slow
 def test_importing_tracking_imports_neither_mlflow_nor_ray_nor_torch() -> None:
     code = "import sys, search.tracking, search.mirror; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.slow
@@ -216,7 +222,9 @@ def test_a_store_that_can_be_read_but_not_written_is_refused(tmp_path: Path) -> 
     uri = default_tracking_uri(str(tmp_path))
     check_tracking(uri, "x", SOMEBODY)
     with sqlite3.connect(tmp_path / "mlflow.db") as database:  # file permissions do not stop root
-        database.execute("CREATE TRIGGER t BEFORE INSERT ON experiment_tags BEGIN SELECT RAISE(ABORT, 'read only'); END")
+        database.execute(
+            "CREATE TRIGGER t BEFORE INSERT ON experiment_tags BEGIN SELECT RAISE(ABORT, 'read only'); END"
+        )
         database.execute("DELETE FROM experiment_tags")
     with pytest.raises(ConfigError, match=r"cannot write to experiment x: .*read only"):
         check_tracking(uri, "x", SOMEBODY)
@@ -240,7 +248,10 @@ def test_an_experiment_of_another_sweep_is_refused_with_whose_it_is_and_the_reme
             refused(uri, experiment, other)
         message = str(caught.value)
         assert message.startswith(f"--name {experiment}: ")
-        assert "another sweep (aaaaaaaa, which lies or lay in /data/mine); give another --name, or another --tracking-uri" in message
+        assert (
+            "another sweep (aaaaaaaa, which lies or lay in /data/mine); give another --name, or another --tracking-uri"
+            in message
+        )
     moved = Owner(id=mine.id, store="/data/moved")
     claim(uri, experiment, moved)
     with pytest.raises(ConfigError, match="lay in /data/moved"):
@@ -272,12 +283,26 @@ def test_a_completed_trial_is_shown_as_it_was(sweep: Sweep) -> None:
     assert sweep.tracker.close() == 0
     run = sweep.shown()
     tags = run.data.tags
-    assert (tags["sweep"], tags["arm"], tags["replicate"], tags["origin"]) == (sweep.config.name, "c03", "2", "searcher")
-    assert (tags["status"], tags["error"], tags["failure/rule"], tags.get("collapse/rule")) == ("completed", "", "", None)
+    assert (tags["sweep"], tags["arm"], tags["replicate"], tags["origin"]) == (
+        sweep.config.name,
+        "c03",
+        "2",
+        "searcher",
+    )
+    assert (tags["status"], tags["error"], tags["failure/rule"], tags.get("collapse/rule")) == (
+        "completed",
+        "",
+        "",
+        None,
+    )
     assert (run.info.status, run.info.run_name) == ("FINISHED", "c03/2")
     params = run.data.params
     assert params.keys() == flatten(as_tree(ended.config)).keys()
-    assert (params["noise.sigma_start"], params["noise.modules"], params["quant.scale_rule"]) == ("0.01", '["linear"]', "floor")
+    assert (params["noise.sigma_start"], params["noise.modules"], params["quant.scale_rule"]) == (
+        "0.01",
+        '["linear"]',
+        "floor",
+    )
     metrics = run.data.metrics
     assert (metrics["eval/accuracy"], metrics["eval/accuracy_start"], metrics["eval/n"]) == (0.75, 0.25, 4)
     assert (metrics["perf/trial_seconds"], metrics["perf/step_seconds"], metrics["rin/steps_done"]) == (9.0, 0.5, 3)
@@ -315,7 +340,11 @@ def test_a_collapsed_trial_is_killed_and_keeps_its_non_finite_metrics(sweep: Swe
     run = sweep.shown()
     tags = run.data.tags
     assert (tags["status"], run.info.status) == ("collapsed", "KILLED")
-    assert (tags["collapse/rule"], tags["collapse/step"], tags["collapse/evidence"]) == ("nonfinite", "2", "grpo/loss is nan")
+    assert (tags["collapse/rule"], tags["collapse/step"], tags["collapse/evidence"]) == (
+        "nonfinite",
+        "2",
+        "grpo/loss is nan",
+    )
     assert math.isnan(run.data.metrics["grpo/loss"])
     assert run.data.metrics["grpo/kl"] == pytest.approx(BIGGEST)
     assert points(sweep.uri, run, "grpo/entropy") == [(0, pytest.approx(-BIGGEST)), (1, 1.0)]
@@ -331,7 +360,11 @@ def test_a_rule_that_only_monitors_keeps_its_first_word(sweep: Sweep) -> None:
     sweep.end()
     sweep.tracker.close()
     tags = sweep.shown().data.tags
-    assert (tags["status"], tags["collapse/rule"], tags["collapse/evidence"]) == ("completed", "entropy_high", "3.1 nats")
+    assert (tags["status"], tags["collapse/rule"], tags["collapse/evidence"]) == (
+        "completed",
+        "entropy_high",
+        "3.1 nats",
+    )
 
 
 def test_many_and_long_params_arrive_and_a_cut_is_marked(sweep: Sweep) -> None:
@@ -342,7 +375,9 @@ def test_many_and_long_params_arrive_and_a_cut_is_marked(sweep: Sweep) -> None:
     sweep.begin()
     sweep.tracker.close()
     run = sweep.shown()
-    params = {name.rpartition(".")[2]: value for name, value in run.data.params.items() if name.startswith("task.options.")}
+    params = {
+        name.rpartition(".")[2]: value for name, value in run.data.params.items() if name.startswith("task.options.")
+    }
     assert len(params) == 252
     assert params["long"].endswith("xx... (7000 characters)")
     assert len(params["long"]) == 6000
@@ -377,7 +412,9 @@ def test_a_failed_trial_says_why(sweep: Sweep, attempts: list[dict[str, Any]], r
 def test_a_trial_stopped_from_outside_has_the_evaluation_that_it_made_as_it_left(sweep: Sweep) -> None:
     sweep.begin()
     sweep.step(reward=0.1, samples=(SAMPLE,))
-    write_stopped(trial_folder(sweep.config, "c03", 2), replace(outcome(sweep.arm, 2, 2, how="stopped"), step=1), sweep.reports)
+    write_stopped(
+        trial_folder(sweep.config, "c03", 2), replace(outcome(sweep.arm, 2, 2, how="stopped"), step=1), sweep.reports
+    )
     sweep.attempt.end("stopped")
     sweep.tracker.end(sweep.arm, 2)
     sweep.tracker.close()
@@ -413,10 +450,15 @@ def test_in_the_end_every_open_run_is_closed_with_what_its_folder_has(sweep: Swe
     assert sweep.tracker.open() == []
     sweep.tracker.close()
     shown = runs(sweep.uri, sweep.config.name)
-    assert [(run.data.tags["status"], run.info.status) for run in shown] == [("stopped", "KILLED"), ("completed", "FINISHED")]
+    assert [(run.data.tags["status"], run.info.status) for run in shown] == [
+        ("stopped", "KILLED"),
+        ("completed", "FINISHED"),
+    ]
 
 
-def test_known_trials_are_read_page_by_page_without_the_runs_of_others(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_trials_are_read_page_by_page_without_the_runs_of_others(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = check_tracking(sweep.uri, sweep.config.name, sweep.config.owner)
     mlflow_client.client(sweep.uri).create_run(number, tags={"status": "somebody's own run"})
     for name in ("c01", "c02", "control"):
@@ -483,7 +525,9 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
     assert "refuses" not in caplog.text
 
 
-def test_records_are_tried_again_in_order_with_one_complaint(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_are_tried_again_in_order_with_one_complaint(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.01)
     attempts: list[int] = []
     received: list[int] = []
@@ -518,7 +562,9 @@ def test_after_a_close_delivery_goes_on_with_the_next_record() -> None:
     assert received == [0, 1, 2]
 
 
-def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
     hangs = threading.Event()
 
@@ -544,7 +590,9 @@ def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_han
 def test_a_refused_record_is_told_of_and_does_not_block(sweep: Sweep, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         sweep.begin()
-        sweep.arm.config = make_arm(sweep.config, "c03", "noise.modules=rmsnorm").config  # MLflow allows no change of a param
+        sweep.arm.config = make_arm(
+            sweep.config, "c03", "noise.modules=rmsnorm"
+        ).config  # MLflow allows no change of a param
         sweep.run()
         assert sweep.tracker.close() == 0
     run = sweep.shown()
@@ -552,7 +600,9 @@ def test_a_refused_record_is_told_of_and_does_not_block(sweep: Sweep, caplog: py
     assert f"MLflow refuses a record of {sweep.config.name}/c03/2" in caplog.text
 
 
-def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(
+    experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(400)
@@ -572,7 +622,9 @@ def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(experiment: str
     assert "refuses" not in caplog.text
 
 
-def test_after_one_file_fails_no_file_is_tried_in_that_round_and_the_trial_is_not_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_one_file_fails_no_file_is_tried_in_that_round_and_the_trial_is_not_told_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tried = []
 
     def apply(self: Any, record: dict[str, Any]) -> None:
@@ -606,7 +658,9 @@ def test_metrics_do_not_wait_for_files_and_files_come_later(sweep: Sweep, tmp_pa
 
 
 @pytest.mark.slow
-def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_ending_of_a_real_tune_run_closes_its_run(
+    uri: str, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ray
     from ray import tune
 
@@ -642,7 +696,9 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
                 step=number,
                 sigma=0.0,
                 signals={"rin/sigma": 0.0, "grpo/reward": number / 10} | ({"grpo/loss": math.nan} if collapses else {}),
-                verdict=CollapseVerdict(collapsed=True, rule="nonfinite", evidence="loss is nan") if collapses else HEALTHY,
+                verdict=CollapseVerdict(collapsed=True, rule="nonfinite", evidence="loss is nan")
+                if collapses
+                else HEALTHY,
                 seconds=0.1,
                 samples=(),
                 time_ms=time.time_ns() // 1_000_000,
@@ -659,7 +715,9 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
 
         def cleanup(self) -> None:
             if self.arm.name == "endless":
-                write_stopped(self.place, replace(outcome(self.arm, 0, 1, "stopped"), step=len(self.reports)), self.reports)
+                write_stopped(
+                    self.place, replace(outcome(self.arm, 0, 1, "stopped"), step=len(self.reports)), self.reports
+                )
                 self.attempt.end("stopped")
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -708,8 +766,14 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
         assert points(uri, first["endless"], "eval/accuracy") == [(3, 0.25)]
         assert len(json.loads(text(uri, first["completes"], "correct.json"))) == 4
         ended = {event.arm: event.status for event in events if event.status != "running"}
-        assert ended == {"completes": "completed", "collapses": "collapsed", "bad-step": "failed", "bad-setup": "failed"}
-        # what the callback is built on: the last result comes to on_trial_result, and a failed set-up has no on_trial_start
+        assert ended == {
+            "completes": "completed",
+            "collapses": "collapsed",
+            "bad-step": "failed",
+            "bad-setup": "failed",
+        }
+        # what the callback is built on: the last result comes to on_trial_result, and a failed set-up has no
+        # on_trial_start
         assert [event.step for event in events if event.arm == "completes"][-1] == 3
         assert [event.status for event in events if event.arm == "bad-setup"] == ["failed"]
 
@@ -717,8 +781,16 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(uri: str, experiment: st
         grid, _ = run(["bad-step", "bad-setup"], "again")  # another Tuner, other ids of Tune's
         assert grid.num_errors == 0
         again = shown()
-        assert {name: run.info.run_id for name, run in again.items()} == {name: run.info.run_id for name, run in first.items()}
-        assert [again[name].data.tags["status"] for name in names] == ["completed", "collapsed", "completed", "completed", "stopped"]
+        assert {name: run.info.run_id for name, run in again.items()} == {
+            name: run.info.run_id for name, run in first.items()
+        }
+        assert [again[name].data.tags["status"] for name in names] == [
+            "completed",
+            "collapsed",
+            "completed",
+            "completed",
+            "stopped",
+        ]
         assert (again["bad-step"].info.status, again["bad-step"].data.tags["error"]) == ("FINISHED", "")
     finally:
         ray.shutdown()

@@ -1,7 +1,8 @@
-"""A whole trial: deterministic, restorable bit for bit, clean where it has to be clean, and with an outcome for every ending.
+"""A whole trial: deterministic, restorable bit for bit, clean where it has to be clean, and with an outcome for every
+ending.
 
-The workload `tiny` is too small for findings. Where a claim needs answers that differ, the task's judge is replaced by a
-checksum of the answer: then one changed token anywhere shows.
+The workload `tiny` is too small for findings. Where a claim needs answers that differ, the task's judge is replaced by
+a checksum of the answer: then one changed token anywhere shows.
 """
 
 import json
@@ -77,7 +78,7 @@ def with_checksums(trial: Trial) -> Trial:
     return trial
 
 
-# --- the same again ----------------------------------------------------------------------------------------------------------
+# --- the same again ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overrides", [(), (*LINEAR_NOISE, "model.adapter=lora")], ids=["full", "lora"])
@@ -166,7 +167,9 @@ def test_a_checkpoint_of_another_version_is_refused(tiny: Tiny, tmp_path: Path) 
     save_state(Folder(str(tmp_path)), Trial(tiny()).state_dict())
     file = tmp_path / "progress.json"
     file.write_text(file.read_text().replace(f'"version": {VERSION}', '"version": 99', 1))
-    with pytest.raises(ConfigError, match=f"checkpoint version 99, this program reads {VERSION}; use the program that wrote it"):
+    with pytest.raises(
+        ConfigError, match=f"checkpoint version 99, this program reads {VERSION}; use the program that wrote it"
+    ):
         load_state(Folder(str(tmp_path)))
 
 
@@ -179,10 +182,16 @@ def test_the_recorded_configuration_is_the_one_that_ran(tiny: Tiny) -> None:
     assert recorded.model_copy(update={"threads": None}) == tiny("grpo.steps=1")
 
 
-# --- noise: in the rollout alone ---------------------------------------------------------------------------------------------
+# --- noise: in the rollout alone --------------------------------------------------------------------------------------
 
 
-HUGE = ("noise.modules=[rmsnorm, linear]", "noise.final_norm=true", "noise.sigma_start=3", "noise.sigma_end=3", "noise.num_stages=1")
+HUGE = (
+    "noise.modules=[rmsnorm, linear]",
+    "noise.final_norm=true",
+    "noise.sigma_start=3",
+    "noise.sigma_end=3",
+    "noise.num_stages=1",
+)
 
 
 @pytest.mark.parametrize("placement", ["before", "after"])
@@ -212,7 +221,9 @@ def test_evaluation_sees_no_noise(tiny: Tiny) -> None:
 
 def test_accuracies_are_in_the_deployed_precision_and_unquantised(tiny: Tiny) -> None:
     """W4A4 and W16A16 on the same weights: the second's only accuracy is the first's accuracy_bf16."""
-    quantized, plain = (with_checksums(Trial(tiny("grpo.steps=1", *TWO_DIGITS, *FROZEN, *mode))) for mode in ((), W16A16))
+    quantized, plain = (
+        with_checksums(Trial(tiny("grpo.steps=1", *TWO_DIGITS, *FROZEN, *mode))) for mode in ((), W16A16)
+    )
     arguments = [(trial.policy, trial.task, trial.questions, trial.config) for trial in (quantized, plain)]
     deployed_answers, answers = (evaluate(*of_one).correct for of_one in arguments)
     assert evaluate_unquantized(*arguments[0]).correct == answers != deployed_answers
@@ -274,14 +285,19 @@ def test_sigma_of_every_step_is_the_schedule_s(tiny: Tiny, schedule: str) -> Non
         (("task.digits=6",), r"task\.digits=6 is more than the base was trained on"),
     ],
 )
-def test_a_setting_that_would_touch_nothing_is_an_error_before_the_first_step(tiny: Tiny, overrides: tuple[str, ...], message: str) -> None:
+def test_a_setting_that_would_touch_nothing_is_an_error_before_the_first_step(
+    tiny: Tiny, overrides: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Trial(tiny(*overrides))
 
 
 def test_the_baseline_is_free_of_noise_and_not_learned_from(tiny: Tiny) -> None:
     """Also where the schedule has no quiet stage."""
-    arms = [Trial(tiny("grpo.steps=1", "collapse.mode=off", *arm)) for arm in (HUGE, ("noise.sigma_start=0", "noise.num_stages=1"))]
+    arms = [
+        Trial(tiny("grpo.steps=1", "collapse.mode=off", *arm))
+        for arm in (HUGE, ("noise.sigma_start=0", "noise.num_stages=1"))
+    ]
     for arm in arms:
         arm.step()
     baselines = [arm.detector.baseline for arm in arms]
@@ -292,7 +308,7 @@ def test_the_baseline_is_free_of_noise_and_not_learned_from(tiny: Tiny) -> None:
     assert [arm.so_far.updates for arm in arms] == [2, 2]
 
 
-# --- endings -----------------------------------------------------------------------------------------------------------------
+# --- endings ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_keys_of_a_step_line_and_of_the_outcome_are_fixed(tiny: Tiny) -> None:
@@ -320,15 +336,27 @@ def test_the_keys_of_a_step_line_and_of_the_outcome_are_fixed(tiny: Tiny) -> Non
     receipt = outcome["receipt"]
     assert {"quantized", "noised", "effects"} <= set(receipt)
     assert len(receipt["quantized"]) == 14
-    w4a4 = {"weights": "mxfp4", "activations": "mxfp4", "scale_rule": "floor", "hadamard": False, "backward": "dequantized"}
+    w4a4 = {
+        "weights": "mxfp4",
+        "activations": "mxfp4",
+        "scale_rule": "floor",
+        "hadamard": False,
+        "backward": "dequantized",
+    }
     assert receipt["arithmetic"] == [w4a4]
-    assert receipt["noised"] == [f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")]
+    assert receipt["noised"] == [
+        f"model.layers.{i}.{n}_layernorm.weight" for i in (0, 1) for n in ("input", "post_attention")
+    ]
     assert {"stage", "step", "name", "layer", "nominal", "applied"} <= set(receipt["effects"][0])
     assert outcome["config"]["seed"] == 0
 
 
-@pytest.mark.parametrize(("every", "evaluated"), [(0, [5]), (1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [3, 5]), (10, [5])])
-def test_evaluations_are_at_the_start_when_due_and_always_at_the_end(tiny: Tiny, every: int, evaluated: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("every", "evaluated"), [(0, [5]), (1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [3, 5]), (10, [5])]
+)
+def test_evaluations_are_at_the_start_when_due_and_always_at_the_end(
+    tiny: Tiny, every: int, evaluated: list[int]
+) -> None:
     trial = Trial(tiny(f"eval.every={every}"))
     reports = finish(trial)
     assert [r.step for r in reports if "eval/accuracy" in r.signals] == evaluated
@@ -350,7 +378,9 @@ def test_a_collapse_ends_the_trial_at_once_with_its_name_and_its_results(tiny: T
     outcome = trial.outcome()
     assert (outcome.outcome, outcome.rule, outcome.step) == ("collapsed", "filter_rejection", 3)
     assert outcome.eval.n == len(outcome.eval.correct) == 128
-    assert reports[-1].signals["eval/accuracy"] == outcome.eval.accuracy > 0, "evaluated on clean weights, when it ended"
+    assert reports[-1].signals["eval/accuracy"] == outcome.eval.accuracy > 0, (
+        "evaluated on clean weights, when it ended"
+    )
     assert [e.step for e in outcome.receipt.effects] == [2] * 14
     with pytest.raises(AssertionError, match="the trial has ended"):
         trial.step()
@@ -452,7 +482,9 @@ def test_a_reward_function_that_raises_is_a_bug_and_propagates(tiny: Tiny) -> No
 @pytest.mark.parametrize("mode", ["enforce", "monitor", "off"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_a_collapse_in_every_mode(tiny: Tiny, mode: str, steps_before: int, value: float) -> None:
+def test_weights_that_are_not_finite_are_a_collapse_in_every_mode(
+    tiny: Tiny, mode: str, steps_before: int, value: float
+) -> None:
     trial = Trial(tiny(f"collapse.mode={mode}"))
     for _ in range(steps_before):
         trial.step()
@@ -468,7 +500,7 @@ def test_weights_that_are_not_finite_are_a_collapse_in_every_mode(tiny: Tiny, mo
     assert outcome.eval.n == 128
 
 
-# --- settings that change the algorithm --------------------------------------------------------------------------------------
+# --- settings that change the algorithm -------------------------------------------------------------------------------
 
 
 def test_the_reference_is_the_start_and_stays_there(tiny: Tiny) -> None:
@@ -486,7 +518,16 @@ def test_the_reference_is_the_start_and_stays_there(tiny: Tiny) -> None:
 
 def test_the_kl_term_pulls_the_policy_back_to_the_reference(tiny: Tiny) -> None:
     """Nothing but that term has a gradient here: all rewards are equal, and the policy starts beside its reference."""
-    trial = Trial(tiny("grpo.kl_beta=1", "grpo.learning_rate=1e-3", "grpo.steps=12", "grpo.prompts=32", "collapse.mode=off", *W16A16))
+    trial = Trial(
+        tiny(
+            "grpo.kl_beta=1",
+            "grpo.learning_rate=1e-3",
+            "grpo.steps=12",
+            "grpo.prompts=32",
+            "collapse.mode=off",
+            *W16A16,
+        )
+    )
     trial.task.rewards["exact"] = lambda question, text: 0.0
     source = generator("displacement")
     with torch.no_grad():
@@ -508,7 +549,9 @@ def test_the_correction_changes_learning_and_nothing_before_it(tiny: Tiny) -> No
     assert reports["none"].signals["rollout_corr/weight"] == reports["token"].signals["rollout_corr/weight"] != 1.0
     assert reports["none"].signals["rollout_corr/kl"] == reports["sequence"].signals["rollout_corr/kl"] > 0
     kinds = list(trials)
-    assert not any(same_weights(weights_of(trials[a]), weights_of(trials[b])) for i, a in enumerate(kinds) for b in kinds[:i])
+    assert not any(
+        same_weights(weights_of(trials[a]), weights_of(trials[b])) for i, a in enumerate(kinds) for b in kinds[:i]
+    )
 
 
 def test_switching_the_filter_does_not_change_the_batch_that_is_trained_on(tiny: Tiny) -> None:
@@ -544,13 +587,17 @@ def test_warm_up_counts_updates_that_were_made(tiny: Tiny, monkeypatch: pytest.M
     assert seen == [0, 4, 8]
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------------
+# --- learning ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", [1, 2])
 @pytest.mark.parametrize(
     "overrides",
-    [("grpo.learning_rate=1e-3", *W16A16), ("grpo.learning_rate=1e-3",), ("grpo.learning_rate=3e-3", "model.adapter=lora")],
+    [
+        ("grpo.learning_rate=1e-3", *W16A16),
+        ("grpo.learning_rate=1e-3",),
+        ("grpo.learning_rate=3e-3", "model.adapter=lora"),
+    ],
     ids=["W16A16", "W4A4", "W4A4-lora"],
 )
 def test_what_is_rewarded_is_learned(tiny: Tiny, wanted: int, overrides: tuple[str, ...]) -> None:
@@ -562,7 +609,7 @@ def test_what_is_rewarded_is_learned(tiny: Tiny, wanted: int, overrides: tuple[s
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.25
 
 
-# --- the plan's own workload, in small ---------------------------------------------------------------------------------------
+# --- the plan's own workload, in small --------------------------------------------------------------------------------
 
 
 Plan = Callable[..., TrialConfig]
@@ -570,8 +617,8 @@ Plan = Callable[..., TrialConfig]
 
 @pytest.fixture
 def plan(model_folder: ModelFolder) -> Plan:
-    """qwen2.5-1.5b-gsm8k on a random model of its architecture and 40 problems; sizes are smaller, every other number is its
-    own."""
+    """qwen2.5-1.5b-gsm8k on a random model of its architecture and 40 problems; sizes are smaller, every other number
+    is its own."""
     smaller = [
         f"model.name={model_folder(layers=4, text=True)}",
         f"task.path={GSM8K}",
@@ -594,7 +641,12 @@ def even(question: Question, text: str) -> float:
 
 def test_the_plan_s_workload_runs(plan: Plan) -> None:
     config = plan()
-    assert (config.model.adapter, config.model.dtype, config.grpo.filter_groups, config.task.chat) == ("lora", "bfloat16", "resample", True)
+    assert (config.model.adapter, config.model.dtype, config.grpo.filter_groups, config.task.chat) == (
+        "lora",
+        "bfloat16",
+        "resample",
+        True,
+    )
     trial = Trial(config)
     assert {block_of(name) for name in trial.policy.quantized} == {1, 2}, "the first and the last block stay at 16 bits"
     trial.task.rewards["strict"] = even  # a random model is never right
@@ -611,7 +663,9 @@ def test_the_plan_s_workload_runs(plan: Plan) -> None:
         assert report.signals["filter/kept_groups"] == 2
         assert math.isfinite(report.signals["grpo/grad_norm"])
         assert report.samples[0].prompt.endswith("followed by the final answer as a bare number.")
-    assert reports[0].signals["grpo/reward"] < reports[0].signals["grpo/accuracy"], "the overlong penalty is in the reward"
+    assert reports[0].signals["grpo/reward"] < reports[0].signals["grpo/accuracy"], (
+        "the overlong penalty is in the reward"
+    )
     assert outcome.eval.n == 6
 
 

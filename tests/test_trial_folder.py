@@ -176,5 +176,7 @@ def test_a_process_that_died_for_good_is_a_failure_and_one_that_spoke_is_left_al
 @pytest.mark.parametrize("text", ["", "{", "\x00\x00"])
 def test_a_damaged_ending_is_named_with_the_remedy(trial: Folder, name: str, text: str) -> None:
     trial.write(name, text)
-    with pytest.raises(ConfigError, match=rf"{name}: is damaged \(not JSON\); remove it, and rin resume runs the trial again"):
+    with pytest.raises(
+        ConfigError, match=rf"{name}: is damaged \(not JSON\); remove it, and rin resume runs the trial again"
+    ):
         read_outcome(trial) if name == "outcome.json" else read_stopped(trial)

@@ -19,7 +19,9 @@ def touched(*warnings: str) -> Any:
 
 
 def outcome(**changes: Any) -> Any:
-    scores = SimpleNamespace(**{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048})
+    scores = SimpleNamespace(
+        **{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048}
+    )
     base = {"outcome": "completed", "rule": "", "step": 29, "seconds": 12.34, "eval": scores, "alarms": []}
     return SimpleNamespace(**{**base, "receipt": touched(), **changes})
 
@@ -39,7 +41,9 @@ def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() 
     ]
     alarms = [Alarm(step=number, rule="mismatch", evidence=f"kl {number}") for number in range(9)]
     receipt = touched("sigma below the grid")
-    lines = outcome_lines(outcome(outcome="collapsed", rule="nonfinite", step=4, alarms=alarms, receipt=receipt), "W16A16")
+    lines = outcome_lines(
+        outcome(outcome="collapsed", rule="nonfinite", step=4, alarms=alarms, receipt=receipt), "W16A16"
+    )
     assert lines[0] == "collapsed by rule nonfinite after 4 steps, 12.3 s"
     assert lines[3:5] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
     assert len(lines) == 3 + 1 + 5, "the first alarms are enough"

@@ -25,7 +25,9 @@ NEVER_RELEASES_THE_LOCK = "import re; re.match('(a+)+$', 'a' * 200 + 'b')"
 
 
 def child(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PRELUDE + script], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", PRELUDE + script], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_a_phase_that_never_ends_is_killed_after_its_evidence_was_written(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def outcome(
     dose: float | None = None,
     seconds: float = 60.0,
 ) -> Outcome:
-    """Of a trial that answered `right` of its questions. Which ones goes round with the replicates, so that no question is easy or
-    hard, and a comparison is a plain paired t test."""
+    """Of a trial that answered `right` of its questions. Which ones goes round with the replicates, so that no question
+    is easy or hard, and a comparison is a plain paired t test."""
     asked = arm.config.eval.questions
     correct = tuple(int((number + replicate * asked // 5) % asked < right) for number in range(asked))
     assert sum(correct) == right
@@ -78,7 +78,16 @@ def scores(correct: Sequence[int], accuracy: float | None = None) -> Scores:
 
 def receipt(dose: float | None = None) -> EffectReceipt:
     """Of one noised weight, or of none."""
-    effect = {"stage": 1, "step": 1, "name": "norm", "layer": 0, "kind": "rmsnorm", "nominal": dose, "applied": dose, "changed": 1.0}
+    effect = {
+        "stage": 1,
+        "step": 1,
+        "name": "norm",
+        "layer": 0,
+        "kind": "rmsnorm",
+        "nominal": dose,
+        "applied": dose,
+        "changed": 1.0,
+    }
     effects = () if dose is None else (Effect(**effect, applied_relative=dose),)
     return EffectReceipt(quantized=(), arithmetic=(), noised=(), effects=effects, warnings=())
 
@@ -89,7 +98,15 @@ def report(step: int, seconds: float = 10.0, rollout: float = 4.0, wasted: float
 
 
 def attempt(started: float = 0.0, seen: float = 60.0, **more: Any) -> dict[str, Any]:
-    return {"started": started, "seen": seen, "first_step": 0, "step": 6, "ended": "outcome", "loading_seconds": 0.0, **more}
+    return {
+        "started": started,
+        "seen": seen,
+        "first_step": 0,
+        "step": 6,
+        "ended": "outcome",
+        "loading_seconds": 0.0,
+        **more,
+    }
 
 
 def write_trial(

@@ -1,10 +1,11 @@
 """When generation has collapsed: rules over signals, and a verdict that says which rule, when, and on what evidence.
 
-A collapse is a result, not a crash. Recorded collapses go both ways (entropy to 9.5 nats and to 0.01; answers twice as long and
-half as long), so the rules look both ways. They compare a step with the run's own noise-free baseline (a rollout before step 0,
-and the quiet stage where the schedule has one) because healthy runs differ: 22 to 66 % of the groups of a healthy run are all
-wrong, so no absolute limit on that exists here. A level has to be wrong for `patience` steps in a row; two things fire at once:
-a number that is not finite, and a filter that found too few groups with variance because nothing was right.
+A collapse is a result, not a crash. Recorded collapses go both ways (entropy to 9.5 nats and to 0.01; answers twice as
+long and half as long), so the rules look both ways. They compare a step with the run's own noise-free baseline (a
+rollout before step 0, and the quiet stage where the schedule has one) because healthy runs differ: 22 to 66 % of the
+groups of a healthy run are all wrong, so no absolute limit on that exists here. A level has to be wrong for `patience`
+steps in a row; two things fire at once: a number that is not finite, and a filter that found too few groups with
+variance because nothing was right.
 
 Rules in order: where several fire in one step, the first names the collapse.
 """
@@ -26,7 +27,8 @@ Baseline = Mapping[str, float]
 
 @dataclass(slots=True, kw_only=True)
 class CollapseDetector:
-    """Feed it the baseline, then every step in order. NaN rule: a non-finite signal is a collapse at once, in every mode."""
+    """Feed it the baseline, then every step in order. NaN rule: a non-finite signal is a collapse at once, in every
+    mode."""
 
     config: CollapseConfig
     baseline: list[dict[str, float]] = field(default_factory=list)
@@ -51,7 +53,9 @@ class CollapseDetector:
             evidence = rule(values, base, self.config)
             self.streaks[name] = self.streaks.get(name, 0) + 1 if evidence else 0
             if evidence and self.streaks[name] >= self.config.patience and not verdict.collapsed:
-                verdict = CollapseVerdict(collapsed=True, rule=name, evidence=f"{evidence}, {self.streaks[name]} steps in a row")
+                verdict = CollapseVerdict(
+                    collapsed=True, rule=name, evidence=f"{evidence}, {self.streaks[name]} steps in a row"
+                )
         return verdict
 
     def state(self) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def _rejection(signals: Signals) -> str:
     )
 
 
-# --- rules: (signals, baseline, limits) -> evidence, or "" where all is well ----------------------------------------------------
+# --- rules: (signals, baseline, limits) -> evidence, or "" where all is well ------------------------------------------
 
 
 def _entropy_high(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:

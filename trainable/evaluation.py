@@ -1,8 +1,8 @@
 """How good the clean model is: greedy answers to a fixed set of questions.
 
-Always without noise (the product's earlier cousins left it on), always on the same questions for every arm and seed, so that
-two checkpoints can be compared question by question. `accuracy` is in the deployed precision, `accuracy_bf16` is the
-unquantised forward of the master weights in the model's dtype.
+Always without noise (the product's earlier cousins left it on), always on the same questions for every arm and seed, so
+that two checkpoints can be compared question by question. `accuracy` is in the deployed precision, `accuracy_bf16` is
+the unquantised forward of the master weights in the model's dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,9 @@ class Evaluation:
         return cls(correct=tuple(tree["correct"]), parts=tree["parts"])
 
 
-def evaluate(policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None) -> Evaluation:
+def evaluate(
+    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None
+) -> Evaluation:
     """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
     backend = backend or TorchBackend()
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)

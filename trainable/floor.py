@@ -1,26 +1,31 @@
-"""The floor: how far two exact forward passes of one model drift apart. Nothing can agree with training better than training with itself.
+"""The floor: how far two exact forward passes of one model drift apart. Nothing can agree with training better than
+training with itself.
 
-One set of weights and tokens has many correct log-probs. Generation reads a token at a time from its key/value cache, training reads all of
-them at once; fused attention sums in another order than eager attention. Each order rounds differently in the last bit. At 16 bits that is
-the end of it. 4-bit activations do two things to it: mostly they round the difference away, so that small models agree bit for bit; but a
-value next to a rounding boundary flips to the other side, by a whole 4-bit step, and the layers behind it make more flips of that one. The
-larger the model, the surer the flip: on SmolLM2-135M in fp32 the floor is a KL of 1e-11 in W16A16 and about 0.05 in W4A4, with no error
-anywhere; on the embedded model of 0.8 M parameters at most a few tokens in a thousand differ at all.
+One set of weights and tokens has many correct log-probs. Generation reads a token at a time from its key/value cache,
+training reads all of them at once; fused attention sums in another order than eager attention. Each order rounds
+differently in the last bit. At 16 bits that is the end of it. 4-bit activations do two things to it: mostly they round
+the difference away, so that small models agree bit for bit; but a value next to a rounding boundary flips to the other
+side, by a whole 4-bit step, and the layers behind it make more flips of that one. The larger the model, the surer the
+flip: on SmolLM2-135M in fp32 the floor is a KL of 1e-11 in W16A16 and about 0.05 in W4A4, with no error anywhere; on
+the embedded model of 0.8 M parameters at most a few tokens in a thousand differ at all.
 
-So "rollout and training agree to 1e-3" is the wrong demand on a real model, and a KL of 0.1 is no sign of a broken rollout. The right
-demand is a multiple of the floor, measured on the same tokens. Two pairs are measured, both against training's forward (`clean_logps`):
+So "rollout and training agree to 1e-3" is the wrong demand on a real model, and a KL of 0.1 is no sign of a broken
+rollout. The right demand is a multiple of the floor, measured on the same tokens. Two pairs are measured, both against
+training's forward (`clean_logps`):
 
     cached   the generation decoder, fed the given tokens
-    eager    transformers' forward with eager attention (of a policy that trains with eager attention: our forward with torch's sdpa)
+    eager    transformers' forward with eager attention (of a policy that trains with eager attention: our forward with
+             torch's sdpa)
 
 The numbers are those that an importance correction would see: k3-KL and effective sample share as in
-`logps.importance_weights`, with two differences. They are computed in double precision: in single precision
-exp(d) - d - 1 of a difference d = 1e-5 is rounding noise a thousand times as large as itself. And k3 estimates KL(p || q)
-where p sampled the tokens, but here a third pass may have. Tokens that p finds unlikely, which p itself would hardly ever
-have sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a token counts p / p_sampler
+`logps.importance_weights`, with two differences. They are computed in double precision: in single precision exp(d) - d
+- 1 of a difference d = 1e-5 is rounding noise a thousand times as large as itself. And k3 estimates KL(p || q) where p
+sampled the tokens, but here a third pass may have. Tokens that p finds unlikely, which p itself would hardly ever have
+sampled, then carry the sum: 40 nats instead of 0.6 (SmolLM2-135M, W4A4, bf16, eager). So a token counts p / p_sampler
 times, which makes it an estimate of KL(p || q) again.
 
-Left out: other orders of summation (number of threads, size of a batch, another device). They are of the same kind and size.
+Left out: other orders of summation (number of threads, size of a batch, another device). They are of the same kind and
+size.
 
 Shapes: B = completions, T = completion tokens, L = prompt tokens (left-padded), V = vocabulary.
 """
@@ -44,13 +49,15 @@ APART = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """Log-probs of the same tokens by two forward passes. NaN rule: one that is not finite makes kl NaN, and NaN is below no limit.
+    """Log-probs of the same tokens by two forward passes. NaN rule: one that is not finite makes kl NaN, and NaN is
+    below no limit.
 
     Example: Gap(kl=0.09, mean_abs=0.17, max_abs=7.2, apart=0.6, tokens=384, token_share=0.6, sequence_share=0.2)
     """
 
     kl: float
-    """KL(behaviour || reference) in nats per token, by the k3 estimator. Few tokens carry it: read it together with mean_abs."""
+    """KL(behaviour || reference) in nats per token, by the k3 estimator. Few tokens carry it: read it together with
+    mean_abs."""
     mean_abs: float
     """Mean distance of log-probs, in nats."""
     max_abs: float
@@ -59,8 +66,8 @@ class Gap:
     tokens: int
     """Compared."""
     token_share: float
-    """Effective sample size over sample size under a correction per token, of the weights before the cap. Like the next one, an estimate
-    only where the behaviour itself sampled the tokens."""
+    """Effective sample size over sample size under a correction per token, of the weights before the cap. Like the next
+    one, an estimate only where the behaviour itself sampled the tokens."""
     sequence_share: float
     """The same under a correction per sequence."""
 
@@ -91,19 +98,30 @@ class Floor:
 def measure_floor(policy: Policy, batch: Batch, temperature: float, micro_batch_size: int, cap: float = 2.0) -> Floor:
     """On the batch's tokens, whoever sampled them with `rollout_logps`. Call it inside `deployed`.
 
-    Costs a rollout and two forward passes, some rows at a time. Raises ConfigError for an architecture whose attention cannot be switched.
+    Costs a rollout and two forward passes, some rows at a time. Raises ConfigError for an architecture whose attention
+    cannot be switched.
     """
     arguments = (policy, batch, temperature, micro_batch_size)
     behaviours = {"cached": cached_logps(*arguments), "eager": eager_logps(*arguments)}
     return floor_of(behaviours, clean_logps(*arguments), batch.rollout_logps, batch.mask, cap)
 
 
-def floor_of(behaviours: Mapping[str, Tensor], reference_logps: Tensor, sampler_logps: Tensor, mask: Tensor, cap: float = 2.0) -> Floor:
+def floor_of(
+    behaviours: Mapping[str, Tensor], reference_logps: Tensor, sampler_logps: Tensor, mask: Tensor, cap: float = 2.0
+) -> Floor:
     """From log-probs that are known already, all [B, T]."""
-    return Floor(pairs={name: gap(logps, reference_logps, mask, cap, sampler_logps) for name, logps in behaviours.items()})
+    return Floor(
+        pairs={name: gap(logps, reference_logps, mask, cap, sampler_logps) for name, logps in behaviours.items()}
+    )
 
 
-def gap(behaviour_logps: Tensor, reference_logps: Tensor, mask: Tensor, cap: float = 2.0, sampler_logps: Tensor | None = None) -> Gap:
+def gap(
+    behaviour_logps: Tensor,
+    reference_logps: Tensor,
+    mask: Tensor,
+    cap: float = 2.0,
+    sampler_logps: Tensor | None = None,
+) -> Gap:
     """Of two times log-probs [B, T] where the mask [B, T] is 1; `cap` is that of the correction weights.
 
     `sampler_logps` [B, T]: of the pass that sampled the tokens, where that was not the behaviour.
@@ -129,12 +147,13 @@ def gap(behaviour_logps: Tensor, reference_logps: Tensor, mask: Tensor, cap: flo
     )
 
 
-# --- the other ways through the model ----------------------------------------------------------------------------------------
+# --- the other ways through the model ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def cached_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
-    """Log-probs [B, T] as generation computes them: each prompt once for its group, then a token at a time. Of padding: anything."""
+    """Log-probs [B, T] as generation computes them: each prompt once for its group, then a token at a time. Of padding:
+    anything."""
     pieces = []
     for rows in batch.slices(micro_batch):
         part = batch.part(rows)
@@ -159,19 +178,26 @@ def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: i
         return clean_logps(policy, batch, temperature, micro_batch)
 
 
-# --- the same weights in a shallower model --------------------------------------------------------------------------------------
+# --- the same weights in a shallower model ----------------------------------------------------------------------------
 
 
 @contextmanager
 def first_blocks(policy: Policy, blocks: int) -> Iterator[Policy]:
-    """The policy that goes from its `blocks`-th decoder block straight to the final norm and the head; the others are out of the way."""
+    """The policy that goes from its `blocks`-th decoder block straight to the final norm and the head; the others are
+    out of the way."""
     assert 1 <= blocks <= policy.depth, f"{blocks=} {policy.depth=}"
     network = policy.network
     name, stack = next(
-        (name, module) for name, module in network.named_modules() if isinstance(module, nn.ModuleList) and block_of(f"{name}.0.") == 0
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and block_of(f"{name}.0.") == 0
     )
     # Both are asked how many blocks there are: the forward pass, and the cache of transformers.
-    counts = {key: getattr(network.config, key) for key in ("num_hidden_layers", "layer_types") if hasattr(network.config, key)}
+    counts = {
+        key: getattr(network.config, key)
+        for key in ("num_hidden_layers", "layer_types")
+        if hasattr(network.config, key)
+    }
     try:
         network.set_submodule(name, stack[:blocks])
         for key, value in counts.items():

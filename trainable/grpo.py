@@ -1,14 +1,14 @@
 """GRPO in small pure functions: groups -> advantages -> loss.
 
-A group of completions of one question is its own baseline: advantage = reward minus the group's mean, over the group's std
-(DeepSeekMath, arXiv 2402.03300). The loss is PPO's clipped ratio per token; four ways of averaging it are in use, and the clip
-may be wider upwards (DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when the step began. The
-noisy policy that sampled is a third one; the correction weight min(pi_train_old / pi_rollout, cap) tells it apart when it is
-switched on.
+A group of completions of one question is its own baseline: advantage = reward minus the group's mean, over the group's
+std (DeepSeekMath, arXiv 2402.03300). The loss is PPO's clipped ratio per token; four ways of averaging it are in use,
+and the clip may be wider upwards (DAPO, arXiv 2503.14476). The ratio compares two clean 4-bit policies: now, and when
+the step began. The noisy policy that sampled is a third one; the correction weight min(pi_train_old / pi_rollout, cap)
+tells it apart when it is switched on.
 
-What a group without variance means is a policy with a typed outcome, not an exception: a filter that raised is how low scores
-were once taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running out of the
-latter is success.
+What a group without variance means is a policy with a typed outcome, not an exception: a filter that raised is how low
+scores were once taken for a broken run. Rejected groups are counted apart as all-wrong and all-right, because running
+out of the latter is success.
 
 Mini-batches are made of whole groups, as in verl: a group's completions share its prompt, which is computed once for
 all of them (`trainable/forward/logps.py`).
@@ -30,7 +30,7 @@ from trainable.signals import UpdateMetrics
 _EPSILON = 1e-4  # added to the std of a group, as in TRL
 
 
-# --- groups ------------------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------------------------------
 
 
 def shaped_rewards(groups: Sequence[Group], grpo: GRPOConfig, max_new_tokens: int) -> torch.Tensor:
@@ -59,8 +59,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tenso
 
 
 def filter_groups(policy: FilterPolicy, groups: Sequence[Group], wanted: int) -> FilterOutcome:
-    """Choose what is trained on. off: the first `wanted` groups; drop: those with variance; resample: as drop, but all `wanted`
-    or none."""
+    """Choose what is trained on. off: the first `wanted` groups; drop: those with variance; resample: as drop, but all
+    `wanted` or none."""
     rewards = [[e.score.reward for e in group] for group in groups]
     flat = [max(row) == min(row) for row in rewards]
     wrong = [f and not any(e.score.correct for e in g) for f, g in zip(flat, groups, strict=True)]
@@ -75,7 +75,7 @@ def filter_groups(policy: FilterPolicy, groups: Sequence[Group], wanted: int) ->
     )
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,8 @@ def grpo_loss(
     use_bias_correction_kl=False).
     """
     inside = mask > 0
-    # A padded token may hold anything: it is taken out before exp, because a product with 0 would keep its NaN, also in the gradient.
+    # A padded token may hold anything: it is taken out before exp, because a product with 0 would keep its NaN, also in
+    # the gradient.
     ratio = (logps - old_logps).where(inside, 0.0).exp()  # [B, T]
     advantage = advantages[:, None]
     unclipped = ratio * advantage
@@ -126,14 +127,16 @@ def grpo_loss(
     token_loss = token_loss.where(inside, 0.0)
     per_sequence = token_loss.sum(1) / mask.sum(1).clamp(min=1.0) if loss == "grpo" else token_loss.sum(1)  # [B]
     metrics = LossMetrics(
-        clipped=((clipped < unclipped) & inside).sum().item(), kl=kl.detach()[inside].sum().item(), tokens=inside.sum().item()
+        clipped=((clipped < unclipped) & inside).sum().item(),
+        kl=kl.detach()[inside].sum().item(),
+        tokens=inside.sum().item(),
     )
     return per_sequence.sum() / normalizer, metrics
 
 
 def loss_normalizer(loss: Loss, mini_batch: Batch, whole: Batch, minibatches: int, max_new_tokens: int) -> float:
-    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the step, shared among its mini-batches; dr_grpo: a
-    constant."""
+    """grpo: sequences; bnpo: tokens of the mini-batch; dapo: tokens of the step, shared among its mini-batches;
+    dr_grpo: a constant."""
     if loss == "grpo":
         return float(len(mini_batch))
     if loss == "dr_grpo":
@@ -143,7 +146,7 @@ def loss_normalizer(loss: Loss, mini_batch: Batch, whole: Batch, minibatches: in
     return max(1.0, whole.mask.sum().item() / minibatches)
 
 
-# --- update ------------------------------------------------------------------------------------------------------------------
+# --- update -----------------------------------------------------------------------------------------------------------
 
 
 def update(
@@ -157,7 +160,9 @@ def update(
     shuffle: torch.Generator,
 ) -> UpdateMetrics:
     """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add up."""
-    correction = importance_weights(rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap)
+    correction = importance_weights(
+        rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap
+    )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, norms, sums = [], [], [0.0, 0.0, 0.0]
     order = torch.empty(0, dtype=torch.long)

@@ -44,7 +44,9 @@ def rotate(x: Tensor) -> Tensor:
 def rotate_eager(x: Tensor) -> Tensor:
     """`rotate` in plain torch, without gradient: the definition."""
     if x.shape[-1] % POINTS != 0:
-        raise ValueError(f"a Hadamard rotation needs a last dim that is a multiple of {POINTS}, but got {x.shape[-1]}; exclude it")
+        raise ValueError(
+            f"a Hadamard rotation needs a last dim that is a multiple of {POINTS}, but got {x.shape[-1]}; exclude it"
+        )
     with torch.no_grad():
         y = x.to(torch.float32).reshape(x.numel() // POINTS, POINTS)  # [.., K]
         for distance in (16, 8, 4, 2, 1):

@@ -1,7 +1,8 @@
 """The names under which a trial's numbers are tracked, next to what they mean. They are spelled here and nowhere else.
 
-Shares are 0 to 1, entropies and KLs nats per token, lengths tokens. Signals (`signals.py`) are of the policy that sampled, noise included;
-`eval/` is of the clean model. Reward functions of a task add `grpo/reward/NAME`, `eval/NAME` and `eval/NAME_start`, their means.
+Shares are 0 to 1, entropies and KLs nats per token, lengths tokens. Signals (`signals.py`) are of the policy that
+sampled, noise included; `eval/` is of the clean model. Reward functions of a task add `grpo/reward/NAME`, `eval/NAME`
+and `eval/NAME_start`, their means.
 """
 
 SIGMA = "rin/sigma"

@@ -1,14 +1,15 @@
 """Noise in the rollout's weights: how much, where, when; put in, taken out exactly, and measured.
 
-Method (QeRL, arXiv 2510.11696: AQN). Before the completions of a step are sampled, Gaussian noise is added to some weights; the
-samples explore; the update then learns with clean weights. Sigma decays over K stages of the run, stage 0 being quiet.
+Method (QeRL, arXiv 2510.11696: AQN). Before the completions of a step are sampled, Gaussian noise is added to some
+weights; the samples explore; the update then learns with clean weights. Sigma decays over K stages of the run, stage 0
+being quiet.
 
-Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy stands in
-for a weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by construction. Noise
-is drawn in fp32 from a generator seeded by (trial seed, step, parameter name), so it does not depend on order, device or what
-else is noised. What was asked for is not what arrives: in bf16 a norm gain near 1 does not move at sigma 0.0005, and MXFP4
-swallows small noise on linear weights. So the effect receipt holds the measured rms change of each deployed weight beside the
-nominal sigma.
+Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy
+stands in for a weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by
+construction. Noise is drawn in fp32 from a generator seeded by (trial seed, step, parameter name), so it does not
+depend on order, device or what else is noised. What was asked for is not what arrives: in bf16 a norm gain near 1 does
+not move at sigma 0.0005, and MXFP4 swallows small noise on linear weights. So the effect receipt holds the measured rms
+change of each deployed weight beside the nominal sigma.
 
 Layer zones are the plan's, at relative depth: a block belongs to the zone of its midpoint, (i + 0.5) * 28 / depth.
 """
@@ -33,7 +34,7 @@ ZONES = {"first": (0, 4), "early_mid": (4, 10), "middle": (10, 20), "late_mid": 
 _PLAN_DEPTH = 28
 
 
-# --- when: the schedule ------------------------------------------------------------------------------------------------------
+# --- when: the schedule -----------------------------------------------------------------------------------------------
 
 
 def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
@@ -47,8 +48,8 @@ def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
 def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
     """Index of the stage, 0..K-1.
 
-    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule follows
-    QeRL's code (`get_sigma_by_step`): stages of M / K steps.
+    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule
+    follows QeRL's code (`get_sigma_by_step`): stages of M / K steps.
     """
     stages = noise.num_stages
     if noise.schedule == "qerl_paper":
@@ -94,7 +95,7 @@ def _constant(s0: float, s1: float, j: int, stages: int) -> float:
     return s0
 
 
-# --- where: the targets ------------------------------------------------------------------------------------------------------
+# --- where: the targets -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,8 @@ class NoiseTarget:
 
 
 def layer_zones(depth: int) -> list[list[str]]:
-    """The zones of every block: its own one first, then each empty zone for which it is the block nearest to the zone's middle."""
+    """The zones of every block: its own one first, then each empty zone for which it is the block nearest to the zone's
+    middle."""
     midpoints = [(i + 0.5) * _PLAN_DEPTH / depth for i in range(depth)]
     zones = [[name for name, (low, high) in ZONES.items() if low <= midpoint < high] for midpoint in midpoints]
     for name, (low, high) in ZONES.items():
@@ -173,17 +175,23 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:
-            raise ConfigError(f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing")
+            raise ConfigError(
+                f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing"
+            )
         found += matching
     if noise.final_norm:
         if not policy.final_norm:
             raise ConfigError("noise.final_norm=true: the model has no norm before its head; set it to false")
         found += [target(name, "rmsnorm", None, module) for name, module in policy.final_norm.items()]
     if all(t.multiplier == 0 or t.sigma_start == 0 for t in found):
-        raise ConfigError("noise.layer_multipliers and noise.zones give every chosen layer sigma 0; noise would touch nothing, raise one")
+        raise ConfigError(
+            "noise.layer_multipliers and noise.zones give every chosen layer sigma 0; noise would touch nothing, raise one"
+        )
     plain = [t.name for t in found if isinstance(t.module, QuantLinear) and t.module.arithmetic.weights == "none"]
     if noise.scale == "step" and plain:
-        raise ConfigError(f"noise.scale=step: {plain[0]} is not quantised and has no step; set scale=rms or leave its block out of layers")
+        raise ConfigError(
+            f"noise.scale=step: {plain[0]} is not quantised and has no step; set scale=rms or leave its block out of layers"
+        )
     return tuple(found)
 
 
@@ -203,14 +211,15 @@ def _sigma_sources(noise: NoiseConfig, depth: int) -> list[NoiseConfig | ZoneSig
     return [next((given[name] for name in zones if name in given), noise) for zones in layer_zones(depth)]
 
 
-# --- in and out again --------------------------------------------------------------------------------------------------------
+# --- in and out again -------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def injected(
     policy: Policy, noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int
 ) -> Iterator[None]:
-    """The deployed policy of this step's rollout: 4-bit weights with noise; everything is as before afterwards, also on error."""
+    """The deployed policy of this step's rollout: 4-bit weights with noise; everything is as before afterwards, also on
+    error."""
     norms: list[tuple[nn.Parameter, torch.Tensor]] = []
     with deployed(policy):
         try:
@@ -263,10 +272,12 @@ def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
     return target.module.weight_step()
 
 
-# --- the proof ---------------------------------------------------------------------------------------------------------------
+# --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def measure_effects(noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int) -> tuple[Effect, ...]:
+def measure_effects(
+    noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int
+) -> tuple[Effect, ...]:
     """Compare each target's deployed weight with and without this step's noise."""
     effects = []
     for target in targets:

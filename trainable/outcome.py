@@ -1,7 +1,7 @@
 """What a trial reports and how it ended: plain records, which read and write as JSON without torch.
 
-The sweep, its report and its views know a trial by these records alone. A status is one of five words; `stopped` and `failed` are said
-of a trial that has no outcome yet and may go on, `completed` and `collapsed` are outcomes and final.
+The sweep, its report and its views know a trial by these records alone. A status is one of five words; `stopped` and
+`failed` are said of a trial that has no outcome yet and may go on, `completed` and `collapsed` are outcomes and final.
 
 NaN rule: what was measured is kept as it was, NaN and infinities included (JSON in Python's dialect); readers decide.
 """
@@ -22,8 +22,8 @@ Status = Literal["waiting", "running", "completed", "collapsed", "stopped", "fai
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollapseVerdict:
-    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps in a
-    row")."""
+    """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps
+    in a row")."""
 
     collapsed: bool
     rule: str = ""
@@ -103,7 +103,8 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Evaluation of the clean model at the end (or the stop) and, `_start`, before step 0; accuracies are shares of the questions.
+    """Evaluation of the clean model at the end (or the stop) and, `_start`, before step 0; accuracies are shares of the
+    questions.
 
     Example: Scores(accuracy=0.734, accuracy_bf16=0.81, accuracy_start=0.184, n=2048, correct=(1, 0, ...), ...)
     """
@@ -152,7 +153,8 @@ class EffectReceipt:
 
     quantized: tuple[str, ...]
     arithmetic: tuple[Mapping[str, Any], ...]
-    """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others."""
+    """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others.
+    """
     noised: tuple[str, ...]
     effects: tuple[Effect, ...]
     warnings: tuple[str, ...]

@@ -1,20 +1,25 @@
 """MXFP4 weights, packed: two elements a byte and a byte of scale for 32 of them, as other programs load them.
 
-Training computes on fake-quantised weights, X * P in the model's dtype, and keeps the clean master. Here that product is taken apart again
-and stored, in the layout of compressed-tensors' `mxfp4-pack-quantized`, which transformers (with compressed-tensors) and vLLM read:
+Training computes on fake-quantised weights, X * P in the model's dtype, and keeps the clean master. Here that product
+is taken apart again and stored, in the layout of compressed-tensors' `mxfp4-pack-quantized`, which transformers (with
+compressed-tensors) and vLLM read:
 
-    NAME.weight_packed   uint8 [N, K/2]    P as E2M1 codes (OCP MX v1.0, 5.3.3): sign, then 0 .5 1 1.5 2 3 4 6; the even element low
+    NAME.weight_packed   uint8 [N, K/2]    P as E2M1 codes (OCP MX v1.0, 5.3.3): sign, then 0 .5 1 1.5 2 3 4 6; the even
+                         element low
     NAME.weight_scale    uint8 [N, K/32]   X as E8M0 (5.4.1): its exponent plus 127
     config.json          quantization_config: which layers, and whether inputs are quantised too
 
-The scales are those of the trial's own rule: the format stores whatever power of two it is given, and what is unpacked equals
-`fake_quantize` bit for bit. The library's own quantiser knows one rule, `even`, and its packer loses the sign of a zero that comes in
-negative; therefore it is the judge in the tests and does not pack, and nobody needs it in order to export.
+The scales are those of the trial's own rule: the format stores whatever power of two it is given, and what is unpacked
+equals `fake_quantize` bit for bit. The library's own quantiser knows one rule, `even`, and its packer loses the sign of
+a zero that comes in negative; therefore it is the judge in the tests and does not pack, and nobody needs it in order to
+export.
 
-What the format cannot say is how *inputs* get their scale: each program that loads it has a rule of its own, and none takes `floor`.
+What the format cannot say is how *inputs* get their scale: each program that loads it has a rule of its own, and none
+takes `floor`.
 
-Choices. The packed form is bfloat16 outside of the packed layers, also of an fp32 model: compressed-tensors unpacks to bfloat16 whatever
-the model's dtype (and then cannot multiply it with fp32 inputs), and the kernels of vLLM compute in 16 bits.
+Choices. The packed form is bfloat16 outside of the packed layers, also of an fp32 model: compressed-tensors unpacks to
+bfloat16 whatever the model's dtype (and then cannot multiply it with fp32 inputs), and the kernels of vLLM compute in
+16 bits.
 
 Left out: nvfp4, whose outer scale of inputs is per token here and per tensor there, and mxfp8; see `no_packed_form`.
 
@@ -66,7 +71,8 @@ def no_packed_form(arithmetic: Arithmetic) -> str:
 
 
 def uneven_blocks(layers: Mapping[str, Arithmetic]) -> list[str]:
-    """Parts of blocks that vLLM computes as one layer, and refuses to load when some of its projections are packed and others not."""
+    """Parts of blocks that vLLM computes as one layer, and refuses to load when some of its projections are packed and
+    others not."""
     found = []
     for part, projections in _FUSED.items():
         for first in [name for name in layers if name.endswith(f".{projections[0]}")]:
@@ -79,7 +85,8 @@ def uneven_blocks(layers: Mapping[str, Arithmetic]) -> list[str]:
 def pack(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     """`fake_quantize(weight, "mxfp4", scale_rule)` as codes [N, K/2] and scales [N, K/32].
 
-    Example: a block whose largest magnitude is 6 has X = 1, scale byte 127; its neighbours 3.0, -0.5 become the byte 0x95.
+    Example: a block whose largest magnitude is 6 has X = 1, scale byte 127; its neighbours 3.0, -0.5 become the byte
+    0x95.
     Raises ValueError for weights that are not finite.
     """
     if not torch.isfinite(weight).all():
@@ -88,13 +95,17 @@ def pack(weight: Tensor, scale_rule: str) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(half).exponent  # half = 0.5 * 2^exponent, so X = 2^exponent
     scaled = fake_quantize(weight, "mxfp4", scale_rule).float().view(len(weight), -1, BLOCK)  # [N, K/32, 32]
     elements = torch.ldexp(scaled, -exponent[..., None]).flatten(-2)  # [N, K], exactly on the grid
-    codes = torch.bucketize(elements.abs(), torch.tensor(MAGNITUDES, device=weight.device)) | elements.signbit().long() << _SIGN
+    codes = (
+        torch.bucketize(elements.abs(), torch.tensor(MAGNITUDES, device=weight.device))
+        | elements.signbit().long() << _SIGN
+    )
     packed = codes[..., 0::2] | codes[..., 1::2] << 4
     return packed.to(torch.uint8), (exponent + _BIAS).to(torch.uint8)
 
 
 def pack_checkpoint(plain: Path, packed: Path) -> None:
-    """Write the packed form of a transformers folder with a `rin_quantization.json` that has one; a head to be packed is not tied.
+    """Write the packed form of a transformers folder with a `rin_quantization.json` that has one; a head to be packed
+    is not tied.
 
     Example: pack_checkpoint(Path("best"), Path("best/packed")).
     """
@@ -109,11 +120,17 @@ def pack_checkpoint(plain: Path, packed: Path) -> None:
     for name in quantized:
         codes, scales = pack(tensors.pop(f"{name}.weight"), arithmetic.scale_rule)
         tensors |= {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}
-    tensors = {name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    ignored = [name for name, how in layers.items() if how.weights == "none"] + ([] if "lm_head" in layers else ["lm_head"])
+    tensors = {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    ignored = [name for name, how in layers.items() if how.weights == "none"] + (
+        [] if "lm_head" in layers else ["lm_head"]
+    )
     config |= {
         "dtype": "bfloat16",
-        "quantization_config": quantization_config(ignored, inputs=arithmetic.activations != "none", head="lm_head" in quantized),
+        "quantization_config": quantization_config(
+            ignored, inputs=arithmetic.activations != "none", head="lm_head" in quantized
+        ),
     }
     packed.mkdir(parents=True, exist_ok=True)
     for file in plain.iterdir():  # the tokenizer and how to generate
@@ -123,17 +140,28 @@ def pack_checkpoint(plain: Path, packed: Path) -> None:
             "model.safetensors.index.json",
         ):
             shutil.copyfile(file, packed / file.name)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        packed / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (packed / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def quantization_config(ignore: Sequence[str], *, inputs: bool, head: bool) -> dict[str, Any]:
     """The entry of config.json by which compressed-tensors and vLLM know a packed model.
 
-    `ignore`: linear layers that stay as they are; `inputs`: inputs are quantised as well, when they come; `head`: the head is packed too
-    (vLLM's is no `Linear`, and has to be named).
+    `ignore`: linear layers that stay as they are; `inputs`: inputs are quantised as well, when they come; `head`: the
+    head is packed too (vLLM's is no `Linear`, and has to be named).
     """
-    args = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True, "scale_dtype": "torch.uint8"}
+    args = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": BLOCK,
+        "symmetric": True,
+        "scale_dtype": "torch.uint8",
+    }
     group = {
         "targets": ["Linear", "lm_head"] if head else ["Linear"],
         "weights": {**args, "dynamic": False},

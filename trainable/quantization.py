@@ -30,9 +30,10 @@ Choices, each of which some library makes differently:
 - A result is Inf only where the dtype ends: `even`, `rceil` and `ceil` may round fp32's largest values to 2^128.
 - bf16 and fp16 are computed in fp32. MX results are exact in them, NVFP4 results are rounded once more.
 
-Speed. On CPU and CUDA devices a fused kernel does all of it in one pass (`trainable/kernels/`); other devices and a machine without a
-compiler (or Triton) take eager torch, which is also the definition: few passes, in place, over chunks that stay in the L2 cache, and
-rounding by adding and subtracting 1.5 * 2^23 steps, so that the adder itself rounds to nearest even.
+Speed. On CPU and CUDA devices a fused kernel does all of it in one pass (`trainable/kernels/`); other devices and a
+machine without a compiler (or Triton) take eager torch, which is also the definition: few passes, in place, over chunks
+that stay in the L2 cache, and rounding by adding and subtracting 1.5 * 2^23 steps, so that the adder itself rounds to
+nearest even.
 
 How a layer computes is a record, `Arithmetic`; what becomes of one of its operands is another, `Operand`. Layers,
 engines, noise, folders and receipts hold or ask these, so that another transform of operands is written here and in the
@@ -100,8 +101,11 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
     return fake_quantize_eager(x, fmt, scale_rule, per_tensor=per_tensor)
 
 
-def fake_quantize_eager(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, per_tensor: bool = False) -> Tensor:
-    """`fake_quantize` in plain torch, for any device and dtype: the definition that the fused kernels must equal in every value."""
+def fake_quantize_eager(
+    x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, per_tensor: bool = False
+) -> Tensor:
+    """`fake_quantize` in plain torch, for any device and dtype: the definition that the fused kernels must equal in
+    every value."""
     form = FORMATS[fmt]
     assert form.element is not None
     with torch.no_grad():

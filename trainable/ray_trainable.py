@@ -1,15 +1,16 @@
 """A `Trial` inside Ray Tune: the only module here that imports ray.
 
-A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a result with
-`collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such.
+A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a
+result with `collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such.
 
-What a trial has done lies in its own folder of the store and nowhere else (`trial_folder.py`). So every start looks into the folder
-first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles, are not used. A checkpoint is written
-as often as takes 2 % of the time, at most once a step, by a thread of its own: training waits for the copy of the state and not for
-the disk. When the disk is full the trial goes on without, and says so.
+What a trial has done lies in its own folder of the store and nowhere else (`trial_folder.py`). So every start looks
+into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles, are not
+used. A checkpoint is written as often as takes 2 % of the time, at most once a step, by a thread of its own: training
+waits for the copy of the state and not for the disk. When the disk is full the trial goes on without, and says so.
 
-The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on from its
-checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever write its weights.
+The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on
+from its checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever
+write its weights.
 """
 
 import gc
@@ -43,11 +44,12 @@ CHECKPOINT_SHARE = 0.02  # of a trial's time
 
 
 class RinTrainable(tune.Trainable):  # type: ignore[misc]
-    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str, "number": int, "folder": place of the
-    trial}; the number is the arm's."""
+    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str, "number": int,
+    "folder": place of the trial}; the number is the arm's."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process not."""
+        """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process
+        not."""
         self.settings = TrialConfig.model_validate(config["config"])
         self.folder = Folder(config["folder"])
         self.work: TrialWorker | None = None
@@ -61,8 +63,8 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
         return self.work.step()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial in this process, which saves it the imports. It is built from its configuration alone, like the first one; of
-        the last trial nothing is kept."""
+        """The next trial in this process, which saves it the imports. It is built from its configuration alone, like
+        the first one; of the last trial nothing is kept."""
         self.cleanup()
         self.work = None
         gc.collect()  # a model and its hooks refer to each other
@@ -174,7 +176,9 @@ class TrialWorker:
         """In the writer's thread."""
         try:
             save_checkpoint(self.folder, step, state)
-        except OSError as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
+        except (
+            OSError
+        ) as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
             log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, step, error)
         else:
             self.saved_step = step
@@ -185,7 +189,9 @@ class TrialWorker:
         try:
             save_final(self.folder, trial.policy.trainable())
         except OSError as error:  # a full disk: the outcome is what the sweep is about
-            log.warning("%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error)
+            log.warning(
+                "%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error
+            )
 
     def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
         log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)

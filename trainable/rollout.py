@@ -1,9 +1,10 @@
 """From questions to completions: sampling with the modules that are trained.
 
-The policy generates with its own QuantLinear layers, so rollout and training share one arithmetic: same format, same scale
-rule, same position ids on left-padded batches. Each prompt is prefilled once for its whole group; the key/value cache is then
-repeated. Sampled log-probs are taken at the sampling temperature from the distribution that was really sampled from (the noisy
-one), which is what an importance weight needs in its denominator. No top-k or top-p: truncation would bias that ratio.
+The policy generates with its own QuantLinear layers, so rollout and training share one arithmetic: same format, same
+scale rule, same position ids on left-padded batches. Each prompt is prefilled once for its whole group; the key/value
+cache is then repeated. Sampled log-probs are taken at the sampling temperature from the distribution that was really
+sampled from (the noisy one), which is what an importance weight needs in its denominator. No top-k or top-p: truncation
+would bias that ratio.
 
 Shapes: P = prompts, G = completions per prompt, B = P * G, L = prompt tokens (left-padded), T = completion tokens, V =
 vocabulary.
@@ -36,12 +37,17 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
         if tokenizer.chat_template is None:
             raise ConfigError("task.chat=true: the model's tokenizer has no chat template; set task.chat=false")
         texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False) for text in texts
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in texts
         ]
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not task.chat)["input_ids"]
     longest = max(len(ids) for ids in encoded)
     if longest > limit:
-        raise ConfigError(f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that")
+        raise ConfigError(
+            f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that"
+        )
     return encoded
 
 
@@ -56,7 +62,8 @@ def generate(
     batch_size: int,
     generator: torch.Generator | None = None,
 ) -> list[list[Completion]]:
-    """`group_size` completions for each prompt; temperature 0 is greedy (and needs no generator). Call it inside `deployed`."""
+    """`group_size` completions for each prompt; temperature 0 is greedy (and needs no generator). Call it inside
+    `deployed`."""
     prompts_at_once = max(1, batch_size // group_size)
     groups: list[list[Completion]] = []
     for start in range(0, len(prompts), prompts_at_once):
@@ -96,10 +103,13 @@ def _generate_chunk(
     return _completions(tokens, logps, entropies, end, group_size)
 
 
-def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sample(
+    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token, its log-prob and the entropy of the distribution, [B] each, from logits [B, V]; computed in fp32.
 
-    A row of logits that is not finite gives some token, and NaN as log-prob and entropy: the signals then say `nonfinite`.
+    A row of logits that is not finite gives some token, and NaN as log-prob and entropy: the signals then say
+    `nonfinite`.
     """
     distribution = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [B, V]
     probability = distribution.exp()
@@ -111,18 +121,27 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator 
     return token, distribution.gather(-1, token[:, None])[:, 0], entropy
 
 
-def _completions(tokens: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, end: int, group_size: int) -> list[list[Completion]]:
+def _completions(
+    tokens: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, end: int, group_size: int
+) -> list[list[Completion]]:
     """Cut rows [B, T] behind their first end token and gather them in groups."""
     is_end = tokens == end
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
     finished = is_end.any(1).tolist()
     rows = zip(tokens.tolist(), logps.tolist(), entropies.tolist(), lengths, finished, strict=True)
-    flat = [Completion(ids=tuple(t[:n]), logps=tuple(p[:n]), entropy=sum(h[:n]) / n, finished=ended) for t, p, h, n, ended in rows]
+    flat = [
+        Completion(ids=tuple(t[:n]), logps=tuple(p[:n]), entropy=sum(h[:n]) / n, finished=ended)
+        for t, p, h, n, ended in rows
+    ]
     return [flat[i : i + group_size] for i in range(0, len(flat), group_size)]
 
 
 def judge(
-    policy: Policy, task: Task, questions: Sequence[Question], prompts: Sequence[Sequence[int]], groups: Sequence[Sequence[Completion]]
+    policy: Policy,
+    task: Task,
+    questions: Sequence[Question],
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Completion]],
 ) -> list[Group]:
     """Decode and score. A reward function that raises is a bug and propagates."""
     decode: Callable[..., list[str]] = policy.tokenizer.batch_decode
@@ -133,6 +152,8 @@ def judge(
         for completion in group:
             text = next(texts)
             score = task.score(question, text)
-            episodes.append(Episode(question=question, prompt_ids=tuple(prompt), completion=completion, text=text, score=score))
+            episodes.append(
+                Episode(question=question, prompt_ids=tuple(prompt), completion=completion, text=text, score=score)
+            )
         judged.append(tuple(episodes))
     return judged

@@ -4,9 +4,9 @@ Every signal is a field of one record; rules read the field, everyone else the n
 (`metrics.py`). None means "not measured in this step" (a baseline rollout has no gradient); NaN means that something
 broke, is kept, and makes the collapse rule `nonfinite` fire.
 
-Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the share
-of sampled tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess (prime-rl's rule without
-its vocabulary order).
+Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the
+share of sampled tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess
+(prime-rl's rule without its vocabulary order).
 """
 
 import math
@@ -80,7 +80,8 @@ def measure(
     weights: tuple[float, float, float],
     update: UpdateMetrics | None = None,
 ) -> Signals:
-    """`groups` and `rewards` are all that was generated, `batch` what was trained on (or would have been), with clean log-probs.
+    """`groups` and `rewards` are all that was generated, `batch` what was trained on (or would have been), with clean
+    log-probs.
 
     `weights` = (mean, effective share, kl) of the importance weights.
     """

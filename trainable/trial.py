@@ -9,9 +9,9 @@
                     measure signals, judge them: goes on, or has collapsed
     at the end      evaluate again, also when the trial was stopped: clean weights, no noise, same questions
 
-The noise is in the rollout alone. Learning and evaluation never see it; nothing of it is left behind (`noise.injected`). A
-collapse ends the trial with partial results; an exception is a bug. Everything random comes from (seed, step, purpose), so a
-trial restored from `state_dict` continues bit for bit.
+The noise is in the rollout alone. Learning and evaluation never see it; nothing of it is left behind
+(`noise.injected`). A collapse ends the trial with partial results; an exception is a bug. Everything random comes from
+(seed, step, purpose), so a trial restored from `state_dict` continues bit for bit.
 """
 
 import copy
@@ -82,7 +82,10 @@ class Progression:
     def from_tree(cls, tree: Mapping[str, Any]) -> "Progression":
         """What `asdict` made of it, and JSON of that."""
         verdict = tree["verdict"]
-        pairs = {key: tuple(Evaluation.from_tree(one) for one in tree[key]) if tree[key] else None for key in ("start", "end")}
+        pairs = {
+            key: tuple(Evaluation.from_tree(one) for one in tree[key]) if tree[key] else None
+            for key in ("start", "end")
+        }
         return cls(
             **{
                 **tree,
@@ -97,11 +100,16 @@ class Progression:
 class Trial:
     """A trial that is driven step by step; `run_trial` is the loop over it."""
 
-    def __init__(self, config: TrialConfig, progress: Progress | None = None, on_phase: Callable[[str], None] = lambda phase: None) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        progress: Progress | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         """`on_phase` hears what begins: rollout, update, evaluate.
 
-        Raises ConfigError for whatever the configuration promises and the model or this machine does not have, TrialFailed for an
-        engine that does not start. Call `close` in the end.
+        Raises ConfigError for whatever the configuration promises and the model or this machine does not have,
+        TrialFailed for an engine that does not start. Call `close` in the end.
         """
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -206,7 +214,8 @@ class Trial:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-equal continuation needs: tensors under `model` and `optimizer`, plain values under `progress`."""
+        """Everything that a bit-equal continuation needs: tensors under `model` and `optimizer`, plain values under
+        `progress`."""
         return {
             "model": {name: parameter.detach().clone() for name, parameter in self.policy.trainable().items()},
             "optimizer": {
@@ -231,7 +240,7 @@ class Trial:
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
         self.agreed = self.backend.engine is None
 
-    # --- the parts of a step, in order ---------------------------------------------------------------------------------------
+    # --- the parts of a step, in order --------------------------------------------------------------------------------
 
     def _begin(self) -> dict[str, float]:
         """Evaluate the start and take the noise-free baseline."""
@@ -247,7 +256,9 @@ class Trial:
         """The gate, on a noise-free rollout that was just made."""
         assert self.backend.engine is not None
         with deployed(self.policy):
-            metrics = gate.check(self.backend.engine, self.policy, batch, self.config.rollout, self.config.grpo.micro_batch_size)
+            metrics = gate.check(
+                self.backend.engine, self.policy, batch, self.config.rollout, self.config.grpo.micro_batch_size
+            )
         self.agreed = True
         return metrics
 
@@ -336,14 +347,24 @@ class Trial:
         return metrics
 
     def _measure(
-        self, groups: list[Group], batch: Batch, filtered: FilterOutcome, batches: int, sigma: float, learned: UpdateMetrics | None
+        self,
+        groups: list[Group],
+        batch: Batch,
+        filtered: FilterOutcome,
+        batches: int,
+        sigma: float,
+        learned: UpdateMetrics | None,
     ) -> Signals:
         config = self.config
         weights = (
             learned.correction
             if learned is not None
             else importance_weights(
-                config.rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, config.rollout.correction_cap
+                config.rollout.correction,
+                batch.old_logps,
+                batch.rollout_logps,
+                batch.mask,
+                config.rollout.correction_cap,
             )
         )
         return measure(
@@ -359,7 +380,8 @@ class Trial:
         )
 
     def _judge(self, step: int, signals: Signals, filtered: FilterOutcome) -> CollapseVerdict:
-        """The verdict; under `enforce` it ends the trial. Weights that are not finite end it in every mode: nothing can follow."""
+        """The verdict; under `enforce` it ends the trial. Weights that are not finite end it in every mode: nothing can
+        follow."""
         config = self.config
         quiet = stage_at(config.noise, step, config.grpo.steps) == 0 and config.noise.num_stages > 1
         verdict = self.detector.observe(signals, quiet=quiet, filtered=filtered)
@@ -430,5 +452,6 @@ def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluat
 def _samples(step: int, groups: list[Group]) -> tuple[Sample, ...]:
     episodes = [group[0] for group in groups[:_SAMPLES_PER_STEP]]
     return tuple(
-        Sample(step=step, prompt=e.question.prompt, completion=e.text, answer=e.question.answer, reward=e.score.reward) for e in episodes
+        Sample(step=step, prompt=e.question.prompt, completion=e.text, answer=e.question.answer, reward=e.score.reward)
+        for e in episodes
     )

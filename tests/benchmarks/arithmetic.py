@@ -1,4 +1,5 @@
-"""The 4-bit arithmetic: fake quantisation against copying the tensor and against torchao, QuantLinear against a plain linear layer."""
+"""The 4-bit arithmetic: fake quantisation against copying the tensor and against torchao, QuantLinear against a plain
+linear layer."""
 
 import json
 import os
@@ -22,8 +23,9 @@ _SLOW = ("eager", "torchao")
 
 
 def quantiser() -> list[str]:
-    """Times as multiples of `copy_` into a tensor that is there (ours allocates its output), two threads; median and range of five
-    processes (they differ), in each of which all took turns. torchao 0.18 in the same runs; eager is our definition in plain torch."""
+    """Times as multiples of `copy_` into a tensor that is there (ours allocates its output), two threads; median and
+    range of five processes (they differ), in each of which all took turns. torchao 0.18 in the same runs; eager is our
+    definition in plain torch."""
     lines = [
         "| shape, dtype | copy_ us | mxfp4 floor | even | rceil | ceil | mxfp8 | nvfp4 | nvfp4, one scale | eager mxfp4 | torchao mxfp4 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -84,9 +86,12 @@ def _slow_rivals(x: torch.Tensor) -> dict[str, Callable[[], object]]:
 
 
 def quant_linear() -> list[str]:
-    """Forward and backward of a layer with bias at W4A4, as multiples of a plain linear layer's, two threads; and what each keeps for
-    the backward pass: both the layer's input (quantised or not), ours the quantised weight besides."""
-    lines = ["| tokens x in x out, dtype | plain ms | W4A4 / plain | kept MiB, plain | kept MiB, W4A4 |", "|---|---|---|---|---|"]
+    """Forward and backward of a layer with bias at W4A4, as multiples of a plain linear layer's, two threads; and what
+    each keeps for the backward pass: both the layer's input (quantised or not), ours the quantised weight besides."""
+    lines = [
+        "| tokens x in x out, dtype | plain ms | W4A4 / plain | kept MiB, plain | kept MiB, W4A4 |",
+        "|---|---|---|---|---|",
+    ]
     for dtype in DTYPES:
         for tokens, inputs, outputs in ((4096, 96, 256), (4096, 576, 576), (4096, 1536, 1536), (8192, 1536, 8960)):
             plain = nn.Linear(inputs, outputs).to(dtype)
@@ -97,7 +102,9 @@ def quant_linear() -> list[str]:
             medians = in_turns(runs, repeats=3 if inputs > 1000 else 9, rounds=3)
             kept = [f"{_kept_mib(layer, x):.1f}" for layer in layers.values()]
             name = f"{tokens}x{inputs}x{outputs}, {str(dtype).removeprefix('torch.')}"
-            lines.append(f"| {name} | {median(medians['plain']) * 1e3:.3g} | {ratio(medians, 'W4A4', 'plain')} | {' | '.join(kept)} |")
+            lines.append(
+                f"| {name} | {median(medians['plain']) * 1e3:.3g} | {ratio(medians, 'W4A4', 'plain')} | {' | '.join(kept)} |"
+            )
     return lines
 
 
@@ -124,7 +131,8 @@ def _kept_mib(layer: nn.Module, x: torch.Tensor) -> float:
 
 
 def allocator() -> list[str]:
-    """The allocator settings that `rin` gives its processes keep freed memory instead of returning it page by page: 4096x4096, fp32."""
+    """The allocator settings that `rin` gives its processes keep freed memory instead of returning it page by page:
+    4096x4096, fp32."""
     results: dict[str, dict[str, Any]] = {}
     for name, settings in (("without", {}), ("with", TRIAL_ENVIRONMENT)):
         environment = {key: value for key, value in os.environ.items() if key not in TRIAL_ENVIRONMENT} | settings
@@ -138,5 +146,9 @@ def allocator() -> list[str]:
 
 def large() -> dict[str, float]:
     x = torch.randn(4096, 4096)
-    works: dict[str, Callable[[], object]] = {"clone": x.clone, "mxfp4": lambda: fake_quantize(x), "eager": lambda: fake_quantize_eager(x)}
+    works: dict[str, Callable[[], object]] = {
+        "clone": x.clone,
+        "mxfp4": lambda: fake_quantize(x),
+        "eager": lambda: fake_quantize_eager(x),
+    }
     return {name: median(seconds(work, 9)) for name, work in works.items()}

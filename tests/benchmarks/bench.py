@@ -3,8 +3,8 @@
     make bench                        about 12 minutes on two quiet cores; writes docs/benchmarks.md
     make bench ARGS="step growth"     some parts; the others stay as they were
 
-Timings on shared machines are noisy, so rivals take turns, each figure is a median with its range, and what matters is a ratio within
-one run.
+Timings on shared machines are noisy, so rivals take turns, each figure is a median with its range, and what matters is
+a ratio within one run.
 """
 
 import argparse
@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     chosen = parser.parse_args().parts or list(PARTS)
     if not TRIAL_ENVIRONMENT.items() <= os.environ.items():  # read by the allocator when a process starts
-        os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks.bench", *chosen], os.environ | TRIAL_ENVIRONMENT)
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.benchmarks.bench", *chosen], os.environ | TRIAL_ENVIRONMENT
+        )
     kept = DOCS / "benchmarks.json"
     results: dict[str, list[str]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in chosen:

@@ -66,7 +66,9 @@ class World:
 
         return self.sd * math.sqrt(0.5) * (draw(1, replicates) + draw(arms, replicates))
 
-    def accuracies(self, rng: np.random.Generator, arms: int, replicates: int, effect: float = 0.0) -> NDArray[np.float64]:
+    def accuracies(
+        self, rng: np.random.Generator, arms: int, replicates: int, effect: float = 0.0
+    ) -> NDArray[np.float64]:
         """[arms, replicates] on one draw of questions; the last arm is the control, the others are better by
         `effect`."""
         of_kind = rng.multinomial(QUESTIONS, np.full(len(CHANCES), 1 / len(CHANCES)))
@@ -245,13 +247,24 @@ def known_differences(count: int, rng: np.random.Generator) -> Iterator[str]:
                 measured = found.share("better", "worse")
                 gaps.append(measured - theory)
                 coverages.append(found.coverage)
-                rows.append([points(sd), replicates, points(effect), percent(measured), percent(theory), percent(found.coverage)])
+                rows.append(
+                    [
+                        points(sd),
+                        replicates,
+                        points(effect),
+                        percent(measured),
+                        percent(theory),
+                        percent(found.coverage),
+                    ]
+                )
     yield "## Known differences: power and coverage of the paired comparison"
     yield ""
     yield "`compare` with the answers, looked at once; theory: paired t test (statsmodels `TTestPower`) at the world's own spread."
     yield "Required: coverage 93 to 97 %."
     yield ""
-    yield from table(["sd, points", "replicates", "true difference, points", "found %", "theory %", "interval holds %"], rows)
+    yield from table(
+        ["sd, points", "replicates", "true difference, points", "found %", "theory %", "interval holds %"], rows
+    )
     extremes = percent(min(coverages)), percent(max(coverages))
     mean = 100 * float(np.mean(gaps))
     yield f"- found minus theory: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f} percentage points, mean {mean:+.1f}"
@@ -265,16 +278,29 @@ def confirmation_finds(count: int, rng: np.random.Generator) -> Iterator[str]:
         for effect in (0.0, MARGIN, 0.02, 0.04):
             world = World(sd=sd)
             found = tally(
-                count, effect, lambda world=world, effect=effect: confirmed(world.answers(rng, CONFIRM.looks[-1], effect), CONFIRM)
+                count,
+                effect,
+                lambda world=world, effect=effect: confirmed(world.answers(rng, CONFIRM.looks[-1], effect), CONFIRM),
             )
             verdicts = [percent(found.share(word)) for word in ("better", "worse", "same", "undecided")]
-            rows.append([points(sd), points(effect), *verdicts, f"{found.replicates / count:.1f}", percent(found.coverage)])
+            rows.append(
+                [points(sd), points(effect), *verdicts, f"{found.replicates / count:.1f}", percent(found.coverage)]
+            )
     yield "## What confirmation finds"
     yield ""
     yield f"The default rule. With a true difference of {points(MARGIN)} point, the margin itself, `same` is false; only one side of the"
     yield "interval can err so, hence at most 2.5 %."
     yield ""
-    head = ["sd, points", "true difference, points", "better %", "worse %", "same %", "undecided %", "replicates used", "interval holds %"]
+    head = [
+        "sd, points",
+        "true difference, points",
+        "better %",
+        "worse %",
+        "same %",
+        "undecided %",
+        "replicates used",
+        "interval holds %",
+    ]
     yield from table(head, rows)
 
 
@@ -313,15 +339,26 @@ def unmatched_seeds(count: int, rng: np.random.Generator) -> Iterator[str]:
             world = World(sd=sd)
 
             def once(
-                effect: float, world: World = world, treated: int = treated, control: int = control, common: int = common
+                effect: float,
+                world: World = world,
+                treated: int = treated,
+                control: int = control,
+                common: int = common,
             ) -> Comparison:
                 both = world.accuracies(rng, 2, treated + control - common, effect)
-                runs = [[Replicate(seed=k, accuracy=float(a), collapsed=False) for k, a in enumerate(arm)] for arm in both]
+                runs = [
+                    [Replicate(seed=k, accuracy=float(a), collapsed=False) for k, a in enumerate(arm)] for arm in both
+                ]
                 return compare_arms(runs[0][:treated], runs[1][treated - common :], margin=MARGIN).primary
 
-            none, some = tally(count, 0.0, lambda once=once: once(0.0)), tally(count, 0.02, lambda once=once: once(0.02))
+            none, some = (
+                tally(count, 0.0, lambda once=once: once(0.0)),
+                tally(count, 0.02, lambda once=once: once(0.02)),
+            )
             name = f"{treated} and {control}, {common} in common"
-            rows.append([points(sd), name, percent(none.false), percent(none.coverage), percent(some.share("better", "worse"))])
+            rows.append(
+                [points(sd), name, percent(none.false), percent(none.coverage), percent(some.share("better", "worse"))]
+            )
     yield "## Arms whose seeds do not all match"
     yield ""
     yield "`compare_arms` on the seeds of both; *found*: better or worse where the true difference is 2 points."

@@ -1,7 +1,8 @@
-"""The CUDA kernels against copying the tensor, in GB/s of bytes read and written: `python -m tests.benchmarks.cuda` prints the table.
+"""The CUDA kernels against copying the tensor, in GB/s of bytes read and written: `python -m tests.benchmarks.cuda`
+prints the table.
 
-A kernel that passes over the memory once can at best be as fast as the copy. Eager torch is our definition, several passes counted as
-one. Medians of Triton's `do_bench`, which empties the L2 cache in between.
+A kernel that passes over the memory once can at best be as fast as the copy. Eager torch is our definition, several
+passes counted as one. Medians of Triton's `do_bench`, which empties the L2 cache in between.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,8 @@ _PASSES = {"swiglu to mxfp4": 3}
 
 
 def kernels() -> list[str]:
-    """The Triton kernels against copying the tensor, in GB/s of bytes read and written. Without a GPU they are tested in Triton's
-    interpreter and by reading their assembly (tests/test_cuda_kernels.py)."""
+    """The Triton kernels against copying the tensor, in GB/s of bytes read and written. Without a GPU they are tested
+    in Triton's interpreter and by reading their assembly (tests/test_cuda_kernels.py)."""
     if not torch.cuda.is_available():
         return ["There was no GPU: NOT TIMED."]
     if cuda.load() is None:
@@ -29,9 +30,16 @@ def kernels() -> list[str]:
     for shape in SHAPES:
         for dtype in DTYPES:
             x = torch.randn(shape, device="cuda").to(dtype)
-            speeds = {name: f"{_gigabytes_per_second(x, work, _PASSES.get(name, 2)):.0f}" for name, work in _rivals(x).items()}
-            lines = lines or [f"| {torch.cuda.get_device_name()}, GB/s | {' | '.join(speeds)} |", "|---" * (len(speeds) + 1) + "|"]
-            lines.append(f"| {shape[0]}x{shape[1]}, {str(dtype).removeprefix('torch.')} | {' | '.join(speeds.values())} |")
+            speeds = {
+                name: f"{_gigabytes_per_second(x, work, _PASSES.get(name, 2)):.0f}" for name, work in _rivals(x).items()
+            }
+            lines = lines or [
+                f"| {torch.cuda.get_device_name()}, GB/s | {' | '.join(speeds)} |",
+                "|---" * (len(speeds) + 1) + "|",
+            ]
+            lines.append(
+                f"| {shape[0]}x{shape[1]}, {str(dtype).removeprefix('torch.')} | {' | '.join(speeds.values())} |"
+            )
     return lines
 
 

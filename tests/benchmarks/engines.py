@@ -41,12 +41,22 @@ class Rivals:
     def speeds(self, prompts: list[list[int]], group: int, tokens: int) -> dict[str, list[float]]:
         """Tokens per second of each round; one call of each warms up. Call it inside `deployed`."""
         request = Request(
-            prompts=prompts, group_size=group, max_new_tokens=tokens, temperature=1.0, batch_size=len(prompts) * group, draw=(0,)
+            prompts=prompts,
+            group_size=group,
+            max_new_tokens=tokens,
+            temperature=1.0,
+            batch_size=len(prompts) * group,
+            draw=(0,),
         )
         ids, mask = left_padded(
             [prompt for prompt in prompts for _ in range(group)], self.policy.tokenizer.pad_token_id, self.policy.device
         )
-        fixed: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        fixed: dict[str, Any] = {
+            "do_sample": True,
+            "temperature": 1.0,
+            "min_new_tokens": tokens,
+            "max_new_tokens": tokens,
+        }
         rivals: dict[str, Callable[[], object]] = {
             "generate": lambda: self.generate.generate(input_ids=ids, attention_mask=mask, **fixed),
             "torch": lambda: self.torch.generate(self.policy, request),
@@ -64,10 +74,13 @@ class Rivals:
 
 
 def engines() -> list[str]:
-    """Tokens per second of sampled completions without an end token (so that all are equally long), at most 8 of a prompt, fp32, two
-    threads, W4A4 but for `generate`, which is unquantised and computes no log-probs. The rivals take turns, three rounds; start-up is
-    the time until the first completion can be asked for."""
-    lines = ["| model | sequences x tokens | generate | torch backend | vLLM | vLLM / torch backend | vLLM / generate |", "|---" * 7 + "|"]
+    """Tokens per second of sampled completions without an end token (so that all are equally long), at most 8 of a
+    prompt, fp32, two threads, W4A4 but for `generate`, which is unquantised and computes no log-probs. The rivals take
+    turns, three rounds; start-up is the time until the first completion can be asked for."""
+    lines = [
+        "| model | sequences x tokens | generate | torch backend | vLLM | vLLM / torch backend | vLLM / generate |",
+        "|---" * 7 + "|",
+    ]
     notes = []
     for workload, tokens, counts in SHAPES:
         config = read_config(WORKLOADS[workload].settings, ["rollout.backend=vllm", f"rollout.max_new_tokens={tokens}"])
@@ -90,19 +103,24 @@ def engines() -> list[str]:
                 lines.append(f"| {workload} | {sequences} x {tokens} | {rates} | {ratios} |")
             syncs = rivals.sync_seconds()
         vllm.close()
-        notes.append(f"- {workload}, {tokens} tokens: start-up of vLLM {start_up:.1f} s, weight sync {spread(syncs, 1e-3)} ms")
+        notes.append(
+            f"- {workload}, {tokens} tokens: start-up of vLLM {start_up:.1f} s, weight sync {spread(syncs, 1e-3)} ms"
+        )
     return [*lines, "", *notes, *_share_of_a_step()]
 
 
 def backends() -> list[str]:
-    """The default trial with RMSNorm noise by both backends, five seeds: equal receipts and sigmas, and the paired difference of their
-    accuracies. They draw other samples, so the accuracies differ as those of two seeds do."""
+    """The default trial with RMSNorm noise by both backends, five seeds: equal receipts and sigmas, and the paired
+    difference of their accuracies. They draw other samples, so the accuracies differ as those of two seeds do."""
     found: dict[str, list[float]] = {"torch": [], "vllm": []}
     for seed in range(5):
         told = []
         for backend, accuracies in found.items():
             trial = Trial(
-                read_config(WORKLOADS["embedded"].settings, [f"rollout.backend={backend}", f"seed={seed}", "noise.sigma_start=0.05"])
+                read_config(
+                    WORKLOADS["embedded"].settings,
+                    [f"rollout.backend={backend}", f"seed={seed}", "noise.sigma_start=0.05"],
+                )
             )
             sigmas = []
             while not trial.done:
@@ -110,19 +128,33 @@ def backends() -> list[str]:
             outcome = trial.outcome()
             trial.close()
             accuracies.append(outcome.eval.accuracy)
-            told.append((sigmas, outcome.receipt.quantized, outcome.receipt.noised, [e.nominal for e in outcome.receipt.effects]))
+            told.append(
+                (
+                    sigmas,
+                    outcome.receipt.quantized,
+                    outcome.receipt.noised,
+                    [e.nominal for e in outcome.receipt.effects],
+                )
+            )
         assert told[0] == told[1], "equal receipts and sigmas"
     difference = compare(found["vllm"], found["torch"])
-    rows = [f"| {backend} | {', '.join(f'{100 * value:.1f}' for value in values)} |" for backend, values in found.items()]
+    rows = [
+        f"| {backend} | {', '.join(f'{100 * value:.1f}' for value in values)} |" for backend, values in found.items()
+    ]
     low, high = 100 * difference.low, 100 * difference.high
-    verdict = f"- vLLM minus torch: {100 * difference.difference:+.1f} points [{low:+.1f}, {high:+.1f}], {difference.verdict}"
+    verdict = (
+        f"- vLLM minus torch: {100 * difference.difference:+.1f} points [{low:+.1f}, {high:+.1f}], {difference.verdict}"
+    )
     return ["| backend | accuracy after 29 steps, seeds 0 to 4, % |", "|---|---|", *rows, "", verdict]
 
 
 def _share_of_a_step() -> list[str]:
     """The sync in a real step of the default trial."""
     trial = Trial(
-        read_config(WORKLOADS["embedded"].settings, ["rollout.backend=vllm", "grpo.steps=12", "eval.every=0", "eval.questions=64"])
+        read_config(
+            WORKLOADS["embedded"].settings,
+            ["rollout.backend=vllm", "grpo.steps=12", "eval.every=0", "eval.questions=64"],
+        )
     )
     spent: list[float] = []
     real = trial.backend.sync
@@ -165,4 +197,6 @@ def _as_transformers_loads_it(workload: str) -> Any:
     config = read_config(WORKLOADS[workload].settings)
     if config.model.recipe is not None:
         return AutoModelForCausalLM.from_pretrained(str(base_folder(config.model.recipe)), dtype=torch.float32).eval()
-    return AutoModelForCausalLM.from_pretrained(str(_smollm2_folder()), gguf_file=SMOLLM2_FILE, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        str(_smollm2_folder()), gguf_file=SMOLLM2_FILE, dtype=torch.float32
+    ).eval()

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.faults                 everything, about 40 minutes on two cores; writes docs/faults.md
     python -m tests.benchmarks.faults driver disk     some faults
 
-Each sweep suffers several faults of one kind, one after the other, so that what a fault leaves behind meets the next one. At the end
-its records are compared with the plan (trials expected, found, twice, lost, still open in MLflow) and every trial, number by
-number, with `run_trial` of the same configuration in a plain loop, which knows neither Ray nor checkpoints. Moments are uniform
-between the sweep's first sign of life and its end, from a fixed seed.
+Each sweep suffers several faults of one kind, one after the other, so that what a fault leaves behind meets the next
+one. At the end its records are compared with the plan (trials expected, found, twice, lost, still open in MLflow) and
+every trial, number by number, with `run_trial` of the same configuration in a plain loop, which knows neither Ray nor
+checkpoints. Moments are uniform between the sweep's first sign of life and its end, from a fixed seed.
 """
 
 import argparse
@@ -117,11 +117,23 @@ class Sweep:
             self.tally.resumes += 1
             command = ["resume", self.name, *self.options()]
         else:
-            command = ["sweep", "--workload", "tiny", "--searcher", "random", "--trials", str(TRIALS), "--name", self.name]
+            command = [
+                "sweep",
+                "--workload",
+                "tiny",
+                "--searcher",
+                "random",
+                "--trials",
+                str(TRIALS),
+                "--name",
+                self.name,
+            ]
             command += [*self.options(), *(part for setting in SETTINGS for part in ("--set", setting)), *self.more]
         log = (self.store / f"{self.name}.log").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
-        return subprocess.Popen([str(RIN), *command], stdout=log, stderr=log, text=True, start_new_session=True, env=environment)
+        return subprocess.Popen(
+            [str(RIN), *command], stdout=log, stderr=log, text=True, start_new_session=True, env=environment
+        )
 
     def outcomes(self) -> int:
         return len(list(self.folder.glob("trials/*/outcome.json")))
@@ -135,8 +147,8 @@ class Sweep:
             time.sleep(0.05)
 
     def finish(self) -> None:
-        """Resume until every trial has its outcome and the sweep has ended well; twice must be enough. A finished sweep is resumed
-        too: it may have runs to close."""
+        """Resume until every trial has its outcome and the sweep has ended well; twice must be enough. A finished sweep
+        is resumed too: it may have runs to close."""
         for _ in range(3):
             if self.start().wait(DEADLINE) == 0 and self.outcomes() == TRIALS:
                 return
@@ -148,7 +160,7 @@ def actors(running: subprocess.Popen[str]) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if _is_trial(process, running.pid)]
 
 
-# --- faults: each is a function of a running sweep that waits for its moment and strikes ---------------------------------------
+# --- faults: each is a function of a running sweep that waits for its moment and strikes ------------------------------
 
 
 def kill_driver(sweep: Sweep) -> None:
@@ -181,7 +193,8 @@ def _interrupt(*signals: int) -> Callable[[Sweep], None]:
 
 
 def kill_actors(sweep: Sweep) -> None:
-    """Several times in one run; a trial that is hit more often than it is tried again fails, and is finished by a resume."""
+    """Several times in one run; a trial that is hit more often than it is tried again fails, and is finished by a
+    resume."""
     running = sweep.start()
     for _ in range(sweep.strikes):
         time.sleep(sweep.draw.uniform(1, 8))
@@ -301,7 +314,9 @@ def kill_node(sweep: Sweep) -> None:
     from tests.ray_nodes import head_node, kill_raylet, worker_node
 
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")))  # sockets want a short path
+        place = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp"))
+        )  # sockets want a short path
         cluster = stack.enter_context(head_node(place, cpus=0))
 
         def new_node() -> subprocess.Popen[bytes]:
@@ -326,7 +341,7 @@ def kill_node(sweep: Sweep) -> None:
     sweep.address = None
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------------------
+# --- the comparison ---------------------------------------------------------------------------------------------------
 
 
 def check(sweep: Sweep) -> None:
@@ -366,7 +381,9 @@ def _differences(sweep: Sweep, config: StudyConfig, arm: Arm, run: Any) -> list[
     reports, outcome = _UNDISTURBED[key]
     tree = json.loads((sweep.folder / "trials" / f"{arm.name}-0" / "outcome.json").read_text())
     wrong = []
-    if [_plain(report) for report in tree["reports"]] != [{**report, "rin/steps_done": step + 1.0} for step, report in enumerate(reports)]:
+    if [_plain(report) for report in tree["reports"]] != [
+        {**report, "rin/steps_done": step + 1.0} for step, report in enumerate(reports)
+    ]:
         wrong.append("its steps have other numbers")
     for part in ("outcome", "rule", "step", "eval", "receipt", "alarms"):
         if json.dumps(tree["outcome"][part]) != json.dumps(outcome[part]):
@@ -380,14 +397,19 @@ def _plain(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in report.items() if "/" in name and not name.startswith("perf/")}
 
 
-# --- the harness ------------------------------------------------------------------------------------------------------------------
+# --- the harness ------------------------------------------------------------------------------------------------------
 
 
 def _serve_mlflow(sweep: Sweep) -> subprocess.Popen[bytes]:
     assert sweep.tracking is not None
     port = sweep.tracking.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{sweep.store}/server.db", "--default-artifact-root", str(sweep.store / "artifacts")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{sweep.store}/server.db",
+        "--default-artifact-root",
+        str(sweep.store / "artifacts"),
+    ]
     log = (sweep.store / "server.log").open("ab")
     server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     until = time.monotonic() + 60
@@ -406,7 +428,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_gone(session: int) -> None:
-    """A trial's process ends when it sees that its driver is gone; Ray's own helpers take a minute, and work on nothing."""
+    """A trial's process ends when it sees that its driver is gone; Ray's own helpers take a minute, and work on
+    nothing."""
     until = time.monotonic() + 60
     while any(_is_trial(process, session) for process in psutil.process_iter()):
         assert time.monotonic() < until, "a trial outlives its driver"
@@ -415,7 +438,10 @@ def _wait_until_gone(session: int) -> None:
 
 def _is_trial(process: psutil.Process, session: int) -> bool:
     try:
-        return os.getsid(process.pid) == session and re.match(r"ray::\w*Trainable", " ".join(process.cmdline())) is not None
+        return (
+            os.getsid(process.pid) == session
+            and re.match(r"ray::\w*Trainable", " ".join(process.cmdline())) is not None
+        )
     except (OSError, psutil.Error):
         return False
 
@@ -430,7 +456,9 @@ def new_store(fault: str) -> Iterator[Path]:
         yield folder
     finally:
         if fault == "disk":
-            subprocess.run(["umount", "-l", str(folder)], check=True)  # Ray's helpers hold its log files for a minute more
+            subprocess.run(
+                ["umount", "-l", str(folder)], check=True
+            )  # Ray's helpers hold its log files for a minute more
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -447,9 +475,13 @@ FAULTS: dict[str, Fault] = {
     "driver": Fault(what="SIGKILL of the driver", strike=kill_driver, moments=20, per_sweep=FAULTS_PER_SWEEP),
     "actor": Fault(what="SIGKILL of a trial's process", strike=kill_actors, moments=20, per_sweep=1),
     "ctrl-c": Fault(what="Ctrl-C", strike=_interrupt(signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "ctrl-c-twice": Fault(what="Ctrl-C, twice", strike=_interrupt(signal.SIGINT, signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "ctrl-c-twice": Fault(
+        what="Ctrl-C, twice", strike=_interrupt(signal.SIGINT, signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP
+    ),
     "sigterm": Fault(what="SIGTERM", strike=_interrupt(signal.SIGTERM), moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "checkpoint": Fault(what="SIGKILL and a damaged newest checkpoint", strike=damage_checkpoint, moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "checkpoint": Fault(
+        what="SIGKILL and a damaged newest checkpoint", strike=damage_checkpoint, moments=5, per_sweep=FAULTS_PER_SWEEP
+    ),
     "disk": Fault(what="a full disk for some seconds", strike=fill_disk, moments=5, per_sweep=FAULTS_PER_SWEEP),
     "hang": Fault(what="a rollout that never returns (limit 5 s)", strike=freeze, moments=5, per_sweep=1),
     "second": Fault(what="a second driver", strike=second_driver, moments=5, per_sweep=1),
@@ -494,10 +526,22 @@ def table(results: dict[str, Tally]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, tally in results.items():
-        numbers = (tally.faults, tally.sweeps, tally.resumes, tally.expected, tally.found, tally.twice, tally.lost, tally.unclosed)
+        numbers = (
+            tally.faults,
+            tally.sweeps,
+            tally.resumes,
+            tally.expected,
+            tally.found,
+            tally.twice,
+            tally.lost,
+            tally.unclosed,
+        )
         lines.append(f"| {FAULTS[name].what} | {' | '.join(map(str, numbers))} | {tally.other_numbers} |")
     waits = {name: tally.seconds for name, tally in results.items() if tally.seconds}
-    lines += ["", *(f"- {FAULTS[name].what}: the sweep had ended after at most {max(waits[name]):.1f} s" for name in waits)]
+    lines += [
+        "",
+        *(f"- {FAULTS[name].what}: the sweep had ended after at most {max(waits[name]):.1f} s" for name in waits),
+    ]
     lines += [f"- {note}" for tally in results.values() for note in tally.notes]
     return lines
 

@@ -6,8 +6,8 @@
     python -m tests.benchmarks.overhead cores         16 embedded trials on one core and on two
     python -m tests.benchmarks.overhead footprint     the default sweep: memory of all its processes together
 
-The plain loop is as bare as it gets: two processes, each with half of the sweep's own configurations, `run_trial` one after the other,
-one thread each; no Ray, no MLflow, no checkpoints. Both are timed from process start to process end.
+The plain loop is as bare as it gets: two processes, each with half of the sweep's own configurations, `run_trial` one
+after the other, one thread each; no Ray, no MLflow, no checkpoints. Both are timed from process start to process end.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def study(store: Path, **changes: Any) -> StudyConfig:
     return StudyConfig(**{"name": "s", "space": SPACES["sigma"], "searcher": "random", **places, **changes})
 
 
-# --- beside a plain loop ------------------------------------------------------------------------------------------------------
+# --- beside a plain loop ----------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ def loop(trials: int, rounds: int, workload: str) -> list[str]:
     ]
 
 
-# --- memory over many trials ------------------------------------------------------------------------------------------------------
+# --- memory over many trials ------------------------------------------------------------------------------------------
 
 
 def memory(trials: int) -> list[str]:
@@ -163,7 +163,7 @@ def memory(trials: int) -> list[str]:
     ]
 
 
-# --- cores and memory of the default sweep ---------------------------------------------------------------------------------------------
+# --- cores and memory of the default sweep ----------------------------------------------------------------------------
 
 
 def cores(trials: int) -> list[str]:

@@ -4,9 +4,9 @@
     make science ARGS="--seeds 3"         fewer replicates
     make science ARGS="--only Watched"    one part again; the others keep their results
 
-Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json (every number) and
-docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make test` holds one seed of
-each claim.
+Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json (every
+number) and docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make
+test` holds one seed of each claim.
 """
 
 import argparse
@@ -58,7 +58,9 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The last value of each signal, and the evaluation at its end."""
         numbers = {name: value for report in self.reports for name, value in report.signals.items()}
-        scores = {f"eval/{name}": value for name, value in asdict(self.outcome.eval).items() if isinstance(value, int | float)}
+        scores = {
+            f"eval/{name}": value for name, value in asdict(self.outcome.eval).items() if isinstance(value, int | float)
+        }
         return {**numbers, **scores}
 
     def curve(self, name: str) -> list[tuple[int, float]]:
@@ -83,12 +85,19 @@ def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides:
     def view(event: TrialEvent) -> None:
         if event.status != "running":
             accuracy = event.metrics.get("eval/accuracy")
-            print(f"  {name} {event.trial}: {event.status} {event.rule} step {event.step} accuracy {accuracy}", flush=True)
+            print(
+                f"  {name} {event.trial}: {event.status} {event.rule} step {event.step} accuracy {accuracy}", flush=True
+            )
 
     result = run_study(config, view)
     assert result.unfinished == 0, "a trial failed"
     return [
-        Run(arm=arm.name, replicate=number, outcome=outcome, reports=tuple(read_reports(trial_folder(config, arm.name, number))))
+        Run(
+            arm=arm.name,
+            replicate=number,
+            outcome=outcome,
+            reports=tuple(read_reports(trial_folder(config, arm.name, number))),
+        )
         for arm in result.arms
         for number, outcome in sorted(arm.results.items())
     ]
@@ -134,17 +143,23 @@ def plan_in_miniature(store: Path, seeds: int) -> tuple[list[str], dict[str, Any
         "positive control: bf16 at the end against its own start": compare(
             accuracies(positive), accuracies(positive, "eval/accuracy_start")
         ),
-        "e13m-rmsnorm against control-resample (same filter, same seeds)": compare(accuracies(arms["e13m-rmsnorm"]), accuracies(filtered)),
+        "e13m-rmsnorm against control-resample (same filter, same seeds)": compare(
+            accuracies(arms["e13m-rmsnorm"]), accuracies(filtered)
+        ),
         "e13i-v4-filter-off against control (collapsed runs with the accuracy at their stop)": compare(
             accuracies(arms["e13i-v4-filter-off"]), accuracies(control)
         ),
         "the filter alone: control-resample against control": compare(accuracies(filtered), accuracies(control)),
-        "W4A4 training (control) against its own start": compare(accuracies(control), accuracies(control, "eval/accuracy_start")),
+        "W4A4 training (control) against its own start": compare(
+            accuracies(control), accuracies(control, "eval/accuracy_start")
+        ),
     }
     lines += ["", *(f"- {what}: {interval(c)}" for what, c in comparisons.items())]
     # The base is the same for every seed, so the start is one number and not a replicate.
     quantised, plain = (accuracies(arms[arm], "eval/unsigned_start")[0] for arm in ("control", "bf16"))
-    lines.append(f"- before training, sign ignored: W4A4 {100 * quantised:.1f} %, BF16 {100 * plain:.1f} % (one base, 2,048 questions)")
+    lines.append(
+        f"- before training, sign ignored: W4A4 {100 * quantised:.1f} %, BF16 {100 * plain:.1f} % (one base, 2,048 questions)"
+    )
     draw(records, DOCS / "sweep.png")
     return lines, {"runs": [run_numbers(r) for r in records]}
 
@@ -163,7 +178,8 @@ def monitored(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
 
 
 def false_alarms(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
-    """Healthy runs under enforce, with seeds that the plan in miniature did not use; its own controls are healthy runs too."""
+    """Healthy runs under enforce, with seeds that the plan in miniature did not use; its own controls are healthy runs
+    too."""
     records = sweep(store, "healthy", [], 3 * seeds, seed=seeds)
     return [f"- {len(records)} further seeds without noise (seeds {seeds} to {4 * seeds - 1}): {ending(records)}"], {
         "runs": [run_numbers(r) for r in records]
@@ -173,7 +189,14 @@ def false_alarms(store: Path, seeds: int) -> tuple[list[str], dict[str, Any]]:
 def real_model() -> tuple[list[str], dict[str, Any]]:
     """Five GRPO steps of SmolLM2-135M in W4A4 with RMSNorm noise, in a process of its own."""
     rin = Path(sys.executable).parent / "rin"
-    arguments = ["trial", "e13i-v3", "--workload", "smollm2-135m", "--set", "noise.sigma_start=0.01"]  # QeRL's published start
+    arguments = [
+        "trial",
+        "e13i-v3",
+        "--workload",
+        "smollm2-135m",
+        "--set",
+        "noise.sigma_start=0.01",
+    ]  # QeRL's published start
     command = [str(rin), *arguments, "--json"]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -186,7 +209,15 @@ def real_model() -> tuple[list[str], dict[str, Any]]:
         "| step | sigma | reward | entropy | length | KL to the clean policy | gradient norm | rollout s | update s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    names = ("grpo/reward", "gen/entropy", "gen/length", "rollout_corr/kl", "grpo/grad_norm", "perf/rollout_seconds", "perf/update_seconds")
+    names = (
+        "grpo/reward",
+        "gen/entropy",
+        "gen/length",
+        "rollout_corr/kl",
+        "grpo/grad_norm",
+        "perf/rollout_seconds",
+        "perf/update_seconds",
+    )
     for step in steps:
         cells = " | ".join(f"{step['signals'].get(name, float('nan')):.3g}" for name in names)
         lines.append(f"| {step['step']} | {step['sigma']:.4g} | {cells} |")
@@ -196,7 +227,12 @@ def real_model() -> tuple[list[str], dict[str, Any]]:
         f"accuracy on {scores['n']} questions: W4A4 {scores['accuracy_start']:.3f} -> {scores['accuracy']:.3f}, "
         f"unquantised {scores['accuracy_bf16_start']:.3f} -> {scores['accuracy_bf16']:.3f} (5 steps: signals, not a finding)"
     )
-    return lines, {"steps": steps, "eval": {k: v for k, v in scores.items() if k != "correct"}, "seconds": seconds, "peak_gib": peak}
+    return lines, {
+        "steps": steps,
+        "eval": {k: v for k, v in scores.items() if k != "correct"},
+        "seconds": seconds,
+        "peak_gib": peak,
+    }
 
 
 def run_numbers(run: Run) -> dict[str, Any]:
@@ -217,7 +253,9 @@ def draw(trials: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained")
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained"
+    )
     colors = pyplot.get_cmap("tab10").colors
     for color, (arm, runs) in zip(colors, ((a, r) for a, r in by_arm(trials).items() if a in CURVES), strict=False):
         for run in runs:

@@ -1,28 +1,31 @@
-"""How quickly each searcher finds a good sigma, and how many trials it burns: a synthetic landscape with a known answer.
+"""How quickly each searcher finds a good sigma, and how many trials it burns: a synthetic landscape with a known
+answer.
 
     python -m tests.benchmarks.search_quality                every method, 100 seeds, about 5 minutes on one core
     python -m tests.benchmarks.search_quality --seeds 3      a look
 
-The landscape lies over the shipped space `sigma`: a module kind, a sigma_start whose range depends on it, a sigma_end. It imitates
-what was recorded: noise helps a little up to a limit of its module kind, near the limit collapses set in by chance, runs of
-one configuration differ by 1.2 points, and a collapsed trial still answers questions (its accuracy is that of the last clean
-weights), so that accuracy alone does not show that it collapsed:
+The landscape lies over the shipped space `sigma`: a module kind, a sigma_start whose range depends on it, a sigma_end.
+It imitates what was recorded: noise helps a little up to a limit of its module kind, near the limit collapses set in by
+chance, runs of one configuration differ by 1.2 points, and a collapsed trial still answers questions (its accuracy is
+that of the last clean weights), so that accuracy alone does not show that it collapsed:
 
     accuracy = 0.70 + gain exp(-(ln(sigma / best) / 0.6)^2) - 0.01 (ln(sigma_end / end) / ln 4)^2  + N(0, 0.012)
     P(collapse) = 1 / (1 + exp(-ln(sigma / limit) / 0.1));   a collapse: step 3, accuracy 0.66 + N(0, 0.012)
 
-One seed is one landscape: `best` of each module kind lies anywhere in the middle 70 % of its (logarithmic) range, its `limit` a
-factor 1.35 to 2.7 above, `end` anywhere in the middle 70 %, and one of the two kinds, by chance, has the gain 0.05, the other 0.03.
-The best accuracy is 0.75. Our own choices (priors and candidates of `gp`) were made on seeds 100 to 119.
+One seed is one landscape: `best` of each module kind lies anywhere in the middle 70 % of its (logarithmic) range, its
+`limit` a factor 1.35 to 2.7 above, `end` anywhere in the middle 70 %, and one of the two kinds, by chance, has the gain
+0.05, the other 0.03. The best accuracy is 0.75. Our own choices (priors and candidates of `gp`) were made on seeds 100
+to 119.
 
-Methods are driven directly, one trial after another, one replicate each, without Ray processes: ours through `RinSearch`, the
-stock ones through Ray's own `OptunaSearch`. ASHA (Ray's own, rungs at steps 3, 9, 27, over random search) sees a curve per trial: it
-climbs from 0.18 to its final accuracy, the faster the more noise (the recorded arms that led at step 20 and lost at 29).
+Methods are driven directly, one trial after another, one replicate each, without Ray processes: ours through
+`RinSearch`, the stock ones through Ray's own `OptunaSearch`. ASHA (Ray's own, rungs at steps 3, 9, 27, over random
+search) sees a curve per trial: it climbs from 0.18 to its final accuracy, the faster the more noise (the recorded arms
+that led at step 20 and lost at 29).
 
-What is reported, per method: the trials until one ran to its end without a collapse at a configuration whose true accuracy is within
-1 % of the best; the same in full trials' worth of steps (a collapsed or stopped trial is short); the share of trials that
-collapsed; and how far the configuration that a user would pick (the best accuracy seen without a collapse) truly lies below the best.
-Results go to docs/search-quality.md, favourable or not.
+What is reported, per method: the trials until one ran to its end without a collapse at a configuration whose true
+accuracy is within 1 % of the best; the same in full trials' worth of steps (a collapsed or stopped trial is short); the
+share of trials that collapsed; and how far the configuration that a user would pick (the best accuracy seen without a
+collapse) truly lies below the best. Results go to docs/search-quality.md, favourable or not.
 """
 
 import argparse
@@ -107,7 +110,11 @@ def landscape(seed: int) -> Landscape:
     limit = {module: sigma * math.exp(rng.uniform(0.3, 1.0)) for module, sigma in best.items()}
     winner = rng.choice(list(RANGES))
     return Landscape(
-        seed=seed, best=best, limit=limit, gain={module: 0.05 if module == winner else 0.03 for module in RANGES}, end=inside(*SIGMA_END)
+        seed=seed,
+        best=best,
+        limit=limit,
+        gain={module: 0.05 if module == winner else 0.03 for module in RANGES},
+        end=inside(*SIGMA_END),
     )
 
 
@@ -126,13 +133,15 @@ class Run:
 
     def curve(self, step: int) -> float:
         """Accuracy after some steps."""
-        return 0.18 + (self.accuracy - 0.18) * (1 - math.exp(-step / self.pace)) / (1 - math.exp(-self.steps / self.pace))
+        return 0.18 + (self.accuracy - 0.18) * (1 - math.exp(-step / self.pace)) / (
+            1 - math.exp(-self.steps / self.pace)
+        )
 
 
 Search = Callable[[int, Landscape], Iterator[Run]]
 
 
-# --- methods: each yields its trials, in order ---------------------------------------------------------------------------------------
+# --- methods: each yields its trials, in order ------------------------------------------------------------------------
 
 
 def ours(name: str) -> Search:
@@ -144,7 +153,9 @@ def ours(name: str) -> Search:
                 return
             assert isinstance(suggestion, dict)
             noise = suggestion["config"]["noise"]
-            done = truth.run(Setting(module=noise["modules"][0], sigma=noise["sigma_start"], sigma_end=noise["sigma_end"]))
+            done = truth.run(
+                Setting(module=noise["modules"][0], sigma=noise["sigma_start"], sigma_end=noise["sigma_end"])
+            )
             how: Ending = "collapsed" if done.collapsed else "completed"
             search.ended[suggestion["arm"], 0] = outcome(done.accuracy, how)
             search.on_trial_complete(f"t{number}")
@@ -180,8 +191,12 @@ def stock(sampler: Callable[[int], Any], *, failed: bool) -> Search:
 
 def asha(trials: int, truth: Landscape) -> Iterator[Run]:
     """Random search under Ray's ASHA, for as many steps as `trials` full trials have."""
-    search = OptunaSearch(space=_define, metric="accuracy", mode="max", sampler=optuna.samplers.RandomSampler(seed=truth.seed))
-    scheduler = ASHAScheduler(time_attr="step", metric="accuracy", mode="max", max_t=STEPS, grace_period=3, reduction_factor=3)
+    search = OptunaSearch(
+        space=_define, metric="accuracy", mode="max", sampler=optuna.samplers.RandomSampler(seed=truth.seed)
+    )
+    scheduler = ASHAScheduler(
+        time_attr="step", metric="accuracy", mode="max", max_t=STEPS, grace_period=3, reduction_factor=3
+    )
     spent = number = 0
     while spent < trials * STEPS:
         done = truth.run(_setting(search.suggest(f"t{number}")))
@@ -191,7 +206,8 @@ def asha(trials: int, truth: Landscape) -> Iterator[Run]:
             (
                 step
                 for step in range(1, done.steps)
-                if scheduler.on_trial_result(None, trial, {"step": step, "accuracy": done.curve(step)}) == TrialScheduler.STOP
+                if scheduler.on_trial_result(None, trial, {"step": step, "accuracy": done.curve(step)})
+                == TrialScheduler.STOP
             ),
             done.steps,
         )
@@ -203,17 +219,22 @@ def asha(trials: int, truth: Landscape) -> Iterator[Run]:
 METHODS: dict[str, Search] = {
     "`gp` (our default)": ours("gp"),
     **{f"`{name}`": ours(name) for name in SEARCHERS if name != "gp"},
-    "stock OptunaSearch, TPE, a collapse is an exception": stock(lambda seed: optuna.samplers.TPESampler(seed=seed), failed=True),
-    "stock OptunaSearch, TPE, a collapse is its accuracy": stock(lambda seed: optuna.samplers.TPESampler(seed=seed), failed=False),
+    "stock OptunaSearch, TPE, a collapse is an exception": stock(
+        lambda seed: optuna.samplers.TPESampler(seed=seed), failed=True
+    ),
+    "stock OptunaSearch, TPE, a collapse is its accuracy": stock(
+        lambda seed: optuna.samplers.TPESampler(seed=seed), failed=False
+    ),
     "stock OptunaSearch, GP, a collapse is its accuracy": stock(
-        lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5, warn_independent_sampling=False), failed=False
+        lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5, warn_independent_sampling=False),
+        failed=False,
     ),
     "stock random search": stock(lambda seed: optuna.samplers.RandomSampler(seed=seed), failed=False),
     "stock random search with ASHA": asha,
 }
 
 
-# --- what came of it -----------------------------------------------------------------------------------------------------------------
+# --- what came of it --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,16 +295,22 @@ def main() -> None:
         if arguments.only not in name:
             continue
         started = time.process_time()
-        scores = [score(list(method(arguments.trials, landscape(arguments.first + seed)))) for seed in range(arguments.seeds)]
+        scores = [
+            score(list(method(arguments.trials, landscape(arguments.first + seed)))) for seed in range(arguments.seeds)
+        ]
         rows.append(row(name, scores, (time.process_time() - started) / sum(s.trials for s in scores)))
         print(rows[-1], flush=True)
     if not arguments.only and not arguments.first:
-        text = PAGE.format(command=COMMAND, trials=arguments.trials, seeds=arguments.seeds, rows="\n".join(rows), machine=machine())
+        text = PAGE.format(
+            command=COMMAND, trials=arguments.trials, seeds=arguments.seeds, rows="\n".join(rows), machine=machine()
+        )
         (DOCS / "search-quality.md").write_text(text, encoding="utf-8")
 
 
 def machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, optuna {optuna.__version__}, Python {platform.python_version()}"
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, optuna {optuna.__version__}, Python {platform.python_version()}"
+    )
 
 
 COLUMNS = (

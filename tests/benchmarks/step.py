@@ -28,7 +28,11 @@ STEPS = 12
 
 
 def _trial(**changes: Any) -> Trial:
-    settings = {"grpo": {"steps": STEPS, "updates_per_step": 1}, "eval": {"questions": 8, "every": 0}, "rollout": {"max_new_tokens": 6}}
+    settings = {
+        "grpo": {"steps": STEPS, "updates_per_step": 1},
+        "eval": {"questions": 8, "every": 0},
+        "rollout": {"max_new_tokens": 6},
+    }
     return Trial(read_config(merge(merge(WORKLOADS["embedded"].settings, settings), changes)))
 
 
@@ -38,7 +42,8 @@ def _our_steps(**changes: Any) -> list[float]:
 
 
 def _trl_steps() -> list[float]:
-    """TRL's GRPOTrainer on the same base and questions: 32 prompts x 8 samples x 6 tokens, one update, AdamW, no reference model."""
+    """TRL's GRPOTrainer on the same base and questions: 32 prompts x 8 samples x 6 tokens, one update, AdamW, no
+    reference model."""
     from datasets import Dataset  # type: ignore[import-untyped]
     from transformers import TrainerCallback
     from trl.trainer.grpo_config import GRPOConfig as TRLConfig
@@ -90,8 +95,9 @@ def _trl_steps() -> list[float]:
 
 
 def against_trl() -> list[str]:
-    """Seconds a step: 32 prompts x 8 samples x 6 tokens on the embedded base, one update, the same questions, rewards and optimiser,
-    two threads; three rounds in turns. TRL quantises nothing. Ours computes the clean policy's log-probs besides, for its signals."""
+    """Seconds a step: 32 prompts x 8 samples x 6 tokens on the embedded base, one update, the same questions, rewards
+    and optimiser, two threads; three rounds in turns. TRL quantises nothing. Ours computes the clean policy's log-probs
+    besides, for its signals."""
     rivals: dict[str, Callable[[], list[float]]] = {
         "TRL": _trl_steps,
         "ours, no quantisation": lambda: _our_steps(quant=PLAIN),
@@ -102,19 +108,25 @@ def against_trl() -> list[str]:
         for name, run in rivals.items():
             rounds[name].append(median(run()))
     lines = ["| | s a step | times TRL's |", "|---|---|---|"]
-    return lines + [f"| {name} | {median(times):.3f} | {ratio(rounds, name, 'TRL')} |" for name, times in rounds.items()]
+    return lines + [
+        f"| {name} | {median(times):.3f} | {ratio(rounds, name, 'TRL')} |" for name, times in rounds.items()
+    ]
 
 
 def rollout() -> list[str]:
-    """Tokens per second of greedy completions of at most 6 tokens, groups of 8, two threads: ours at W4A4 and without quantisation,
-    transformers' `generate` on the same base as transformers loads it, which computes no log-probs. Tokens are counted up to the end."""
+    """Tokens per second of greedy completions of at most 6 tokens, groups of 8, two threads: ours at W4A4 and without
+    quantisation, transformers' `generate` on the same base as transformers loads it, which computes no log-probs.
+    Tokens are counted up to the end."""
     lines = [
         "| sequences | generate tokens/s | ours tokens/s | times generate | ours W4A4 tokens/s | times generate |",
         "|---|---|---|---|---|---|",
     ]
     config = read_config(WORKLOADS["embedded"].settings)
     assert config.model.recipe is not None
-    policies = {"ours": load_policy(ModelConfig(), QuantConfig(**PLAIN), 0), "W4A4": load_policy(ModelConfig(), QuantConfig(), 0)}  # type: ignore[arg-type]
+    policies = {
+        "ours": load_policy(ModelConfig(), QuantConfig(**PLAIN), 0),
+        "W4A4": load_policy(ModelConfig(), QuantConfig(), 0),
+    }  # type: ignore[arg-type]
     theirs: Any = AutoModelForCausalLM.from_pretrained(base_folder(config.model.recipe)).eval()
     plain, task = policies["ours"], build_task(config.task)
     for groups in (1, 4, 32):
@@ -126,15 +138,21 @@ def rollout() -> list[str]:
                 return generate(policy, prompts, group_size=8, max_new_tokens=6, temperature=0.0, batch_size=1024)
 
         def generated(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> torch.Tensor:
-            answer: torch.Tensor = theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+            answer: torch.Tensor = theirs.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False
+            )
             return answer[:, ids.shape[1] :]
 
         end = plain.tokenizer.eos_token_id
         rows = [[*c.ids, *[end] * (6 - len(c.ids))] for group in ours(plain) for c in group]
-        expected = [[token if end not in row[:i] else end for i, token in enumerate(row)] for row in generated().tolist()]
+        expected = [
+            [token if end not in row[:i] else end for i, token in enumerate(row)] for row in generated().tolist()
+        ]
         assert [row[: len(e)] for row, e in zip(rows, expected, strict=True)] == expected, "equal greedy answers"
         tokens = {name: sum(len(c.ids) for group in ours(policy) for c in group) for name, policy in policies.items()}
-        medians = in_turns({"generate": generated, **{n: (lambda p=p: ours(p)) for n, p in policies.items()}}, repeats=9)  # type: ignore[misc]
+        medians = in_turns(
+            {"generate": generated, **{n: (lambda p=p: ours(p)) for n, p in policies.items()}}, repeats=9
+        )  # type: ignore[misc]
         per_second = {name: tokens.get(name, tokens["ours"]) / median(times) for name, times in medians.items()}
         cells = [
             f"{per_second['generate']:.0f}",
@@ -177,7 +195,10 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("aten::add", "aten::add_", "aten::sum"),
         "residuals are summed in the norms; left are q, k, v and gate, up, whose gradients meet in one input, and biases",
     ),
-    "norms, with the sum before and the quantisation after": (("rin::rms_norm", "rin::rms_norm_backward"), "one kernel each way"),
+    "norms, with the sum before and the quantisation after": (
+        ("rin::rms_norm", "rin::rms_norm_backward"),
+        "one kernel each way",
+    ),
     "rotation": (("rin::rotary", "rin::rotary_backward"), "one kernel each way"),
 }
 """Operators of a part, and why it costs what it does."""
@@ -188,8 +209,8 @@ BETWEEN = (
 
 
 def profiled() -> list[str]:
-    """Where a step of the default trial (W4A4, 4 updates) spends its time, two threads, by torch's profiler, which itself slows the
-    small operations down; the rest is Python, autograd and what lies between operations."""
+    """Where a step of the default trial (W4A4, 4 updates) spends its time, two threads, by torch's profiler, which
+    itself slows the small operations down; the rest is Python, autograd and what lies between operations."""
     trial = _trial(grpo={"updates_per_step": 4})
     for _ in range(3):
         trial.step()
@@ -201,9 +222,16 @@ def profiled() -> list[str]:
     own = {event.key: event.self_cpu_time_total / 5e6 for event in recorded.key_averages()}
     shares = {name: (sum(own.get(key, 0.0) for key in keys), why) for name, (keys, why) in PARTS.items()}
     shares["everything between"] = (whole - sum(value for value, _ in shares.values()), BETWEEN)
-    lines = [f"A step under the profiler: {whole * 1e3:.0f} ms.", "", "| part | ms | share | why |", "|---|---|---|---|"]
+    lines = [
+        f"A step under the profiler: {whole * 1e3:.0f} ms.",
+        "",
+        "| part | ms | share | why |",
+        "|---|---|---|---|",
+    ]
     ordered = sorted(shares.items(), key=lambda item: -item[1][0])
-    return lines + [f"| {name} | {value * 1e3:.1f} | {100 * value / whole:.0f} % | {why} |" for name, (value, why) in ordered]
+    return lines + [
+        f"| {name} | {value * 1e3:.1f} | {100 * value / whole:.0f} % | {why} |" for name, (value, why) in ordered
+    ]
 
 
 def trial_time() -> list[str]:

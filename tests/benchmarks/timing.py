@@ -19,7 +19,8 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 def in_turns(rivals: Mapping[str, Callable[[], object]], repeats: int, rounds: int = 5) -> dict[str, list[float]]:
-    """Per rival the median of each round; the rivals take turns, so that what disturbs the machine disturbs all of them."""
+    """Per rival the median of each round; the rivals take turns, so that what disturbs the machine disturbs all of
+    them."""
     medians: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, work in rivals.items():

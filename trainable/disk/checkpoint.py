@@ -2,10 +2,12 @@
 
     TRIAL/checkpoint-000012/tensors.safetensors     weights that are trained, optimizer moments
     TRIAL/checkpoint-000012/progress.json           everything else, and the checksums of both; written last
-    TRIAL/final.safetensors                         weights that were trained, of a trial that is over; its own head holds the checksum
+    TRIAL/final.safetensors                         weights that were trained, of a trial that is over; its own head
+                                                    holds the checksum
 
-A checkpoint without a whole `progress.json` was never finished and is none. Two are kept: when the newest is damaged (a disk, a
-power cut, a truncated upload) the one before it is taken, and that is said. Loading a file can run no code, whoever wrote it.
+A checkpoint without a whole `progress.json` was never finished and is none. Two are kept: when the newest is damaged (a
+disk, a power cut, a truncated upload) the one before it is taken, and that is said. Loading a file can run no code,
+whoever wrote it.
 """
 
 import hashlib
@@ -30,8 +32,11 @@ _TENSORS = "tensors.safetensors"
 
 
 def save_state(folder: Folder, state: Mapping[str, Any]) -> None:
-    """Write `Trial.state_dict()` (and what else of plain values it holds). Raises OSError, for example when the disk is full."""
-    tensors = save_tensors({f"{part}/{name}": t.contiguous() for part in ("model", "optimizer") for name, t in state[part].items()})
+    """Write `Trial.state_dict()` (and what else of plain values it holds). Raises OSError, for example when the disk is
+    full."""
+    tensors = save_tensors(
+        {f"{part}/{name}": t.contiguous() for part in ("model", "optimizer") for name, t in state[part].items()}
+    )
     values = json.dumps({name: value for name, value in state.items() if name not in ("model", "optimizer")})
     head = {"version": VERSION, "tensors": _digest(tensors), "values": _digest(values.encode())}
     folder.write(_TENSORS, tensors)
@@ -71,7 +76,8 @@ def save_checkpoint(trial: Folder, step: int, state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(trial: Folder) -> tuple[dict[str, Any] | None, list[str]]:
-    """State of the newest checkpoint that is whole (None: there is none), and a line for each that had to be passed over.
+    """State of the newest checkpoint that is whole (None: there is none), and a line for each that had to be passed
+    over.
 
     Raises ConfigError for one of another version: it is not damaged, and starting anew would throw its steps away.
     """
@@ -100,18 +106,23 @@ def save_final(trial: Folder, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def load_final(trial: Folder) -> dict[str, torch.Tensor]:
-    """What `save_final` wrote. Raises ConfigError for another version, ValueError for a file that is damaged or not there."""
+    """What `save_final` wrote. Raises ConfigError for another version, ValueError for a file that is damaged or not
+    there."""
     data = trial.read(FINAL_FILE)
     if data is None:
         raise ValueError("is not there")
     try:
-        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]  # as safetensors lays its files out
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[
+            "__metadata__"
+        ]  # as safetensors lays its files out
         version, checksum = head[_FINAL_KEY].split(" ")
         weights: dict[str, torch.Tensor] = load_tensors(data)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         raise ValueError("is damaged") from None
     if version != FINAL_VERSION:
-        raise ConfigError(f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; use the program that wrote it")
+        raise ConfigError(
+            f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; use the program that wrote it"
+        )
     if checksum != _digest_of(weights):
         raise ValueError("is damaged (its checksum differs)")
     return weights

@@ -1,11 +1,13 @@
 """A folder that may lie anywhere: on this disk, on NFS, in an object store.
 
-Everything that must survive a killed process is written through here, whole files only: a reader sees the old content or the new
-one, never half of it (a rename on a disk; an object store's `put` is like that by nature). A place is text: an absolute path, or a
-URI that pyarrow reads, such as `s3://bucket/runs` or `s3://bucket/runs?scheme=http&endpoint_override=127.0.0.1:9000`. Names are
-single path segments, so that nothing a configuration says can lead out of the folder.
+Everything that must survive a killed process is written through here, whole files only: a reader sees the old content
+or the new one, never half of it (a rename on a disk; an object store's `put` is like that by nature). A place is text:
+an absolute path, or a URI that pyarrow reads, such as `s3://bucket/runs` or
+`s3://bucket/runs?scheme=http&endpoint_override=127.0.0.1:9000`. Names are single path segments, so that nothing a
+configuration says can lead out of the folder.
 
-Left out: fsync. A power cut may tear the last files; who cannot afford that writes a checksum beside them (`checkpoint.py`).
+Left out: fsync. A power cut may tear the last files; who cannot afford that writes a checksum beside them
+(`checkpoint.py`).
 """
 
 import os
@@ -69,7 +71,9 @@ class Folder:
     def names(self) -> list[str]:
         """Files and folders directly below, sorted; [] when the folder does not exist."""
         if self.local is not None:
-            return sorted(path.name for path in self.local.iterdir() if path.name[0] != ".") if self.local.is_dir() else []
+            return (
+                sorted(path.name for path in self.local.iterdir() if path.name[0] != ".") if self.local.is_dir() else []
+            )
         from pyarrow.fs import FileSelector
 
         store, root = _store(self.uri)
@@ -99,7 +103,9 @@ class Folder:
 
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} is no name of a file: use letters, digits, '.', '_', '+' and '-'; nothing may lead out of its folder")
+        raise ConfigError(
+            f"{name!r} is no name of a file: use letters, digits, '.', '_', '+' and '-'; nothing may lead out of its folder"
+        )
     return name
 
 
@@ -111,7 +117,11 @@ def _store(uri: str) -> tuple[Any, str]:
     try:
         store, root = FileSystem.from_uri(uri)
     except Exception as error:  # pyarrow.lib's errors, ImportError of a build without that store
-        raise ConfigError(f"--store {uri.partition('?')[0]}: {str(error).splitlines()[0]}; give a folder or an s3:// URI") from None
+        raise ConfigError(
+            f"--store {uri.partition('?')[0]}: {str(error).splitlines()[0]}; give a folder or an s3:// URI"
+        ) from None
     if not root.strip("/"):
-        raise ConfigError(f"--store {uri.partition('?')[0]}: names no bucket; give a folder or an s3:// URI such as s3://bucket/runs")
+        raise ConfigError(
+            f"--store {uri.partition('?')[0]}: names no bucket; give a folder or an s3:// URI such as s3://bucket/runs"
+        )
     return store, root.rstrip("/")

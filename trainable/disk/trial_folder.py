@@ -2,12 +2,13 @@
 
     outcome.json              how it ended, and every report; the trial is over and is never run again
     final.safetensors         the clean weights it ended with, those that are trained (`rin export --to checkpoint`)
-    checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume` (`checkpoint.py`)
+    checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume`
+                              (`checkpoint.py`)
     attempt-001.json          one process that worked on it: since when, last seen, how it ended
     stopped.json              evaluation of a trial that was stopped from outside, at its last step
 
-A trial writes these itself, so they are there whether or not a driver heard of them. It is over when it has an outcome; stopped, failed
-or killed, it has steps to go. Plain JSON, read without torch and without Ray.
+A trial writes these itself, so they are there whether or not a driver heard of them. It is over when it has an outcome;
+stopped, failed or killed, it has steps to go. Plain JSON, read without torch and without Ray.
 """
 
 import json
@@ -34,15 +35,17 @@ OUTCOME_FILE, STOPPED_FILE, FINAL_FILE, PROGRESS_FILE = (
     "progress.json",
 )
 FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
-"""What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes something else."""
+"""What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes
+something else."""
 DIED = "died"
-"""How an attempt ended that could not say so itself: its process was killed, and the sweep did not start the trial again."""
+"""How an attempt ended that could not say so itself: its process was killed, and the sweep did not start the trial
+again."""
 Parsed = TypeVar("Parsed")
 _ATTEMPT = re.compile(r"attempt-(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 
 
-# --- how it ended ------------------------------------------------------------------------------------------------------------
+# --- how it ended -----------------------------------------------------------------------------------------------------
 
 
 def write_outcome(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]) -> None:
@@ -61,7 +64,8 @@ def read_outcome(trial: Folder) -> Outcome | None:
 
 
 def read_stopped(trial: Folder) -> Outcome | None:
-    """Evaluation of a trial that was stopped from outside; None where there is none. Raises ConfigError for a damaged file."""
+    """Evaluation of a trial that was stopped from outside; None where there is none. Raises ConfigError for a damaged
+    file."""
     return _read_outcome(trial, STOPPED_FILE)
 
 
@@ -69,7 +73,9 @@ def read_reports(trial: Folder) -> list[StepReport]:
     """What a trial has reported, as far as it is safe on disk, in order. Raises ConfigError for a damaged outcome."""
     ended = trial.read(OUTCOME_FILE)
     if ended is not None:
-        return _parsed(trial, OUTCOME_FILE, ended, lambda tree: [StepReport.from_record(record) for record in tree["reports"]])
+        return _parsed(
+            trial, OUTCOME_FILE, ended, lambda tree: [StepReport.from_record(record) for record in tree["reports"]]
+        )
     for name in checkpoints(trial):
         try:
             _, values = progress_parts((trial / name).read(PROGRESS_FILE) or b"")
@@ -93,10 +99,12 @@ def _parsed(trial: Folder, name: str, text: bytes, parse: Callable[[Any], Parsed
     try:
         return parse(json.loads(text))
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume runs the trial again") from None
+        raise ConfigError(
+            f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume runs the trial again"
+        ) from None
 
 
-# --- checkpoints, as far as they can be read without torch -----------------------------------------------------------------------
+# --- checkpoints, as far as they can be read without torch ------------------------------------------------------------
 
 
 def checkpoints(trial: Folder) -> list[str]:
@@ -116,7 +124,7 @@ def progress_parts(text: bytes) -> tuple[bytes, bytes]:
     return head, values
 
 
-# --- attempts ----------------------------------------------------------------------------------------------------------------
+# --- attempts ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,21 +204,23 @@ def read_attempts(trial: Folder) -> list[Attempt]:
 
 
 def end_attempt(trial: Folder, reason: str) -> None:
-    """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an ending."""
+    """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an
+    ending."""
     names = [name for name in trial.names() if _ATTEMPT.fullmatch(name)]
     tree: dict[str, Any] = json.loads(trial.read(names[-1]) or b"{}") if names else {}
     if tree and not tree["ended"]:
         trial.write(names[-1], json.dumps({**tree, "ended": DIED, "reason": reason}))
 
 
-# --- all of it together --------------------------------------------------------------------------------------------------------
+# --- all of it together -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialState:
     """Where a trial stands.
 
-    Example: TrialState(status="failed", rule="hang", reason="step 3: phase rollout took over 900 s (3 attempts)", step=3, ...)
+    Example: TrialState(status="failed", rule="hang", reason="step 3: phase rollout took over 900 s (3 attempts)",
+    step=3, ...)
     """
 
     status: Status
@@ -244,7 +254,9 @@ def read_trial(trial: Folder, *, driven: bool) -> TrialState:
     if not last.ended:
         return _state("running" if driven else "stopped", attempts, reason="" if driven else "its process was killed")
     again = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
-    return _state("failed", attempts, rule=last.ended if last.ended in FAILURE_RULES else "", reason=f"{last.reason}{again}")
+    return _state(
+        "failed", attempts, rule=last.ended if last.ended in FAILURE_RULES else "", reason=f"{last.reason}{again}"
+    )
 
 
 def _state(

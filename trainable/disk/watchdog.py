@@ -1,10 +1,11 @@
 """A phase that never ends is ended from outside.
 
-Tune hears of a trial only when it reports, so a step that hangs (a lost file server, a collective that waits for a dead peer, an
-engine that stopped answering) would hold its slot for ever. A thread beside the trial knows when the present phase began; past
-the limit it writes down what was running, with every stack, and kills the process. The sweep then starts the trial again from its
-checkpoint, a limited number of times. Should the hung call never give Python's lock back, the thread cannot run either: the
-C-level timer of `faulthandler` then ends the process a little later, with the stacks on stderr.
+Tune hears of a trial only when it reports, so a step that hangs (a lost file server, a collective that waits for a dead
+peer, an engine that stopped answering) would hold its slot for ever. A thread beside the trial knows when the present
+phase began; past the limit it writes down what was running, with every stack, and kills the process. The sweep then
+starts the trial again from its checkpoint, a limited number of times. Should the hung call never give Python's lock
+back, the thread cannot run either: the C-level timer of `faulthandler` then ends the process a little later, with the
+stacks on stderr.
 
 The same thread shows every `beat` seconds that the process lives; the sweep's ledger counts hours by that.
 """
@@ -29,7 +30,9 @@ class Watchdog:
     `on_hang(phase, seconds, stacks)` and `on_beat()` run in the watching thread.
     """
 
-    def __init__(self, limit_seconds: float, on_hang: Callable[[str, float, str], None], on_beat: Callable[[], None]) -> None:
+    def __init__(
+        self, limit_seconds: float, on_hang: Callable[[str, float, str], None], on_beat: Callable[[], None]
+    ) -> None:
         self.limit = limit_seconds
         self._on_hang, self._on_beat = on_hang, on_beat
         self._now = ("", time.monotonic())  # phase and its begin, replaced in one go

@@ -1,18 +1,27 @@
 """Who generates: training's own modules (`torch`), or vLLM with the same arithmetic.
 
-Both are given the weights that the policy computes with at this moment, quantised and with this step's noise, and draw from the names of
-(seed, step, batch) instead of from a running generator: the same call gives the same completions, also after a restart. Which tokens
-are drawn differs between the two, because vLLM has its own sampler; their distributions are what `trainable/engines/gate.py` compares.
+Both are given the weights that the policy computes with at this moment, quantised and with this step's noise, and draw
+from the names of (seed, step, batch) instead of from a running generator: the same call gives the same completions,
+also after a restart. Which tokens are drawn differs between the two, because vLLM has its own sampler; their
+distributions are what `trainable/engines/gate.py` compares.
 
-The torch backend knows the whole distribution at every token and gives its entropy exactly. vLLM gives the log-probs of the sampled
-tokens, whose negative mean is an unbiased estimate of it.
+The torch backend knows the whole distribution at every token and gives its entropy exactly. vLLM gives the log-probs of
+the sampled tokens, whose negative mean is an unbiased estimate of it.
 """
 
 import importlib.util
 from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
-from trainable.engines.engine import Engine, EngineSettings, Request, TrialFailed, deployed_weights, quantization_tree, set_vllm_switches
+from trainable.engines.engine import (
+    Engine,
+    EngineSettings,
+    Request,
+    TrialFailed,
+    deployed_weights,
+    quantization_tree,
+    set_vllm_switches,
+)
 from trainable.episode import Completion
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
@@ -136,7 +145,9 @@ def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
 
     try:
         return VllmEngine(settings)
-    except Exception as error:  # whatever a foreign engine raises when it cannot start on this machine, or with this model
+    except (
+        Exception
+    ) as error:  # whatever a foreign engine raises when it cannot start on this machine, or with this model
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise TrialFailed("engine", f"it does not start: {type(error).__name__}: {reason}") from error
 
@@ -151,4 +162,6 @@ def require_vllm() -> None:
         import trainable.engines.vllm  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"rollout.backend=vllm: vLLM does not import here ({reason}); rin doctor says more; {remedy}") from None
+        raise ConfigError(
+            f"rollout.backend=vllm: vLLM does not import here ({reason}); rin doctor says more; {remedy}"
+        ) from None

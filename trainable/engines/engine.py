@@ -1,8 +1,8 @@
 """What a generation engine is asked, and what it answers: plain records, without any engine.
 
-An engine computes with weights that it is given before every rollout, under the names that training uses, and holds nothing that
-it was not given (`deployed_weights`). It is asked for tokens, for its weights as it has them, and for single layers: the last
-two are how `trainable/engines/gate.py` proves that it computes what training computes.
+An engine computes with weights that it is given before every rollout, under the names that training uses, and holds
+nothing that it was not given (`deployed_weights`). It is asked for tokens, for its weights as it has them, and for
+single layers: the last two are how `trainable/engines/gate.py` proves that it computes what training computes.
 
 Shapes: R = rows (tokens), I = inputs of a layer, O = its outputs, r = rank of an adapter.
 """
@@ -24,7 +24,8 @@ from trainable.policy.policy import Policy, bare_name
 from trainable.quantization import Arithmetic, QuantLinear
 
 CONFIG_FILE = "rin_quantization.json"
-"""How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM method reads."""
+"""How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM
+method reads."""
 
 _SWITCHES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives and dies with its process
@@ -58,7 +59,8 @@ class TrialFailed(Exception):
 class EngineSettings:
     """All that an engine is built from; plain values, so that it can travel to another process.
 
-    Example: EngineSettings(model={"model_type": "qwen2", ...}, quantization={"version": 1, ...}, dtype="float32", max_tokens=70, ...)
+    Example: EngineSettings(model={"model_type": "qwen2", ...}, quantization={"version": 1, ...}, dtype="float32",
+    max_tokens=70, ...)
     """
 
     model: dict[str, Any]
@@ -81,7 +83,8 @@ class EngineSettings:
 class Request:
     """Prompts, and how to continue them.
 
-    Example: Request(prompts=[[3, 4, 12]], group_size=8, max_new_tokens=6, temperature=1.0, batch_size=1024, draw=(0, 12, 0))
+    Example: Request(prompts=[[3, 4, 12]], group_size=8, max_new_tokens=6, temperature=1.0, batch_size=1024, draw=(0,
+    12, 0))
     """
 
     prompts: Sequence[Sequence[int]]
@@ -123,10 +126,11 @@ class Engine(Protocol):
 
 
 def deployed_weights(policy: Policy) -> dict[str, Tensor]:
-    """What the policy computes with, by bare name; call it inside `deployed` or `injected`. Tensors are shared, not copied.
+    """What the policy computes with, by bare name; call it inside `deployed` or `injected`. Tensors are shared, not
+    copied.
 
-    A linear layer's weight is its deployed one (4 bits, with noise); an adapter comes as NAME.lora_A [r, I] and NAME.lora_B [O, r],
-    with its factor NAME.lora_scale.
+    A linear layer's weight is its deployed one (4 bits, with noise); an adapter comes as NAME.lora_A [r, I] and
+    NAME.lora_B [O, r], with its factor NAME.lora_scale.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in policy.model.named_parameters():
@@ -147,7 +151,8 @@ def deployed_weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def quantization_tree(linears: Mapping[str, QuantLinear], *, synced: bool) -> dict[str, Any]:
-    """Content of `CONFIG_FILE`. `synced`: weights arrive as they are to be computed with; otherwise they are clean masters."""
+    """Content of `CONFIG_FILE`. `synced`: weights arrive as they are to be computed with; otherwise they are clean
+    masters."""
     layers = {name: asdict(linear.arithmetic) for name, linear in linears.items()}
     return {"version": 2, "layers": layers, "synced": synced}
 

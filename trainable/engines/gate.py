@@ -1,15 +1,17 @@
 """Does the engine compute what training computes? Asked before noise starts, and again after every restore.
 
-Public trainers mix precisions between rollout and training, and the mismatch looks like a collapse. Log-probs alone cannot tell: in
-W4A4 two exact forwards of one model already differ, because rounding flips amplify the order of sums (`trainable/floor.py`). So the
-question is asked in three parts, of which the first two are exact:
+Public trainers mix precisions between rollout and training, and the mismatch looks like a collapse. Log-probs alone
+cannot tell: in W4A4 two exact forwards of one model already differ, because rounding flips amplify the order of sums
+(`trainable/floor.py`). So the question is asked in three parts, of which the first two are exact:
 
     a  weights   the hash of every tensor that the engine holds is that of the tensor training would use
     b  layers    each linear layer, fed the same captured input on both sides, gives the same output
-    c  log-probs the KL from the engine's to training's log-probs of a noise-free rollout is at most three times the floor, and so is
-                 their mean distance: a few large flips carry the KL and could hide that every token is a little off. Or the tokens of
-                 three prompts in four agree: on a small model flips are so rare that a rollout may have one, which moves all completions
-                 of its prompt, where the floor has none; an error in attention, norms or sampling spares no prompt
+    c  log-probs the KL from the engine's to training's log-probs of a noise-free rollout is at most three times the
+       floor, and so is
+                 their mean distance: a few large flips carry the KL and could hide that every token is a little off. Or
+                 the tokens of three prompts in four agree: on a small model flips are so rare that a rollout may have
+                 one, which moves all completions of its prompt, where the floor has none; an error in attention, norms
+                 or sampling spares no prompt
 
 A failure is neither a collapse nor a finding: the trial has `failed`, by rule `rollout_mismatch`.
 """
@@ -35,8 +37,11 @@ FLIPPED_PROMPTS = 0.25
 _CAPTURED_ROWS = 64
 
 
-def check(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int) -> dict[str, float]:
-    """All three parts, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises TrialFailed."""
+def check(
+    engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int
+) -> dict[str, float]:
+    """All three parts, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises
+    TrialFailed."""
     check_weights(engine, policy)
     check_layers(engine, policy, batch, rollout)
     floor = measure_floor(policy, batch, rollout.temperature, micro_batch_size)
@@ -55,7 +60,9 @@ def check_weights(engine: Engine, policy: Policy) -> None:
         (wrong, "the engine has other values of"),
     ):
         if names:
-            raise TrialFailed(RULE, f"weights: {what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+            raise TrialFailed(
+                RULE, f"weights: {what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            )
 
 
 def check_layers(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig) -> None:
@@ -69,7 +76,10 @@ def check_layers(engine: Engine, policy: Policy, batch: Batch, rollout: RolloutC
         tolerance = LAYER_TOLERANCE[x.dtype]
         difference = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)).item()
         if not difference <= tolerance:
-            raise TrialFailed(RULE, f"layers: {name} differs by {difference:.2g} relative for the same input (allowed {tolerance:.2g})")
+            raise TrialFailed(
+                RULE,
+                f"layers: {name} differs by {difference:.2g} relative for the same input (allowed {tolerance:.2g})",
+            )
 
 
 def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:

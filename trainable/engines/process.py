@@ -1,14 +1,14 @@
 """An engine in a child process, behind the same five calls.
 
-Why another process: vLLM's memory is then given back by ending it, a crash in it does not take the trial along, and it can
-have its own threads. Messages travel over a pipe of `multiprocessing.connection` that parent and child alone hold: JSON, and
-tensors as safetensors. Nothing is unpickled and no shared memory is used, so a killed process leaves nothing behind. The child
-sees its end of the pipe close, and is also killed by the kernel with the process that started it (PR_SET_PDEATHSIG); it stays
-in the trial's process group.
+Why another process: vLLM's memory is then given back by ending it, a crash in it does not take the trial along, and it
+can have its own threads. Messages travel over a pipe of `multiprocessing.connection` that parent and child alone hold:
+JSON, and tensors as safetensors. Nothing is unpickled and no shared memory is used, so a killed process leaves nothing
+behind. The child sees its end of the pipe close, and is also killed by the kernel with the process that started it
+(PR_SET_PDEATHSIG); it stays in the trial's process group.
 
-Every call has a time limit, at which the child is killed: whoever waits for it, to be heard or to hear, then sees it end. A
-child that ended is started again once, with the same weights, and asked the same question again. Requests name their draws,
-so the answer is the one that was lost.
+Every call has a time limit, at which the child is killed: whoever waits for it, to be heard or to hear, then sees it
+end. A child that ended is started again once, with the same weights, and asked the same question again. Requests name
+their draws, so the answer is the one that was lost.
 
 Left out: engines on other nodes. A node that has what an engine needs can run the whole trial.
 """
@@ -58,7 +58,7 @@ def receive(channel: "Connection[Any, Any]") -> Message:
     return value, load(channel.recv_bytes())
 
 
-# --- the trial's side --------------------------------------------------------------------------------------------------------
+# --- the trial's side -------------------------------------------------------------------------------------------------
 
 
 class EngineDied(Exception):
@@ -96,7 +96,9 @@ class Child:
             answer, more = receive(self._channel)
         except (EOFError, OSError):
             how = self.end()
-            raise EngineDied(f"{call} took over {seconds:g} s" if late.is_set() else f"it ended during {call}: {how}") from None
+            raise EngineDied(
+                f"{call} took over {seconds:g} s" if late.is_set() else f"it ended during {call}: {how}"
+            ) from None
         finally:
             clock.cancel()
         if "error" in answer:
@@ -182,7 +184,7 @@ def _completion(ids: list[int], logps: list[float], entropy: float, finished: bo
     return Completion(ids=tuple(ids), logps=tuple(logps), entropy=entropy, finished=finished)
 
 
-# --- the child's side --------------------------------------------------------------------------------------------------------
+# --- the child's side -------------------------------------------------------------------------------------------------
 
 
 def serve(channel: "Connection[Any, Any]") -> None:

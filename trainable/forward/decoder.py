@@ -1,10 +1,11 @@
 """Generation, a token at a time: prompts are read once per group, then all completions grow together.
 
-The key/value cache is laid out once for the longest completion, instead of being copied at every token; rows that have ended can leave
-the batch. Architectures that `trainable/forward/transformer.py` does not know go through transformers' forward and its growing cache.
+The key/value cache is laid out once for the longest completion, instead of being copied at every token; rows that have
+ended can leave the batch. Architectures that `trainable/forward/transformer.py` does not know go through transformers'
+forward and its growing cache.
 
-Shapes: P = prompts, G = completions per prompt, B = rows in work, at first P * G, L = prompt tokens (left-padded), S = L + longest
-completion, N = key/value heads, D = their size, V = vocabulary.
+Shapes: P = prompts, G = completions per prompt, B = rows in work, at first P * G, L = prompt tokens (left-padded), S =
+L + longest completion, N = key/value heads, D = their size, V = vocabulary.
 """
 
 from typing import Protocol
@@ -23,7 +24,8 @@ class Decoder(Protocol):
     """Prompts that were read, and completions that grow."""
 
     def prefill(self, ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
-        """Read the prompts [P, L] with their mask; logits [B, V] of each completion's first token, those of a group side by side."""
+        """Read the prompts [P, L] with their mask; logits [B, V] of each completion's first token, those of a group
+        side by side."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens [B]; logits [B, V] of the next ones."""
@@ -69,7 +71,12 @@ class _Transformers:
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -91,8 +98,12 @@ class _Ours:
 
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         visible = mask.bool()[:, None, None, :] & causal  # [P, 1, L, L]
-        visible |= torch.eye(length, dtype=torch.bool, device=ids.device)  # padding sees itself: a row that sees nothing would become NaN
-        self.table = self.forward.angles(torch.arange(length + self.max_new_tokens, device=ids.device)[None])  # of every position
+        visible |= torch.eye(
+            length, dtype=torch.bool, device=ids.device
+        )  # padding sees itself: a row that sees nothing would become NaN
+        self.table = self.forward.angles(
+            torch.arange(length + self.max_new_tokens, device=ids.device)[None]
+        )  # of every position
         hidden = self.forward.hidden(ids, self._angles(positions(mask)), self.forward.masked(visible, remember))
         keys, values = (torch.stack(tensors) for tensors in zip(*seen, strict=True))
         self.keys, self.values = self._laid_out(keys, values, group_size)
@@ -132,12 +143,14 @@ class _Ours:
 
 
 class _Fused(_Ours):
-    """With one kernel for all between a layer's projections (`kernels/attention.h`); its keys lie transposed, [layers, B, N, D, S], and S
-    is a multiple of 16."""
+    """With one kernel for all between a layer's projections (`kernels/attention.h`); its keys lie transposed, [layers,
+    B, N, D, S], and S is a multiple of 16."""
 
     def _laid_out(self, keys: Tensor, values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         more = self.max_new_tokens + -(keys.shape[3] + self.max_new_tokens) % 16
-        return _spread(F.pad(keys.transpose(-1, -2), (0, more)), group_size), _spread(F.pad(values, (0, 0, 0, more)), group_size)
+        return _spread(F.pad(keys.transpose(-1, -2), (0, more)), group_size), _spread(
+            F.pad(values, (0, 0, 0, more)), group_size
+        )
 
     def _mixer(self) -> Mixer:
         starts = (self.filled - self.position)[:, 0].contiguous()  # [B], the first token behind the padding

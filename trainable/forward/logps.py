@@ -1,8 +1,10 @@
-"""Log-probs of completions: sampled tokens as tensors, what training's forward pass gives them, and how two passes differ.
+"""Log-probs of completions: sampled tokens as tensors, what training's forward pass gives them, and how two passes
+differ.
 
 Whatever learns from completions, or compares who computed them, needs the same three things: a batch, its log-probs by
-the policy's present weights, and the importance weights between two sets of log-probs. Log-probs are those of the sampled
-tokens, at the sampling temperature, in fp32; a noisy policy sampled (`rollout_logps`), a clean one learns (`old_logps`).
+the policy's present weights, and the importance weights between two sets of log-probs. Log-probs are those of the
+sampled tokens, at the sampling temperature, in fp32; a noisy policy sampled (`rollout_logps`), a clean one learns
+(`old_logps`).
 
 A group's completions share their prompt, which is computed once for several of them (packed rows), in training as in
 generation. How completions become advantages and a loss is another matter (`trainable/grpo.py`).
@@ -123,7 +125,9 @@ def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[
     return _logps_packed(policy, batch, temperature, max(fitting, default=1))
 
 
-def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _logps_packed(
+    policy: Policy, batch: Batch, temperature: float, side_by_side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T."""
     (_, tokens), device = batch.completion_ids.shape, batch.mask.device
     prompt_mask = batch.prompt_mask[::side_by_side]  # [R, L]
@@ -150,12 +154,16 @@ def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side
     return logps.view(-1, tokens), _entropies(distribution)[:, before].view(-1, tokens)
 
 
-def _logits(policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+def _logits(
+    policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, keep: int
+) -> torch.Tensor:
     """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S]."""
     forward = forward_of(policy)
     if forward is not None:
         return forward.logits(forward.hidden(ids, forward.angles(position_ids), forward.masked(mask))[:, -keep:])
-    out = policy.model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=keep)
+    out = policy.model(
+        input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False, logits_to_keep=keep
+    )
     logits: torch.Tensor = out.logits
     return logits
 
@@ -187,7 +195,9 @@ class ImportanceWeights:
     """KL(rollout || clean) in nats per token, by the k3 estimator: mean of exp(d) - d - 1, d = clean - rollout."""
 
 
-def importance_weights(level: Correction, clean: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, cap: float) -> ImportanceWeights:
+def importance_weights(
+    level: Correction, clean: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, cap: float
+) -> ImportanceWeights:
     """min(pi_clean / pi_rollout, cap) per token or per sequence, all [B, T]; `none` weighs 1, reports token weights."""
     difference = (clean - rollout).where(mask > 0, 0.0)  # [B, T]
     if level == "sequence":

@@ -1,9 +1,11 @@
-"""The forward pass of Qwen2, Llama and Mistral with little around the arithmetic; training, generation and evaluation share it.
+"""The forward pass of Qwen2, Llama and Mistral with little around the arithmetic; training, generation and evaluation
+share it.
 
-A small model spends more time between operations than in them: transformers' own forward checks options, builds masks for every call and
-keeps records that nobody asks for. Projections and norms here are the policy's own modules, so that quantisation, noise and adapters
-act alike everywhere; only what lies between them is written out, once, for the block that these architectures have in common. Another
-architecture, or another attention than torch's scaled dot product, goes through transformers' forward. Both give equal results.
+A small model spends more time between operations than in them: transformers' own forward checks options, builds masks
+for every call and keeps records that nobody asks for. Projections and norms here are the policy's own modules, so that
+quantisation, noise and adapters act alike everywhere; only what lies between them is written out, once, for the block
+that these architectures have in common. Another architecture, or another attention than torch's scaled dot product,
+goes through transformers' forward. Both give equal results.
 
 Shapes: B = rows, T = tokens of this call, S = tokens seen, H = attention heads, N = key/value heads, D = their size.
 """
@@ -27,7 +29,8 @@ Angles = tuple[Tensor, Tensor]
 """Cosine and sine of each token's rotation, [B * T, D]."""
 
 Mixer = Callable[[int, Tensor, Tensor, Tensor, Angles], Tensor]
-"""Attention of one layer: (layer, queries [B * T, H * D], keys [B * T, N * D], values [B * T, N * D], angles) -> [B * T, H * D]."""
+"""Attention of one layer: (layer, queries [B * T, H * D], keys [B * T, N * D], values [B * T, N * D], angles) -> [B *
+T, H * D]."""
 
 Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, rotated keys, values [B, N, T, D] of new tokens) -> those of all tokens seen [B, N, S, D]."""
@@ -68,7 +71,12 @@ class _Block:
     def __init__(self, block: Any) -> None:
         self.norm, self.mlp_norm, self.mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
         attention = block.self_attn
-        self.queries, self.keys, self.values, self.output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.queries, self.keys, self.values, self.output = (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+        )
 
 
 class Forward:
@@ -102,12 +110,15 @@ class Forward:
         return cos.flatten(0, 1), sin.flatten(0, 1)
 
     def masked(self, mask: Tensor, memory: Memory = lambda layer, keys, values: (keys, values)) -> Mixer:
-        """Attention under a mask [B, 1, T, S]: True or 0 for what a token sees, False or a large negative number for what not."""
+        """Attention under a mask [B, 1, T, S]: True or 0 for what a token sees, False or a large negative number for
+        what not."""
         rows, _, tokens, _ = mask.shape
 
         def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor, angles: Angles) -> Tensor:
             queries, keys = self._rotated(queries, angles), self._rotated(keys, angles)
-            queries, keys, values = (x.view(rows, tokens, -1, self.size).transpose(1, 2) for x in (queries, keys, values))
+            queries, keys, values = (
+                x.view(rows, tokens, -1, self.size).transpose(1, 2) for x in (queries, keys, values)
+            )
             keys, values = memory(layer, keys, values)
             shared = self.heads // self.kv_heads
             if shared > 1 and not mask.is_cpu:  # a GPU's fused kernels take a mask or shared heads, not both
@@ -129,7 +140,9 @@ class Forward:
             if kernels is not None:
                 return kernels.rotary(x, cos, sin)
         half = self.size // 2
-        signed = torch.cat([-sin[:, :half], sin[:, half:]], -1)  # half of a rotation's terms are subtracted: their sign goes into the sine
+        signed = torch.cat(
+            [-sin[:, :half], sin[:, half:]], -1
+        )  # half of a rotation's terms are subtracted: their sign goes into the sine
         return x * cos[:, None] + x.roll(half, -1) * signed[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:

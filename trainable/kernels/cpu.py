@@ -1,9 +1,10 @@
 """Compile the fused CPU kernels at first use, and keep them.
 
-One compiler run of about 20 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or plain C++;
-ATEN_CPU_CAPABILITY chooses a lesser one). The library lies in the cache folder under a name made of all that it depends on, so another
-Python, torch, compiler or kind of machine that shares the folder gets its own; a file lock keeps two processes from compiling it twice.
-Without a compiler one line says so, and eager torch computes the same, more slowly.
+One compiler run of about 20 seconds, for the widest vectors that torch itself finds on this machine (AVX-512, AVX2 or
+plain C++; ATEN_CPU_CAPABILITY chooses a lesser one). The library lies in the cache folder under a name made of all that
+it depends on, so another Python, torch, compiler or kind of machine that shares the folder gets its own; a file lock
+keeps two processes from compiling it twice. Without a compiler one line says so, and eager torch computes the same,
+more slowly.
 
     module.cpp        the library: the way in for Python
     vectors.h         vectors of the compiler
@@ -115,7 +116,9 @@ def load() -> Kernels | None:
     try:
         library = build()
     except CannotCompile as reason:
-        log.warning("4-bit arithmetic without its fused kernel, some 20 times slower: %s; install g++ to have it", reason)
+        log.warning(
+            "4-bit arithmetic without its fused kernel, some 20 times slower: %s; install g++ to have it", reason
+        )
         return None
     spec = importlib.util.spec_from_file_location("rin_kernels", library)
     assert spec is not None
@@ -156,7 +159,19 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
         made = Path(folder) / library.name
         headers = [*include_paths(), sysconfig.get_path("include")]
         places = [*(f"-I{path}" for path in headers), *(f"-L{path}" for path in library_paths())]
-        _run([compiler, *flags, *places, str(SOURCES / "module.cpp"), "-o", str(made), "-ltorch_cpu", "-ltorch_python", "-lc10"])
+        _run(
+            [
+                compiler,
+                *flags,
+                *places,
+                str(SOURCES / "module.cpp"),
+                "-o",
+                str(made),
+                "-ltorch_cpu",
+                "-ltorch_python",
+                "-lc10",
+            ]
+        )
         made.replace(library)  # whole or not at all
 
 

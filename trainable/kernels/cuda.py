@@ -1,11 +1,13 @@
-"""Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, RMSNorm and SwiGLU with quantised output.
+"""Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, RMSNorm and SwiGLU with
+quantised output.
 
-Eager torch takes some ten passes, each at the speed of the memory. Triton is a compiler that comes with torch's CUDA builds
-(`pip install triton` elsewhere) and compiles a kernel at its first call, within seconds; it needs a C compiler for the call itself. Where
-it is not installed `load` returns None, one line says so, and eager torch computes the same.
+Eager torch takes some ten passes, each at the speed of the memory. Triton is a compiler that comes with torch's CUDA
+builds (`pip install triton` elsewhere) and compiles a kernel at its first call, within seconds; it needs a C compiler
+for the call itself. Where it is not installed `load` returns None, one line says so, and eager torch computes the same.
 
-The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so that it goes around
-them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
+The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so
+that it goes around them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU
+tensors: so they are tested without a GPU.
 
 `RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the
 quantisation is the identity.
@@ -47,7 +49,9 @@ def load() -> Kernel | None:
 
 @functools.cache
 def _missing() -> None:
-    log.warning("4-bit arithmetic without its fused CUDA kernels, several times slower; pip install triton to have them")
+    log.warning(
+        "4-bit arithmetic without its fused CUDA kernels, several times slower; pip install triton to have them"
+    )
 
 
 def fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
@@ -61,7 +65,8 @@ def fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
     """y = Q(weight * x / sqrt(mean(x^2) + epsilon)), and 1 / sqrt(..) of each row in fp32; without gradient.
 
-    x [.., n] -> y [.., n], [rows]. `code` is -1 for no quantisation. n is at most WIDEST, and x and `weight` share a dtype.
+    x [.., n] -> y [.., n], [rows]. `code` is -1 for no quantisation. n is at most WIDEST, and x and `weight` share a
+    dtype.
     """
     if torch.compiler.is_compiling():
         result: tuple[Tensor, Tensor] = _rms_norm_operator(x.detach(), weight.detach(), epsilon, code, addend)
@@ -85,7 +90,7 @@ def can_norm(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.dtype in _FUSED_DTYPES and x.shape[-1] <= WIDEST and load() is not None
 
 
-# --- launches ------------------------------------------------------------------------------------------------------------------------
+# --- launches ---------------------------------------------------------------------------------------------------------
 
 
 def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
@@ -110,7 +115,9 @@ def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tenso
             kernels.nv_tensor[tiles](_bits(x), _bits(out), count, _largest(x), _TILE // 16, **_OPTIONS)
         else:
             blocks = min(_power_of_two(columns // 16), _TILE // 16)
-            kernels.nv_rows[(count // columns,)](_bits(x), _bits(out), columns, blocks, num_warps=_warps(blocks * 16), **_OPTIONS)
+            kernels.nv_rows[(count // columns,)](
+                _bits(x), _bits(out), columns, blocks, num_warps=_warps(blocks * 16), **_OPTIONS
+            )
     return out
 
 
@@ -146,7 +153,8 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
     if count:
         with torch.cuda.device_of(gate):  # type: ignore[no-untyped-call]
             kernels.swiglu_tensor[(-(-count // _TILE),)](
-                *(_bits(gate), _bits(up), _bits(out), count, addend, -1 if whole_rows else code, _TILE // 32), **_OPTIONS
+                *(_bits(gate), _bits(up), _bits(out), count, addend, -1 if whole_rows else code, _TILE // 32),
+                **_OPTIONS,
             )
     return _fake_quantize(out, code, addend, False) if whole_rows else out
 
@@ -154,12 +162,14 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
 def _check(x: Tensor, code: int) -> None:
     form, columns = _BY_CODE[code], x.shape[-1]
     if columns % form.block != 0:
-        raise ValueError(f"{form.name} needs a last dim that is a multiple of {form.block}, but got {columns}; exclude it")
+        raise ValueError(
+            f"{form.name} needs a last dim that is a multiple of {form.block}, but got {columns}; exclude it"
+        )
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude, fp32 and in no dimension; NaN where there is one. Its quotient by 448 * 6 is left to the kernel: torch
-    multiplies by the reciprocal when it divides a CUDA tensor by a number."""
+    """The largest magnitude, fp32 and in no dimension; NaN where there is one. Its quotient by 448 * 6 is left to the
+    kernel: torch multiplies by the reciprocal when it divides a CUDA tensor by a number."""
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high).to(torch.float32)
 
@@ -223,7 +233,7 @@ def _rotated(y: Tensor, code: int, addend: int) -> Tensor:
     return fake_quantize(turned, code, addend, False) if code >= 0 else turned
 
 
-# --- operators -----------------------------------------------------------------------------------------------------------------------
+# --- operators --------------------------------------------------------------------------------------------------------
 
 
 _fake_quantize_operator: Any = torch.library.custom_op("rin_cuda::fake_quantize", _fake_quantize, mutates_args=())

@@ -1,21 +1,27 @@
-"""The Triton functions behind `cuda.py`, which alone imports this module: it needs triton, and every machine has the other.
+"""The Triton functions behind `cuda.py`, which alone imports this module: it needs triton, and every machine has the
+other.
 
-What is computed, and why so, is said in trainable/quantization.py, whose eager torch is the definition: every value here equals its value
-there. The method is that of blocks.h and mx.h. A tile is [B, K], a block per row, held in registers between one load and one store, so that
-memory is passed over once; what several passes need (the largest of an NVFP4 row) is read again from the cache.
+What is computed, and why so, is said in trainable/quantization.py, whose eager torch is the definition: every value
+here equals its value there. The method is that of blocks.h and mx.h. A tile is [B, K], a block per row, held in
+registers between one load and one store, so that memory is passed over once; what several passes need (the largest of
+an NVFP4 row) is read again from the cache.
 
     amax      the largest magnitude of a block, as an integer: the bits of non-negative floats sort as the floats do
-    scale X   a power of two, and its inverse too: integer arithmetic on the exponent bits of amax, no log2 and no division. 1 / X is
-              always a normal number; X itself may be 2^-127, a subnormal, which is why it is built from bits
+    scale X   a power of two, and its inverse too: integer arithmetic on the exponent bits of amax, no log2 and no
+              division. 1 / X is always a normal number; X itself may be 2^-127, a subnormal, which is why it is built
+              from bits
     rounding  (y + 2^23 step) - 2^23 step: the adder rounds to nearest even at the step of y's binade
 
 What a GPU's compiler could break, and why it does not:
-- fma(a, b, c) for a * b + c skips a rounding. Launches say enable_fp_fusion=False. Nor is there a product that feeds a sum here: y is
-  clamped as an integer between its product and the adder. (The sum of squares in a norm is the exception, and has no exact value.)
-- The exponential in SwiGLU is the GPU's approximate one, as e^x has no exact value either; what is quantised is quantised exactly.
-- Flushing of subnormals: Triton emits mul, add and div without .ftz. `tl.div_rn` and `tl.sqrt_rn` round to nearest; `/` and `tl.sqrt`
-  are approximate.
-- bf16 travels as int16, its bits, which are the upper half of fp32: the rounding to it is written out, and is that of torch.
+- fma(a, b, c) for a * b + c skips a rounding. Launches say enable_fp_fusion=False. Nor is there a product that feeds a
+  sum here: y is clamped as an integer between its product and the adder. (The sum of squares in a norm is the
+  exception, and has no exact value.)
+- The exponential in SwiGLU is the GPU's approximate one, as e^x has no exact value either; what is quantised is
+  quantised exactly.
+- Flushing of subnormals: Triton emits mul, add and div without .ftz. `tl.div_rn` and `tl.sqrt_rn` round to nearest; `/`
+  and `tl.sqrt` are approximate.
+- bf16 travels as int16, its bits, which are the upper half of fp32: the rounding to it is written out, and is that of
+  torch.
 A test reads the assembly for the first two.
 
 Shapes: B = blocks of a tile, K = elements of a block.
@@ -59,7 +65,8 @@ def number(bits):
 
 @triton.jit
 def nearest(bits, like):
-    """The nearest even value of bf16 where that is what `like` points to. The sum would carry a NaN into the sign, so NaN is set apart."""
+    """The nearest even value of bf16 where that is what `like` points to. The sum would carry a NaN into the sign, so
+    NaN is set apart."""
     if like.dtype.element_ty == tl.int16:
         carried = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
         return tl.where((bits & MAGNITUDE) > EXPONENT, NAN, carried)
@@ -80,7 +87,8 @@ def rounded(y, MANTISSA: tl.constexpr):
 
 @triton.jit
 def mx(bits, addend, MANTISSA: tl.constexpr):
-    """A tile of MX blocks, bits to bits. All products are by powers of two, and exact but where the rounding yields 0 anyway."""
+    """A tile of MX blocks, bits to bits. All products are by powers of two, and exact but where the rounding yields 0
+    anyway."""
     EMAX: tl.constexpr = 2 if MANTISSA == 1 else 8
     a = bits & MAGNITUDE
     amax = tl.max(a, axis=1, keep_dims=True)  # [B, 1]
@@ -96,7 +104,8 @@ def mx(bits, addend, MANTISSA: tl.constexpr):
 def nv(bits, top):
     """A tile of NVFP4 blocks under the outer scale of `top`, the bits of the largest magnitude of their row or tensor.
 
-    These scales are no powers of two: each quotient and product below is rounded to fp32 on its own, as in the definition.
+    These scales are no powers of two: each quotient and product below is rounded to fp32 on its own, as in the
+    definition.
     """
     a = bits & MAGNITUDE
     amax = tl.max(a, axis=1, keep_dims=True)  # [B, 1]
@@ -113,7 +122,7 @@ def tile(B: tl.constexpr, K: tl.constexpr):
     return tl.arange(0, B)[:, None] * K + tl.arange(0, K)[None, :]
 
 
-# --- kernels -------------------------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["addend"])
@@ -147,8 +156,8 @@ def nv_rows(x, out, columns, B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["addend"])
 def swiglu_tensor(gate, up, out, count, addend, FORMAT: tl.constexpr, B: tl.constexpr):
-    """silu(gate) * up, then blocks of 32 side by side on the grid of FORMAT (an MX one, or -1: none). silu is rounded to the dtype before
-    the product, as in torch."""
+    """silu(gate) * up, then blocks of 32 side by side on the grid of FORMAT (an MX one, or -1: none). silu is rounded
+    to the dtype before the product, as in torch."""
     at = tl.program_id(0).to(tl.int64) * (B * 32) + tile(B, 32)
     seen = at < count
     x = number(read(gate, at, seen))
@@ -163,9 +172,9 @@ def swiglu_tensor(gate, up, out, count, addend, FORMAT: tl.constexpr, B: tl.cons
 
 @triton.jit(do_not_specialize=["addend"])
 def norm_rows(x, weight, out, inverse, epsilon, addend, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, N: tl.constexpr):
-    """A row for each program: RMSNorm, then its output on the grid of FORMAT (-1: none). Between the two products the normalised value is
-    rounded to the dtype of x, as in transformers. N is a power of two that holds COLUMNS, and in one dimension, so that the order of the
-    sum is the same for all formats."""
+    """A row for each program: RMSNorm, then its output on the grid of FORMAT (-1: none). Between the two products the
+    normalised value is rounded to the dtype of x, as in transformers. N is a power of two that holds COLUMNS, and in
+    one dimension, so that the order of the sum is the same for all formats."""
     start = tl.program_id(0).to(tl.int64) * COLUMNS
     at = tl.arange(0, N)
     seen = at < COLUMNS

@@ -1,9 +1,10 @@
 """The gated MLP of a block, whose activation is quantised at once for the projection that reads it.
 
-transformers computes silu, product and (in a `QuantLinear`) quantisation one after the other, each over the widest tensor of the model.
-On a CPU one fused kernel does all three while a row is in the cache, and another the whole backward pass; bits are those of torch's own
-vectors (see `kernels/swiglu.h`). On a CUDA device the forward pass is fused, the backward pass is plain torch. Either keeps gate and up for
-the backward pass, where torch keeps silu(gate) too. The backward pass of the quantisation is the identity (straight-through).
+transformers computes silu, product and (in a `QuantLinear`) quantisation one after the other, each over the widest
+tensor of the model. On a CPU one fused kernel does all three while a row is in the cache, and another the whole
+backward pass; bits are those of torch's own vectors (see `kernels/swiglu.h`). On a CUDA device the forward pass is
+fused, the backward pass is plain torch. Either keeps gate and up for the backward pass, where torch keeps silu(gate)
+too. The backward pass of the quantisation is the identity (straight-through).
 
 Shapes: n = hidden size, m = intermediate size.
 """
@@ -18,7 +19,8 @@ from trainable.quantization import InputSource, QuantLinear
 
 
 class GatedMLP(InputSource):
-    """y = down(Q(silu(gate(x)) * up(x))) (SwiGLU, arXiv 2002.05202), for Qwen2, Llama and Mistral; on their own projections."""
+    """y = down(Q(silu(gate(x)) * up(x))) (SwiGLU, arXiv 2002.05202), for Qwen2, Llama and Mistral; on their own
+    projections."""
 
     def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
@@ -32,7 +34,12 @@ class GatedMLP(InputSource):
 
     def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
         """[.., m] both -> [.., m]."""
-        if gate.is_cpu and gate.dtype == torch.float32 and gate.shape[-1] % LANES == 0 and not torch.compiler.is_compiling():
+        if (
+            gate.is_cpu
+            and gate.dtype == torch.float32
+            and gate.shape[-1] % LANES == 0
+            and not torch.compiler.is_compiling()
+        ):
             kernels = cpu.load()
             if kernels is not None:
                 return kernels.swiglu(gate, up, *self.output.codes)

@@ -1,10 +1,10 @@
 """RMSNorm whose output is quantised at once for every projection that reads it.
 
-q, k and v read one norm's output, gate and up the other's: quantised here it is quantised once instead of three times and twice, with
-equal bits. The sum of the residual stream that a norm reads is taken here too. On a CPU one fused kernel does sum, norm and quantisation
-while a row is in the cache, and another the whole backward pass; torch would take ten passes forward and twice as many backward. On a CUDA
-device the forward pass is fused, the backward pass is plain torch. The backward pass of the quantisation is the identity
-(straight-through).
+q, k and v read one norm's output, gate and up the other's: quantised here it is quantised once instead of three times
+and twice, with equal bits. The sum of the residual stream that a norm reads is taken here too. On a CPU one fused
+kernel does sum, norm and quantisation while a row is in the cache, and another the whole backward pass; torch would
+take ten passes forward and twice as many backward. On a CUDA device the forward pass is fused, the backward pass is
+plain torch. The backward pass of the quantisation is the identity (straight-through).
 
 Shapes: n = hidden size.
 """
@@ -20,7 +20,8 @@ LANES = 16
 
 
 class RMSNorm(InputSource):
-    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)) over the last axis (arXiv 1910.07467), for the norms of Qwen2, Llama and Mistral."""
+    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)) over the last axis (arXiv 1910.07467), for the norms of Qwen2,
+    Llama and Mistral."""
 
     def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
         super().__init__()

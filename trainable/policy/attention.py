@@ -1,4 +1,5 @@
-"""By which implementation a policy's attention is computed, in transformers' words: the one room that touches where they keep it."""
+"""By which implementation a policy's attention is computed, in transformers' words: the one room that touches where
+they keep it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ def attention_of(policy: Policy) -> str:
 
 @contextmanager
 def attention(policy: Policy, implementation: str) -> Iterator[None]:
-    """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no choice."""
+    """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no
+    choice."""
     network = policy.network
     before = network.config._attn_implementation
     try:
@@ -24,7 +26,9 @@ def attention(policy: Policy, implementation: str) -> Iterator[None]:
         except (ValueError, ImportError) as error:  # transformers' words for what an architecture does not support
             raise ConfigError(f"model.attention={implementation}: {error}; take another model") from error
         if network.config._attn_implementation != implementation:  # it only warns about those that it cannot switch
-            raise ConfigError(f"model.attention={implementation}: {type(network).__name__} cannot switch to it; take another model")
+            raise ConfigError(
+                f"model.attention={implementation}: {type(network).__name__} cannot switch to it; take another model"
+            )
         yield
     finally:
         network.config._attn_implementation = before

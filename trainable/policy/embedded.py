@@ -1,12 +1,14 @@
 """The embedded base model: a small Qwen2 trained here on sums, so that a whole study runs without network or GPU.
 
-It is built the way the real thing came about. Phase 1 teaches well-formed answers ("12+345=" -> "357"). Phase 2 then spoils the
-format: in 60 % of the answers an unwanted "+" stands first, the counterpart of a chat model that does not know GSM8K's "####".
-A base from phase 1 alone cannot tell "noise does not help" from "nothing helps": in 29 steps GRPO gains nothing on it. After
-phase 2 reinforcement has something to win back, and a run at full precision does (the positive control).
+It is built the way the real thing came about. Phase 1 teaches well-formed answers ("12+345=" -> "357"). Phase 2 then
+spoils the format: in 60 % of the answers an unwanted "+" stands first, the counterpart of a chat model that does not
+know GSM8K's "####". A base from phase 1 alone cannot tell "noise does not help" from "nothing helps": in 29 steps GRPO
+gains nothing on it. After phase 2 reinforcement has something to win back, and a run at full precision does (the
+positive control).
 
-The base is cached under the user's cache folder by the hash of its recipe; a file lock keeps two processes from building it twice;
-the build runs on a fixed number of threads, because float sums depend on it: same recipe, same bits on one kind of machine.
+The base is cached under the user's cache folder by the hash of its recipe; a file lock keeps two processes from
+building it twice; the build runs on a fixed number of threads, because float sums depend on it: same recipe, same bits
+on one kind of machine.
 """
 
 import hashlib
@@ -63,7 +65,9 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(_CHARACTERS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
 
 
 def _build_into(folder: Path, recipe: BaseRecipe, progress: Progress) -> None:

@@ -49,7 +49,8 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
         network = _with_adapters(network, linears, model, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     cpu.load()  # compiled here, where a process may take its time, and not within its first step
-    # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one function.
+    # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one
+    # function.
     network.eval()
     return Policy(model=network, tokenizer=tokenizer, linears=linears, norms=norms, final_norm=final, depth=depth)
 
@@ -64,7 +65,9 @@ def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:
 def _check_patterns(quant: QuantConfig, names: dict[str, nn.Linear]) -> None:
     for pattern in quant.exclude:
         if not any(matches(pattern, name) for name in names):
-            raise ConfigError(f"quant.exclude={pattern}: matches no linear layer; one of them is {next(iter(names), 'none')}")
+            raise ConfigError(
+                f"quant.exclude={pattern}: matches no linear layer; one of them is {next(iter(names), 'none')}"
+            )
 
 
 def _wrap(network: Any, name: str, linear: nn.Linear, arithmetic: Arithmetic) -> QuantLinear:
@@ -103,7 +106,9 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
     targets = [name for name in linears if block_of(name) is not None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_hash("adapters", seed) % 2**31)
-        adapted = get_peft_model(network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets))
+        adapted = get_peft_model(
+            network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets)
+        )
     for name in targets:
         dropouts = adapted.base_model.model.get_submodule(name).lora_dropout
         for key in dropouts:

@@ -1,12 +1,13 @@
-"""The policy: a causal language model whose projections compute in 4 bits, and the names by which its parts are spoken of.
+"""The policy: a causal language model whose projections compute in 4 bits, and the names by which its parts are spoken
+of.
 
-Every projection inside a decoder block becomes a `QuantLinear`, also one that stays at 16 bits (its formats are then `none`): one
-kind of layer carries quantisation, noise and the receipt, so none of them can miss a layer that another one sees. The head is
-wrapped only when the configuration does not exclude it; embeddings and norms are never quantised.
+Every projection inside a decoder block becomes a `QuantLinear`, also one that stays at 16 bits (its formats are then
+`none`): one kind of layer carries quantisation, noise and the receipt, so none of them can miss a layer that another
+one sees. The head is wrapped only when the configuration does not exclude it; embeddings and norms are never quantised.
 
-With LoRA the frozen base is quantised and adapters are not; they see the quantised input, because that is what the layer sees
-(quantised adapters cost an earlier system half of its accuracy).
-Names are those of the bare model: peft's prefixes are stripped, so that a seed for `layers.3.mlp.up_proj` is the same either way.
+With LoRA the frozen base is quantised and adapters are not; they see the quantised input, because that is what the
+layer sees (quantised adapters cost an earlier system half of its accuracy). Names are those of the bare model: peft's
+prefixes are stripped, so that a seed for `layers.3.mlp.up_proj` is the same either way.
 """
 
 import fnmatch
@@ -89,7 +90,8 @@ def matches(pattern: str, name: str) -> bool:
 
 @contextmanager
 def deployed(policy: Policy) -> Iterator[None]:
-    """Freeze the quantised weights while nothing learns (rollout, evaluation): each is computed once, not once per token."""
+    """Freeze the quantised weights while nothing learns (rollout, evaluation): each is computed once, not once per
+    token."""
     linears = policy.linears.values()
     with torch.no_grad():
         try:

@@ -1,4 +1,5 @@
-"""Where a model comes from: the embedded base, a package that carries one, a folder, a hub. A file that lacks weights is refused."""
+"""Where a model comes from: the embedded base, a package that carries one, a folder, a hub. A file that lacks weights
+is refused."""
 
 import importlib.util
 from pathlib import Path
@@ -29,7 +30,9 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
         source = model.name
     tokenizer_options = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **tokenizer_options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, padding_side="left", trust_remote_code=False, **tokenizer_options
+        )
         network, loaded = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=False,  # runs no code of a folder

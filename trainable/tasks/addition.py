@@ -12,7 +12,8 @@ ADDITION_SHARE = 0.10
 def addition_question(rng: Random, digits: int, split: Split, *, short_ones: bool = False) -> Question:
     """One random sum of a share: both numbers below 10^digits, evenly, so that most have `digits` digits.
 
-    With `short_ones` every length is as likely as the others: the easy examples from which the embedded base learns to add at all.
+    With `short_ones` every length is as likely as the others: the easy examples from which the embedded base learns to
+    add at all.
     """
     number = _number_of_any_length if short_ones else _number
     while True:
@@ -22,7 +23,9 @@ def addition_question(rng: Random, digits: int, split: Split, *, short_ones: boo
 
 
 def _number(rng: Random, digits: int) -> int:
-    return int(rng.random() * 10**digits)  # of Random's methods, random() alone is promised to be the same in every Python
+    return int(
+        rng.random() * 10**digits
+    )  # of Random's methods, random() alone is promised to be the same in every Python
 
 
 def _number_of_any_length(rng: Random, digits: int) -> int:
@@ -47,4 +50,6 @@ def build_addition(config: TaskConfig) -> Task:
             yield addition_question(rng, config.digits, split)
 
     rewards: dict[str, RewardFunction] = {"exact": exact_reward, "unsigned": unsigned_reward}
-    return ProceduralTask(name=config.name, rewards=rewards, weights={"exact": 1.0, "unsigned": 0.0}, judge="exact", draws=draws)
+    return ProceduralTask(
+        name=config.name, rewards=rewards, weights={"exact": 1.0, "unsigned": 0.0}, judge="exact", draws=draws
+    )

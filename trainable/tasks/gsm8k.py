@@ -1,10 +1,13 @@
-"""GSM8K's format: word problems whose answer ends in "#### 42"; where they come from, how they are split, how numbers are read.
+"""GSM8K's format: word problems whose answer ends in "#### 42"; where they come from, how they are split, how numbers
+are read.
 
-The published data set has 7,473 problems in train and 1,319 in test and no validation set, so one is held out here: choosing on
-the test set is how a sweep deceives itself. Numbers are compared as exact decimals (42 = 42.0 = $42, 1,234.5 = 1234.50), never as
-floats. Two readings of a completion: the number after the last "####" (strict) and the last number anywhere (flexible).
+The published data set has 7,473 problems in train and 1,319 in test and no validation set, so one is held out here:
+choosing on the test set is how a sweep deceives itself. Numbers are compared as exact decimals (42 = 42.0 = $42,
+1,234.5 = 1234.50), never as floats. Two readings of a completion: the number after the last "####" (strict) and the
+last number anywhere (flexible).
 
-Hub access is one call of `datasets`, imported only when no file is given. Left out: fractions, percentages, scientific notation.
+Hub access is one call of `datasets`, imported only when no file is given. Left out: fractions, percentages, scientific
+notation.
 """
 
 import json
@@ -38,8 +41,8 @@ class Problems:
     confirm: tuple[Problem, ...]
 
 
-# ASCII digits only. A minus is a sign when nothing that could be an operand stands before it ("10-3" ends in 3), and a number
-# does not begin inside a word ("1e999" holds the number 1, "x2" none).
+# ASCII digits only. A minus is a sign when nothing that could be an operand stands before it ("10-3" ends in 3), and a
+# number does not begin inside a word ("1e999" holds the number 1, "x2" none).
 _NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w.)\]])-)?(?<![\w.])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 _NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -75,8 +78,8 @@ def load_problems(path: str | None) -> Problems:
 def split_problems(train: Sequence[Problem], test: Sequence[Problem] | None = None) -> Problems:
     """With a test set: it is for confirm, and the end of train (1,024 problems, at most a quarter) for selection.
 
-    Without one, the last 30 % are held out: the first half of them for selection, the rest for confirm. A question that occurs in
-    two sets stays in one: confirm before selection before train.
+    Without one, the last 30 % are held out: the first half of them for selection, the rest for confirm. A question that
+    occurs in two sets stays in one: confirm before selection before train.
     """
     if test is None:
         start, end = len(train) - len(train) * 3 // 10, len(train) - len(train) * 3 // 20
@@ -113,7 +116,9 @@ def problem_of(row: Any, where: str) -> Problem:
     """One row, {"question": "...", "answer": "... #### 42"}. Raises ConfigError that names the row by `where`."""
     for key in ("question", "answer"):
         if not isinstance(row, Mapping) or not isinstance(row.get(key), str):
-            raise ConfigError(f'{where}: no text under "{key}"; each row needs {{"question": "...", "answer": "... #### 42"}}')
+            raise ConfigError(
+                f'{where}: no text under "{key}"; each row needs {{"question": "...", "answer": "... #### 42"}}'
+            )
     number = strict_number(row["answer"])
     if number is None:
         raise ConfigError(f'{where}: the answer ends in {row["answer"][-20:]!r}; let it end in "#### " and a number')
@@ -131,12 +136,16 @@ def _from_hub() -> tuple[list[Problem], list[Problem]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ConfigError("task.name=gsm8k without task.path needs the package datasets: pip install rin-search[hub]") from None
+        raise ConfigError(
+            "task.name=gsm8k without task.path needs the package datasets: pip install rin-search[hub]"
+        ) from None
     try:
         data: Mapping[str, Iterable[Any]] = load_dataset("openai/gsm8k", "main")
     except OSError as error:  # no network, or the hub refuses
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise ConfigError(f"task.path: openai/gsm8k cannot be fetched ({reason}); give a JSONL file by task.path") from None
+        raise ConfigError(
+            f"task.path: openai/gsm8k cannot be fetched ({reason}); give a JSONL file by task.path"
+        ) from None
     return problems_of(data["train"], "openai/gsm8k train"), problems_of(data["test"], "openai/gsm8k test")
 
 

@@ -1,11 +1,13 @@
-"""reasoning_gym's procedural data sets as a source of questions and of partial credit, with the care that outside code needs.
+"""reasoning_gym's procedural data sets as a source of questions and of partial credit, with the care that outside code
+needs.
 
-Its scorers meet model output, so a few exception types are caught around them, and only here: such an answer is worth 0. Its
-data sets were tried one by one (version 0.1.25: 60 questions each in two processes with different hash seeds, 40 kinds of
-garbage marked): those whose questions differ between processes, or whose scorer executes the answer, never returns or pays for
-garbage, are refused by name with the reason. Six scorers pass lists or sums to eval(); there an answer in other characters is
-worth 0 unseen. Partial credit is reasoning_gym's own: many data sets give 0.01 to 0.1 to a wrong answer, or a share to a text
-that contains the right one. Left out: a time limit on scorers; data sets whose options are lists.
+Its scorers meet model output, so a few exception types are caught around them, and only here: such an answer is worth
+0. Its data sets were tried one by one (version 0.1.25: 60 questions each in two processes with different hash seeds, 40
+kinds of garbage marked): those whose questions differ between processes, or whose scorer executes the answer, never
+returns or pays for garbage, are refused by name with the reason. Six scorers pass lists or sums to eval(); there an
+answer in other characters is worth 0 unseen. Partial credit is reasoning_gym's own: many data sets give 0.01 to 0.1 to
+a wrong answer, or a share to a text that contains the right one. Left out: a time limit on scorers; data sets whose
+options are lists.
 """
 
 import dataclasses

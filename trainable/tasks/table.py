@@ -12,7 +12,9 @@ from trainable.tasks.gym import open_gym
 from trainable.tasks.task import FiniteTask, ProceduralTask, Question, RewardFunction, Split, Task, split_of
 
 GYM_SHARE = 0.25
-GSM8K_PROMPT = '{question}\n\nReason step by step. On the last line write "#### " followed by the final answer as a bare number.'
+GSM8K_PROMPT = (
+    '{question}\n\nReason step by step. On the last line write "#### " followed by the final answer as a bare number.'
+)
 GYM_PROMPT = "{question}\n\nAnswer with the result alone, without any explanation."
 
 
@@ -30,7 +32,9 @@ def _build_gsm8k(config: TaskConfig) -> Task:
     problems, template = load_problems(config.path), _template(config, GSM8K_PROMPT)
 
     def questions(part: Sequence[Problem]) -> list[Question]:
-        return [Question(prompt=template.replace("{question}", problem.question), answer=problem.answer) for problem in part]
+        return [
+            Question(prompt=template.replace("{question}", problem.question), answer=problem.answer) for problem in part
+        ]
 
     sets: dict[Split, Sequence[Question]] = {
         "train": questions(problems.train),
@@ -38,7 +42,9 @@ def _build_gsm8k(config: TaskConfig) -> Task:
         "confirm": questions(problems.confirm),
     }
     rewards: dict[str, RewardFunction] = {"strict": strict_reward, "flexible": flexible_reward}
-    return FiniteTask(name=config.name, rewards=rewards, weights={"strict": 1.0, "flexible": 0.0}, judge="strict", questions=sets)
+    return FiniteTask(
+        name=config.name, rewards=rewards, weights={"strict": 1.0, "flexible": 0.0}, judge="strict", questions=sets
+    )
 
 
 def _template(config: TaskConfig, default: str) -> str:
@@ -59,7 +65,9 @@ def _build_gym(config: TaskConfig) -> Task:
     def score(question: Question, completion: str) -> float:
         return dataset.score(completion, question.entry)
 
-    return ProceduralTask(name=config.name, rewards={"score": score}, weights={"score": 1.0}, judge="score", draws=draws)
+    return ProceduralTask(
+        name=config.name, rewards={"score": score}, weights={"score": 1.0}, judge="score", draws=draws
+    )
 
 
 def build_task(config: TaskConfig) -> Task:

@@ -1,24 +1,25 @@
 """What the model is asked and what an answer is worth: questions that a program can mark.
 
-A task has three sets of questions that never meet: `train`, `selection` (for choosing among trials) and `confirm` (never used for
-choosing). Three kinds of task:
+A task has three sets of questions that never meet: `train`, `selection` (for choosing among trials) and `confirm`
+(never used for choosing). Three kinds of task:
 
-- `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is not
-  (a mark that forgives the sign, `unsigned`, weighs nothing and is logged).
-- `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (the number after the last "####") is the reward; `flexible` (the last
-  number of the text) weighs nothing and is logged, because a low strict mark next to a high flexible one is a model that has not
-  learned the format yet, not one that cannot count.
-- `reasoning_gym:NAME`: a procedural data set of that package (`gym.py`), with partial credit in [0, 1] as its own scorer gives it.
+- `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is
+  not (a mark that forgives the sign, `unsigned`, weighs nothing and is logged).
+- `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (the number after the last "####") is the reward; `flexible`
+  (the last number of the text) weighs nothing and is logged, because a low strict mark next to a high flexible one is a
+  model that has not learned the format yet, not one that cannot count.
+- `reasoning_gym:NAME`: a procedural data set of that package (`gym.py`), with partial credit in [0, 1] as its own
+  scorer gives it.
 
-Procedural questions (addition, reasoning_gym) are endless, so a set is a *share*: a stable hash of the question says to which of
-the three it belongs, in every process, whatever was drawn before. 3+4 and 4+3 fall into the same share. Each held-out share has
-10 % of all sums, and 25 % of a reasoning_gym data set (a held-out question costs four generated ones). The questions of one list
-differ from one another as long as the share has new ones to give; when PATIENCE draws in a row brought nothing new it counts as
-exhausted and its questions repeat in order. A finite data set never repeats: more asked than exist is the user's mistake. In both
-kinds a shorter held-out list is the beginning of a longer one.
+Procedural questions (addition, reasoning_gym) are endless, so a set is a *share*: a stable hash of the question says to
+which of the three it belongs, in every process, whatever was drawn before. 3+4 and 4+3 fall into the same share. Each
+held-out share has 10 % of all sums, and 25 % of a reasoning_gym data set (a held-out question costs four generated
+ones). The questions of one list differ from one another as long as the share has new ones to give; when PATIENCE draws
+in a row brought nothing new it counts as exhausted and its questions repeat in order. A finite data set never repeats:
+more asked than exist is the user's mistake. In both kinds a shorter held-out list is the beginning of a longer one.
 
-Model output is untrusted: garbage is worth 0 and never raises. Our own reward functions are not wrapped: one that raises, or
-returns nan or infinity, is a bug and fails the trial.
+Model output is untrusted: garbage is worth 0 and never raises. Our own reward functions are not wrapped: one that
+raises, or returns nan or infinity, is a bug and fails the trial.
 
 Left out: chat templates (they need the tokenizer), length penalties (`grpo.py`), curricula.
 """
@@ -90,7 +91,9 @@ class Task(ABC):
         parts = {name: float(reward(question, completion)) for name, reward in self.rewards.items()}
         for name, value in parts.items():
             if not math.isfinite(value):
-                raise ValueError(f"reward function {name} of {self.name} must return a finite number, but returned {value}")
+                raise ValueError(
+                    f"reward function {name} of {self.name} must return a finite number, but returned {value}"
+                )
         reward = sum(self.weights[name] * value for name, value in parts.items())
         return Score(reward=reward, parts=parts, correct=parts[self.judge] >= 1 - 1e-9)
 
@@ -115,7 +118,9 @@ class ProceduralTask(Task):
                 found[question.prompt] = question
                 idle = 0
         if count and not found:
-            raise ConfigError(f"task.options: {PATIENCE} draws of {self.name} gave no question for {split}; allow more variety")
+            raise ConfigError(
+                f"task.options: {PATIENCE} draws of {self.name} gave no question for {split}; allow more variety"
+            )
         return list(itertools.islice(itertools.cycle(found.values()), count))
 
 
