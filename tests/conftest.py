@@ -126,7 +126,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """model_folder("llama", layers=12): a folder with a random model and its tokenizer, made once per set of arguments."""
+    """model_folder("llama", layers=12): a folder with a random model and its tokenizer, made once per set of
+    arguments."""
     architectures: dict[str, Any] = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
     @cache
