@@ -74,6 +74,7 @@ def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
     """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner
     left."""
