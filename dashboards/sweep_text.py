@@ -68,7 +68,8 @@ def _candidate_lines(result: StudyResult, where: str) -> Iterator[str]:
 def candidate_line(candidate: Candidate) -> str:
     """Example: candidate: c03, +1.2 points against control on the selection questions (...: not a finding)"""
     assert candidate.difference is not None
+    apart = f"{100 * candidate.difference:+.1f} points against {candidate.control.name}"
     return (
-        f"candidate: {candidate.arm.name}, {100 * candidate.difference:+.1f} points against {candidate.control.name} on "
-        "the selection questions (chosen and judged on the same questions: not a finding)"
+        f"candidate: {candidate.arm.name}, {apart} on the selection questions "
+        "(chosen and judged on the same questions: not a finding)"
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("RIN_CACHE", str(Path(tempfile.gettempdir()) / f"rin-tests-{getpass.getuser()}"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two workers build and train beside each other
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # what little is compiled needs no pool of processes
 for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(_switch, "1")
