@@ -1,4 +1,4 @@
-"""What a sweep came to, in words: what stands below its table, what went wrong, the exit code. Pure: result to lines."""
+"""What a sweep came to, in words: what stands below its table, what went wrong, the exit code. A result to lines."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
