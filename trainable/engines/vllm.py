@@ -64,7 +64,7 @@ class Part:
     stop: int
     arithmetic: Arithmetic
     adapter: tuple[Tensor, Tensor, float] | None = None
-    """A [r, I], B [rows, r] and the factor of their product; in fp32 also beside a layer of 16 bits, as peft has them."""
+    """A [r, I], B [rows, r] and the factor of their product; in fp32 also beside 16-bit layers, as peft has them."""
 
 
 class RinQuantization(QuantizationConfig):  # type: ignore[misc]
