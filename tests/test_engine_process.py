@@ -55,6 +55,7 @@ def test_a_message_arrives_as_it_was_sent() -> None:
         "b": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
         "c": torch.tensor(2.0),
     }
+    tensors |= {"tied": tensors["a"].detach(), "rows": tensors["a"][1:], "turned": tensors["a"].T}  # the same memory
     with here, there:
         sender = threading.Thread(target=send, args=(here, {"call": "x", "arguments": {"n": [1, 2.5, None]}}, tensors))
         sender.start()

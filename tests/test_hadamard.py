@@ -92,6 +92,17 @@ def test_without_a_compiler_it_is_eager_torch(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(expected[1], rotate(g)), "symmetric"
 
 
+def test_its_gradient_has_a_gradient_or_says_that_it_has_none() -> None:
+    """Never one that lacks a part without a word."""
+    narrow = drawn(2, 32, dtype=torch.bfloat16).requires_grad_()
+    (first,) = torch.autograd.grad(rotate(narrow).square().sum(), narrow, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), narrow)
+    torch.testing.assert_close(second, torch.full_like(narrow, 2.0), rtol=2e-2, atol=2e-2)
+    x = drawn(2, 32).requires_grad_()
+    with pytest.raises(NotImplementedError, match="has none of its own"):
+        torch.autograd.grad(rotate(x).square().sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 32), (1, 32)])
 def test_shapes_stay(shape: tuple[int, ...]) -> None:
     for way in (rotate, rotate_eager):

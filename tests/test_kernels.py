@@ -26,6 +26,7 @@ COMPARE = """
 import torch
 from spaces.formats import FORMATS
 from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
+from trainable.hadamard import rotate_eager
 from trainable.kernels import cpu
 from trainable.quantization import fake_quantize, fake_quantize_eager
 
@@ -38,6 +39,7 @@ for fmt, rule in ALL:
             assert_same(fake_quantize(x, fmt, rule), fake_quantize_eager(x, fmt, rule))
 gate, up = (4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
 assert torch.equal(kernels.swiglu(gate, up, -1, 0, False), torch.nn.functional.silu(gate) * up)
+assert torch.equal(kernels.rotate(gate), rotate_eager(gate))
 print(torch.backends.cpu.get_cpu_capability())
 """
 
@@ -106,6 +108,17 @@ def test_nvfp4_in_bf16_where_results_lie_halfway_and_scales_are_subnormal(larges
         assert_same(
             fake_quantize(x, "nvfp4", per_tensor=per_tensor), fake_quantize_eager(x, "nvfp4", per_tensor=per_tensor)
         )
+
+
+def test_a_code_that_no_format_has_is_refused() -> None:
+    kernels, x = cpu.load(), torch.zeros(2, 32)
+    assert kernels is not None
+    for code in (-2, -1, 3):
+        with pytest.raises(ValueError, match=f"no format has the code {code}"):
+            kernels.fake_quantize(x, code, 0, False)
+    for code in (-2, 3):  # -1: its output stays as it is
+        with pytest.raises(ValueError, match=f"no format has the code {code}"):
+            kernels.swiglu(x, x, code, 0, False)
 
 
 def test_views_are_quantised_as_their_copies() -> None:

@@ -34,7 +34,7 @@ from trainable.outcome import Effect
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy
-from trainable.quantization import element_step, fake_quantize
+from trainable.quantization import Arithmetic, element_step, fake_quantize
 from trainable.seeds import generator
 
 STEPS = 29
@@ -641,6 +641,14 @@ def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(
             )
             back = rotate(weight - fake_quantize(turned, fmt, per_tensor=True))
             assert rms(back) == pytest.approx(rms(shift), rel=1e-4), "the change of the weight in the model's own basis"
+
+
+def test_the_step_of_a_rotated_weight_is_that_of_the_blocks_that_are_rounded() -> None:
+    """In bf16 a rotated block may round up to the next power of two, where its step is twice as large."""
+    weight = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    step = Arithmetic(hadamard=True).weight.step(weight)
+    assert torch.equal(step, element_step(rotate(weight), "mxfp4", per_tensor=True).float())
+    assert not torch.equal(step, element_step(rotate(weight.float()), "mxfp4", per_tensor=True)), "so it matters"
 
 
 def test_noise_is_added_in_fp32_and_cast_to_bf16_afterwards(load: Load) -> None:

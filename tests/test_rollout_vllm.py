@@ -31,7 +31,7 @@ from trainable.floor import measure_floor
 from trainable.forward.logps import Batch, clean_logps, make_batch, with_old_logps
 from trainable.noise import injected, noise_targets
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import Policy, deployed
+from trainable.policy.policy import Policy, deployed, unshared
 from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts
 from trainable.tasks.table import build_task
@@ -121,11 +121,11 @@ def gaps(batch: Batch) -> torch.Tensor:
 
 
 def update(policy: Policy, seed: int, size: float = 0.02) -> None:
-    """A step of learning, as far as an engine can see it: every trainable weight moves."""
+    """A step of learning, as far as an engine can see it: every trainable weight moves, adapters also from zero."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trainable().values():
-            parameter.add_(torch.randn_like(parameter) * parameter.abs().mean() * size)
+            parameter.add_(torch.randn_like(parameter) * (parameter.abs().mean() or 1.0) * size)
 
 
 # --- the same arithmetic ----------------------------------------------------------------------------------------------
@@ -192,6 +192,27 @@ def test_every_choice_of_layers_formats_and_adapters_is_followed(
         )  # a flip in one of the 8 prompts moves all of its tokens
         gate.check(backend.engine, policy, batch, config.rollout, 1024)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_adapters_beside_layers_of_16_bits_are_as_wide_as_in_training(
+    engine_of: Engines, tiny: Tiny, hadamard: bool
+) -> None:
+    """peft keeps them in fp32."""
+    overrides = ("model.dtype=bfloat16", "model.adapter=lora", f"quant.hadamard={str(hadamard).lower()}")
+    policy, backend, config = engine_of(tiny(*VLLM, *overrides))
+    update(policy, 0, size=0.1)
+    assert {weight.dtype for weight in policy.trainable().values()} == {torch.float32}
+    with deployed(policy):
+        batch = rollout(policy, backend, ragged_prompts(8, vocabulary=12))
+        gate.check_weights(backend.engine, policy)
+        gate.check_layers(backend.engine, policy, batch, config.rollout)
+        with unshared(policy):
+            for name, linear in policy.linears.items():
+                layer, x = policy.model.get_submodule(f"base_model.model.{name}"), torch.randn(64, linear.in_features)
+                ours, theirs = layer(x.bfloat16()), backend.engine.linear(name, x.bfloat16())
+                assert (ours != theirs).float().mean() < 0.01, "but for the order of sums"
+                assert (ours - linear(x.bfloat16())).abs().max() > 0.01, "the adapter counts"
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])

@@ -63,4 +63,4 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return rotate_eager(grads[0])
+        return rotate(grads[0])

@@ -273,7 +273,7 @@ class Operand:
 
     def step(self, weight: Tensor) -> Tensor:
         """What noise is counted in: per element of `weight` the distance of grid points (see `element_step`), fp32."""
-        return element_step(self._turned(weight.float()), self.format, self.scale_rule, per_tensor=self.per_tensor)
+        return element_step(self._turned(weight).float(), self.format, self.scale_rule, per_tensor=self.per_tensor)
 
     @property
     def codes(self) -> tuple[int, int, bool]:

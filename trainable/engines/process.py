@@ -46,10 +46,11 @@ _LAST_WORDS = 0.5
 
 
 def send(channel: "Connection[Any, Any]", value: Any, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """One message."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    """One message. Tensors are copied: those that share memory (a tied head) have no form in safetensors."""
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in (tensors or {}).items()}
+    body = save(plain)
     channel.send_bytes(json.dumps(value).encode())
-    channel.send_bytes(save(plain))
+    channel.send_bytes(body)
 
 
 def receive(channel: "Connection[Any, Any]") -> Message:

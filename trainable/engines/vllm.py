@@ -64,7 +64,7 @@ class Part:
     stop: int
     arithmetic: Arithmetic
     adapter: tuple[Tensor, Tensor, float] | None = None
-    """A [r, I], B [rows, r] and the factor of their product."""
+    """A [r, I], B [rows, r] and the factor of their product; in fp32 also beside 16-bit layers, as peft has them."""
 
 
 class RinQuantization(QuantizationConfig):  # type: ignore[misc]
@@ -155,7 +155,8 @@ class _Parts:
         for part, operand in zip(parts, operands, strict=True):
             if part.adapter is not None:
                 down, up, factor = part.adapter
-                y[..., part.start : part.stop] += F.linear(F.linear(operand.seen(inputs[operand]), down), up) * factor
+                seen = operand.seen(inputs[operand]).to(down.dtype)
+                y[..., part.start : part.stop] += F.linear(F.linear(seen, down), up) * factor
         return y
 
 
@@ -330,9 +331,8 @@ def _load(model: Any, weights: Mapping[str, Tensor], quantize_inputs: bool) -> N
             module.quant_method.quantize_inputs = quantize_inputs
         for part in parts:
             if f"{part.name}.lora_A" in adapters:
-                down, up = (
-                    adapters.pop(f"{part.name}.{end}").to(module.weight, copy=True) for end in ("lora_A", "lora_B")
-                )
+                device = module.weight.device
+                down, up = (adapters.pop(f"{part.name}.{end}").to(device, copy=True) for end in ("lora_A", "lora_B"))
                 part.adapter = (down, up, float(adapters.pop(f"{part.name}.lora_scale")))
     if adapters:
         raise KeyError(f"the engine has no layer for {next(iter(adapters))}")

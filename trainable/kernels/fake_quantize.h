@@ -12,6 +12,7 @@ constexpr const char* kNames[] = {"mxfp4", "mxfp8", "nvfp4"};
 constexpr int64_t kBlocks[] = {32, 32, 16};
 
 inline void check_blocks(int64_t columns, int64_t format) {
+  TORCH_CHECK_VALUE(format >= 0 && format < 3, "no format has the code ", format);
   const int64_t block = kBlocks[format];
   TORCH_CHECK_VALUE(
       columns % block == 0,
