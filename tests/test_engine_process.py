@@ -178,9 +178,16 @@ def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
         return backend.generate(policy, request)
 
 
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return "trainable.engines.process" in process.cmdline()
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):  # another child of the test's process, just ended
+        return False
+
+
 def children() -> list[psutil.Process]:
     found = psutil.Process().children(recursive=True)
-    return [process for process in found if "engine_process" in " ".join(process.cmdline())]
+    return [process for process in found if is_engine(process)]
 
 
 @pytest.mark.slow
@@ -228,9 +235,7 @@ def test_a_killed_trial_leaves_no_engine_and_no_shared_memory(tmp_path: Path) ->
     with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
         assert trial.stdout is not None
         assert trial.stdout.readline().startswith('{"step": 0')
-        (engine,) = [
-            p for p in psutil.Process(trial.pid).children(recursive=True) if "engine_process" in " ".join(p.cmdline())
-        ]
+        (engine,) = [p for p in psutil.Process(trial.pid).children(recursive=True) if is_engine(p)]
         assert os.getpgid(engine.pid) == os.getpgid(trial.pid)
         trial.kill()
         assert engine.wait(timeout=20) is None or not engine.is_running()

@@ -85,7 +85,6 @@ class TrialWorker:
         self.attempt = AttemptLog(folder)
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
         self.broken, self.ended = False, False
-        self.failure = ("error", "")
         self.reports: list[StepReport] = []
         self.trial: Trial | None = None
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -93,17 +92,23 @@ class TrialWorker:
         self.writing.set_result(None)
 
     def step(self) -> dict[str, Any]:
-        """Load where nothing is loaded yet, then one step of the trial."""
+        """Load where nothing is loaded yet, then one step of the trial. What it breaks by is written down before Tune,
+        and so the sweep, hears of it."""
         self.broken = True  # until the step has returned
         try:
-            trial = self.trial = self.trial or self._load()
-            report = trial.step()
+            result = self._step()
         except TrialFailed as failed:
-            self.failure = (failed.rule, failed.reason)
+            self.attempt.end(failed.rule, reason=failed.reason)
             raise
         except Exception as error:
-            self.failure = ("error", f"{type(error).__name__}: {error}".splitlines()[0])
+            self.attempt.end("error", reason=f"{type(error).__name__}: {error}".splitlines()[0])
             raise
+        self.broken = False
+        return result
+
+    def _step(self) -> dict[str, Any]:
+        trial = self.trial = self.trial or self._load()
+        report = trial.step()
         self.attempt.step = report.step + 1
         outcome = trial.outcome() if trial.done else None
         self.reports.append(report)
@@ -121,15 +126,13 @@ class TrialWorker:
         elif self._save_is_due():
             self._save(trial)
         self.watchdog.enter("")
-        self.broken = False
         return as_result(report) if outcome is None else last_result(report, outcome)
 
     def leave(self) -> None:
         """Stopped from outside. Saves first: whoever stops a trial may not wait for its evaluation."""
         try:
             if self.broken:
-                rule, reason = self.failure
-                self.attempt.end(rule, reason=reason)
+                self.attempt.end_once("error", "its step was cut off")
             elif self.trial is not None and not self.ended:
                 self.writing.result()
                 if self.trial.so_far.next_step > self.saved_step:

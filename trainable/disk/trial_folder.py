@@ -171,6 +171,11 @@ class AttemptLog:
         self._values |= {"ended": how, **more}
         self.beat()
 
+    def end_once(self, how: str, reason: str) -> None:
+        """`end`, unless an ending stands there already."""
+        if not self._values["ended"]:
+            self.end(how, reason=reason)
+
     def beat(self) -> None:
         with self._lock:
             self._values |= {"seen": time.time(), "step": self.step}
