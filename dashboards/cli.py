@@ -215,9 +215,10 @@ def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
 def _show_front(console: Any, result: "StudyResult") -> None:
     from search.objectives import pareto_front
 
-    front = pareto_front([arm for arm in result.arms if arm.origin != "control"], result.config.objectives)
+    study = result.config
+    front = pareto_front([arm for arm in result.arms if arm.origin != "control"], study.objectives, study.replicates)
     names = ", ".join(arm.name for arm in front) or "empty"
-    console.print(f"Pareto front of {', '.join(result.config.objectives)}: {names}", soft_wrap=True, highlight=False)
+    console.print(f"Pareto front of {', '.join(study.objectives)}: {names}", soft_wrap=True, highlight=False)
 
 
 @app.command()

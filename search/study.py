@@ -149,7 +149,7 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
                 f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
             )
         arms = read_arms(earlier)
-        evidence += evidence_from_arms(arms, config.space, f"sweep {config.warm_start}", base)
+        evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
     return evidence
 
 
