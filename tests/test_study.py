@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -224,10 +226,23 @@ def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -
 
 def test_of_its_callback_nothing_is_in_what_tune_pickles_into_the_store(tmp_path: Path) -> None:
     config = study(tmp_path, tracking_uri="http://rin:canary-4711@127.0.0.1:9/")
-    callback = SweepCallback.of(config, Budget(config, []), Tracker(config), lambda event: None)
+    callback = SweepCallback.of(config, [], Budget(config, []), Tracker(config), lambda event: None)
     pickled = pickle.dumps(callback)
     assert b"canary" not in pickled
     assert vars(pickle.loads(pickled)) == {}
+
+
+def test_an_arm_that_is_proposed_while_trials_run_is_known_without_reading_the_sweep_again(tmp_path: Path) -> None:
+    """In an object store every outcome would be read again for each arm."""
+    config = study(tmp_path, tracking_uri="http://127.0.0.1:9")
+    arms: list[Arm] = fixed_arms(config)
+    events: list[TrialEvent] = []
+    tracker = Tracker(config)
+    callback = SweepCallback.of(config, arms, Budget(config, arms), tracker, events.append)
+    arms.append(replace(arms[0], name="c01", origin="searcher"))
+    callback.on_trial_start(0, [], SimpleNamespace(trial_id="t", config={"number": 1, "arm": "c01", "replicate": 2}))
+    assert ([event.trial for event in events], tracker.open()) == (["c01/2"], [("c01", 2)])
+    assert not folder(config).exists()
 
 
 @pytest.mark.slow
