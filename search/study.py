@@ -104,6 +104,7 @@ def _advance(config: StudyConfig, view: View) -> StudyResult:
     try:
         catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
+            config.folder.remove(BEST_FILE)  # of the state that it goes on from: whoever is killed leaves none behind
             exhausted = run_trials(config, arms, budget, tracker, view)
             if exhausted:  # a finite space: what there is has been run
                 config = config.model_copy(update={"trials": len(read_arms(config))})

@@ -102,6 +102,23 @@ def test_a_candidate_of_an_earlier_state_does_not_stay_behind(tmp_path: Path) ->
     assert "best.yaml" not in config.folder.names()
 
 
+def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study(tmp_path, trials=3, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280], "c01": [300]})
+    config.folder.write("best.yaml", "noise: {}")
+
+    def killed(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr("search.study.run_trials", killed)
+    with pytest.raises(MemoryError):
+        resume_study(config, lambda event: None)
+    assert "best.yaml" not in config.folder.names()
+
+
 def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     ended(tmp_path, control=[290, 292], c01=[300, 310], c02=[330, 340])
     monkeypatch.chdir(tmp_path)
