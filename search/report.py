@@ -118,10 +118,11 @@ class StudyReport:
 def report_study(config: StudyConfig) -> StudyReport:
     """Raises ConfigError for files that are damaged."""
     arms = read_arms(config)
+    ledger = read_ledger(config, arms)
     return StudyReport(
         config=config,
-        arms=arm_reports(config, arms),
-        ledger=read_ledger(config, arms),
+        arms=_rows(config, arms, ledger),
+        ledger=ledger,
         unfinished=unfinished(config, arms),
         tolerance=boundaries(noisy_runs(arms)),
         importance=importance(optuna_study(known_of(config, arms, read_evidence(config))))
@@ -132,7 +133,10 @@ def report_study(config: StudyConfig) -> StudyReport:
 
 def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ...]:
     """A row per arm, in their order. Raises ConfigError for files that are damaged."""
-    ledger = read_ledger(config, arms)
+    return _rows(config, arms, read_ledger(config, arms))
+
+
+def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger) -> tuple[ArmReport, ...]:
     try:
         best: str | None = candidate_of(config, arms).arm.name
     except NoCandidate:
