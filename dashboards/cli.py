@@ -334,12 +334,11 @@ def report(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import terminal
-    from search.arms import read_arms, unfinished
-    from search.confirm import judge
+    from search.confirm import read_confirmation
     from search.report import report_study
 
     if study.kind == "confirm":
-        state = judge(study, unfinished=unfinished(study, read_arms(study)))
+        state = read_confirmation(study)
         tree, lines = confirmation_tree(state), confirmation_lines(state, repeated(store, tracking_uri))
     else:
         seen = report_study(study)
