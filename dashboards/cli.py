@@ -104,7 +104,7 @@ def resume(
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
-        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: rin confirm {study.parent}")
+        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: {study.go_on}")
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
@@ -318,9 +318,8 @@ def status(
     elif left:
         for line in failures(study, arms):
             print(line)
-        again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
         where = repeated(store, tracking_uri)
-        print(f"{left} trials are not finished and nobody is running them; go on: {again}{where}")
+        print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{where}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says 
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -137,10 +138,10 @@ def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ..
 
 
 def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger) -> tuple[ArmReport, ...]:
-    try:
-        best: str | None = candidate_of(config, arms).arm.name
-    except NoCandidate:
-        best = None
+    best = None
+    if config.kind != "confirm":  # which chooses nothing
+        with suppress(NoCandidate):
+            best = candidate_of(config, arms).arm.name
     comparisons = {
         arm.name: comparison for arm in arms if (comparison := _against_control(config, arm, arms)) is not None
     }

@@ -104,6 +104,15 @@ class StudyConfig(BaseModel):
         """Trials in all."""
         return self.trials * self.replicates
 
+    @property
+    def go_on(self) -> str:
+        """The command that runs what is missing. A confirmation is gone on with by the sweep and the arm that it
+        confirms."""
+        if self.kind != "confirm":
+            return f"rin resume {self.name}"
+        arm = self.name.removeprefix(f"{self.parent}-confirm").removeprefix("-")
+        return f"rin confirm {self.parent}" + (f" --arm {arm}" if arm else "")
+
     def seed_of(self, replicate: int) -> int:
         """The same in every arm, so that arms are paired."""
         return self.seed + replicate
@@ -254,7 +263,7 @@ def refuse_second_driver(config: StudyConfig) -> None:
 
 def _busy(config: StudyConfig, owner: str = "") -> ConfigError:
     return ConfigError(
-        f"sweep {config.name} is being run by another process{owner}; wait for it, or stop it and then: rin resume {config.name}"
+        f"sweep {config.name} is being run by another process{owner}; wait for it, or stop it and then: {config.go_on}"
     )
 
 
