@@ -57,7 +57,13 @@ def write_evidence(study: StudyConfig, evidence: Sequence[Evidence]) -> None:
 
 
 def read_evidence(study: StudyConfig) -> list[Evidence]:
-    return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
+    """Raises ConfigError for a damaged file."""
+    try:
+        return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{study.folder.uri}/{EVIDENCE_FILE}: is damaged (not the JSON of evidence); restore it from a backup"
+        ) from None
 
 
 # Sigma is not comparable between these: another value of theirs is another question.
