@@ -163,8 +163,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self.budget.ended(trial.trial_id)
         number, arm, replicate = self._trial(trial)
         folder = trial_folder(self.study, arm.name, replicate)
-        _write_death(folder, trial.error_file)
-        if (arm.name, replicate) not in self.tracker.open():
+        began = (arm.name, replicate) in self.tracker.open()
+        _write_death(folder, trial.error_file, began)
+        if not began:
             self.tracker.begin(arm, number, replicate)
         self.tracker.end(arm, replicate)
         state = read_trial(folder, driven=False)
@@ -198,10 +199,11 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         )
 
 
-def _write_death(folder: Folder, error_file: str | None) -> None:
-    """Of a trial whose process could not write down how it ended, or was none: it did not even start."""
+def _write_death(folder: Folder, error_file: str | None, began: bool) -> None:
+    """Of a trial whose process could not write down how it ended, or was none: it did not even start, and what an
+    earlier run of the sweep says of its end is not how this one ended."""
     attempts = read_attempts(folder)
-    if attempts and attempts[-1].ended != "stopped":
+    if began and attempts and attempts[-1].ended != "stopped":
         end_attempt(folder, "its process was killed")
         return
     attempt = AttemptLog(folder)

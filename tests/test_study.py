@@ -29,7 +29,8 @@ from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.reading import load_yaml, parse_yaml, read_config
 from tests.real_mlflow import points, runs, text
-from trainable.disk.trial_folder import read_reports, read_stopped
+from tests.written_sweeps import attempt
+from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -243,6 +244,23 @@ def test_an_arm_that_is_proposed_while_trials_run_is_known_without_reading_the_s
     callback.on_trial_start(0, [], SimpleNamespace(trial_id="t", config={"number": 1, "arm": "c01", "replicate": 2}))
     assert ([event.trial for event in events], tracker.open()) == (["c01/2"], [("c01", 2)])
     assert not folder(config).exists()
+
+
+def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_earlier_run(tmp_path: Path) -> None:
+    config = study(tmp_path, tracking_uri="http://127.0.0.1:9")
+    arms = fixed_arms(config)
+    place = trial_folder(config, "control", 0)
+    place.write("attempt-001.json", json.dumps(attempt(ended="hang", reason="too long")))
+    (tmp_path / "error.txt").write_text("Traceback\nRuntimeError: no GPU\n")
+    events: list[TrialEvent] = []
+    callback = SweepCallback.of(config, arms, Budget(config, []), Tracker(config), events.append)
+    given = {"number": 0, "arm": "control", "replicate": 0}
+    trial = SimpleNamespace(trial_id="t", config=given, error_file=str(tmp_path / "error.txt"))
+    callback.on_trial_error(0, [], trial)
+    state = read_trial(place, driven=False)
+    assert (state.status, state.rule) == ("failed", "")
+    assert state.reason == "its process did not start: RuntimeError: no GPU (2 attempts)"
+    assert events[-1].status == "failed"
 
 
 @pytest.mark.slow
