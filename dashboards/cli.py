@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -143,8 +143,8 @@ def _run(
     """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
     goes on."""
     from dashboards.live import build_progress, sweep_view
+    from dashboards.sweep_text import ending_of
     from dashboards.tables import arm_table, terminal
-    from search.arms import failures
     from search.report import arm_reports
 
     console = terminal()
@@ -152,73 +152,15 @@ def _run(
     console.print(f"sweep {name}: {runs} trials{left}", soft_wrap=True, highlight=False)
     with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
         result = run(view, progress)
-    where = repeated(store, tracking_uri)
     title = f"sweep {name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
-    if result.candidate is None:
-        hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
-        console.print(
-            f"no configuration with noise has completed all its replicates: nothing to export{hint}", soft_wrap=True
-        )
-    else:
-        _show_candidate(console, result, where)
-    if result.untold:
-        print(
-            f"MLflow did not take {result.untold} records; the sweep's folder has what they are of. "
-            f"Once it answers: rin resume {name}{where}",
-            file=sys.stderr,
-        )
-    failed = failures(result.config, result.arms)
-    for line in failed:
+    ending = ending_of(result, runs, repeated(store, tracking_uri))
+    for line in ending.lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for line in ending.troubles:
         print(line, file=sys.stderr)
-    if result.config.runs < runs:
-        console.print(f"the space has no further configuration: {result.config.trials} were all", soft_wrap=True)
-    if not result.unfinished:
-        return
-    what = f"{result.unfinished} of {runs} trials are not finished"
-    if result.budget_spent:
-        print(f"the budget of {result.config.budget_hours:g} hours is spent: {what}")
-        print(f"with a larger one: rin resume {name} --budget HOURS{where}")
-        return
-    why = "" if failed else "interrupted: "
-    print(f"{why}{what}; what ran is kept. Go on: rin resume {name}{where}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-def _show_candidate(console: Any, result: "StudyResult", where: str) -> None:
-    from search.store import BEST_FILE
-
-    best, name = result.candidate, result.config.name
-    assert best is not None
-    assert best.difference is not None
-    console.print(
-        f"candidate: {best.arm.name}, {100 * best.difference:+.1f} points against {best.control.name} on the selection "
-        "questions (chosen and judged on the same questions: not a finding)",
-        soft_wrap=True,
-    )
-    if best.difference <= 0:
-        console.print("no configuration with noise came out ahead of its control", soft_wrap=True)
-    if len(result.config.objectives) > 1:
-        _show_front(console, result)
-    folder = result.config.folder
-    lines = [(f"rin trial --config {folder.local / BEST_FILE}", "repeat it")] if folder.local is not None else []
-    lines += [
-        (f"rin report {name}{where}", "every arm against its control"),
-        (f"rin confirm {name}{where}", "is it a finding? fresh seeds, other questions"),
-        (f"rin export {name}{where} --to verl", "take it to another trainer"),
-        (f"rin ui {name}{where}", "look at every trial"),
-    ]
-    for line, why in lines:
-        console.print(f"  {line}   # {why}", soft_wrap=True, highlight=False)
-
-
-def _show_front(console: Any, result: "StudyResult") -> None:
-    from search.objectives import pareto_front
-
-    study = result.config
-    front = pareto_front([arm for arm in result.arms if arm.origin != "control"], study.objectives, study.replicates)
-    names = ", ".join(arm.name for arm in front) or "empty"
-    console.print(f"Pareto front of {', '.join(study.objectives)}: {names}", soft_wrap=True, highlight=False)
+    if ending.code:
+        raise typer.Exit(ending.code)
 
 
 @app.command()

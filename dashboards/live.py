@@ -69,14 +69,16 @@ class _PlainLines:
             self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
         elif event.status == "running" and ACCURACY in event.metrics:
             self._say(
-                f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {points(event.metrics[ACCURACY])}"
+                f"{event.trial}: step {event.step}/{event.config.grpo.steps}, "
+                f"accuracy {points(event.metrics[ACCURACY])}"
             )
         elif event.status != "running":
             self.ended += 1
             rule = f", rule {event.rule}" if event.rule else ""
             accuracy = points(event.metrics.get(ACCURACY))
             self._say(
-                f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, accuracy {accuracy}"
+                f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, "
+                f"accuracy {accuracy}"
             )
 
     def _say(self, line: str) -> None:

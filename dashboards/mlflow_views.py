@@ -75,7 +75,8 @@ def save_view(uri: str, experiment: str) -> tuple[str, str]:
         found = mlflow.get_experiment_by_name(experiment)
         if found is None:
             raise ConfigError(
-                f"tracking {strip_password(uri)}: no experiment {experiment}; give the name of a sweep that `rin list` shows"
+                f"tracking {strip_password(uri)}: no experiment {experiment}; "
+                "give the name of a sweep that `rin list` shows"
             )
         view = envelope(created=found.creation_time)
         if found.tags.get(TAG) != view:

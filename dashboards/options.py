@@ -137,9 +137,9 @@ def refuse_scheduler(name: str | None) -> None:
     """Other programs that sweep have schedulers. Raises ConfigError with the reason for whoever asks for one here."""
     if name is not None:
         raise ConfigError(
-            f"--scheduler {name}: no trial is stopped because others lead: while sigma differs, the order says who is "
-            "noisier now (noise on RMSNorm led by 9.5 points at step 20 of the recorded runs and lost by 5.4 at step 29); "
-            "leave it out, collapses end at once and --budget bounds the rest"
+            f"--scheduler {name}: no trial is stopped because others lead: while sigma differs, "
+            "the order says who is noisier now (noise on RMSNorm led by 9.5 points at step 20 of the recorded runs "
+            "and lost by 5.4 at step 29); leave it out, collapses end at once and --budget bounds the rest"
         )
 
 

@@ -185,21 +185,24 @@ def settings(depth: int) -> list[tuple[str, str, int]]:
 def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
     if not policy.quantized:
         raise ConfigError(
-            f"MODEL={plan.model}: has no linear layer that could be quantised; choose a model of the Llama or Qwen2 kind"
+            f"MODEL={plan.model}: has no linear layer that could be quantised; "
+            "choose a model of the Llama or Qwen2 kind"
         )
     tokenizer: Any = policy.tokenizer
     prompts = encode_prompts(policy, questions, plan.config.task, plan.config.rollout.max_prompt_tokens)
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     if any(unknown & set(prompt) for prompt in prompts):
         raise ConfigError(
-            f"MODEL={plan.model}: its tokenizer cannot spell {questions[0].prompt!r}; choose a model of text, or a workload"
+            f"MODEL={plan.model}: its tokenizer cannot spell {questions[0].prompt!r}; "
+            "choose a model of text, or a workload"
         )
     network: Any = policy.model
     room = getattr(network.config, "max_position_embeddings", None)
     longest = max(len(prompt) for prompt in prompts)
     if room is not None and longest + plan.lengths[-1] > room:
         raise ConfigError(
-            f"--tokens {plan.lengths[-1]}: the model has {room} positions, {longest} of them for the prompt; give {room - longest} or fewer"
+            f"--tokens {plan.lengths[-1]}: the model has {room} positions, {longest} of them for the prompt; "
+            f"give {room - longest} or fewer"
         )
     return prompts
 
@@ -241,8 +244,8 @@ def _floors(
 def header(plan: Plan) -> list[str]:
     floors, shares = ("".join(f"{f'{name}@{length}':>9s}" for length in plan.lengths) for name in ("KL", "seq"))
     return [
-        f"{plan.model}: the floor under every comparison of log-probs; {plan.prompts} prompts x {GROUP_SIZE} completions, "
-        f"temperature {plan.config.rollout.temperature:g}, seed {plan.seed}",
+        f"{plan.model}: the floor under every comparison of log-probs; {plan.prompts} prompts x {GROUP_SIZE} "
+        f"completions, temperature {plan.config.rollout.temperature:g}, seed {plan.seed}",
         f"{'dtype':9s} {'mode':6s} {'rule':5s} {'blocks':>7s} {'tokens':>7s} {floors} "
         f"{'mean':>8s} {'max':>8s} {'apart':>7s} {'none':>7s} {'token':>7s}{shares}",
     ]
@@ -255,8 +258,8 @@ def line(rows: Sequence[Row]) -> str:
     floors = "".join(f"{row.floor.kl:>9.2g}" for row in rows)
     shares = "".join(f"{_percent(row.effective_share['sequence']):>9s}" for row in rows)
     return (
-        f"{last.dtype:9s} {last.mode:6s} {last.scale_rule:5s} {f'{last.blocks}/{last.depth}':>7s} {widest.tokens:>7d} {floors} "
-        f"{widest.mean_abs:>8.2g} {widest.max_abs:>8.2g} {_percent(widest.apart, 1):>7s} "
+        f"{last.dtype:9s} {last.mode:6s} {last.scale_rule:5s} {f'{last.blocks}/{last.depth}':>7s} "
+        f"{widest.tokens:>7d} {floors} {widest.mean_abs:>8.2g} {widest.max_abs:>8.2g} {_percent(widest.apart, 1):>7s} "
         f"{_percent(last.effective_share['none']):>7s} {_percent(last.effective_share['token']):>7s}{shares}"
     )
 
@@ -269,10 +272,22 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
         if row.blocks == row.depth and row.length == rows[-1].length and row.scale_rule == "floor"
     }
     return [
-        "KL@n: per token in nats (k3), over the first n tokens of a completion; the larger of two gaps between exact forward passes of the",
-        "same weights on the same tokens: generation's cache against training, eager attention against training's. mean, max: distance of",
-        f"log-probs, apart: by more than {APART:g}. none, token, seq@n: share of the samples that counts under no importance correction,",
-        "under one per token, under one per sequence. A few tokens carry the KL: with more of them (--prompts) it is steadier.",
+        (
+            "KL@n: per token in nats (k3), over the first n tokens of a completion; "
+            "the larger of two gaps between exact forward passes of the"
+        ),
+        (
+            "same weights on the same tokens: generation's cache against training, "
+            "eager attention against training's. mean, max: distance of"
+        ),
+        (
+            f"log-probs, apart: by more than {APART:g}. none, token, seq@n: "
+            "share of the samples that counts under no importance correction,"
+        ),
+        (
+            "under one per token, under one per sequence. A few tokens carry the KL: "
+            "with more of them (--prompts) it is steadier."
+        ),
         *(_verdict(dtype, kl, whole[dtype, "W16A16"]) for (dtype, mode), kl in whole.items() if mode == "W4A4"),
     ]
 
@@ -280,12 +295,13 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
 def _verdict(dtype: str, found: float, plain: float) -> str:
     if found <= plain:
         return (
-            f"W4A4 in {dtype}: no rounding flipped on these tokens, and without a flip it differs no more than W16A16 (KL {found:.2g} and "
-            f"{plain:.2g}). Among more tokens (--prompts, --seed) some flip."
+            f"W4A4 in {dtype}: no rounding flipped on these tokens, and without a flip it differs no more than W16A16 "
+            f"(KL {found:.2g} and {plain:.2g}). Among more tokens (--prompts, --seed) some flip."
         )
     return (
-        f"W4A4 in {dtype}: a rollout that differs from training by a KL of {found:.2g} or less is as equal as arithmetic allows (W16A16: "
-        f"{plain:.2g}); above {FLOOR_FACTOR * found:.2g}, {FLOOR_FACTOR:g} times that, look for an error."
+        f"W4A4 in {dtype}: a rollout that differs from training by a KL of {found:.2g} or less is "
+        f"as equal as arithmetic allows (W16A16: {plain:.2g}); above {FLOOR_FACTOR * found:.2g}, "
+        f"{FLOOR_FACTOR:g} times that, look for an error."
     )
 
 

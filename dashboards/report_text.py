@@ -17,8 +17,8 @@ from spaces.points import POINTS
 from spaces.reading import as_tree as config_tree
 
 NOT_A_FINDING = (
-    "ahead, behind: on the selection questions, by which arms were also chosen; corrected for {arms} arms that share a control. "
-    "Only rin confirm says better or worse."
+    "ahead, behind: on the selection questions, by which arms were also chosen; "
+    "corrected for {arms} arms that share a control. Only rin confirm says better or worse."
 )
 
 
@@ -65,8 +65,8 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
     lines += [_importance(item) for item in report.importance if item.importance is not None]
     lines.append(
-        f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} repeated after faults, "
-        f"{ledger.filtered:.2f} generating groups that the filter threw away"
+        f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} "
+        f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
     )
     if report.candidate is not None and report.config.kind == "sweep":
         lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
@@ -80,12 +80,16 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
         f"{state.winner} against {state.control}: {seen.words()}",
         f"  difference {_apart(seen, 2)} points {interval(seen)} (95 % over all looks), "
         f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
-        f"  looks after {', '.join(map(str, state.looks))} replicates; collapsed replicates count with the accuracy at their stop",
+        (
+            f"  looks after {', '.join(map(str, state.looks))} replicates; "
+            "collapsed replicates count with the accuracy at their stop"
+        ),
     ]
     if state.arms is not None:
         risks = state.arms
         lines.append(
-            f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, different at p = {risks.risk_p:.2g}"
+            f"  collapsed: {_risk(risks.treated_risk)}, control {_risk(risks.control_risk)}, "
+            f"different at p = {risks.risk_p:.2g}"
         )
         if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
             lines.append(f"  completed pairs alone: {_apart(risks.completed, 2)} points {interval(risks.completed)}")
@@ -117,9 +121,12 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
     adjusted = plan.adjusted_share
     lines += [
-        f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates (seeds {study.seed} to {last}), arm by arm",
-        f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, {config.quant.mode}, "
-        f"filter {config.grpo.filter_groups}",
+        (
+            f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
+            f"(seeds {study.seed} to {last}), arm by arm"
+        ),
+        f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
+        f"{config.quant.mode}, filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
         f"      about {duration(plan.wall_seconds)} if nothing collapses"
         + (
@@ -129,7 +136,10 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         ),
         f"cost: about {plan.hours:.2f} {unit} if nothing collapses"
         + (f", {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
-        f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from its {config.eval.questions} questions alone",
+        (
+            f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
+            f"its {config.eval.questions} questions alone"
+        ),
     ]
     if plan.detectable is not None and plan.difference_sd is not None and plan.study.replicates >= 3:
         lines.append(
@@ -138,7 +148,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         )
     elif plan.difference_sd is None:
         lines.append(
-            "how much differences vary from seed to seed is not known for this workload: what it can decide will show after 3 replicates"
+            "how much differences vary from seed to seed is not known for this workload: "
+            "what it can decide will show after 3 replicates"
         )
     return lines + [f"warning: {line}" for line in plan.warnings]
 

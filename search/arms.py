@@ -224,7 +224,7 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
             found.append(Candidate(study=study, arm=arm, control=control, difference=difference))
     if not found:
         raise NoCandidate(
-            f"NAME={study.name}: no configuration with noise completed all its replicates beside its control, so there is no "
-            f"candidate; rin report {study.name} shows why (rin resume {study.name}, or smaller sigmas)"
+            f"NAME={study.name}: no configuration with noise completed all its replicates beside its control, "
+            f"so there is no candidate; rin report {study.name} shows why (rin resume {study.name}, or smaller sigmas)"
         )
     return max(found, key=lambda candidate: candidate.difference if candidate.difference is not None else -math.inf)

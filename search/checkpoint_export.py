@@ -123,7 +123,8 @@ def export_checkpoint(
         say(f"wrote {folder}" + (f" and {folder / PACKED}" if not why_not else f"; no packed form: {why_not}"))
         if uneven:
             say(
-                f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, and this arm quantises a part of it"
+                f"stock vLLM cannot load the packed form: it computes {uneven[0]} as one layer, "
+                "and this arm quantises a part of it"
             )
 
         loaded = _evaluate(load_policy(_model_in(folder, config), config.quant, config.seed), config)
@@ -282,7 +283,10 @@ def _proof_lines(source: Source, found: Evaluation, *, merging: bool) -> Iterato
     what = "base and adapters, before merging," if merging else "the folder"
     yield f"{what} answered {same} of {len(source.correct)} questions as the trial did (accuracy {found.accuracy:.4f})"
     if same < len(source.correct):
-        yield "the weights are those that the trial kept; another machine, torch version or engine that generated there rounds otherwise"
+        yield (
+            "the weights are those that the trial kept; another machine, "
+            "torch version or engine that generated there rounds otherwise"
+        )
 
 
 def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
@@ -313,13 +317,16 @@ def _write_readme(
     lines = [
         f"# {study.name}: {arm.name}, replicate {source.replicate}",
         "",
-        f"The model of an arm of the {study.kind} `{study.name}`, written by `rin export {study.name} --to checkpoint`;",
-        f"{candidate.caveat}.",
+        f"The model of an arm of the {study.kind} `{study.name}`, written by",
+        f"`rin export {study.name} --to checkpoint`; {candidate.caveat}.",
         "",
         "| | |",
         "|---|---|",
         f"| arm | {arm.name} ({arm.origin}) |",
-        f"| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {len(runs)} |",
+        (
+            f"| replicate | {source.replicate}, seed {config.seed}: "
+            f"the one with the median final accuracy of {len(runs)} |"
+        ),
         f"| step | {source.step} of {config.grpo.steps} |",
         f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
         f"| mean of the arm, of {candidate.control.name} | {fmean(runs):.4f}, {beside} |",
@@ -353,7 +360,10 @@ def _write_readme(
 
 def _about_packing(config: TrialConfig, uneven: Sequence[str], accuracies: Sequence[str], asked: str) -> list[str]:
     lines = [
-        "`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: weights as 4-bit codes with the trial's own scales,",
+        (
+            "`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: "
+            "weights as 4-bit codes with the trial's own scales,"
+        ),
         "equal to those of training bit for bit, everything else in bfloat16. No plug-in is needed:",
         "",
         "```sh",
@@ -367,14 +377,26 @@ def _about_packing(config: TrialConfig, uneven: Sequence[str], accuracies: Seque
     ]
     if uneven:
         lines += [
-            f"Stock vLLM cannot load it: it computes `{uneven[0]}` as one layer, and this arm quantises a part of it. transformers can.",
+            (
+                f"Stock vLLM cannot load it: it computes `{uneven[0]}` as one layer, "
+                "and this arm quantises a part of it. transformers can."
+            ),
             "",
         ]
     return [
         *lines,
-        "The packed form says how weights are quantised and **not by which scale rule inputs are**: each program that loads it has",
-        f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. vLLM goes by the weights alone: it",
-        "quantises the inputs of a W4A16 model as well where its kernel can, leaves those of a W4A4 model at 16 bits where it",
+        (
+            "The packed form says how weights are quantised and **not by which scale rule inputs are**: "
+            "each program that loads it has"
+        ),
+        (
+            f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. "
+            "vLLM goes by the weights alone: it"
+        ),
+        (
+            "quantises the inputs of a W4A16 model as well where its kernel can, "
+            "leaves those of a W4A4 model at 16 bits where it"
+        ),
         "cannot, and has no MXFP4 kernel for CPUs.",
         "",
         f"Greedy accuracy on the same {asked}, weights as packed, measured when this was written:",

@@ -25,8 +25,8 @@ from spaces.errors import ConfigError
 from spaces.workloads import Workload
 
 TOKEN_REMEDY = (
-    "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into RAY_AUTH_TOKEN, or "
-    "into the file that RAY_AUTH_TOKEN_PATH names"
+    "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into "
+    "RAY_AUTH_TOKEN, or into the file that RAY_AUTH_TOKEN_PATH names"
 )
 
 
@@ -109,7 +109,8 @@ def refuse_secrets(words: Sequence[str]) -> None:
         shown = strip_password(word)
         if shown != word:
             raise ConfigError(
-                f"{shown}: holds a password, and Ray shows a job's command to whoever sees its dashboard; leave the password out and set "
-                "it where the sweep's process finds it, for --submit where `ray start` runs on the head node (MLFLOW_TRACKING_USERNAME "
-                "and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+                f"{shown}: holds a password, and Ray shows a job's command to whoever sees its dashboard; "
+                "leave the password out and set it where the sweep's process finds it, for --submit where "
+                "`ray start` runs on the head node (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, PGPASSWORD, "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
             )

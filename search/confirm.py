@@ -107,7 +107,8 @@ def confirm(
         if looks is not None and tuple(looks) != config.looks:
             given, planned = (",".join(map(str, numbers)) for numbers in (looks, config.looks))
             raise ConfigError(
-                f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; leave --looks out"
+                f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; "
+                "leave --looks out"
             )
     else:
         config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
@@ -160,7 +161,8 @@ def _cautions(parent: StudyConfig, state: Confirmation) -> list[str]:
     ]
     if others:
         cautions.append(
-            f"{', '.join(others)} asks the same questions: the error level holds for each alone and not for all together"
+            f"{', '.join(others)} asks the same questions: "
+            "the error level holds for each alone and not for all together"
         )
     return cautions
 

@@ -20,7 +20,8 @@ def to_yaml(candidate: Candidate) -> str:
         as_tree(candidate.config),
         comment=(
             f"candidate of {study.kind} {study.name}: {arm.name}\n"
-            f"accuracy on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; paired difference {apart}\n"
+            f"accuracy on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; "
+            f"paired difference {apart}\n"
             f"{candidate.caveat}\n"
             "repeat its first replicate: rin trial --config FILE"
         ),
@@ -43,9 +44,10 @@ def to_verl(candidate: Candidate) -> str:
             "++trainer.noise_injection.target_modules=[]",
             "++trainer.noise_injection.exclude_patterns=[lm_head,embed_tokens,lora_]",
         ]
+    batches = grpo.max_gen_batches if grpo.filter_groups == "resample" else 1
     lines += [
         f"++algorithm.filter_groups.enable={grpo.filter_groups != 'off'}",
-        f"++algorithm.filter_groups.max_num_gen_batches={grpo.max_gen_batches if grpo.filter_groups == 'resample' else 1}",
+        f"++algorithm.filter_groups.max_num_gen_batches={batches}",
         f"actor_rollout_ref.actor.optim.lr={grpo.learning_rate!r}",
         f"actor_rollout_ref.actor.clip_ratio_low={grpo.clip_low!r}",
         f"actor_rollout_ref.actor.clip_ratio_high={grpo.clip_high!r}",
@@ -59,7 +61,10 @@ def to_verl(candidate: Candidate) -> str:
 def _mean(accuracies: Sequence[float]) -> str:
     if not accuracies:
         return "no outcome"
-    return f"{fmean(accuracies):.4f} ({'mean of ' if len(accuracies) > 1 else ''}{len(accuracies)} replicate{'s'[: len(accuracies) > 1]})"
+    return (
+        f"{fmean(accuracies):.4f} ({'mean of ' if len(accuracies) > 1 else ''}{len(accuracies)} "
+        f"replicate{'s'[: len(accuracies) > 1]})"
+    )
 
 
 def _without_a_key(config: TrialConfig) -> list[str]:

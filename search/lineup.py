@@ -32,7 +32,8 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     base = base_tree(config)
     if read_config(base).eval.split != "selection":
         raise ConfigError(
-            "--set eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out"
+            "--set eval.split=confirm: those questions are for rin confirm, "
+            "and lose their worth by choosing; leave it out"
         )
     points = []
     for given in config.points:
@@ -48,7 +49,8 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             raise ConfigError(f"--points {','.join(config.points)}: {name} would be there twice; name each point once")
     if config.trials < len(arms):
         raise ConfigError(
-            f"--trials {config.trials}: the control and the points are {len(arms)} ({', '.join(names)}); raise --trials to that"
+            f"--trials {config.trials}: the control and the points are {len(arms)} ({', '.join(names)}); "
+            "raise --trials to that"
         )
     return arms
 
@@ -86,7 +88,8 @@ def _point(named: str) -> tuple[str, Mapping[str, Any]]:
         or re.fullmatch(r"c\d+|control.*", path.stem)
     ):
         raise ConfigError(
-            f"--points {named}: {path.stem} would name an arm; rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
+            f"--points {named}: {path.stem} would name an arm; "
+            "rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )
     settings = load_settings(path)
     return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}

@@ -141,8 +141,8 @@ def refuse_other_owner(experiment: Any, uri: str, owner: Owner) -> None:
     if claimed != owner.id:
         where = experiment.tags.get(STORE_TAG, "a store that it does not name")
         raise ConfigError(
-            f"--name {experiment.name}: tracking {strip_password(uri)} has an experiment of that name, of another sweep ({claimed[:8]}, "
-            f"which lies or lay in {where}); give another --name, or another --tracking-uri"
+            f"--name {experiment.name}: tracking {strip_password(uri)} has an experiment of that name, of another "
+            f"sweep ({claimed[:8]}, which lies or lay in {where}); give another --name, or another --tracking-uri"
         )
 
 

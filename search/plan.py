@@ -100,13 +100,14 @@ class StudyPlan:
             lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
         elif self.detectable is not None and self.detectable > 0.02:
             lines.append(
-                f"differences below {100 * self.detectable:.1f} points will mostly stay undecided; the field argues about 1 to 2: "
-                "more replicates, or fewer configurations"
+                f"differences below {100 * self.detectable:.1f} points will mostly stay undecided; "
+                "the field argues about 1 to 2: more replicates, or fewer configurations"
             )
         steps, stages = self.config.grpo.steps, self.config.noise.num_stages
         if stages > steps:
             lines.append(
-                f"noise.num_stages={stages} is more than grpo.steps={steps}: stages are skipped, sigma_end may not be reached"
+                f"noise.num_stages={stages} is more than grpo.steps={steps}: "
+                "stages are skipped, sigma_end may not be reached"
             )
         return tuple(lines)
 

@@ -157,8 +157,8 @@ def absolute_store(store: str) -> str:
     """
     if strip_password(store) != store:
         raise ConfigError(
-            f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many files; leave it out and "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many "
+            "files; leave it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     return store if "://" in store else str(home(store).absolute())
 
@@ -180,7 +180,8 @@ def load_study_config(store: str, name: str) -> StudyConfig:
     if text is None:
         known = sweeps(store)
         raise ConfigError(
-            f"NAME={name}: no sweep of that name in {store}; {'there are ' + ', '.join(known) if known else 'it holds none'}"
+            f"NAME={name}: no sweep of that name in {store}; "
+            f"{'there are ' + ', '.join(known) if known else 'it holds none'}"
         )
     where = f"{place.uri}/{STUDY_FILE}"
     try:
@@ -193,7 +194,8 @@ def load_study_config(store: str, name: str) -> StudyConfig:
         ) from None
     if tree.get("version") != VERSION:
         raise ConfigError(
-            f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; use the program that wrote it"
+            f"{where}: written by version {tree.get('version')}, this program reads {VERSION}; "
+            "use the program that wrote it"
         )
     try:
         config = StudyConfig.model_validate({**tree, "name": name})
@@ -211,7 +213,8 @@ def default_tracking_uri(store: str) -> str:
     """The sqlite file in the store folder. Raises ConfigError for an object store, which cannot hold a database."""
     if "://" in store:
         raise ConfigError(
-            f"--store {store.partition('?')[0]}: a database cannot lie there; give --tracking-uri http://HOST:5000 as well"
+            f"--store {store.partition('?')[0]}: a database cannot lie there; "
+            "give --tracking-uri http://HOST:5000 as well"
         )
     return f"sqlite:///{Path(store) / 'mlflow.db'}"
 

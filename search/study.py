@@ -65,11 +65,13 @@ def run_study(
 
 
 def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
-    """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another process."""
+    """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another
+    process."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
     if STUDY_FILE in config.folder.names():
         raise ConfigError(
-            f"--name {config.name}: {config.folder.uri} exists already; go on with it by: rin resume {config.name}, or choose another name"
+            f"--name {config.name}: {config.folder.uri} exists already; go on with it by: "
+            f"rin resume {config.name}, or choose another name"
         )
     evidence = evidence_of(config)
     check_tracking(config.tracking_uri, config.name, config.owner)

@@ -63,14 +63,18 @@ SIGN_SECONDS = 120.0
 """How long a job's first word is waited for; it needs half a minute to unpack and to import, and longer where nodes are
 busy."""
 
-ENTRY = f'''"""Begins the sweep that came with the job, if one did, and starts rin: on the head node, with the packages of the job."""
+ENTRY = f'''"""Begins the sweep that came with the job, if one did, and starts rin: on the head node, with the packages
+of the job."""
 
 import sys
 
 try:
     import ray  # noqa: F401
 except ImportError:
-    sys.exit(f"rin: {{sys.executable}} is the first python on the head node's PATH, without ray; put the right one first, then `ray start`")
+    sys.exit(
+        f"rin: {{sys.executable}} is the first python on the head node's PATH, without ray; "
+        "put the right one first, then `ray start`"
+    )
 
 from dashboards.cli import exit_codes, main
 from dashboards.live import build_progress
@@ -149,19 +153,21 @@ def check_places(store: str, tracking_uri: str | None, *, begun: bool) -> None:
     """
     if "://" not in store and not Path(store).is_absolute():
         raise ConfigError(
-            f"--store {store}: is a folder of this machine, which the cluster cannot reach; give the absolute path of a folder "
-            "that every node shares (NFS), or s3://BUCKET/PATH"
+            f"--store {store}: is a folder of this machine, which the cluster cannot reach; "
+            "give the absolute path of a folder that every node shares (NFS), or s3://BUCKET/PATH"
         )
     if tracking_uri is None and begun:
         return
     if tracking_uri is None or tracking_uri.startswith("sqlite:"):
         raise ConfigError(
-            f"--tracking-uri {tracking_uri or 'sqlite in the store'}: sqlite loses data on shared storage; start an MLflow server "
-            "where the nodes and this machine reach it and give its address, for example http://HEAD:5000"
+            f"--tracking-uri {tracking_uri or 'sqlite in the store'}: sqlite loses data on shared storage; "
+            "start an MLflow server where the nodes and this machine reach it and give its address, "
+            "for example http://HEAD:5000"
         )
     if urlsplit(tracking_uri).hostname in ("localhost", "127.0.0.1", "::1"):
         raise ConfigError(
-            f"--tracking-uri {tracking_uri}: each machine calls itself that; give the server's name, for example http://HEAD:5000"
+            f"--tracking-uri {tracking_uri}: each machine calls itself that; "
+            "give the server's name, for example http://HEAD:5000"
         )
 
 
@@ -170,8 +176,8 @@ def check_paths(origin: str, settings: dict[str, Any], folder: Path) -> None:
     one."""
     for key, value in relative_paths(settings, folder):
         raise ConfigError(
-            f"{origin}{key}={value}: lies on this machine, and trials run on others; put it on storage that every node shares "
-            "and give its absolute path there"
+            f"{origin}{key}={value}: lies on this machine, and trials run on others; "
+            "put it on storage that every node shares and give its absolute path there"
         )
 
 

@@ -92,7 +92,8 @@ class _Run:
 
 
 class Tracker:
-    """Tells MLflow of the trials of one sweep: one flat run per trial, whoever runs it and however often it is started."""
+    """Tells MLflow of the trials of one sweep: one flat run per trial, whoever runs it and however often it is
+    started."""
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study

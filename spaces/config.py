@@ -303,7 +303,8 @@ class NoiseConfig(Record):
             raise ValueError("zones has no use with sigma_start=0 (the control); remove zones or raise sigma_start")
         if self.final_norm and "rmsnorm" not in self.modules:
             raise ValueError(
-                f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; add it or set final_norm=false"
+                f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; "
+                "add it or set final_norm=false"
             )
         if self.placement == "after" and "linear" not in self.modules:
             raise ValueError(
@@ -311,8 +312,8 @@ class NoiseConfig(Record):
             )
         if self.scale == "step" and self.modules != ("linear",):
             raise ValueError(
-                f"scale=step needs modules=[linear], because norms have no quantisation step, but got {list(self.modules)}; "
-                "or set scale=rms"
+                "scale=step needs modules=[linear], because norms have no quantisation step, "
+                f"but got {list(self.modules)}; or set scale=rms"
             )
         return self
 
@@ -369,12 +370,13 @@ class GRPOConfig(Record):
     def _consistent(self) -> Self:
         if self.updates_per_step % self.epochs:
             raise ValueError(
-                f"epochs must divide updates_per_step, but got epochs={self.epochs} updates_per_step={self.updates_per_step}"
+                "epochs must divide updates_per_step, "
+                f"but got epochs={self.epochs} updates_per_step={self.updates_per_step}"
             )
         if self.minibatches > self.prompts:
             raise ValueError(
-                f"updates_per_step={self.updates_per_step} in {self.epochs} epochs needs a prompt for each of {self.minibatches} "
-                f"mini-batches, but got prompts={self.prompts}; raise prompts or epochs"
+                f"updates_per_step={self.updates_per_step} in {self.epochs} epochs needs a prompt for each "
+                f"of {self.minibatches} mini-batches, but got prompts={self.prompts}; raise prompts or epochs"
             )
         return self
 
@@ -441,13 +443,15 @@ class TaskConfig(Record):
     def _options_have_a_use(self) -> Self:
         if self.options and not self.name.startswith("reasoning_gym:"):
             raise ValueError(
-                f"options={dict(self.options)} has no use with name={self.name}; remove it or choose a reasoning_gym data set"
+                f"options={dict(self.options)} has no use with name={self.name}; "
+                "remove it or choose a reasoning_gym data set"
             )
         if self.path is not None and self.name != "gsm8k":
             raise ValueError(f"path={self.path} has no use with name={self.name}; remove it or set name=gsm8k")
         if self.name == "addition" and (self.prompt is not None or self.chat):
             raise ValueError(
-                f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, whose prompts are bare sums; remove them"
+                f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, "
+                "whose prompts are bare sums; remove them"
             )
         return self
 
@@ -549,10 +553,12 @@ class TrialConfig(Record):
             )
         if recipe is not None and self.task.digits > recipe.digits:
             raise ValueError(
-                f"task.digits={self.task.digits} is more than the base was trained on (model.recipe.digits={recipe.digits})"
+                f"task.digits={self.task.digits} is more than the base was trained on "
+                f"(model.recipe.digits={recipe.digits})"
             )
         if self.task.name == "addition" and self.model.name != "embedded":
             raise ValueError(
-                f"task.name=addition speaks the embedded model's characters; model.name={self.model.name} needs another task"
+                "task.name=addition speaks the embedded model's characters; "
+                f"model.name={self.model.name} needs another task"
             )
         return self

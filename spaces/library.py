@@ -93,7 +93,8 @@ class Space(_Record):
             when = dimension.when
             if when is not None and when.value not in (choices[when.parent].options if when.parent in choices else {}):
                 raise ValueError(
-                    f"{dimension.key}: when.parent={when.parent} with value {when.value} must be a choice listed before it"
+                    f"{dimension.key}: when.parent={when.parent} with value {when.value} must "
+                    "be a choice listed before it"
                 )
             if isinstance(dimension.domain, Choice):
                 choices[dimension.key] = dimension.domain

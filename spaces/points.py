@@ -81,7 +81,10 @@ POINTS: dict[str, Point] = {
             name="e13h",
             hypothesis="MXFP4 W4A4 without noise: the plan's baseline",
             settings=_QUIET | {"grpo": dict(_FILTER)},
-            recorded="71.42 % at step 29, 56.41 % at step 20 of a run that hung; the same set-up again had 60.73 % at step 20",
+            recorded=(
+                "71.42 % at step 29, 56.41 % at step 20 of a run that hung; "
+                "the same set-up again had 60.73 % at step 20"
+            ),
         ),
         Point(
             name="e13i-baseline",
@@ -150,7 +153,9 @@ POINTS: dict[str, Point] = {
         ),
         Point(
             name="e13k-constant",
-            hypothesis="H4c: no decay; with one stage the original code would never have been noisy, here it is throughout",
+            hypothesis=(
+                "H4c: no decay; with one stage the original code would never have been noisy, here it is throughout"
+            ),
             settings=_noisy(0.03, 0.03, num_stages=1, schedule="constant"),
             confidence=0.30,
         ),

@@ -94,7 +94,9 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "qwen2.5-1.5b-gsm8k": Workload(
         name="qwen2.5-1.5b-gsm8k",
-        description="the plan's own: Qwen2.5-1.5B-Instruct on GSM8K, LoRA r32, 29 steps of 128 x 8 kept from batches of 256",
+        description=(
+            "the plan's own: Qwen2.5-1.5B-Instruct on GSM8K, LoRA r32, 29 steps of 128 x 8 kept from batches of 256"
+        ),
         settings={
             "model": {
                 "name": "Qwen/Qwen2.5-1.5B-Instruct",

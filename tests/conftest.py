@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("RIN_CACHE", str(Path(tempfile.gettempdir()) / f"rin-tests-{getpass.getuser()}"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two workers build and train beside each other
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # what little is compiled needs no pool of processes
 for _switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(_switch, "1")
@@ -126,7 +127,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """model_folder("llama", layers=12): a folder with a random model and its tokenizer, made once per set of arguments."""
+    """model_folder("llama", layers=12): a folder with a random model and its tokenizer, made once per set of
+    arguments."""
     architectures: dict[str, Any] = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
     @cache

@@ -213,7 +213,10 @@ def test_another_version_is_not_damage_but_a_clear_refusal(trial: Folder) -> Non
         save_checkpoint(trial, step, state(step))
     path = file(trial, 5, VALUES)
     path.write_text(path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}', 1))
-    said = f"checkpoint-000005: checkpoint version {VERSION + 1}, this program reads {VERSION}; use the program that wrote it"
+    said = (
+        f"checkpoint-000005: checkpoint version {VERSION + 1}, this program reads {VERSION}; "
+        "use the program that wrote it"
+    )
     with pytest.raises(ConfigError, match=said):
         newest_checkpoint(trial)
 

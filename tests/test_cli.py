@@ -287,7 +287,10 @@ def test_a_bug_is_not_hidden(
 
 @pytest.mark.slow
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; import dashboards.cli; print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'optuna') if m in sys.modules])"
+    code = (
+        "import sys; import dashboards.cli; "
+        "print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'optuna') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert rin("--help").returncode == 0

@@ -223,7 +223,10 @@ def test_the_slurm_example_hands_the_signal_to_the_sweep_and_asks_to_be_resumed(
         "scontrol": f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >>"{tmp_path}/requeued"; fi',
         "getent": "echo '10.0.0.1 STREAM n1'",
         "srun": 'shift; exec "$@"',
-        "ray": f'[ "$1" = symmetric-run ] || exit 0; echo "$@" >>"{tmp_path}/ray"; while [ "$1" != -- ]; do shift; done; shift; "$@"',
+        "ray": (
+            f'[ "$1" = symmetric-run ] || exit 0; echo "$@" >>"{tmp_path}/ray"; '
+            'while [ "$1" != -- ]; do shift; done; shift; "$@"'
+        ),
         "rin": f'trap \'sleep 1; echo checkpointed >>"{tmp_path}/rin"; exit 1\' TERM; echo "$@" >>"{tmp_path}/rin"; '
         "while :; do sleep 0.1; done",
     }

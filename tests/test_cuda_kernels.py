@@ -243,7 +243,10 @@ CHECKS: dict[str, Callable[[str], None]] = {
 @needs_triton
 def test_in_the_interpreter_every_check_holds() -> None:
     """One process for all of them: it takes longer to start than most of them."""
-    code = "from tests.test_cuda_kernels import CHECKS\nfor name, check in CHECKS.items(): print(name, flush=True); check('cpu')"
+    code = (
+        "from tests.test_cuda_kernels import CHECKS\n"
+        "for name, check in CHECKS.items(): print(name, flush=True); check('cpu')"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", "-c", code],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""The embedded base: the same bits from the same recipe, made once, whoever asks, and by one process while others wait."""
+"""The embedded base: the same bits from the same recipe, made once, whoever asks, and by one process while others
+wait."""
 
 import json
 import os

@@ -609,7 +609,8 @@ from vllm.platforms.interface import PlatformEnum
 
 inputs = set()
 
-class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this one is for what comes before it, the loading
+# vLLM has no MXFP4 kernel for CPUs: this one is for what comes before it, the loading
+class Unpacked(MxFp4LinearKernel):
     @classmethod
     def is_supported(cls, compute_capability=None):
         return True, None
@@ -626,7 +627,13 @@ class Unpacked(MxFp4LinearKernel):  # vLLM has no MXFP4 kernel for CPUs: this on
         return F.linear(fake_quantize(x, "mxfp4", "even"), layer.unpacked.to(x.dtype), bias)
 
 register_linear_kernel(Unpacked, PlatformEnum.CPU, "mxfp4")
-options = dict(max_model_len=64, kv_cache_memory_bytes=1 << 28, generation_config="vllm", enforce_eager=True, disable_log_stats=True)
+options = dict(
+    max_model_len=64,
+    kv_cache_memory_bytes=1 << 28,
+    generation_config="vllm",
+    enforce_eager=True,
+    disable_log_stats=True,
+)
 
 def held(model):
     fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -642,7 +649,9 @@ def loaded(folder):
         layers = json.loads((folder.parent / "rin_quantization.json").read_text())["layers"]
         found = {}
         for parts, weight in held(model):
-            expected = torch.cat([fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts])
+            expected = torch.cat(
+                [fake_quantize(clean[f"{part}.weight"], "mxfp4", layers[part]["scale_rule"]) for part in parts]
+            )
             found |= {part: torch.equal(weight[: len(expected)], expected) for part in parts}
         return found
     return compare
@@ -655,7 +664,8 @@ for job in json.load(sys.stdin):
     params = SamplingParams(temperature=0, max_tokens=job["tokens"], stop_token_ids=[job["end"]], detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
     weights = llm.apply_model(loaded(folder))[0] if packed else {}
-    print("SAID" + json.dumps({"loaded": weights, "inputs": list(inputs), "ids": [list(o.outputs[0].token_ids) for o in outputs]}))
+    ids = [list(o.outputs[0].token_ids) for o in outputs]
+    print("SAID" + json.dumps({"loaded": weights, "inputs": list(inputs), "ids": ids}))
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()

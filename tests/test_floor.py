@@ -68,7 +68,8 @@ def test_a_gap_worked_out_by_hand() -> None:
 
 
 def test_tokens_of_a_third_pass_give_the_kl_of_the_two() -> None:
-    """A vocabulary of 4, each token as often as the sampler says: then the estimate is the exact KL, whoever sampled."""
+    """A vocabulary of 4, each token as often as the sampler says: then the estimate is the exact KL, whoever
+    sampled."""
     behaviour, reference = torch.tensor([0.001, 0.199, 0.3, 0.5]), torch.tensor([0.25, 0.25, 0.4, 0.1])
     kl = (behaviour.double() * (behaviour.double() / reference.double()).log()).sum().item()
     for counts in ([400, 200, 100, 100], [2, 398, 600, 1000]):
@@ -125,7 +126,8 @@ def test_the_floor_is_the_wider_pair() -> None:
 
 @torch.no_grad()
 def logps_of_transformers(folder: str, batch: Batch, *, cached: bool, implementation: str) -> torch.Tensor:
-    """Each row alone, without padding, by the model as transformers loads it; a token at a time or all at once. [B, T]"""
+    """Each row alone, without padding, by the model as transformers loads it; a token at a time or all at once.
+    [B, T]"""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
     logps = torch.zeros_like(batch.mask)
     for row in range(len(batch)):

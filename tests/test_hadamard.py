@@ -250,7 +250,10 @@ def test_a_model_is_its_layers(
 
 
 def test_a_layer_that_cannot_be_rotated_is_named_together_with_the_remedy() -> None:
-    message = r"layers\.3\.down_proj: a Hadamard rotation needs in_features .* multiple of 32, but got 48; name this layer in quant\.exclude"
+    message = (
+        r"layers\.3\.down_proj: a Hadamard rotation needs in_features .* multiple of 32, but got 48; "
+        r"name this layer in quant\.exclude"
+    )
     with pytest.raises(ValueError, match=message):
         QuantLinear.from_linear(nn.Linear(48, 8), name="layers.3.down_proj", arithmetic=NVFP4)
 

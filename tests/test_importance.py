@@ -35,7 +35,7 @@ def by_name(rows: tuple[Importance, ...]) -> dict[str, Importance]:
     return {row.dimension: row for row in rows}
 
 
-@pytest.mark.parametrize("method", ["ped-anova", "fanova"])
+@pytest.mark.parametrize("method", ["ped-anova", pytest.param("fanova", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("direction", [1, -1])
 def test_the_dimension_that_matters_stands_out_and_the_other_does_not(method: Method, direction: int) -> None:
     rows = importance(study(60, lambda trial: direction * two_dimensions(trial)), method=method)
@@ -58,7 +58,7 @@ def test_shares_are_optunas() -> None:
     assert {row.dimension: row.importance for row in importance(made)} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("method", ["ped-anova", "fanova"])
+@pytest.mark.parametrize("method", ["ped-anova", pytest.param("fanova", marks=pytest.mark.slow)])
 def test_a_dimension_of_some_trials_is_assessed_among_those(method: Method) -> None:
     made = study(100, conditional)
     rows = by_name(importance(made, method=method))

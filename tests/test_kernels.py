@@ -74,8 +74,10 @@ def test_odd_shapes_with_any_number_of_threads(fmt: str, rule: str, shape: tuple
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_bf16_is_exact_for_every_value_beside_every_largest_one() -> None:
-    """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner left."""
+    """All 2^16 values, each in a block with each binade's largest elements: the integer arithmetic has no corner
+    left."""
     for top in range(0x0000, 0x7F80, 0x20):  # bits of a largest element: each binade at 4 mantissas
         below = (
             torch.arange(top + 1, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -171,11 +173,13 @@ def test_a_cache_that_cannot_be_written_is_a_reason_too(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
-    """The compiler is played by a script that counts its runs, and makes each last long enough for the others to come."""
+    """The compiler is played by a script that counts its runs, and makes each last long enough for the others to
+    come."""
     log, wrapper = tmp_path / "log", tmp_path / "c++"
     asked = 'while [ "$1" != -o ]; do shift; done; cp'
     wrapper.write_text(
-        f'#!/bin/sh\n[ "$1" != --version ] || exec c++ --version\necho run >> {log}\nsleep 3\n{asked} {cpu.build()} "$2"\n'
+        f'#!/bin/sh\n[ "$1" != --version ] || exec c++ --version\necho run >> {log}\n'
+        f'sleep 3\n{asked} {cpu.build()} "$2"\n'
     )
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"CXX": str(wrapper), "RIN_CACHE": str(tmp_path / "cache")}

@@ -302,7 +302,9 @@ HEADERS = """
 """
 CARDS = """
 [...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')]
-  .map(card => ({title: card.querySelector('h4').title, traces: card.querySelectorAll('g.trace').length, text: card.innerText}))
+  .map(card => ({
+    title: card.querySelector('h4').title, traces: card.querySelectorAll('g.trace').length, text: card.innerText
+  }))
 """
 
 
@@ -330,7 +332,10 @@ def test_browser_shows_the_charts_of_all_runs(page: str, browser: Browser) -> No
     runs = [
         f"{'control' if arm == 0 else f'c{arm:02}'}/{replicate}" for arm in range(len(ARMS)) for replicate in range(2)
     ]
-    ready = f"{CARDS}.filter(card => card.traces >= {len(runs)}).length >= {len(SCATTERS + LINES)} && document.querySelector('.parcoords')"
+    ready = (
+        f"{CARDS}.filter(card => card.traces >= {len(runs)}).length >= {len(SCATTERS + LINES)} && "
+        "document.querySelector('.parcoords')"
+    )
     browser.open(page.replace("TABLE", "CHART"), f"Boolean({ready.strip()})")
     cards = browser.evaluate(CARDS)
     scatters, lines, together = cards[:2], cards[2:8], cards[8]

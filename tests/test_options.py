@@ -188,7 +188,8 @@ def test_every_named_space_makes_a_study(space: str, tmp_path: Path) -> None:
 def test_a_file_of_the_user_s_is_a_space_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "name: mine\ndescription: my own\ndimensions:\n- key: noise.sigma_start\n  domain: {kind: float, low: 0.001, high: 0.01}\n"
+        "name: mine\ndescription: my own\ndimensions:\n- key: noise.sigma_start\n"
+        "  domain: {kind: float, low: 0.001, high: 0.01}\n"
     )
     config = made(tmp_path / "store", space=str(file))
     assert (config.space.name, config.name.split("-")[0]) == ("mine", "mine")
@@ -204,7 +205,8 @@ def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypa
         tmp_path / "here" / "q.jsonl"
     )
     (tmp_path / "there" / "mine.yaml").write_text(
-        "name: mine\ndescription: my own\nsettings: {model: {name: ../here/weights, recipe: null}, task: {name: gsm8k, path: q.jsonl}}\n"
+        "name: mine\ndescription: my own\nsettings: {model: {name: ../here/weights, recipe: null}, "
+        "task: {name: gsm8k, path: q.jsonl}}\n"
         "dimensions:\n- {key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.01}}\n"
     )
     (tmp_path / "there" / "longer.yaml").write_text("task: {path: longer.jsonl}\n")
@@ -339,7 +341,10 @@ def test_a_trial_s_mistakes(point: str | None, config: Path | None, workload: st
 
 @pytest.mark.slow
 def test_options_import_nothing_heavy() -> None:
-    code = "import sys, dashboards.options; print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
+    code = (
+        "import sys, dashboards.options; "
+        "print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
@@ -348,9 +353,11 @@ def test_options_import_nothing_heavy() -> None:
 @pytest.mark.slow
 def test_a_mistake_in_the_settings_is_told_before_the_slow_imports() -> None:
     code = (
-        "import sys\nfrom dashboards.options import SweepOptions, study_config\nfrom spaces.errors import ConfigError\n"
+        "import sys\nfrom dashboards.options import SweepOptions, study_config\n"
+        "from spaces.errors import ConfigError\n"
         "try:\n    study_config(SweepOptions(overrides=['noise.sigma_strat=0.1']))\n"
-        "except ConfigError as error:\n    print(error, [m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
+        "except ConfigError as error:\n"
+        "    print(error, [m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start? []\n"

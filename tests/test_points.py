@@ -235,7 +235,8 @@ def active(space: Space, labels: dict[str, str]) -> list[Dimension]:
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """Every combination of conditioning labels and numeric ends, each with every option of every other choice in turn."""
+    """Every combination of conditioning labels and numeric ends, each with every option of every other choice in
+    turn."""
     parents = sorted({d.when.parent for d in space.dimensions if d.when is not None})
     options = {d.key: d.domain.options for d in space.dimensions if isinstance(d.domain, Choice)}
     for chosen in product(*(options[parent] for parent in parents)):

@@ -318,10 +318,10 @@ def test_the_conclusion_is_about_the_whole_model_in_w4a4() -> None:
         *three("W4A4", 0.64, dtype="bfloat16"),
     ]
     assert conclusion(rows)[-2:] == [
-        "W4A4 in float32: a rollout that differs from training by a KL of 0.09 or less is as equal as arithmetic allows (W16A16: 1e-09); "
-        "above 0.27, 3 times that, look for an error.",
-        "W4A4 in bfloat16: a rollout that differs from training by a KL of 0.64 or less is as equal as arithmetic allows (W16A16: 0.001); "
-        "above 1.9, 3 times that, look for an error.",
+        "W4A4 in float32: a rollout that differs from training by a KL of 0.09 or less is as equal as arithmetic "
+        "allows (W16A16: 1e-09); above 0.27, 3 times that, look for an error.",
+        "W4A4 in bfloat16: a rollout that differs from training by a KL of 0.64 or less is as equal as arithmetic "
+        "allows (W16A16: 0.001); above 1.9, 3 times that, look for an error.",
     ]
 
 

@@ -118,7 +118,8 @@ def test_the_noisy_policy_reports_its_own_log_probs(tiny: Tiny) -> None:
 def test_padding_gives_finite_log_probs_and_gradients(
     model_folder: ModelFolder, attention: Any, dtype: Any, quant: QuantConfig
 ) -> None:
-    """A padded row attends to nothing, or only to itself: a NaN made there would reach every weight by way of 0 * NaN."""
+    """A padded row attends to nothing, or only to itself: a NaN made there would reach every weight by way of
+    0 * NaN."""
     policy = load_policy(ModelConfig(name=model_folder(), attention=attention, dtype=dtype), quant, seed=0)
     batch = make_batch(policy, sampled_groups(policy, ragged_prompts(4)), torch.zeros(4, 4))
     assert batch.mask.min() == 0

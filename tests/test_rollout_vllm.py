@@ -512,9 +512,10 @@ def test_a_quantized_folder_is_served_by_plain_vllm_with_our_method(model_folder
     script = f"""
 import json
 from vllm import LLM, SamplingParams
-llm = LLM({str(folder)!r}, quantization="rin", dtype="float32", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=2**27,
-          skip_tokenizer_init=True, generation_config="vllm")
-greedy = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[{policy.tokenizer.eos_token_id}], detokenize=False)
+llm = LLM({str(folder)!r}, quantization="rin", dtype="float32", enforce_eager=True, max_model_len=64,
+          kv_cache_memory_bytes=2**27, skip_tokenizer_init=True, generation_config="vllm")
+end = {policy.tokenizer.eos_token_id}
+greedy = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[end], detokenize=False)
 outputs = llm.generate([{{"prompt_token_ids": ids}} for ids in {prompts!r}], greedy, use_tqdm=False)
 print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """

@@ -161,7 +161,10 @@ def test_an_object_store_holds_no_database(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_reading_sweeps_imports_neither_ray_nor_torch() -> None:
-    code = "import sys, search.store; print([name for name in ('ray', 'torch', 'mlflow', 'optuna') if name in sys.modules])"
+    code = (
+        "import sys, search.store; "
+        "print([name for name in ('ray', 'torch', 'mlflow', 'optuna') if name in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -194,7 +194,8 @@ def test_settings_name_no_file_of_this_machine(settings: dict[str, Any], said: s
 
 def test_nor_does_a_choice_of_a_space(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(
-        "name: mine\ndescription: d\ndimensions: [{key: task.path, domain: {kind: choice, options: {a: /shared/a, b: b.jsonl}}}]\n"
+        "name: mine\ndescription: d\ndimensions: "
+        "[{key: task.path, domain: {kind: choice, options: {a: /shared/a, b: b.jsonl}}}]\n"
     )
     with pytest.raises(ConfigError, match=re.escape("task.path=b.jsonl: lies on this machine")):
         check_space_paths("", read_space(tmp_path / "space.yaml"), tmp_path)
@@ -223,7 +224,8 @@ def test_a_sweep_travels_with_all_that_was_read_here(
     """The space, the point and the paths in them are no files any more when the job reads them."""
     head = reached()
     Path("space.yaml").write_text(
-        "name: mine\ndescription: d\ndimensions: [{key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}]\n"
+        "name: mine\ndescription: d\ndimensions: "
+        "[{key: noise.sigma_start, domain: {kind: float, low: 0.001, high: 0.002}}]\n"
     )
     Path("point.yaml").write_text("noise: {sigma_start: 0.0015}\n")
     words = ["sweep", "space.yaml", "--workload", "tiny", "--name", "s", "--points", "point.yaml", "--trials", "3"]

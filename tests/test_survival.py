@@ -42,9 +42,7 @@ def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_w
     assert waiting == []
 
 
-def test_a_second_driver_is_refused_and_trials_that_hang_or_are_killed_are_tried_again_with_the_undisturbed_numbers() -> (
-    None
-):
+def test_a_second_driver_is_refused_and_trials_that_hang_or_die_are_tried_again_with_the_undisturbed_numbers() -> None:
     with faults.new_store("hang") as store:
         sweep = Sweep("hang", store, random.Random(1), Tally(), more=LONGER)
         faults.prepare_freeze(sweep)

@@ -127,7 +127,10 @@ def sweep(uri: str, experiment: str, tmp_path: Path) -> Iterator[Sweep]:
 
 @pytest.mark.slow
 def test_importing_tracking_imports_neither_mlflow_nor_ray_nor_torch() -> None:
-    code = "import sys, search.tracking, search.mirror; print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
+    code = (
+        "import sys, search.tracking, search.mirror; "
+        "print([name for name in ('mlflow', 'ray', 'torch') if name in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
@@ -142,7 +145,8 @@ def test_telemetry_is_off_before_mlflow_loads(first_use: str, tmp_path: Path) ->
         "import os; [os.environ.pop(name, None) for name in ('CI', 'DO_NOT_TRACK', 'MLFLOW_DISABLE_TELEMETRY')]\n"
         "from search.mlflow_client import Owner, check_tracking; from search.tracking import known_trials\n"
         f"uri = 'sqlite:///{tmp_path}/m.db'; owner = Owner(id='i', store='/s'); {first_use}\n"
-        "from mlflow.telemetry.client import get_telemetry_client; from mlflow.telemetry.utils import is_telemetry_disabled\n"
+        "from mlflow.telemetry.client import get_telemetry_client; "
+        "from mlflow.telemetry.utils import is_telemetry_disabled\n"
         "print(is_telemetry_disabled(), get_telemetry_client())"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}

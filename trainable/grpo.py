@@ -34,7 +34,8 @@ _EPSILON = 1e-4  # added to the std of a group, as in TRL
 
 
 def shaped_rewards(groups: Sequence[Group], grpo: GRPOConfig, max_new_tokens: int) -> torch.Tensor:
-    """Rewards [groups, G] after the overlong penalty (DAPO: it grows linearly over the last `overlong_buffer` tokens)."""
+    """Rewards [groups, G] after the overlong penalty (DAPO: it grows linearly over the last `overlong_buffer`
+    tokens)."""
     rewards = torch.tensor([[e.score.reward for e in group] for group in groups], dtype=torch.float32)
     if grpo.overlong_buffer == 0:
         return rewards
@@ -159,7 +160,8 @@ def update(
     first_update: int,
     shuffle: torch.Generator,
 ) -> UpdateMetrics:
-    """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add up."""
+    """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add
+    up."""
     correction = importance_weights(
         rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap
     )

@@ -31,7 +31,9 @@ METRICS: dict[str, str] = {
     STEPS_DONE: "steps made, this one included",
     REWARD: "mean reward of all sampled completions, penalties included",
     "grpo/reward_std": "std of rewards within a group, mean over groups",
-    ROLLOUT_ACCURACY: "share of sampled completions that are correct: noisy, at the sampling temperature, no evaluation",
+    ROLLOUT_ACCURACY: (
+        "share of sampled completions that are correct: noisy, at the sampling temperature, no evaluation"
+    ),
     "grpo/loss": "mean over the step's updates",
     "grpo/grad_norm": "largest global norm of a gradient before clipping",
     "grpo/clip_fraction": "share of tokens whose ratio was clipped against the advantage",

@@ -154,7 +154,8 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
     sources = _sigma_sources(noise, policy.depth)
     for unused in (zone for zone in noise.zones if not any(sources[i] is zone for i in chosen)):
         raise ConfigError(
-            f"noise.zones: {unused.zone} sets the sigma of no chosen block (noise.layers={noise.layers}, {policy.depth} blocks); remove it"
+            f"noise.zones: {unused.zone} sets the sigma of no chosen block (noise.layers={noise.layers}, "
+            f"{policy.depth} blocks); remove it"
         )
     multipliers = layer_multipliers(noise, policy.depth)
 
@@ -176,7 +177,8 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:
             raise ConfigError(
-                f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; noise would touch nothing"
+                f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; "
+                "noise would touch nothing"
             )
         found += matching
     if noise.final_norm:
@@ -185,12 +187,14 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         found += [target(name, "rmsnorm", None, module) for name, module in policy.final_norm.items()]
     if all(t.multiplier == 0 or t.sigma_start == 0 for t in found):
         raise ConfigError(
-            "noise.layer_multipliers and noise.zones give every chosen layer sigma 0; noise would touch nothing, raise one"
+            "noise.layer_multipliers and noise.zones give every chosen layer sigma 0; "
+            "noise would touch nothing, raise one"
         )
     plain = [t.name for t in found if isinstance(t.module, QuantLinear) and t.module.arithmetic.weights == "none"]
     if noise.scale == "step" and plain:
         raise ConfigError(
-            f"noise.scale=step: {plain[0]} is not quantised and has no step; set scale=rms or leave its block out of layers"
+            f"noise.scale=step: {plain[0]} is not quantised and has no step; "
+            "set scale=rms or leave its block out of layers"
         )
     return tuple(found)
 

@@ -47,7 +47,10 @@ _SIGN = 3  # its bit in a code
 _BIAS = 127  # E8M0
 
 _NO_KERNEL = {
-    "mxfp8": "vLLM knows 8-bit inputs beside MXFP4 weights with fp32 scales per token or per 128 elements, none with powers of two per 32",
+    "mxfp8": (
+        "vLLM knows 8-bit inputs beside MXFP4 weights with fp32 scales per token or per 128 elements, "
+        "none with powers of two per 32"
+    ),
     "nvfp4": "vLLM knows 4-bit inputs of MXFP4 layers as MXFP4 only",
 }
 
@@ -64,7 +67,10 @@ def no_packed_form(arithmetic: Arithmetic) -> str:
     if weights == "none":
         return f"only inputs are quantised (to {activations}), and the format holds weights"
     if weights == "nvfp4":
-        return "nvfp4 scales inputs per token here, and by one scale per tensor, calibrated beforehand, in every stock program"
+        return (
+            "nvfp4 scales inputs per token here, and by one scale per tensor, "
+            "calibrated beforehand, in every stock program"
+        )
     if weights == "mxfp8":
         return "mxfp8 weights are not 4-bit weights: this writes mxfp4 only"
     return "" if activations in ("none", "mxfp4") else f"{activations} inputs: {_NO_KERNEL[activations]}"

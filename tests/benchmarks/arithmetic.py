@@ -27,7 +27,10 @@ def quantiser() -> list[str]:
     range of five processes (they differ), in each of which all took turns. torchao 0.18 in the same runs; eager is our
     definition in plain torch."""
     lines = [
-        "| shape, dtype | copy_ us | mxfp4 floor | even | rceil | ceil | mxfp8 | nvfp4 | nvfp4, one scale | eager mxfp4 | torchao mxfp4 |",
+        (
+            "| shape, dtype | copy_ us | mxfp4 floor | even | rceil | ceil | mxfp8 | nvfp4 | "
+            "nvfp4, one scale | eager mxfp4 | torchao mxfp4 |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains = []
@@ -103,7 +106,8 @@ def quant_linear() -> list[str]:
             kept = [f"{_kept_mib(layer, x):.1f}" for layer in layers.values()]
             name = f"{tokens}x{inputs}x{outputs}, {str(dtype).removeprefix('torch.')}"
             lines.append(
-                f"| {name} | {median(medians['plain']) * 1e3:.3g} | {ratio(medians, 'W4A4', 'plain')} | {' | '.join(kept)} |"
+                f"| {name} | {median(medians['plain']) * 1e3:.3g} | {ratio(medians, 'W4A4', 'plain')} | "
+                f"{' | '.join(kept)} |"
             )
     return lines
 

@@ -191,9 +191,18 @@ def whole_way(count: int, rng: np.random.Generator) -> Iterator[str]:
                 flattered.append([points(sd), replicates, arms, f"{100 * gain:+.2f}", percent(claims)])
     yield "## The whole way, without a true difference"
     yield ""
-    yield "A sweep of so many arms with so many replicates; its winner by median accuracy; confirmation with fresh seeds on other"
-    yield f"questions, by the default rule (looks at {', '.join(map(str, CONFIRM.looks))} replicates) and, apart, with the sweep's number"
-    yield "of replicates looked at once. *False*: better or worse. Required: at most 6 % from confirmation. The rule's interval holds for"
+    yield (
+        "A sweep of so many arms with so many replicates; its winner by median accuracy; "
+        "confirmation with fresh seeds on other"
+    )
+    yield (
+        f"questions, by the default rule (looks at {', '.join(map(str, CONFIRM.looks))} replicates) and, "
+        "apart, with the sweep's number"
+    )
+    yield (
+        "of replicates looked at once. *False*: better or worse. Required: at most 6 % from confirmation. "
+        "The rule's interval holds for"
+    )
     yield "all looks together, so at the look where it ends it may hold the truth more often than in 95 %."
     yield ""
     head = [
@@ -213,11 +222,15 @@ def whole_way(count: int, rng: np.random.Generator) -> Iterator[str]:
         everything = pooled(cells)
         worst, least, most = max(t.false for t in cells), min(t.coverage for t in cells), max(t.coverage for t in cells)
         yield (
-            f"- {text}: {percent(everything.false)} % false over all {everything.simulations:,}, at most {percent(worst)} % in a cell; "
-            f"intervals hold the truth in {percent(everything.coverage)} % ({percent(least)} to {percent(most)} in a cell)"
+            f"- {text}: {percent(everything.false)} % false over all {everything.simulations:,}, "
+            f"at most {percent(worst)} % in a cell; intervals hold the truth in {percent(everything.coverage)} % "
+            f"({percent(least)} to {percent(most)} in a cell)"
         )
     chance = 100 * math.sqrt(0.05 * 0.95 / count)
-    yield f"- a cell that is wrong in exactly 5 % comes out as 5 ± {chance:.1f} (one standard error of {count:,} simulations)"
+    yield (
+        f"- a cell that is wrong in exactly 5 % comes out as 5 ± {chance:.1f} "
+        f"(one standard error of {count:,} simulations)"
+    )
     yield ""
     yield "What the same sweeps promise before confirmation (the truth is 0):"
     yield ""
@@ -259,7 +272,10 @@ def known_differences(count: int, rng: np.random.Generator) -> Iterator[str]:
                 )
     yield "## Known differences: power and coverage of the paired comparison"
     yield ""
-    yield "`compare` with the answers, looked at once; theory: paired t test (statsmodels `TTestPower`) at the world's own spread."
+    yield (
+        "`compare` with the answers, looked at once; "
+        "theory: paired t test (statsmodels `TTestPower`) at the world's own spread."
+    )
     yield "Required: coverage 93 to 97 %."
     yield ""
     yield from table(
@@ -268,7 +284,10 @@ def known_differences(count: int, rng: np.random.Generator) -> Iterator[str]:
     extremes = percent(min(coverages)), percent(max(coverages))
     mean = 100 * float(np.mean(gaps))
     yield f"- found minus theory: {100 * min(gaps):+.1f} to {100 * max(gaps):+.1f} percentage points, mean {mean:+.1f}"
-    yield f"- intervals hold the truth in {percent(float(np.mean(coverages)))} % ({extremes[0]} to {extremes[1]} in a cell)"
+    yield (
+        f"- intervals hold the truth in {percent(float(np.mean(coverages)))} % "
+        f"({extremes[0]} to {extremes[1]} in a cell)"
+    )
     yield ""
 
 
@@ -288,7 +307,10 @@ def confirmation_finds(count: int, rng: np.random.Generator) -> Iterator[str]:
             )
     yield "## What confirmation finds"
     yield ""
-    yield f"The default rule. With a true difference of {points(MARGIN)} point, the margin itself, `same` is false; only one side of the"
+    yield (
+        f"The default rule. With a true difference of {points(MARGIN)} point, the margin itself, `same` is false; "
+        "only one side of the"
+    )
     yield "interval can err so, hence at most 2.5 %."
     yield ""
     head = [
@@ -325,7 +347,10 @@ def hard_worlds(count: int, rng: np.random.Generator) -> Iterator[str]:
             rows.append([name, replicates, *cells])
     yield "## Worlds in which replicates do not see everything"
     yield ""
-    yield "No difference over all questions there are, looked at once; what an arm owes to these 2,048 questions, its replicates repeat."
+    yield (
+        "No difference over all questions there are, looked at once; "
+        "what an arm owes to these 2,048 questions, its replicates repeat."
+    )
     yield "With the answers the interval knows it; with the number of questions alone only copies are recognised."
     yield ""
     head = ["world", "replicates", "false %", "interval holds %", "number of questions alone: false %", "holds %"]
@@ -428,9 +453,18 @@ def main() -> None:
     lines = [
         "# Calibration: can the verdicts be believed?",
         "",
-        f"Made by `python -m tests.benchmarks.calibration --simulations {options.simulations} --seed {options.seed}`: simulated sweeps",
-        f"with a known truth, {options.simulations:,} per row, {QUESTIONS:,} questions, accuracies near 75 %. *sd*: run-to-run, of one",
-        f"accuracy, in points; the chance in answering adds an sd of {100 * math.sqrt(ANSWERING):.2f} points to every paired difference.",
+        (
+            f"Made by `python -m tests.benchmarks.calibration --simulations {options.simulations} --seed "
+            f"{options.seed}`: simulated sweeps"
+        ),
+        (
+            f"with a known truth, {options.simulations:,} per row, {QUESTIONS:,} questions, accuracies near 75 %. "
+            "*sd*: run-to-run, of one"
+        ),
+        (
+            f"accuracy, in points; the chance in answering adds an sd of {100 * math.sqrt(ANSWERING):.2f} points "
+            "to every paired difference."
+        ),
         "How the worlds are made: `tests/benchmarks/calibration.py`.",
         "",
     ]

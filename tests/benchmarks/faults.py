@@ -563,8 +563,14 @@ def main() -> None:
             "# What survives",
             "",
             "Sweeps of 4 trials on the workload `tiny`, hurt at random moments and resumed until they had ended",
-            "(`python -m tests.benchmarks.faults`; each sweep takes several faults of one kind). *Twice*: recorded more than once;",
-            "*lost*: no record or no outcome; *unclosed*: a run left open in MLflow; *other numbers*: trials whose steps, evaluation",
+            (
+                "(`python -m tests.benchmarks.faults`; each sweep takes several faults of one kind). "
+                "*Twice*: recorded more than once;"
+            ),
+            (
+                "*lost*: no record or no outcome; *unclosed*: a run left open in MLflow; "
+                "*other numbers*: trials whose steps, evaluation"
+            ),
             "or receipt differ in any bit from the same configuration run in a plain loop.",
             "",
             *table({key: results[key] for key in FAULTS if key in results}),

@@ -27,8 +27,8 @@ CURVES: dict[str, tuple[str, list[int], str]] = {
     "group_size": (
         "completions per prompt",
         [4, 8, 16, 32],
-        "their tokens, not their prompt, which is computed once; in a rollout calls that do not grow; in updates attention too: it is "
-        "square in the row that a prompt shares with its completions, until the row is full",
+        "their tokens, not their prompt, which is computed once; in a rollout calls that do not grow; in updates "
+        "attention too: it is square in the row that a prompt shares with its completions, until the row is full",
     ),
     "prompts": ("prompts", [16, 32, 64, 128], "rows of all products; the smallest are bound by calls"),
     "tokens": (
@@ -102,7 +102,10 @@ def growth() -> list[str]:
     four points and over the last two: what is bound by arithmetic grows with its share of the work, what is bound by
     overheads does not grow. Against the number of trials: docs/overhead.md."""
     lines = [
-        "| against | values | rollout s | updates s | memory GiB | exponents: rollout | updates | memory | of the last two | bound by |"
+        (
+            "| against | values | rollout s | updates s | memory GiB | "
+            "exponents: rollout | updates | memory | of the last two | bound by |"
+        )
     ]
     lines.append("|" + "---|" * 10)
     for curve, (name, values, bound) in CURVES.items():
@@ -113,7 +116,8 @@ def growth() -> list[str]:
             _exponent(values[-2:], [point[what] for point in points[-2:]]) for what in ("rollout", "updates", "gib")
         )
         lines.append(
-            f"| {name} | {', '.join(map(str, values))} | {' | '.join(cells)} | {' | '.join(all_of_them)} | {last} | {bound} |"
+            f"| {name} | {', '.join(map(str, values))} | {' | '.join(cells)} | "
+            f"{' | '.join(all_of_them)} | {last} | {bound} |"
         )
     return lines
 

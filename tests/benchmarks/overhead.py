@@ -121,9 +121,15 @@ def loop(trials: int, rounds: int, workload: str) -> list[str]:
     listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     waits, delivers = (100 * max(column) for column in zip(*shares, strict=True))
     return [
-        f"- {trials} {workload} trials, two at a time: the sweep takes {listed} times as long as two plain loops over the same",
+        (
+            f"- {trials} {workload} trials, two at a time: "
+            f"the sweep takes {listed} times as long as two plain loops over the same"
+        ),
         f"  trials (last round: {sweep:.0f} s against {plain:.0f} s).",
-        f"- MLflow's part of it: the thread that drives the trials waits {waits:.2f} % of the time for tracking; the thread that",
+        (
+            f"- MLflow's part of it: the thread that drives the trials waits {waits:.2f} % of the time for tracking; "
+            "the thread that"
+        ),
         f"  delivers takes {delivers:.2f} % of the two cores.",
     ]
 
@@ -157,9 +163,12 @@ def memory(trials: int) -> list[str]:
     first, early = next((ended, mib) for ended, mib in samples if ended >= trials // 10)
     last, late = samples[-1]
     return [
-        f"- {trials} trials of `tiny` (one step each) in one sweep, {seconds:.0f} s: the driver has {early:.0f} MiB after {first} trials",
-        f"  and {late:.0f} MiB after {last}: {1024 * (late - early) / (last - first):.0f} KiB more per trial. Its peak was "
-        f"{max(mib for _, mib in samples):.0f} MiB.",
+        (
+            f"- {trials} trials of `tiny` (one step each) in one sweep, {seconds:.0f} s: "
+            f"the driver has {early:.0f} MiB after {first} trials"
+        ),
+        f"  and {late:.0f} MiB after {last}: {1024 * (late - early) / (last - first):.0f} KiB more per trial. "
+        f"Its peak was {max(mib for _, mib in samples):.0f} MiB.",
     ]
 
 
@@ -174,8 +183,8 @@ def cores(trials: int) -> list[str]:
             seconds[count] = _timed(SPAWN.Process(target=_pinned_sweep, args=(store, trials, count)))
         print(f"{count} cores: {seconds[count]:.1f} s", flush=True)
     return [
-        f"- {trials} embedded trials on one core {seconds[1]:.0f} s, on two {seconds[2]:.0f} s: {seconds[1] / seconds[2]:.2f} times faster "
-        "(start-up of Ray included, one thread per trial)."
+        f"- {trials} embedded trials on one core {seconds[1]:.0f} s, on two {seconds[2]:.0f} s: "
+        f"{seconds[1] / seconds[2]:.2f} times faster (start-up of Ray included, one thread per trial)."
     ]
 
 
@@ -204,7 +213,10 @@ def footprint(trials: int) -> list[str]:
                 peak, processes = total / 2**30, count
         driver.join()
         assert driver.exitcode == 0
-    told = f"- The default sweep ({trials} embedded trials, two at a time): at most {peak:.2f} GiB in {processes} processes together"
+    told = (
+        f"- The default sweep ({trials} embedded trials, two at a time): "
+        f"at most {peak:.2f} GiB in {processes} processes together"
+    )
     return [f"{told}, Ray's included."]
 
 

@@ -118,7 +118,10 @@ def percent(values: Sequence[float]) -> str:
 
 
 def interval(c: Comparison) -> str:
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], {c.verdict} ({c.replicates} replicates)"
+    return (
+        f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], "
+        f"{c.verdict} ({c.replicates} replicates)"
+    )
 
 
 def ending(runs: Sequence[Run]) -> str:
@@ -158,7 +161,8 @@ def plan_in_miniature(store: Path, seeds: int) -> tuple[list[str], dict[str, Any
     # The base is the same for every seed, so the start is one number and not a replicate.
     quantised, plain = (accuracies(arms[arm], "eval/unsigned_start")[0] for arm in ("control", "bf16"))
     lines.append(
-        f"- before training, sign ignored: W4A4 {100 * quantised:.1f} %, BF16 {100 * plain:.1f} % (one base, 2,048 questions)"
+        f"- before training, sign ignored: W4A4 {100 * quantised:.1f} %, "
+        f"BF16 {100 * plain:.1f} % (one base, 2,048 questions)"
     )
     draw(records, DOCS / "sweep.png")
     return lines, {"runs": [run_numbers(r) for r in records]}
@@ -204,7 +208,10 @@ def real_model() -> tuple[list[str], dict[str, Any]]:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     *steps, outcome = [json.loads(line) for line in done.stdout.splitlines()]
     lines = [
-        f"`rin {' '.join(arguments)}`: {seconds:.0f} s in all, peak memory {peak:.1f} GiB, outcome {outcome['outcome']}",
+        (
+            f"`rin {' '.join(arguments)}`: {seconds:.0f} s in all, peak memory {peak:.1f} GiB, "
+            f"outcome {outcome['outcome']}"
+        ),
         "",
         "| step | sigma | reward | entropy | length | KL to the clean policy | gradient norm | rollout s | update s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -225,7 +232,8 @@ def real_model() -> tuple[list[str], dict[str, Any]]:
     lines.append("")
     lines.append(
         f"accuracy on {scores['n']} questions: W4A4 {scores['accuracy_start']:.3f} -> {scores['accuracy']:.3f}, "
-        f"unquantised {scores['accuracy_bf16_start']:.3f} -> {scores['accuracy_bf16']:.3f} (5 steps: signals, not a finding)"
+        f"unquantised {scores['accuracy_bf16_start']:.3f} -> {scores['accuracy_bf16']:.3f} "
+        "(5 steps: signals, not a finding)"
     )
     return lines, {
         "steps": steps,

@@ -270,8 +270,9 @@ def row(name: str, scores: list[Score], seconds: float) -> str:
     cost = quartiles([s.reached_cost for s in scores])[1]
     never = sum(math.isinf(s.reached_trials) for s in scores)
     return (
-        f"| {name} | {middle} ({low} to {high}) | {cost} | {never} of {len(scores)} | {100 * mean(s.collapsed for s in scores):.0f} % "
-        f"| {100 * mean(s.regret for s in scores):.2f} | {mean(s.trials for s in scores):.0f} | {seconds:.2f} |"
+        f"| {name} | {middle} ({low} to {high}) | {cost} | {never} of {len(scores)} | "
+        f"{100 * mean(s.collapsed for s in scores):.0f} % | {100 * mean(s.regret for s in scores):.2f} | "
+        f"{mean(s.trials for s in scores):.0f} | {seconds:.2f} |"
     )
 
 
@@ -326,16 +327,16 @@ COLUMNS = (
 PAGE = f"""# Search quality: how quickly a good sigma is found, and how many trials collapse on the way
 
 Made by `{{command}}` ({{machine}}). The landscapes, their collapse regions and the methods are described at the top of
-`tests/benchmarks/search_quality.py`. {{trials}} trials per search, {{seeds}} seeds (each a landscape of its own), one replicate,
-one trial at a time. "Never" in a quartile: that search did not get there within its trials.
+`tests/benchmarks/search_quality.py`. {{trials}} trials per search, {{seeds}} seeds (each a landscape of its own), one
+replicate, one trial at a time. "Never" in a quartile: that search did not get there within its trials.
 
 | {" | ".join(COLUMNS)} |
 |{"---|" * len(COLUMNS)}
 {{rows}}
 
-Twenty seeds are too few to rank these methods: two runs of random search with other seeds differ by as much as the methods do (the rows
-`random` and "stock random search" are the same method). ASHA's trials are cut short where faster learning looks better: it
-needs more trials, which cost less each.
+Twenty seeds are too few to rank these methods: two runs of random search with other seeds differ by as much as the
+methods do (the rows `random` and "stock random search" are the same method). ASHA's trials are cut short where faster
+learning looks better: it needs more trials, which cost less each.
 """
 
 if __name__ == "__main__":

@@ -176,8 +176,8 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
             "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
             "rin::attend",
         ),
-        "torch's kernel where many tokens meet: completions share a row with their prompt, and the mask hides most of it, which is less "
-        "work than a row each; a kernel of our own in the rollout",
+        "torch's kernel where many tokens meet: completions share a row with their prompt, "
+        "and the mask hides most of it, which is less work than a row each; a kernel of our own in the rollout",
     ),
     "activation of the MLP, with its quantisation": (
         ("rin::swiglu", "rin::swiglu_backward"),
@@ -193,7 +193,10 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "sums of gradients and residuals": (
         ("aten::add", "aten::add_", "aten::sum"),
-        "residuals are summed in the norms; left are q, k, v and gate, up, whose gradients meet in one input, and biases",
+        (
+            "residuals are summed in the norms; left are q, k, v and gate, up, "
+            "whose gradients meet in one input, and biases"
+        ),
     ),
     "norms, with the sum before and the quantisation after": (
         ("rin::rms_norm", "rin::rms_norm_backward"),
@@ -203,8 +206,8 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Operators of a part, and why it costs what it does."""
 BETWEEN = (
-    "Python, autograd's nodes, and torch's way to each of some thousand small operations, which the profiler makes longer; gradients of "
-    "our kernels do not go through Python"
+    "Python, autograd's nodes, and torch's way to each of some thousand small operations, "
+    "which the profiler makes longer; gradients of our kernels do not go through Python"
 )
 
 

@@ -44,7 +44,8 @@ def save_state(folder: Folder, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Folder) -> dict[str, Any]:
-    """Read what `save_state` wrote. Raises ConfigError for another version, ValueError for a damaged or unfinished one."""
+    """Read what `save_state` wrote. Raises ConfigError for another version, ValueError for a damaged or unfinished
+    one."""
     text = folder.read(PROGRESS_FILE)
     if text is None:
         raise ValueError("it was never finished")
@@ -56,7 +57,8 @@ def load_state(folder: Folder) -> dict[str, Any]:
     head = head if isinstance(head, dict) else {}
     if head.get("version", VERSION) != VERSION:
         raise ConfigError(
-            f"{folder.uri}: checkpoint version {head['version']}, this program reads {VERSION}; use the program that wrote it"
+            f"{folder.uri}: checkpoint version {head['version']}, this program reads {VERSION}; "
+            "use the program that wrote it"
         )
     tensors = folder.read(_TENSORS) or b""
     if head.get("values") != _digest(values) or head.get("tensors") != _digest(tensors):
@@ -121,7 +123,8 @@ def load_final(trial: Folder) -> dict[str, torch.Tensor]:
         raise ValueError("is damaged") from None
     if version != FINAL_VERSION:
         raise ConfigError(
-            f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; use the program that wrote it"
+            f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; "
+            "use the program that wrote it"
         )
     if checksum != _digest_of(weights):
         raise ValueError("is damaged (its checksum differs)")

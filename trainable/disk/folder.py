@@ -104,7 +104,8 @@ class Folder:
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no name of a file: use letters, digits, '.', '_', '+' and '-'; nothing may lead out of its folder"
+            f"{name!r} is no name of a file: use letters, digits, '.', '_', '+' and '-'; "
+            "nothing may lead out of its folder"
         )
     return name
 

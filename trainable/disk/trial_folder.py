@@ -105,7 +105,8 @@ def _parsed(trial: Folder, name: str, text: bytes, parse: Callable[[Any], Parsed
         raise ConfigError(f"{trial.uri}/{name}: {error}; use the program that wrote it") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{trial.uri}/{name}: is damaged (not the JSON of an ending); remove it, and rin resume runs the trial again"
+            f"{trial.uri}/{name}: is damaged (not the JSON of an ending); remove it, and rin resume runs the trial "
+            "again"
         ) from None
     raise ConfigError(
         f"{trial.uri}/{name}: written by version {version}, this program reads {VERSION}; use the program that wrote it"

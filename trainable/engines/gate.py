@@ -92,9 +92,9 @@ def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
     if not (within or flipped <= FLIPPED_PROMPTS):
         raise TrialFailed(
             RULE,
-            f"log-probs: engine and training are apart by KL {found.kl:.3g} and {found.mean_abs:.3g} on average, in nats per token, "
-            f"training from itself by {floor.kl:.3g} and {usual:.3g}; tokens of {100 * flipped:.0f} % of the prompts differ. Weights and "
-            "single layers are equal, so attention, norms or sampling differ",
+            f"log-probs: engine and training are apart by KL {found.kl:.3g} and {found.mean_abs:.3g} on average, in "
+            f"nats per token, training from itself by {floor.kl:.3g} and {usual:.3g}; tokens of {100 * flipped:.0f} % "
+            "of the prompts differ. Weights and single layers are equal, so attention, norms or sampling differ",
         )
     return {FLOOR_KL: floor.kl, GATE_KL: found.kl}
 

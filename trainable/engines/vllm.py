@@ -112,7 +112,8 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
         names = [f"{parent}.{member}" for member in self.packed_modules_mapping.get(last, ())] or [prefix]
         if len(names) != len(rows):
             raise ValueError(
-                f"{prefix}: vLLM makes {len(rows)} parts of it, training has {names}; this architecture needs rollout.backend=torch"
+                f"{prefix}: vLLM makes {len(rows)} parts of it, training has {names}; "
+                "this architecture needs rollout.backend=torch"
             )
         starts = [sum(rows[:index]) for index in range(len(rows))]
         return [
@@ -208,13 +209,15 @@ class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make vLLM know the method `rin`. It calls this itself in all its processes (entry point `vllm.general_plugins`)."""
+    """Make vLLM know the method `rin`. It calls this itself in all its processes (entry point
+    `vllm.general_plugins`)."""
     if NAME not in QUANTIZATION_METHODS:
         register_quantization_config(NAME)(RinQuantization)
 
 
 def known_head_sizes() -> Sequence[int]:
-    """Those that vLLM's attention on a CPU has code for. Empty on a GPU, where it chooses among many kernels by itself."""
+    """Those that vLLM's attention on a CPU has code for. Empty on a GPU, where it chooses among many kernels by
+    itself."""
     return CPUAttentionBackend.get_supported_head_sizes() if current_platform.is_cpu() else []
 
 
@@ -365,7 +368,8 @@ def _rows(module: Any, part: Part) -> slice:
 
 
 def _completion(output: Any) -> Completion:
-    """vLLM gives the log-probs of the sampled tokens alone: their negative mean is an unbiased estimate of the entropy."""
+    """vLLM gives the log-probs of the sampled tokens alone: their negative mean is an unbiased estimate of the
+    entropy."""
     ids = tuple(output.token_ids)
     logps = tuple(table[token].logprob for token, table in zip(ids, output.logprobs, strict=True))
     return Completion(ids=ids, logps=logps, entropy=-sum(logps) / len(logps), finished=output.finish_reason == "stop")

@@ -132,7 +132,8 @@ class Forward:
         return mix
 
     def _rotated(self, x: Tensor, angles: Angles) -> Tensor:
-        """Rotary position embedding (arXiv 2104.09864) of heads side by side: [B * T, heads * D] -> [B * T, heads, D]."""
+        """Rotary position embedding (arXiv 2104.09864) of heads side by side: [B * T, heads * D] ->
+        [B * T, heads, D]."""
         cos, sin = angles
         x = x.view(len(x), -1, self.size)
         if x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():

@@ -1,12 +1,14 @@
-// What the formats have in common: their grids, reading and writing elements, and rounding. What is computed, and why so, is said in
-// trainable/quantization.py, whose eager torch is the definition: every value in mx.h and nvfp4.h equals its value there.
+// What the formats have in common: their grids, reading and writing elements, and rounding. What is computed, and why
+// so, is said in trainable/quantization.py, whose eager torch is the definition: every value in mx.h and nvfp4.h
+// equals its value there.
 //
 //   amax      the largest magnitude of a block, as an integer: the bits of non-negative floats sort as the floats do
-//   rounding  (a + 2^23 step) - 2^23 step: the adder rounds to nearest even at the step of a's binade, which is a's exponent bits, but
-//             at least those of the grid's smallest normal number
+//   rounding  (a + 2^23 step) - 2^23 step: the adder rounds to nearest even at the step of a's binade, which is a's
+//             exponent bits, but at least those of the grid's smallest normal number
 //
-// A block is read, scaled, rounded and written in registers. Each format has a quick way for ordinary blocks and a plain one, which scales
-// and clamps first, for all others: NaN and Inf, and what lies where the quick way's products would leave the normal numbers.
+// A block is read, scaled, rounded and written in registers. Each format has a quick way for ordinary blocks and a
+// plain one, which scales and clamps first, for all others: NaN and Inf, and what lies where the quick way's products
+// would leave the normal numbers.
 //
 // Not to be compiled with -ffast-math or with contraction of a * b + c: both skip roundings on which the method rests.
 #pragma once
@@ -16,8 +18,14 @@
 namespace {
 
 // The grid of a tiny float; `emax`: the exponent of its largest value.
-struct E2M1 { static constexpr int mantissa = 1, emax = 2; static constexpr uint32_t smallest_normal = 0x3F800000, largest = 0x40C00000; };
-struct E4M3 { static constexpr int mantissa = 3, emax = 8; static constexpr uint32_t smallest_normal = 0x3C800000, largest = 0x43E00000; };
+struct E2M1 {
+  static constexpr int mantissa = 1, emax = 2;
+  static constexpr uint32_t smallest_normal = 0x3F800000, largest = 0x40C00000;
+};
+struct E4M3 {
+  static constexpr int mantissa = 3, emax = 8;
+  static constexpr uint32_t smallest_normal = 0x3C800000, largest = 0x43E00000;
+};
 
 // 16 elements of fp32, or of bf16, which is the upper half of one.
 inline u32x16 read16(const float* x) { return load<u32x16>(x); }
@@ -26,13 +34,15 @@ inline void write16(float* out, u32x16 v) { store(out, v); }
 // The upper half is all there is where the value is exact in bf16, as everything from MX is.
 inline void write16(uint16_t* out, u32x16 v) { store(out, __builtin_convertvector(v >> 16, u16x16)); }
 
-// 32 elements of bf16 in place: of each 32 bits the upper half is an fp32 number once the lower half is cleared, and so is the lower half
-// once it is shifted up.
+// 32 elements of bf16 in place: of each 32 bits the upper half is an fp32 number once the lower half is cleared, and
+// so is the lower half once it is shifted up.
 inline u32x16 uppers(u16x32 v) { return bits_as<u32x16>(v) & 0xFFFF0000; }
 inline u32x16 lowers(u16x32 v) { return bits_as<u32x16>(v) << 16; }
 inline u16x32 together(u32x16 upper, u32x16 lower) { return bits_as<u16x32>((upper & 0xFFFF0000) | (lower >> 16)); }
 
-inline u32x16 larger_halves(u32x16 a, u32x16 b) { return bits_as<u32x16>(larger(bits_as<u16x32>(a), bits_as<u16x32>(b))); }
+inline u32x16 larger_halves(u32x16 a, u32x16 b) {
+  return bits_as<u32x16>(larger(bits_as<u16x32>(a), bits_as<u16x32>(b)));
+}
 // Each half of every 32 bits becomes the larger one.
 inline u32x16 larger_half(u32x16 w) { return larger_halves(w, (w << 16) | (w >> 16)); }
 

@@ -13,7 +13,9 @@ constexpr int64_t kBlocks[] = {32, 32, 16};
 
 inline void check_blocks(int64_t columns, int64_t format) {
   const int64_t block = kBlocks[format];
-  TORCH_CHECK_VALUE(columns % block == 0, kNames[format], " needs a last dim that is a multiple of ", block, ", but got ", columns, "; exclude it");
+  TORCH_CHECK_VALUE(
+      columns % block == 0,
+      kNames[format], " needs a last dim that is a multiple of ", block, ", but got ", columns, "; exclude it");
 }
 
 // What kernels that quantise their output take: whole vectors, and blocks.
@@ -53,7 +55,8 @@ float common_scale(const T* x, int64_t n) {
   const auto largest = [x](int64_t begin, int64_t end, uint32_t so_far) {
     return std::max(so_far, largest_of(x + 16 * begin, 16 * (end - begin)));
   };
-  return outer_scale(at::parallel_reduce(0, n / 16, kGrain / 16, 0u, largest, [](uint32_t a, uint32_t b) { return std::max(a, b); }));
+  return outer_scale(at::parallel_reduce(
+      0, n / 16, kGrain / 16, 0u, largest, [](uint32_t a, uint32_t b) { return std::max(a, b); }));
 }
 
 template <class T>
@@ -78,18 +81,20 @@ at::Tensor fake_quantize(const at::Tensor& any, int64_t format, int64_t addend, 
   if (x.scalar_type() == at::kFloat) {
     run(x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, columns, format, addend, per_tensor);
   } else {
-    run(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(out.mutable_data_ptr()), rows, columns, format, addend,
-        per_tensor);
+    run(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(out.mutable_data_ptr()), rows, columns,
+        format, addend, per_tensor);
   }
   return out;
 }
 
 // Backward: the identity (arXiv 1308.3432). Nothing is kept for it.
 struct StraightThrough : torch::autograd::Function<StraightThrough> {
-  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x, int64_t format, int64_t addend, bool per_tensor) {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext*, const at::Tensor& x, int64_t format, int64_t addend, bool per_tensor) {
     return fake_quantize(x, format, addend, per_tensor);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext*, torch::autograd::variable_list grads) {
     return {grads[0], {}, {}, {}};
   }
 };

@@ -1,7 +1,8 @@
 // The library: what Python calls. One translation unit, because torch's headers take longer to read than all of this.
 //
-// Python comes in past the general way of calling operators, and gradients are computed without going back to it: both ways take longer than
-// a small tensor's arithmetic. Only rin::fake_quantize is a registered operator too, for torch.compile, which goes around it.
+// Python comes in past the general way of calling operators, and gradients are computed without going back to it: both
+// ways take longer than a small tensor's arithmetic. Only rin::fake_quantize is a registered operator too, for
+// torch.compile, which goes around it.
 #include <Python.h>
 
 #include <torch/csrc/Exceptions.h>
@@ -18,7 +19,9 @@
 namespace {
 
 const at::Tensor& tensor(PyObject* argument) {
-  if (!THPVariable_Check(argument)) throw torch::TypeError(std::string("a tensor is wanted, not ") + Py_TYPE(argument)->tp_name);
+  if (!THPVariable_Check(argument)) {
+    throw torch::TypeError(std::string("a tensor is wanted, not ") + Py_TYPE(argument)->tp_name);
+  }
   return THPVariable_Unpack(argument);
 }
 int64_t integer(PyObject* argument) { return PyLong_AsLongLong(argument); }
@@ -37,7 +40,8 @@ PyObject* py_fake_quantize(PyObject*, PyObject* const* given, Py_ssize_t) {
 PyObject* py_ste_quantize(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
   if (!learning()) return py_fake_quantize(nullptr, given, 4);
-  return THPVariable_Wrap(StraightThrough::apply(tensor(given[0]), integer(given[1]), integer(given[2]), given[3] == Py_True));
+  return THPVariable_Wrap(
+      StraightThrough::apply(tensor(given[0]), integer(given[1]), integer(given[2]), given[3] == Py_True));
   END_HANDLE_TH_ERRORS
 }
 
@@ -52,7 +56,8 @@ PyObject* py_rotate(PyObject*, PyObject* const* given, Py_ssize_t) {
 // rms_norm(x, residual or None, weight, epsilon, format, addend, rotated) -> y, or (y, x + residual)
 PyObject* py_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  const at::Tensor &x = tensor(given[0]), &weight = tensor(given[2]), residual = given[1] == Py_None ? at::Tensor() : tensor(given[1]);
+  const at::Tensor &x = tensor(given[0]), &weight = tensor(given[2]);
+  const at::Tensor residual = given[1] == Py_None ? at::Tensor() : tensor(given[1]);
   const double epsilon = PyFloat_AsDouble(given[3]);
   const int64_t format = integer(given[4]), addend = integer(given[5]);
   const bool rotated = given[6] == Py_True;
@@ -65,7 +70,8 @@ PyObject* py_rms_norm(PyObject*, PyObject* const* given, Py_ssize_t) {
   } else {
     y = RMSNorm::apply(x, std::optional<at::Tensor>(), weight, epsilon, format, addend, rotated)[0];
   }
-  return residual.defined() ? Py_BuildValue("(NN)", THPVariable_Wrap(y), THPVariable_Wrap(stream)) : THPVariable_Wrap(y);
+  return residual.defined() ? Py_BuildValue("(NN)", THPVariable_Wrap(y), THPVariable_Wrap(stream))
+                            : THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
 
@@ -87,13 +93,14 @@ PyObject* py_rotary(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
-// attend(q, k, v, cos, sin, keys, values, starts, filled, scale) -> the mixed values, without gradient; keys and values grow by k and v
+// attend(q, k, v, cos, sin, keys, values, starts, filled, scale) -> the mixed values, without gradient; keys and
+// values grow by k and v
 PyObject* py_attend(PyObject*, PyObject* const* given, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const at::NoGradGuard without;
   return THPVariable_Wrap(attend(
-      tensor(given[0]), tensor(given[1]), tensor(given[2]), tensor(given[3]), tensor(given[4]), tensor(given[5]), tensor(given[6]),
-      tensor(given[7]), integer(given[8]), PyFloat_AsDouble(given[9])));
+      tensor(given[0]), tensor(given[1]), tensor(given[2]), tensor(given[3]), tensor(given[4]), tensor(given[5]),
+      tensor(given[6]), tensor(given[7]), integer(given[8]), PyFloat_AsDouble(given[9])));
   END_HANDLE_TH_ERRORS
 }
 
@@ -117,7 +124,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "rin_kernels", nullptr, -1, methods
 
 }  // namespace
 
-TORCH_LIBRARY(rin, library) { library.def("fake_quantize(Tensor x, int format, int addend, bool per_tensor) -> Tensor"); }
+TORCH_LIBRARY(rin, library) {
+  library.def("fake_quantize(Tensor x, int format, int addend, bool per_tensor) -> Tensor");
+}
 TORCH_LIBRARY_IMPL(rin, CPU, library) { library.impl("fake_quantize", fake_quantize); }
 // Without gradient, also for an x that has one: the layers that call it know theirs.
 TORCH_LIBRARY_IMPL(rin, Autograd, library) { library.impl("fake_quantize", torch::CppFunction::makeFallthrough()); }

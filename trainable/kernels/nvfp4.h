@@ -1,8 +1,9 @@
 // NVFP4: blocks of 16 under a scale in E4M3, under an outer scale in fp32 of the row, or of the tensor.
 //
-// Blocks are taken 16 at a time, whatever the rows, so that the arithmetic of the scales fills a vector. An ordinary block's elements need
-// no clamp, because its scale, a normal number of E4M3, is at most a 17th too small, and 6.4 rounds to 6; so they are scaled and rounded
-// with their signs, by a magic number of 1.5 * 2^23 steps. In bf16 results are rounded once more: with one addition, where none lies halfway.
+// Blocks are taken 16 at a time, whatever the rows, so that the arithmetic of the scales fills a vector. An ordinary
+// block's elements need no clamp, because its scale, a normal number of E4M3, is at most a 17th too small, and 6.4
+// rounds to 6; so they are scaled and rounded with their signs, by a magic number of 1.5 * 2^23 steps. In bf16 results
+// are rounded once more: with one addition, where none lies halfway.
 #pragma once
 
 #include <vector>
@@ -11,14 +12,15 @@
 
 namespace {
 
-constexpr float kFlushed = 0x1p-100f;  // rows below it become zero: products of the two scales would no longer be normal
+// Rows below it become zero: products of the two scales would no longer be normal.
+constexpr float kFlushed = 0x1p-100f;
 
 inline float outer_scale(uint32_t amax) {
   const float top = float_of(amax);
   return top < kFlushed ? 1.0f : top / (448.0f * 6.0f);
 }
 
-// --- largest magnitudes ----------------------------------------------------------------------------------------------------------------
+// --- largest magnitudes ---------------------------------------------------------------------------------------------
 
 // Of n elements, n a multiple of 16: in four strands, so that none waits for another.
 inline uint32_t largest_of(const float* x, int64_t n) {
@@ -42,8 +44,8 @@ inline uint32_t largest_of(const uint16_t* x, int64_t n) {
   return spread_largest(rest)[0];
 }
 
-// Of 16 blocks side by side, in 16 lanes: a tree that halves the lanes of a block and doubles the blocks of a vector, from 8 vectors of 2
-// blocks on.
+// Of 16 blocks side by side, in 16 lanes: a tree that halves the lanes of a block and doubles the blocks of a vector,
+// from 8 vectors of 2 blocks on.
 template <u32x16 larger_of(u32x16, u32x16)>
 inline u32x16 largest_of_each(const u32x16* two) {
   u32x16 four[4], eight[2];
@@ -60,7 +62,9 @@ inline u32x16 largest_of_each(const u32x16* two) {
 }
 inline u32x16 nv_largest(const float* x) {
   u32x16 two[8];
-  for (int i = 0; i < 8; ++i) two[i] = merged_halves<larger>(read16(x + 32 * i) & kMagnitude, read16(x + 32 * i + 16) & kMagnitude);
+  for (int i = 0; i < 8; ++i) {
+    two[i] = merged_halves<larger>(read16(x + 32 * i) & kMagnitude, read16(x + 32 * i + 16) & kMagnitude);
+  }
   return largest_of_each<larger>(two);
 }
 inline u32x16 nv_largest(const uint16_t* x) {
@@ -80,7 +84,7 @@ inline void nv_largest_of(const T* x, int64_t blocks, float* amax) {
   store(amax + block, nv_largest(padded));
 }
 
-// --- rounding --------------------------------------------------------------------------------------------------------------------------
+// --- rounding -------------------------------------------------------------------------------------------------------
 
 // So that the upper half is the nearest bf16 number, of two the even one, as torch rounds; not for NaN.
 inline u32x16 near(u32x16 v) { return v + (0x7FFF + ((v >> 16) & 1)); }
@@ -110,7 +114,8 @@ inline Scales scales_of(const float* amax, const float* outers, int64_t blocks) 
 inline u32x16 quickly(u32x16 v, f32x16 scale, f32x16 inverse) {
   const f32x16 y = bits_as<f32x16>(v) * inverse;
   const u32x16 binade = larger(bits_as<u32x16>(y) & kExponent, u32x16{} + E2M1::smallest_normal);
-  const f32x16 magic = bits_as<f32x16>(binade + (uint32_t{kFractionBits - E2M1::mantissa} << kFractionBits | 0x00400000));
+  const f32x16 magic =
+      bits_as<f32x16>(binade + (uint32_t{kFractionBits - E2M1::mantissa} << kFractionBits | 0x00400000));
   return bits_as<u32x16>(((y + magic) - magic) * scale);
 }
 
@@ -120,13 +125,16 @@ inline void nv_pair(const float* x, float* out, const float* scales, const float
   for (int i = 0; i < 2; ++i) {
     const u32x16 v = read16(x + 16 * i);
     const f32x16 scale = spread(scales[i]), inverse = spread(inverses[i]);
-    write16(out + 16 * i, ordinary ? quickly(v, scale, inverse) | (v & kSign) : scaled_and_rounded<E2M1>(v, scale, inverse));
+    write16(
+        out + 16 * i,
+        ordinary ? quickly(v, scale, inverse) | (v & kSign) : scaled_and_rounded<E2M1>(v, scale, inverse));
   }
 }
 template <bool ordinary>
 inline void nv_pair(const uint16_t* x, uint16_t* out, const float* scales, const float* inverses) {
   const auto halves = [](const float* of) {
-    return __builtin_shufflevector(spread(of[0]), spread(of[1]), 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31);
+    return __builtin_shufflevector(
+        spread(of[0]), spread(of[1]), 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31);
   };
   const f32x16 scale = halves(scales), inverse = halves(inverses);
   const auto exact = [=](u32x16 v) {
@@ -139,7 +147,9 @@ inline void nv_pair(const uint16_t* x, uint16_t* out, const float* scales, const
 template <bool ordinary, class T>
 inline void nv_round(const T* x, T* out, int64_t blocks, const Scales& by) {
   int64_t block = 0;
-  for (; block + 2 <= blocks; block += 2) nv_pair<ordinary>(x + 16 * block, out + 16 * block, by.scale + block, by.inverse + block);
+  for (; block + 2 <= blocks; block += 2) {
+    nv_pair<ordinary>(x + 16 * block, out + 16 * block, by.scale + block, by.inverse + block);
+  }
   if (block == blocks) return;
   T padded[32] = {};
   std::copy_n(x + 16 * block, 16, padded);
@@ -147,8 +157,9 @@ inline void nv_round(const T* x, T* out, int64_t blocks, const Scales& by) {
   std::copy_n(padded, 16, out + 16 * block);
 }
 
-// Rows side by side, each under the outer scale `common`, or where that is negative under one of its own. Where an outer scale is not
-// finite, the scales are NaN, and so is all under them. `out` may be `x`. The memory behind x is fetched ahead: the next rows.
+// Rows side by side, each under the outer scale `common`, or where that is negative under one of its own. Where an
+// outer scale is not finite, the scales are NaN, and so is all under them. `out` may be `x`. The memory behind x is
+// fetched ahead: the next rows.
 template <class T>
 inline void nv_rows(const T* x, T* out, int64_t rows, int64_t columns, float common) {
   thread_local std::vector<float> scratch;

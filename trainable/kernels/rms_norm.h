@@ -2,8 +2,9 @@
 // while the row is in the cache; and before it, where x is the latest term of a residual stream, the sum with the
 // stream so far.
 //
-// Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h. Quantisation counts as
-// the identity (straight-through estimator). Sums are taken in 16 lanes, and over rows in one order for a given number of threads.
+// Backward, with h = x / sqrt(..) and g = dy * w: dx = (g - h * mean(g * h)) / sqrt(..), dw = sum over rows of dy * h.
+// Quantisation counts as the identity (straight-through estimator). Sums are taken in 16 lanes, and over rows in one
+// order for a given number of threads.
 #pragma once
 
 #include <cmath>
@@ -16,8 +17,8 @@ namespace {
 
 inline f32x16 lanes(const float* x) { return load<f32x16>(x); }
 
-// x, and residual where it is defined, [.., n], n a multiple of 16. -> (y like x, the stream x + residual, 1 / sqrt(..) of each row
-// for the backward pass).
+// x, and residual where it is defined, [.., n], n a multiple of 16. -> (y like x, the stream x + residual,
+// 1 / sqrt(..) of each row for the backward pass).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
     const at::Tensor& any, const at::Tensor& residual, const at::Tensor& weight, double epsilon, int64_t format,
     int64_t addend, bool rotated) {
@@ -26,7 +27,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
   check_row(x.size(-1), format);
   if (rotated) check_rotated(x.size(-1));
   const int64_t n = x.size(-1), rows = x.numel() / n;
-  TORCH_CHECK_VALUE(!before.defined() || before.sizes() == x.sizes(), "x ", x.sizes(), " and residual ", before.sizes());
+  TORCH_CHECK_VALUE(
+      !before.defined() || before.sizes() == x.sizes(), "x ", x.sizes(), " and residual ", before.sizes());
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.numel() == n, "a weight ", weight.sizes(), " for rows of ", n);
   const at::Tensor stream = before.defined() ? made_like(x) : x;
   const at::Tensor y = made_like(x), inverse = made({rows});
@@ -55,15 +57,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
 
 // `straight`, where it is defined, is the gradient that reaches x past the norm. -> (dx, dw)
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
-    const at::Tensor& any, const at::Tensor& straight, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& inverse) {
+    const at::Tensor& any, const at::Tensor& straight, const at::Tensor& x, const at::Tensor& weight,
+    const at::Tensor& inverse) {
   RECORD_FUNCTION("rin::rms_norm_backward", {});
   const at::Tensor grad = any.contiguous(), past = straight.defined() ? straight.contiguous() : straight;
   const int64_t n = x.size(-1), rows = x.numel() / n;
   at::Tensor dx = made_like(x), dw = made_like(weight);
   const float *in = x.const_data_ptr<float>(), *dy = grad.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  const float *inverses = inverse.const_data_ptr<float>(), *more = past.defined() ? past.const_data_ptr<float>() : nullptr;
+  const float* inverses = inverse.const_data_ptr<float>();
+  const float* more = past.defined() ? past.const_data_ptr<float>() : nullptr;
   float *out = dx.mutable_data_ptr<float>(), *total = dw.mutable_data_ptr<float>();
-  const int64_t parts = std::min<int64_t>(at::get_num_threads(), 1 + rows * n / kGrain), size = (rows + parts - 1) / parts;
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), 1 + rows * n / kGrain);
+  const int64_t size = (rows + parts - 1) / parts;
   std::vector<float> partial(parts * n, 0.0f);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
@@ -95,8 +100,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
 // {y}, or {y, x + residual}.
 struct RMSNorm : torch::autograd::Function<RMSNorm> {
   static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* saved, const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
-      double epsilon, int64_t format, int64_t addend, bool rotated) {
+      torch::autograd::AutogradContext* saved, const at::Tensor& x, const std::optional<at::Tensor>& residual,
+      const at::Tensor& weight, double epsilon, int64_t format, int64_t addend, bool rotated) {
     const auto [y, stream, inverse] =
         rms_norm(x, residual.value_or(at::Tensor()), weight, epsilon, format, addend, rotated);
     if (rotated) saved->saved_data["rotated"] = true;
@@ -104,7 +109,8 @@ struct RMSNorm : torch::autograd::Function<RMSNorm> {
     if (residual) return {y, stream};
     return {y};
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
     only_once();
     const auto kept = saved->get_saved_variables();
     const bool streams = grads.size() == 2;

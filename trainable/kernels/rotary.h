@@ -1,4 +1,5 @@
-// Rotary position embedding (arXiv 2104.09864) of fp32 heads, the two halves of a head being a pair: y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2.
+// Rotary position embedding (arXiv 2104.09864) of fp32 heads, the two halves of a head being a pair:
+// y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2.
 #pragma once
 
 #include "tensors.h"
@@ -44,12 +45,14 @@ at::Tensor turned(const at::Tensor& any, const at::Tensor& cos, const at::Tensor
 }
 
 struct Rotary : torch::autograd::Function<Rotary> {
-  static at::Tensor forward(torch::autograd::AutogradContext* saved, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+  static at::Tensor forward(
+      torch::autograd::AutogradContext* saved, const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
     RECORD_FUNCTION("rin::rotary", {});
     saved->save_for_backward({cos, sin});
     return turned<rotate>(x, cos, sin);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
     RECORD_FUNCTION("rin::rotary_backward", {});
     only_once();
     const auto kept = saved->get_saved_variables();

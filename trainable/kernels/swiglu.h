@@ -1,9 +1,10 @@
 // SwiGLU (arXiv 2002.05202) of fp32 rows, y = silu(gate) * up with silu(x) = x / (1 + e^-x), rotated if so wished and
 // quantised while the row is in the cache.
 //
-// e^x is torch's own in vectors, and the order of the operations too, so that every bit is that of torch's silu and product (which take the
-// last few elements of an odd piece one by one, with another exponential). Backward, with
-// s = 1 / (1 + e^-gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate). Quantisation counts as the identity.
+// e^x is torch's own in vectors, and the order of the operations too, so that every bit is that of torch's silu and
+// product (which take the last few elements of an odd piece one by one, with another exponential). Backward, with
+// s = 1 / (1 + e^-gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * silu(gate). Quantisation counts as the
+// identity.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -40,7 +41,8 @@ at::Tensor swiglu(const at::Tensor& any_gate, const at::Tensor& any_up, int64_t 
 }
 
 // -> (dgate, dup)
-std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const at::Tensor& gate, const at::Tensor& up) {
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(
+    const at::Tensor& any, const at::Tensor& gate, const at::Tensor& up) {
   RECORD_FUNCTION("rin::swiglu_backward", {});
   const at::Tensor grad = any.contiguous(), dgate = made_like(gate), dup = made_like(gate);
   const float *dy = grad.const_data_ptr<float>(), *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
@@ -48,7 +50,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& any, const 
   at::parallel_for(0, gate.numel() / Floats::size(), 1 + kGrain / 8 / Floats::size(), [=](int64_t begin, int64_t end) {
     const Floats one(1.0f);
     for (int64_t k = begin * Floats::size(); k < end * Floats::size(); k += Floats::size()) {
-      const Floats x = Floats::loadu(g + k), back = Floats::loadu(dy + k), divisor = one + x.neg().exp(), sigmoid = one / divisor;
+      const Floats x = Floats::loadu(g + k), back = Floats::loadu(dy + k);
+      const Floats divisor = one + x.neg().exp(), sigmoid = one / divisor;
       (back * (x / divisor)).store(to_up + k);
       (back * Floats::loadu(u + k) * sigmoid * at::vec::fmadd(x, one - sigmoid, one)).store(to_gate + k);
     }
@@ -64,7 +67,8 @@ struct SwiGLU : torch::autograd::Function<SwiGLU> {
     if (rotated) saved->saved_data["rotated"] = true;
     return swiglu(gate, up, format, addend, rotated);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
     only_once();
     const auto kept = saved->get_saved_variables();
     const at::Tensor dy = saved->saved_data.empty() ? grads[0] : rotate(grads[0]);

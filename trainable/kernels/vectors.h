@@ -1,4 +1,5 @@
-// Vectors of the compiler (GCC's and Clang's `vector_size`), 64 bytes long, which it lowers to whatever the flags allow.
+// Vectors of the compiler (GCC's and Clang's `vector_size`), 64 bytes long, which it lowers to whatever the flags
+// allow.
 #pragma once
 
 #include <algorithm>

@@ -117,7 +117,8 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
 
 
 class _Seen(nn.Module):
-    """What an adapter reads of an input: as much as the layer beside it. In the place of peft's dropout, which is none."""
+    """What an adapter reads of an input: as much as the layer beside it. In the place of peft's dropout, which is
+    none."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()

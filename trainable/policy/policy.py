@@ -80,7 +80,8 @@ def bare_name(name: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether whole dotted parts of `name` match: `layers.1` hits `model.layers.1.mlp` and not `model.layers.10.mlp`."""
+    """Whether whole dotted parts of `name` match: `layers.1` hits `model.layers.1.mlp` and not
+    `model.layers.10.mlp`."""
     wanted, parts = pattern.split("."), name.split(".")
     return any(
         all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts[start:], wanted, strict=False))

@@ -43,7 +43,8 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
     except (OSError, ValueError, SafetensorError) as error:
         # Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off.
         raise ConfigError(
-            f"model.name={model.name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder with a transformers model"
+            f"model.name={model.name}: cannot be loaded ({str(error).splitlines()[0]}); "
+            "give a folder with a transformers model"
         ) from error
     _check_loaded(model, loaded)
     if tokenizer.pad_token is None:
@@ -56,11 +57,13 @@ def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
     lacking = sorted(loaded["missing_keys"])
     if lacking:
         raise ConfigError(
-            f"model.name={model.name}: lacks weights ({lacking[0]} and {len(lacking) - 1} others); give a folder that holds the whole model"
+            f"model.name={model.name}: lacks weights ({lacking[0]} and {len(lacking) - 1} others); "
+            "give a folder that holds the whole model"
         )
     for name, stored, wanted in sorted(loaded["mismatched_keys"]):
         raise ConfigError(
-            f"model.name={model.name}: {name} is {list(stored)}, by config.json {list(wanted)}; give a folder whose files belong together"
+            f"model.name={model.name}: {name} is {list(stored)}, by config.json {list(wanted)}; "
+            "give a folder whose files belong together"
         )
 
 

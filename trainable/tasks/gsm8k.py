@@ -48,7 +48,8 @@ _NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The exact value of a text that is a number and nothing else, or None: "$1,234.50." -> 1234.50, "42 km" -> None."""
+    """The exact value of a text that is a number and nothing else, or None: "$1,234.50." -> 1234.50,
+    "42 km" -> None."""
     bare = text.strip().replace(",", "").replace("$", "").rstrip(".")
     return Decimal(bare) if _NUMBER.fullmatch(bare) else None
 
