@@ -104,7 +104,7 @@ def resume(
         return
     study = find_sweep(name, store, tracking_uri)
     if study.kind == "confirm":
-        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: rin confirm {study.parent}")
+        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: {study.go_on}")
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
@@ -260,9 +260,8 @@ def status(
     elif left:
         for line in failures(study, arms):
             print(line)
-        again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {name}"
         where = repeated(store, tracking_uri)
-        print(f"{left} trials are not finished and nobody is running them; go on: {again}{where}")
+        print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{where}")
 
 
 @app.command()
@@ -276,12 +275,11 @@ def report(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import terminal
-    from search.arms import read_arms, unfinished
-    from search.confirm import judge
+    from search.confirm import read_confirmation
     from search.report import report_study
 
     if study.kind == "confirm":
-        state = judge(study, unfinished=unfinished(study, read_arms(study)))
+        state = read_confirmation(study)
         tree, lines = confirmation_tree(state), confirmation_lines(state, repeated(store, tracking_uri))
     else:
         seen = report_study(study)

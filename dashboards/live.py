@@ -14,7 +14,7 @@ from dashboards.tables import COLORS, describe_noise, points
 from search.execution import TrialEvent, View
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 
-_NUMBERS = (REWARD, ENTROPY, GIBBERISH, ACCURACY)
+_NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
 
 @contextmanager
@@ -43,13 +43,13 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
         table.add_column(name, justify="right")
     for event in events.values():
         status = f"{event.status} ({event.rule})" if event.rule else event.status
-        reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
+        sigma, reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
         table.add_row(
             event.trial,
             describe_noise(event.config),
             f"[{COLORS.get(event.status, 'white')}]{status}[/]",
             f"{event.step}/{event.config.grpo.steps}",
-            f"{event.metrics.get(SIGMA, 0):.4g}",
+            "-" if sigma is None else f"{sigma:.4g}",
             points(reward),
             "-" if entropy is None else f"{entropy:.2f}",
             points(gibberish),

@@ -95,9 +95,7 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
             lines.append(f"  completed pairs alone: {_apart(risks.completed, 2)} points {interval(risks.completed)}")
     lines += [f"  {note}" for note in state.notes]
     if state.unfinished:
-        arm = config.name.removeprefix(f"{config.parent}-confirm").removeprefix("-")
-        named = f" --arm {arm}" if arm else ""
-        lines.append(f"  {state.unfinished} trials are not finished; go on: rin confirm {config.parent}{named}{where}")
+        lines.append(f"  {state.unfinished} trials are not finished; go on: {config.go_on}{where}")
     return lines
 
 

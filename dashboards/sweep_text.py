@@ -55,7 +55,8 @@ def _candidate_lines(result: StudyResult, where: str) -> Iterator[str]:
         yield "no configuration with noise came out ahead of its control"
     objectives, name, folder = result.config.objectives, result.config.name, result.config.folder
     if len(objectives) > 1:
-        front = pareto_front([arm for arm in result.arms if arm.origin != "control"], objectives)
+        treated = [arm for arm in result.arms if arm.origin != "control"]
+        front = pareto_front(treated, objectives, result.config.replicates)
         yield f"Pareto front of {', '.join(objectives)}: {', '.join(arm.name for arm in front) or 'empty'}"
     if folder.local is not None:
         yield f"  rin trial --config {folder.local / BEST_FILE}   # repeat it"

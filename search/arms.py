@@ -167,14 +167,20 @@ def paired_difference(study: StudyConfig, arm: Arm, control: Arm) -> float | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """The arm that the sweep puts forward, or another one that was asked for. Chosen and judged on the same questions:
-    no finding."""
+    """The arm that the study puts forward, or another one that was asked for."""
 
     study: StudyConfig
     arm: Arm
     control: Arm
     difference: float | None
     """Mean over common seeds, a share; None where the control has no outcome for any of them."""
+
+    @property
+    def caveat(self) -> str:
+        """What must be known of its accuracy."""
+        if self.study.kind == "confirm":
+            return f"judged on questions that chose nothing: what that found says rin report {self.study.name}"
+        return "a candidate is not a finding: it was chosen and judged on the same questions"
 
     @property
     def accuracies(self) -> tuple[float, ...]:

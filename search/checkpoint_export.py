@@ -179,10 +179,9 @@ def _final_weights(study: StudyConfig, source: Source) -> dict[str, Tensor]:
     except ConfigError:  # of another version; a ValueError, too
         raise
     except ValueError as error:
-        again = f"rin confirm {study.parent}" if study.kind == "confirm" else f"rin resume {study.name}"
         raise ConfigError(
             f"{source.folder.uri}/{FINAL_FILE}: {error}; to run this trial again and keep its weights, remove "
-            f"{source.folder.uri}/{OUTCOME_FILE} and then: {again} --store {study.store}"
+            f"{source.folder.uri}/{OUTCOME_FILE} and then: {study.go_on} --store {study.store}"
         ) from None
 
 
@@ -318,11 +317,8 @@ def _write_readme(
     lines = [
         f"# {study.name}: {arm.name}, replicate {source.replicate}",
         "",
-        (
-            f"The model of a candidate of the sweep `{study.name}`, "
-            f"written by `rin export {study.name} --to checkpoint`. A candidate is not a"
-        ),
-        "finding: it was chosen and judged on the same questions (`rin confirm` says more).",
+        f"The model of an arm of the {study.kind} `{study.name}`, written by",
+        f"`rin export {study.name} --to checkpoint`; {candidate.caveat}.",
         "",
         "| | |",
         "|---|---|",

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from search.arms import Arm, candidate_of, failures, read_arms, replicates_of
+from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.execution import View
 from search.power import MIN_REPLICATES
 from search.report import MARGIN
@@ -23,6 +23,7 @@ from search.statistics import ArmComparison, Comparison, compare_arms
 from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
 from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
+from spaces.errors import NoCandidate
 from trainable.policy.embedded import Progress
 
 FRESH = 1000
@@ -121,7 +122,7 @@ def confirm(
         else:
             result, arms = run_study(config, view, progress, arms), None
         state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
-        state = replace(state, notes=(*failures(result.config, result.arms), *_cautions(parent, state, arm)))
+        state = _noted(parent, state, result.arms)
         if state.comparison.verdict != "undecided" or result.unfinished:
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
@@ -130,13 +131,31 @@ def confirm(
     return state
 
 
-def _cautions(parent: StudyConfig, state: Confirmation, arm: str | None) -> list[str]:
+def read_confirmation(config: StudyConfig) -> Confirmation:
+    """What it has come to; runs nothing. Raises ConfigError for files that are damaged."""
+    arms = read_arms(config)
+    state = judge(config, unfinished=unfinished(config, arms))
+    try:
+        return _noted(load_study_config(config.store, config.parent), state, arms)
+    except ConfigError as error:  # what it found stands
+        return replace(state, notes=(*failures(config, arms), f"its sweep cannot be read: {error}"))
+
+
+def _noted(parent: StudyConfig, state: Confirmation, arms: Sequence[Arm]) -> Confirmation:
+    return replace(state, notes=(*failures(state.config, arms), *_cautions(parent, state)))
+
+
+def _cautions(parent: StudyConfig, state: Confirmation) -> list[str]:
     """Whatever makes this answer another one than it seems."""
     cautions = []
-    now = candidate_of(parent, read_arms(parent)).arm.name if arm is None else arm
-    if now != state.winner:
-        again = f"rin confirm {parent.name} --arm {now}"
-        cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}: {again}")
+    if state.config.name == _name_of(parent, None):
+        try:
+            now = candidate_of(parent, read_arms(parent)).arm.name
+        except NoCandidate:
+            now = "none"
+        if now != state.winner:
+            again = "" if now == "none" else f": rin confirm {parent.name} --arm {now}"
+            cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}{again}")
     others = [
         name for name in sweeps(parent.store) if name.startswith(f"{parent.name}-confirm") and name != state.config.name
     ]

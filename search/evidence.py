@@ -57,7 +57,13 @@ def write_evidence(study: StudyConfig, evidence: Sequence[Evidence]) -> None:
 
 
 def read_evidence(study: StudyConfig) -> list[Evidence]:
-    return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
+    """Raises ConfigError for a damaged file."""
+    try:
+        return [Evidence(**tree) for tree in json.loads(study.folder.read(EVIDENCE_FILE) or b"[]")]
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{study.folder.uri}/{EVIDENCE_FILE}: is damaged (not the JSON of evidence); restore it from a backup"
+        ) from None
 
 
 # Sigma is not comparable between these: another value of theirs is another question.
@@ -101,17 +107,18 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
 
 def evidence_from_arms(
     arms: Sequence[Arm],
+    replicates: int,
     space: Space,
     source: str,
     base: Mapping[str, Any],
 ) -> list[Evidence]:
-    """Results of an earlier sweep as evidence (a warm start). Arms that ended without a result, that do not lie in this
-    space or, where `base` is given, were noised or quantised otherwise than it, are left out; `source` says how
-    many."""
+    """Results of an earlier sweep of so many replicates as evidence (a warm start). Arms that lack an outcome of any of
+    them, that do not lie in this space, or were noised or quantised otherwise than `base`, are left out; `source` says
+    how many."""
     here = read_config(base)
     fitting: list[tuple[Arm, Params, Told]] = []
     for arm in arms:
-        result = told(arm, ("accuracy", "hours"), len(arm.results)) if arm.results else None
+        result = told(arm, ("accuracy", "hours"), replicates) if len(arm.results) == replicates else None
         try:
             params = _params_of(arm.config, space, arm.name)
         except ConfigError:
@@ -126,7 +133,7 @@ def evidence_from_arms(
             params=params,
             accuracy=result.values[0] if result.values else None,
             collapses=result.collapses,
-            replicates=len(arm.results),
+            replicates=replicates,
             hours=result.values[1] if result.values else None,
             source=f"{note}: {arm.name}",
         )

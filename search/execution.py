@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from search.arms import Arm, read_arms, trial_folder
+from search.arms import Arm, trial_folder
 from search.budget import Budget
 from search.cluster import check_fits, connected, resources
 from search.evidence import read_evidence
@@ -84,7 +84,7 @@ def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker:
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),  # a trial saves itself
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[SweepCallback.of(study, budget, tracker, view)],
+                callbacks=[SweepCallback.of(study, searcher.arms, budget, tracker, view)],
                 verbose=0,
                 log_to_file=True,
             ),
@@ -111,13 +111,15 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
     budget: Budget
     tracker: Tracker
     view: View
-    _arms: dict[str, tuple[int, Arm]]
+    arms: Sequence[Arm]
 
     @classmethod
-    def of(cls, study: StudyConfig, budget: Budget, tracker: Tracker, view: View) -> "SweepCallback":
+    def of(
+        cls, study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View
+    ) -> "SweepCallback":
+        """`arms`: the searcher's own list, which grows as it proposes."""
         made = cls()
-        made.study, made.budget, made.tracker, made.view = study, budget, tracker, view
-        made._arms = {arm.name: (number, arm) for number, arm in enumerate(read_arms(study))}
+        made.study, made.arms, made.budget, made.tracker, made.view = study, arms, budget, tracker, view
         return made
 
     def __reduce__(self) -> Any:
@@ -161,19 +163,17 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self.budget.ended(trial.trial_id)
         number, arm, replicate = self._trial(trial)
         folder = trial_folder(self.study, arm.name, replicate)
-        _write_death(folder, trial.error_file)
-        if (arm.name, replicate) not in self.tracker.open():
+        began = (arm.name, replicate) in self.tracker.open()
+        _write_death(folder, trial.error_file, began)
+        if not began:
             self.tracker.begin(arm, number, replicate)
         self.tracker.end(arm, replicate)
         state = read_trial(folder, driven=False)
         self._tell(trial, state.status, outcome=state.outcome, step=state.step, rule=state.rule)
 
     def _trial(self, trial: Any) -> tuple[int, Arm, int]:
-        name = trial.config["arm"]
-        if name not in self._arms:  # the searcher has written it down since
-            self._arms = {arm.name: (number, arm) for number, arm in enumerate(read_arms(self.study))}
-        number, arm = self._arms[name]
-        return number, arm, trial.config["replicate"]
+        number = trial.config["number"]
+        return number, self.arms[number], trial.config["replicate"]
 
     def _tell(
         self,
@@ -199,10 +199,11 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         )
 
 
-def _write_death(folder: Folder, error_file: str | None) -> None:
-    """Of a trial whose process could not write down how it ended, or was none: it did not even start."""
+def _write_death(folder: Folder, error_file: str | None, began: bool) -> None:
+    """Of a trial whose process could not write down how it ended, or was none: it did not even start, and what an
+    earlier run of the sweep says of its end is not how this one ended."""
     attempts = read_attempts(folder)
-    if attempts and attempts[-1].ended != "stopped":
+    if began and attempts and attempts[-1].ended != "stopped":
         end_attempt(folder, "its process was killed")
         return
     attempt = AttemptLog(folder)

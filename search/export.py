@@ -1,6 +1,6 @@
 """A candidate's configuration, taken away: a YAML file that runs again, or the lines another trainer understands.
 
-What a candidate is, and why it is no finding, says `search/arms.py`.
+What a candidate is, and what must be known of it, says `search/arms.py`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def to_yaml(candidate: Candidate) -> str:
             f"candidate of {study.kind} {study.name}: {arm.name}\n"
             f"accuracy on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; "
             f"paired difference {apart}\n"
-            "a candidate is not a finding: it was chosen and judged on the same questions\n"
+            f"{candidate.caveat}\n"
             "repeat its first replicate: rin trial --config FILE"
         ),
     )

@@ -43,15 +43,15 @@ def told(arm: Arm, objectives: Sequence[str], replicates: int) -> Told | None:
     return Told(params=arm.params, state="complete", values=values, collapses=collapses)
 
 
-def pareto_front(arms: Sequence[Arm], objectives: Sequence[str]) -> list[Arm]:
+def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int) -> list[Arm]:
     """The arms that no other arm beats in one objective without losing in another, in their order.
 
-    Arms that ended with a failed replicate, or with none at all, are left out; so are those with a collapse, unless
-    collapses are an objective themselves.
+    Arms that lack an outcome of any replicate are left out; so are those with a collapse, unless collapses are an
+    objective themselves.
     """
     judged = []
     for arm in arms:
-        result = told(arm, objectives, len(arm.results)) if arm.results else None
+        result = told(arm, objectives, replicates) if len(arm.results) == replicates else None
         if result is None or result.values is None or (result.collapses and "collapses" not in objectives):
             continue
         signs = [-1 if OBJECTIVES[name].better == "more" else 1 for name in objectives]

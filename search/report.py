@@ -11,6 +11,7 @@ is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says 
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -118,10 +119,11 @@ class StudyReport:
 def report_study(config: StudyConfig) -> StudyReport:
     """Raises ConfigError for files that are damaged."""
     arms = read_arms(config)
+    ledger = read_ledger(config, arms)
     return StudyReport(
         config=config,
-        arms=arm_reports(config, arms),
-        ledger=read_ledger(config, arms),
+        arms=_rows(config, arms, ledger),
+        ledger=ledger,
         unfinished=unfinished(config, arms),
         tolerance=boundaries(noisy_runs(arms)),
         importance=importance(optuna_study(known_of(config, arms, read_evidence(config))))
@@ -132,11 +134,14 @@ def report_study(config: StudyConfig) -> StudyReport:
 
 def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ...]:
     """A row per arm, in their order. Raises ConfigError for files that are damaged."""
-    ledger = read_ledger(config, arms)
-    try:
-        best: str | None = candidate_of(config, arms).arm.name
-    except NoCandidate:
-        best = None
+    return _rows(config, arms, read_ledger(config, arms))
+
+
+def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger) -> tuple[ArmReport, ...]:
+    best = None
+    if config.kind != "confirm":  # which chooses nothing
+        with suppress(NoCandidate):
+            best = candidate_of(config, arms).arm.name
     comparisons = {
         arm.name: comparison for arm in arms if (comparison := _against_control(config, arm, arms)) is not None
     }

@@ -27,7 +27,7 @@ _ENUMERABLE = 20_000  # configurations of a finite space that are tried one by o
 
 
 class RinSearch(Searcher):  # type: ignore[misc]
-    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "origin", "number", "folder"}."""
+    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "number", "folder"}."""
 
     def __init__(self, study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence] = ()) -> None:
         """`arms`: those that are written down, in their order, with the results of the replicates that ended."""
@@ -70,7 +70,6 @@ class RinSearch(Searcher):  # type: ignore[misc]
             "config": as_tree(trial_config(self.study, arm, replicate)),
             "arm": arm.name,
             "replicate": replicate,
-            "origin": arm.origin,
             "number": [known.name for known in self.arms].index(arm.name),
             "folder": trial_folder(self.study, arm.name, replicate).uri,
         }

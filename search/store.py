@@ -9,7 +9,8 @@
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from
                                           them
-    STORE/NAME/best.yaml                  the candidate
+    STORE/NAME/best.yaml                  the candidate, as the last driver left it; none while one runs trials
+    STORE/NAME/driver.lock, work/         of the process that runs it (driver.json in an object store); not of the sweep
 
 So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from
 both. The store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without
@@ -103,6 +104,15 @@ class StudyConfig(BaseModel):
     def runs(self) -> int:
         """Trials in all."""
         return self.trials * self.replicates
+
+    @property
+    def go_on(self) -> str:
+        """The command that runs what is missing. A confirmation is gone on with by the sweep and the arm that it
+        confirms."""
+        if self.kind != "confirm":
+            return f"rin resume {self.name}"
+        arm = self.name.removeprefix(f"{self.parent}-confirm").removeprefix("-")
+        return f"rin confirm {self.parent}" + (f" --arm {arm}" if arm else "")
 
     def seed_of(self, replicate: int) -> int:
         """The same in every arm, so that arms are paired."""
@@ -257,8 +267,7 @@ def refuse_second_driver(config: StudyConfig) -> None:
 
 def _busy(config: StudyConfig, owner: str = "") -> ConfigError:
     return ConfigError(
-        f"sweep {config.name} is being run by another process{owner}; wait for it, or stop it and then: "
-        f"rin resume {config.name}"
+        f"sweep {config.name} is being run by another process{owner}; wait for it, or stop it and then: {config.go_on}"
     )
 
 

@@ -106,6 +106,7 @@ def _advance(config: StudyConfig, view: View) -> StudyResult:
     try:
         catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
+            config.folder.remove(BEST_FILE)  # of the state that it goes on from: whoever is killed leaves none behind
             exhausted = run_trials(config, arms, budget, tracker, view)
             if exhausted:  # a finite space: what there is has been run
                 config = config.model_copy(update={"trials": len(read_arms(config))})
@@ -151,7 +152,7 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
                 f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
             )
         arms = read_arms(earlier)
-        evidence += evidence_from_arms(arms, config.space, f"sweep {config.warm_start}", base)
+        evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
     return evidence
 
 

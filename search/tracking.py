@@ -200,8 +200,7 @@ def standing(state: TrialState) -> str:
 
 
 def _metrics(report: StepReport) -> dict[str, float]:
-    record = report.as_record()
-    return {STEP_SECONDS: report.seconds} | {name: float(value) for name, value in record.items() if "/" in name}
+    return {STEP_SECONDS: report.seconds, **report.signals, STEPS_DONE: float(report.step + 1)}
 
 
 def _ms(seconds: float | None) -> int:

@@ -84,6 +84,13 @@ def test_evidence_comes_back_as_it_was(config: StudyConfig) -> None:
     assert read_evidence(config) == evidence
 
 
+@pytest.mark.parametrize("text", ["{", "3", '[{"colour": 1}]', "[1]"])
+def test_damaged_evidence_is_named(config: StudyConfig, text: str) -> None:
+    config.folder.write("evidence.json", text)
+    with pytest.raises(ConfigError, match=r"evidence\.json: is damaged \(not the JSON of evidence\); restore it"):
+        read_evidence(config)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"name": "c01"', "\x00", "[]", "3", '{"name": "c01"}'])
 def test_a_damaged_arm_is_named(config: StudyConfig, text: str) -> None:
     write_arm(config, 0, make_arm(config, "control"))

@@ -12,13 +12,13 @@ import pytest
 from dashboards.report_text import confirmation_lines, confirmation_tree
 from search import confirm as module
 from search.arms import Arm, read_arms, trial_folder, unfinished, write_arm
-from search.confirm import Confirmation, confirm, judge, planned_confirmation
+from search.confirm import Confirmation, confirm, judge, planned_confirmation, read_confirmation
 from search.sequential import SequentialRule, sequential_compare
 from search.store import StudyConfig, load_study_config, save_study_config
 from search.study import StudyResult
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
-from tests.written_sweeps import QUESTIONS, make_arm, outcome, study, write_sweep, write_trial
+from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, study, write_sweep, write_trial
 
 LOOKS = (3, 5, 8)
 Truth = Callable[[str, int], Any]
@@ -347,6 +347,43 @@ def test_judging_runs_nothing_and_changes_nothing(parent: StudyConfig, monkeypat
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     assert judge(state.config).comparison == state.comparison
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("since", "said"),
+    [
+        ({}, []),
+        ({"c01": 390}, ["which was the winner when it began; now it is c01: rin confirm s --arm c01"]),
+        ({"c01": None, "c02": None}, ["which was the winner when it began; now it is none"]),
+    ],
+)
+def test_a_report_has_the_notes_of_the_confirmation_itself(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch, since: dict[str, int | None], said: list[str]
+) -> None:
+    """Whatever makes the answer another one than it seems must not be missing where it is read again."""
+    sweeps = Sweeps(lambda arm, number: None if (arm, number) == ("c02", 1) else strong(arm, number))
+    confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
+    config = load_study_config(parent.store, "s-confirm")
+    trial_folder(config, "c02", 1).write("attempt-001.json", json.dumps(attempt(ended="hang", reason="too long")))
+    for name, right in since.items():
+        arm = next(arm for arm in read_arms(parent) if arm.name == name)
+        for number in range(3):
+            trial_folder(parent, name, number).remove("outcome.json")
+            if right is not None:
+                write_trial(parent, arm, number, outcome(arm, number, right))
+    state = confirmed(parent, monkeypatch, sweeps)
+    assert state.notes[0] == "c02/1 failed: too long"
+    assert len(state.notes) == 1 + len(said)
+    assert all(text in note for text, note in zip(said, state.notes[1:], strict=True))
+    assert read_confirmation(config) == state
+
+
+def test_a_confirmation_whose_sweep_is_gone_is_still_read(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = confirmed(parent, monkeypatch, Sweeps(strong), looks=LOOKS)
+    parent.folder.remove("study.json")
+    seen = read_confirmation(state.config)
+    assert seen.comparison == state.comparison
+    assert "its sweep cannot be read: NAME=s: no sweep of that name" in seen.notes[-1]
 
 
 def test_a_store_that_moved_goes_on_with_its_tracking_where_the_sweep_has_it(

@@ -250,7 +250,6 @@ def trainable(config: TrialConfig, folder: Path) -> RinTrainable:
         "config": as_tree(config),
         "arm": "a",
         "replicate": 0,
-        "origin": "point",
         "number": 0,
         "folder": str(folder),
     }

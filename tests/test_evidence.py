@@ -89,11 +89,12 @@ def test_evidence_of_another_question_is_refused_in_one_line(names: list[str], s
     assert "\n" not in str(caught.value)
 
 
-def test_an_earlier_sweep_is_evidence_where_it_fits() -> None:
+@pytest.mark.parametrize("failed", [0, 2])
+def test_an_earlier_sweep_is_evidence_where_it_fits(failed: int) -> None:
     earlier = searcher(SPACES["sigma"], trials=8, replicates=3, seed=11)
     drive(earlier, trade)
-    del earlier.arms[-1].results[0]  # failed: nobody knows
-    evidence = evidence_from_arms(earlier.arms, SPACES["sigma"], "sweep first", earlier.base)
+    del earlier.arms[-1].results[failed]  # nobody knows
+    evidence = evidence_from_arms(earlier.arms, 3, SPACES["sigma"], "sweep first", earlier.base)
     assert len(evidence) == 6, "without the control, whose sigma lies outside, and the failed one"
     assert all(e.source.startswith("sweep first (2 of its 8 arms left out): c0") for e in evidence)
     for given, told in zip(evidence, earlier.arms[1:-1], strict=True):
@@ -109,14 +110,14 @@ def test_an_earlier_sweep_is_evidence_where_it_fits() -> None:
 def test_an_earlier_sweep_on_other_modules_or_precision_is_left_out() -> None:
     earlier = searcher(SPACES["w4a16"], trials=5)
     drive(earlier, cliff)
-    assert len(evidence_from_arms(earlier.arms, SPACES["w4a16"], "s", earlier.base)) == 4
-    assert evidence_from_arms(earlier.arms, SPACES["sigma"], "s", BASE) == []
+    assert len(evidence_from_arms(earlier.arms, 1, SPACES["w4a16"], "s", earlier.base)) == 4
+    assert evidence_from_arms(earlier.arms, 1, SPACES["sigma"], "s", BASE) == []
 
 
 def test_a_warm_start_spares_the_model_its_start_up() -> None:
     earlier = searcher(trials=8)
     drive(earlier, cliff)
-    evidence = evidence_from_arms(earlier.arms, SPACES["sigma"], "s", earlier.base)
+    evidence = evidence_from_arms(earlier.arms, 1, SPACES["sigma"], "s", earlier.base)
     cold, warm = searcher(searcher="tpe", seed=5), searcher(searcher="tpe", seed=5, evidence=evidence)
     drive(cold, cliff)
     drive(warm, cliff)

@@ -43,11 +43,18 @@ def test_the_pareto_front_holds_what_nothing_beats() -> None:
         arm("failed", None),
         arm("not begun"),
     ]
-    names = [a.name for a in pareto_front(arms, ("accuracy", "hours"))]
+    names = [a.name for a in pareto_front(arms, ("accuracy", "hours"), 1)]
     assert names == ["good", "quick", "twin of good"]
-    assert [a.name for a in pareto_front(arms, ("accuracy",))] == ["good", "twin of good"]
-    with_risk = [a.name for a in pareto_front(arms, ("accuracy", "collapses"))]
+    assert [a.name for a in pareto_front(arms, ("accuracy",), 1)] == ["good", "twin of good"]
+    with_risk = [a.name for a in pareto_front(arms, ("accuracy", "collapses"), 1)]
     assert with_risk == ["good", "twin of good", "best but collapsed"]
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 2])
+def test_whichever_replicate_is_lacking_its_arm_is_not_in_the_pareto_front(lacking: int) -> None:
+    whole, best = arm("whole", *3 * [outcome(0.5)]), arm("best", *3 * [outcome(0.9)])
+    del best.results[lacking]
+    assert [a.name for a in pareto_front([whole, best], ("accuracy", "hours"), 3)] == ["whole"]
 
 
 def test_the_pareto_front_agrees_with_optunas() -> None:
@@ -55,7 +62,7 @@ def test_the_pareto_front_agrees_with_optunas() -> None:
     rng = random.Random(0)
     drive(search, lambda s: outcome(rng.random(), seconds=rng.random()))
     wanted = {tuple(t.values) for t in search.optuna().best_trials}
-    front = pareto_front(search.arms[1:], ("accuracy", "hours"))
+    front = pareto_front(search.arms[1:], ("accuracy", "hours"), 3)
     told = {tuple(t.values): a.name for t, a in zip(search.optuna().trials, search.arms[1:], strict=True)}
     assert {a.name for a in front} == {told[values] for values in wanted}
 

@@ -12,8 +12,9 @@ from search.ablation import ablation
 from search.arms import candidate_of, read_arms
 from search.confirm import planned_confirmation
 from search.report import report_study
-from search.store import StudyConfig, save_study_config
+from search.store import StudyConfig, only_driver, refuse_second_driver, save_study_config
 from search.study import resume_study
+from spaces.config import ConfigError
 from spaces.reading import load_yaml
 from tests.written_sweeps import make_arm, study, write_sweep
 
@@ -102,6 +103,23 @@ def test_a_candidate_of_an_earlier_state_does_not_stay_behind(tmp_path: Path) ->
     assert "best.yaml" not in config.folder.names()
 
 
+def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study(tmp_path, trials=3, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280], "c01": [300]})
+    config.folder.write("best.yaml", "noise: {}")
+
+    def killed(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr("search.study.run_trials", killed)
+    with pytest.raises(MemoryError):
+        resume_study(config, lambda event: None)
+    assert "best.yaml" not in config.folder.names()
+
+
 def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     ended(tmp_path, control=[290, 292], c01=[300, 310], c02=[330, 340])
     monkeypatch.chdir(tmp_path)
@@ -110,6 +128,27 @@ def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytes
     assert out.startswith("# candidate of sweep s: c01\n")
     code, _, err = say("export", "s", "--arm", "control")
     assert (code, "--arm control: no such arm in s; it has c01, c02" in err) == (2, True)
+
+
+def test_of_a_confirmation_everyone_names_the_command_that_goes_on_with_it_and_no_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    place = tmp_path / "runs"
+    write_sweep(study(place), [], {})
+    arms = [make_arm(study(place), "control"), make_arm(study(place), "c01", origin="winner")]
+    for name, command in (("s-confirm", "rin confirm s"), ("s-confirm-c01", "rin confirm s --arm c01")):
+        config = study(place, name=name, kind="confirm", parent="s", looks=(3, 5), trials=2, replicates=5)
+        write_sweep(config, arms, {"control": [280, 281, 282], "c01": [300, 301, 302]})
+        monkeypatch.chdir(tmp_path)
+        assert f"go on: {command}\n" in say("status", name)[1]
+        assert f"go on: {command}\n" in say("report", name)[1]
+        assert say("resume", name)[2].endswith(f"go on with it by: {command}\n")
+        with only_driver(config), pytest.raises(ConfigError, match=f"stop it and then: {command}$"):
+            refuse_second_driver(config)
+        assert [row["candidate"] for row in json.loads(say("status", name, "--json")[1])] == [False, False]
+    text = say("export", "s-confirm", "--arm", "c01")[1]
+    assert "# judged on questions that chose nothing: what that found says rin report s-confirm\n" in text
+    assert "not a finding" not in text
 
 
 def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:

@@ -42,7 +42,7 @@ def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, 
     config = read_config(
         merge(WORKLOADS["tiny"].settings, POINTS[point].settings), ("eval.questions=16", "threads=1", *overrides)
     )
-    return {"config": as_tree(config), "arm": "a", "replicate": 0, "origin": "point", "folder": str(folder)}
+    return {"config": as_tree(config), "arm": "a", "replicate": 0, "folder": str(folder)}
 
 
 def start(config: dict[str, Any]) -> RinTrainable:

@@ -29,9 +29,11 @@ WITHOUT_A_MODEL = ["random", "grid", "qmc"]
 
 
 def test_the_control_is_handed_out_first_and_configurations_are_counted_with_it() -> None:
-    given = drive(searcher(trials=4), lambda s: outcome(0.5))
+    search = searcher(trials=4)
+    given = drive(search, lambda s: outcome(0.5))
     assert [s["arm"] for s in given] == ["control", "c01", "c02", "c03"]
-    assert [s["origin"] for s in given] == ["control", "searcher", "searcher", "searcher"]
+    assert [search.arms[s["number"]].name for s in given] == [s["arm"] for s in given]
+    assert [arm.origin for arm in search.arms] == ["control", "searcher", "searcher", "searcher"]
     assert given[0]["config"]["noise"]["sigma_start"] == 0.0
     assert all(s["config"]["noise"]["sigma_start"] > 0 for s in given[1:])
 

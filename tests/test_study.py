@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -27,7 +29,8 @@ from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.reading import load_yaml, parse_yaml, read_config
 from tests.real_mlflow import points, runs, text
-from trainable.disk.trial_folder import read_reports, read_stopped
+from tests.written_sweeps import attempt
+from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -224,10 +227,40 @@ def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -
 
 def test_of_its_callback_nothing_is_in_what_tune_pickles_into_the_store(tmp_path: Path) -> None:
     config = study(tmp_path, tracking_uri="http://rin:canary-4711@127.0.0.1:9/")
-    callback = SweepCallback.of(config, Budget(config, []), Tracker(config), lambda event: None)
+    callback = SweepCallback.of(config, [], Budget(config, []), Tracker(config), lambda event: None)
     pickled = pickle.dumps(callback)
     assert b"canary" not in pickled
     assert vars(pickle.loads(pickled)) == {}
+
+
+def test_an_arm_that_is_proposed_while_trials_run_is_known_without_reading_the_sweep_again(tmp_path: Path) -> None:
+    """In an object store every outcome would be read again for each arm."""
+    config = study(tmp_path, tracking_uri="http://127.0.0.1:9")
+    arms: list[Arm] = fixed_arms(config)
+    events: list[TrialEvent] = []
+    tracker = Tracker(config)
+    callback = SweepCallback.of(config, arms, Budget(config, arms), tracker, events.append)
+    arms.append(replace(arms[0], name="c01", origin="searcher"))
+    callback.on_trial_start(0, [], SimpleNamespace(trial_id="t", config={"number": 1, "arm": "c01", "replicate": 2}))
+    assert ([event.trial for event in events], tracker.open()) == (["c01/2"], [("c01", 2)])
+    assert not folder(config).exists()
+
+
+def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_earlier_run(tmp_path: Path) -> None:
+    config = study(tmp_path, tracking_uri="http://127.0.0.1:9")
+    arms = fixed_arms(config)
+    place = trial_folder(config, "control", 0)
+    place.write("attempt-001.json", json.dumps(attempt(ended="hang", reason="too long")))
+    (tmp_path / "error.txt").write_text("Traceback\nRuntimeError: no GPU\n")
+    events: list[TrialEvent] = []
+    callback = SweepCallback.of(config, arms, Budget(config, []), Tracker(config), events.append)
+    given = {"number": 0, "arm": "control", "replicate": 0}
+    trial = SimpleNamespace(trial_id="t", config=given, error_file=str(tmp_path / "error.txt"))
+    callback.on_trial_error(0, [], trial)
+    state = read_trial(place, driven=False)
+    assert (state.status, state.rule) == ("failed", "")
+    assert state.reason == "its process did not start: RuntimeError: no GPU (2 attempts)"
+    assert events[-1].status == "failed"
 
 
 @pytest.mark.slow

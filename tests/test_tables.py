@@ -118,6 +118,15 @@ def test_outside_a_terminal_each_start_evaluation_and_end_is_one_plain_line() ->
     ]
 
 
+def test_a_trial_that_has_made_no_step_has_no_sigma() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=200, color_system=None)
+    with sweep_view(console, 1) as view:
+        view(event("running"))
+    row = next(line for line in reversed(text.getvalue().splitlines()) if "c01/0" in line)
+    assert [cell.strip() for cell in row.split("│")[4:10]] == ["0/29", *5 * ["-"]]
+
+
 def test_in_a_terminal_a_table_shows_the_last_known_numbers() -> None:
     text = io.StringIO()
     tell(Console(file=text, force_terminal=True, width=200))

@@ -683,7 +683,7 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
         """Writes what a trial writes; its step number is on disk."""
 
         def setup(self, setting: dict[str, Any]) -> None:
-            self.arm = next(arm for arm in read_arms(config) if arm.name == setting["arm"])
+            self.arm = read_arms(config)[setting["number"]]
             self.place = trial_folder(config, self.arm.name, 0)
             if self.arm.name == "bad-setup" and not repaired.exists():
                 raise RuntimeError("no GPU in setup")
@@ -733,12 +733,12 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
 
     def run(arms: list[str], name: str) -> tuple[Any, list[TrialEvent]]:
         events: list[TrialEvent] = []
-        tracker = Tracker(config)
-        setting = {"replicate": 0, "origin": "point", "arm": tune.grid_search(arms)}
+        tracker, written = Tracker(config), read_arms(config)
+        setting = {"replicate": 0, "number": tune.grid_search([names.index(arm) for arm in arms])}
         run_config = tune.RunConfig(
             name=name,
             storage_path=str(tmp_path / "tune"),
-            callbacks=[SweepCallback.of(config, Budget(config, read_arms(config)), tracker, events.append)],
+            callbacks=[SweepCallback.of(config, written, Budget(config, written), tracker, events.append)],
             stop={"training_iteration": 4},
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,

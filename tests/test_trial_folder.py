@@ -116,8 +116,8 @@ def test_a_clock_that_was_set_back_does_not_give_hours_back(trial: Folder) -> No
 
 
 def test_an_attempt_that_cannot_be_read_counts_as_no_time(trial: Folder) -> None:
-    trial.write("attempt-001.json", "")
-    trial.write("attempt-002.json", json.dumps(attempt()))
+    for number, text in enumerate(("", "{}", "[]", json.dumps(attempt()), "null"), start=1):
+        trial.write(f"attempt-{number:03d}.json", text)
     assert len(read_attempts(trial)) == 1
 
 
@@ -173,10 +173,31 @@ def test_a_process_that_died_for_good_is_a_failure_and_one_that_spoke_is_left_al
 
 
 @pytest.mark.parametrize("name", ["outcome.json", "stopped.json"])
-@pytest.mark.parametrize("text", ["", "{", "\x00\x00"])
+@pytest.mark.parametrize("text", ["", "{", "\x00\x00", "{}", "[]", '{"version": 1}'])
 def test_a_damaged_ending_is_named_with_the_remedy(trial: Folder, name: str, text: str) -> None:
     trial.write(name, text)
     with pytest.raises(
-        ConfigError, match=rf"{name}: is damaged \(not JSON\); remove it, and rin resume runs the trial again"
+        ConfigError,
+        match=rf"{name}: is damaged \(not the JSON of an ending\); remove it, and rin resume runs the trial again",
     ):
         read_outcome(trial) if name == "outcome.json" else read_stopped(trial)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 2}, "written by version 2, this program reads 1"),
+        ({"config": {"noise": {"colour": "pink"}}}, "noise.colour"),
+    ],
+)
+def test_an_ending_that_another_version_wrote_is_whole_and_not_to_be_removed(
+    trial: Folder, change: dict[str, Any], words: str
+) -> None:
+    write_outcome(trial, ended(trial, "completed"), [])
+    tree = json.loads(trial.read("outcome.json") or b"")
+    tree |= {key: change[key] for key in tree.keys() & change.keys()}
+    tree["outcome"] |= {key: change[key] for key in tree["outcome"].keys() & change.keys()}
+    trial.write("outcome.json", json.dumps(tree))
+    with pytest.raises(ConfigError, match=f"outcome.json: .*{words}.*; use the program that wrote it") as caught:
+        read_outcome(trial)
+    assert "remove" not in str(caught.value)

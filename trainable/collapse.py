@@ -11,7 +11,7 @@ Rules in order: where several fire in one step, the first names the collapse.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -165,4 +165,3 @@ RULES: dict[str, Rule] = {
     "grad_norm": _grad_norm,
     "reward_low": _reward_low,
 }
-INSTANT_RULES: Sequence[str] = ("nonfinite", "filter_rejection")

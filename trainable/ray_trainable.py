@@ -44,8 +44,8 @@ CHECKPOINT_SHARE = 0.02  # of a trial's time
 
 
 class RinTrainable(tune.Trainable):  # type: ignore[misc]
-    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "origin": str, "number": int,
-    "folder": place of the trial}; the number is the arm's."""
+    """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "number": int, "folder": place of the
+    trial}; the number is the arm's."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process

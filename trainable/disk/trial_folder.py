@@ -97,11 +97,20 @@ def _read_outcome(trial: Folder, name: str) -> Outcome | None:
 
 def _parsed(trial: Folder, name: str, text: bytes, parse: Callable[[Any], Parsed]) -> Parsed:
     try:
-        return parse(json.loads(text))
+        tree = json.loads(text)
+        version = tree["version"]
+        if version == VERSION:
+            return parse(tree)
+    except ConfigError as error:  # a ValueError, too: a configuration that this version does not take
+        raise ConfigError(f"{trial.uri}/{name}: {error}; use the program that wrote it") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{trial.uri}/{name}: is damaged (not JSON); remove it, and rin resume runs the trial again"
+            f"{trial.uri}/{name}: is damaged (not the JSON of an ending); remove it, and rin resume runs the trial "
+            "again"
         ) from None
+    raise ConfigError(
+        f"{trial.uri}/{name}: written by version {version}, this program reads {VERSION}; use the program that wrote it"
+    )
 
 
 # --- checkpoints, as far as they can be read without torch ------------------------------------------------------------
@@ -193,10 +202,7 @@ def read_attempts(trial: Folder) -> list[Attempt]:
             continue
         try:
             tree: Mapping[str, Any] = json.loads(trial.read(name) or b"")
-        except ValueError:
-            continue
-        attempts.append(
-            Attempt(
+            attempt = Attempt(
                 started=tree["started"],
                 seen=tree["seen"],
                 step=tree["step"],
@@ -204,7 +210,9 @@ def read_attempts(trial: Folder) -> list[Attempt]:
                 reason=tree.get("reason", ""),
                 loading_seconds=tree.get("loading_seconds", 0.0),
             )
-        )
+        except (ValueError, KeyError, TypeError):
+            continue
+        attempts.append(attempt)
     return attempts
 
 
