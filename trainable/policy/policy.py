@@ -94,6 +94,7 @@ def deployed(policy: Policy) -> Iterator[None]:
     """Freeze the quantised weights while nothing learns (rollout, evaluation): each is computed once, not once per
     token."""
     linears = policy.linears.values()
+    assert all(linear.deployed_weight is None for linear in linears), "deployed already: leaving would undo both"
     with torch.no_grad():
         try:
             for linear in linears:
