@@ -154,7 +154,7 @@ def _run(
         result = run(view, progress)
     title = f"sweep {name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
-    ending = ending_of(result, runs, repeated(store, tracking_uri))
+    ending = ending_of(result, runs, repeated(store, tracking_uri), repeated(store, None))
     for line in ending.lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     for line in ending.troubles:

@@ -20,11 +20,12 @@ class Ending:
     """0: done, or its budget is spent; 1: trials are missing for another reason."""
 
 
-def ending_of(result: StudyResult, runs: int, where: str) -> Ending:
-    """`runs`: trials that were asked for; `where`: options that find the sweep again."""
+def ending_of(result: StudyResult, runs: int, where: str, folder: str) -> Ending:
+    """`runs`: trials that were asked for; `where`: options that find the sweep and its tracking again, `folder`: those
+    that find its folder, for commands that need no tracking."""
     config, name = result.config, result.config.name
     again = f"rin resume {name}{where}"
-    lines = list(_candidate_lines(result, where))
+    lines = list(_candidate_lines(result, where, folder))
     troubles = list(failures(config, result.arms))
     interrupted = not troubles
     if result.untold:
@@ -45,7 +46,7 @@ def ending_of(result: StudyResult, runs: int, where: str) -> Ending:
     return Ending(lines=tuple(lines), troubles=tuple(troubles), code=code)
 
 
-def _candidate_lines(result: StudyResult, where: str) -> Iterator[str]:
+def _candidate_lines(result: StudyResult, where: str, folder: str) -> Iterator[str]:
     if result.candidate is None:
         hint = "" if result.unfinished else ". Try smaller sigmas, or --set collapse.mode=monitor"
         yield f"no configuration with noise has completed all its replicates: nothing to export{hint}"
@@ -53,16 +54,16 @@ def _candidate_lines(result: StudyResult, where: str) -> Iterator[str]:
     yield candidate_line(result.candidate)
     if (result.candidate.difference or 0.0) <= 0:
         yield "no configuration with noise came out ahead of its control"
-    objectives, name, folder = result.config.objectives, result.config.name, result.config.folder
+    objectives, name, place = result.config.objectives, result.config.name, result.config.folder.local
     if len(objectives) > 1:
         treated = [arm for arm in result.arms if arm.origin != "control"]
         front = pareto_front(treated, objectives, result.config.replicates)
         yield f"Pareto front of {', '.join(objectives)}: {', '.join(arm.name for arm in front) or 'empty'}"
-    if folder.local is not None:
-        yield f"  rin trial --config {folder.local / BEST_FILE}   # repeat it"
+    if place is not None:
+        yield f"  rin trial --config {place / BEST_FILE}   # repeat it"
     yield f"  rin report {name}{where}   # every arm against its control"
     yield f"  rin confirm {name}{where}   # is it a finding? fresh seeds, other questions"
-    yield f"  rin export {name}{where} --to verl   # take it to another trainer"
+    yield f"  rin export {name}{folder} --to verl   # take it to another trainer"
     yield f"  rin ui {name}{where}   # look at every trial"
 
 

@@ -187,7 +187,7 @@ def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postg
     printed = said_here(tmp_path, "status", "straight", "--json", *given)
     rows = json.loads(printed)
     assert [row["status"] for row in rows] == ["completed"] * 2
-    exported = said_here(tmp_path, "export", "straight", *given)
+    exported = said_here(tmp_path, "export", "straight")
     assert read_config(parse_yaml(exported, "export")).grpo.steps == 3
     assert PASSWORD not in said + printed + exported
     assert files_with("straight", tmp_path), "the search below would find something"

@@ -192,7 +192,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                 patch.setenv(name, value)
             for command in (["list"], ["status", "s"], ["status", "s", "--json"], ["export", "s"]):
                 done = rin(
-                    *command, "--store", str(folder / "runs"), *(tracking if command[0] != "list" else []), cwd=folder
+                    *command, "--store", str(folder / "runs"), *(tracking if command[0] == "status" else []), cwd=folder
                 )
                 assert done.code == 0, done.err
                 said += done.out + done.err

@@ -22,7 +22,7 @@ def said(tmp_path: Path, right: dict[str, list[Any]], *, more: int = 0, **change
         candidate = None
     left = unfinished(config, arms)
     result = StudyResult(config=config, arms=tuple(arms), candidate=candidate, unfinished=left, **changes)
-    return ending_of(result, config.runs + more, " --store X")
+    return ending_of(result, config.runs + more, " --store X --tracking-uri U", " --store X")
 
 
 def test_a_candidate_is_told_with_its_difference_and_what_to_do_next(tmp_path: Path) -> None:
@@ -30,7 +30,8 @@ def test_a_candidate_is_told_with_its_difference_and_what_to_do_next(tmp_path: P
     first, *rest = ending.lines
     assert first.startswith("candidate: c01, +1.0 points against control on the selection questions (chosen and judged")
     assert f"  rin trial --config {tmp_path}/s/best.yaml   # repeat it" in rest
-    assert any(line.startswith("  rin confirm s --store X") for line in rest)
+    assert any(line.startswith("  rin confirm s --store X --tracking-uri U") for line in rest)
+    assert "  rin export s --store X --to verl   # take it to another trainer" in rest, "which asks no tracking"
     assert (ending.troubles, ending.code) == ((), 0)
 
 
@@ -55,11 +56,11 @@ def test_what_is_missing_is_counted_with_the_way_to_go_on(tmp_path: Path, spent:
     if spent:
         assert ending.lines[-2:] == (
             "the budget of 2 hours is spent: 1 of 2 trials are not finished",
-            "with a larger one: rin resume s --budget HOURS --store X",
+            "with a larger one: rin resume s --budget HOURS --store X --tracking-uri U",
         )
         assert (ending.troubles, ending.code) == ((), 0)
     else:
-        line = "interrupted: 1 of 2 trials are not finished; what ran is kept. Go on: rin resume s --store X"
+        line = "interrupted: 1 of 2 trials are not finished; what ran is kept. Go on: rin resume s --store X --tracking-uri U"
         assert (ending.troubles, ending.code) == ((line,), 1)
 
 
@@ -70,7 +71,7 @@ def test_a_failure_is_named_and_is_no_interruption(tmp_path: Path) -> None:
     write_trial(config, arms[1], 0, None, attempts=[attempt(ended="error", reason="OSError: Boom")])
     assert "attempt-001.json" in trial_folder(config, "c01", 0).names()
     result = StudyResult(config=config, arms=tuple(read_arms(config)), candidate=None, unfinished=1)
-    ending = ending_of(result, 2, "")
+    ending = ending_of(result, 2, "", "")
     assert ending.troubles[0] == "c01/0 failed: OSError: Boom"
     assert ending.troubles[1].startswith("1 of 2 trials are not finished")
     assert ending.code == 1
@@ -81,5 +82,5 @@ def test_what_mlflow_did_not_take_and_a_space_that_ended_are_told(tmp_path: Path
     assert "the space has no further configuration: 2 were all" in ending.lines
     (trouble,) = ending.troubles
     assert trouble.startswith("MLflow did not take 7 records")
-    assert trouble.endswith("Once it answers: rin resume s --store X")
+    assert trouble.endswith("Once it answers: rin resume s --store X --tracking-uri U")
     assert ending.code == 0
