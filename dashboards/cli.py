@@ -376,10 +376,13 @@ def ui(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.mlflow_views import serve_ui
     from search.mirror import send_missing
-    from search.store import is_driven
+    from search.store import is_driven, only_driver
 
     if not is_driven(study):
-        send_missing(study)
+        with only_driver(study):
+            untold = send_missing(study)
+        if untold:
+            print(f"MLflow did not take {untold} records of the sweep", file=sys.stderr)
     serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))
 
 

@@ -39,6 +39,7 @@ def status_row(row: ArmReport) -> dict[str, Any]:
         "start": row.start,
         "difference": row.difference,
         "replicates": row.replicates,
+        "missing": row.missing,
         "candidate": row.candidate,
         "hours": row.hours,
     }

@@ -60,7 +60,8 @@ def test_what_is_missing_is_counted_with_the_way_to_go_on(tmp_path: Path, spent:
         )
         assert (ending.troubles, ending.code) == ((), 0)
     else:
-        line = "interrupted: 1 of 2 trials are not finished; what ran is kept. Go on: rin resume s --store X --tracking-uri U"
+        again = "rin resume s --store X --tracking-uri U"
+        line = f"interrupted: 1 of 2 trials are not finished; what ran is kept. Go on: {again}"
         assert (ending.troubles, ending.code) == ((line,), 1)
 
 
