@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -280,3 +281,11 @@ def test_no_module_imports_itself_through_others() -> None:
     while free := [name for name, to in arrows.items() if not to]:
         arrows = {name: to - set(free) for name, to in arrows.items() if name not in free}
     assert arrows == {}
+
+
+def test_every_package_is_in_the_distribution() -> None:
+    """setuptools is given a list; a folder that it lacks is missing after an installation, and one too many ends it."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {relative(path.parent).replace("/", ".") for path in MODULES if path.name == "__init__.py"}
+    assert sorted(listed) == sorted(folders)
+    assert all((ROOT / folder.replace(".", "/") / "py.typed").exists() for folder in folders)
