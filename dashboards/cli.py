@@ -297,7 +297,7 @@ def report(
 @app.command()
 def confirm(
     name: given.Name,
-    arm: Annotated[str | None, typer.Option(help="Another arm than the winner.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     looks: Annotated[
         str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")
     ] = None,

@@ -87,7 +87,7 @@ def read_arms(study: StudyConfig) -> list[Arm]:
             )
         except ConfigError:  # a ValueError, too: a configuration that this version does not take
             raise
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
                 f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup"
             ) from None

@@ -91,7 +91,19 @@ def test_damaged_evidence_is_named(config: StudyConfig, text: str) -> None:
         read_evidence(config)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"name": "c01"', "\x00", "[]", "3", '{"name": "c01"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"name": "c01"',
+        "\x00",
+        "[]",
+        "3",
+        '{"name": "c01"}',
+        '{"name": "c01", "origin": "point", "config": [], "params": {}}',
+    ],
+)
 def test_a_damaged_arm_is_named(config: StudyConfig, text: str) -> None:
     write_arm(config, 0, make_arm(config, "control"))
     (config.folder / "arms").write("0001.json", text)

@@ -98,10 +98,10 @@ def test_after_a_million_steps_the_newest_is_still_the_newest(trial: Folder) -> 
 
 
 def test_attempts_are_read_in_order_with_their_hours(trial: Folder) -> None:
-    for number in (1, 2, 10, 999):
+    for number in (1, 2, 10, 999, 1000):
         trial.write(f"attempt-{number:03d}.json", json.dumps(attempt(0.0, 36.0 * number)))
     trial.write("attempt-notes.json", "{}")
-    assert [round(one.hours, 6) for one in read_attempts(trial)] == [0.01, 0.02, 0.1, 9.99]
+    assert [round(one.hours, 6) for one in read_attempts(trial)] == [0.01, 0.02, 0.1, 9.99, 10.0]
 
 
 def test_an_attempt_that_was_killed_while_loading_counts_with_what_it_had(trial: Folder) -> None:

@@ -162,7 +162,7 @@ class AttemptLog:
 
     def __init__(self, trial: Folder) -> None:
         self._trial = trial
-        number = sum(bool(_ATTEMPT.fullmatch(name)) for name in trial.names()) + 1
+        number = len(_attempts(trial)) + 1
         self._name = f"attempt-{number:03d}.json"
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
         self.step = 0
@@ -197,9 +197,7 @@ class AttemptLog:
 def read_attempts(trial: Folder) -> list[Attempt]:
     """In order. A file that cannot be read counts as no time."""
     attempts = []
-    for name in trial.names():
-        if not _ATTEMPT.fullmatch(name):
-            continue
+    for name in _attempts(trial):
         try:
             tree: Mapping[str, Any] = json.loads(trial.read(name) or b"")
             attempt = Attempt(
@@ -219,10 +217,16 @@ def read_attempts(trial: Folder) -> list[Attempt]:
 def end_attempt(trial: Folder, reason: str) -> None:
     """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an
     ending."""
-    names = [name for name in trial.names() if _ATTEMPT.fullmatch(name)]
+    names = _attempts(trial)
     tree: dict[str, Any] = json.loads(trial.read(names[-1]) or b"{}") if names else {}
     if tree and not tree["ended"]:
         trial.write(names[-1], json.dumps({**tree, "ended": DIED, "reason": reason}))
+
+
+def _attempts(trial: Folder) -> list[str]:
+    """Names, in order: digits sort as numbers, not as text."""
+    found = [match for name in trial.names() if (match := _ATTEMPT.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
 
 
 # --- all of it together -----------------------------------------------------------------------------------------------
