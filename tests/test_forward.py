@@ -16,9 +16,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_
 import trainable.forward.logps
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
+from trainable.forward import decoder as decoding
 from trainable.forward.decoder import _Fused, _Ours, _Transformers, decoder
 from trainable.forward.logps import Batch, completion_logps, make_batch
-from trainable.forward.transformer import decoder as decoding
 from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.kernels import cpu
 from trainable.layers.mlp import GatedMLP

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from dashboards.report_text import plan_lines
+from search.arms import Arm
 from search.plan import StudyPlan, experience, plan_study
-from search.searchers import Arm
 from search.store import StudyConfig
 from spaces.config import ConfigError
 from spaces.points import POINTS

@@ -192,8 +192,7 @@ def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postg
     assert PASSWORD not in said + printed + exported
     assert files_with("straight", tmp_path), "the search below would find something"
     assert files_with(PASSWORD, tmp_path) == []
-    again = rin(tmp_path, "resume", "straight", *given)
-    assert PASSWORD not in again
+    assert PASSWORD not in said_here(tmp_path, "resume", "straight", *given)
     check_sweep(postgres, "straight")
 
 

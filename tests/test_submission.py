@@ -24,8 +24,8 @@ from dashboards import cli
 from search import submission
 from search.arms import read_arms
 from search.evidence import read_evidence
+from search.lineup import fixed_arms
 from search.store import load_study_config, save_study_config
-from search.study import fixed_arms
 from search.submission import (
     JobServer,
     begin_shipped,

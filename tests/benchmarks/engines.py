@@ -18,8 +18,8 @@ from trainable.engines.engine import Request
 from trainable.forward.transformer import left_padded
 from trainable.policy.embedded import base_folder
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import Policy, _smollm2_folder, deployed
-from trainable.policy.sources import SMOLLM2_FILE
+from trainable.policy.policy import Policy, deployed
+from trainable.policy.sources import SMOLLM2_FILE, smollm2_folder
 from trainable.rollout import encode_prompts
 from trainable.tasks.table import build_task
 from trainable.trial import Trial
@@ -198,5 +198,5 @@ def _as_transformers_loads_it(workload: str) -> Any:
     if config.model.recipe is not None:
         return AutoModelForCausalLM.from_pretrained(str(base_folder(config.model.recipe)), dtype=torch.float32).eval()
     return AutoModelForCausalLM.from_pretrained(
-        str(_smollm2_folder()), gguf_file=SMOLLM2_FILE, dtype=torch.float32
+        str(smollm2_folder()), gguf_file=SMOLLM2_FILE, dtype=torch.float32
     ).eval()

@@ -24,7 +24,7 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
     if model.recipe is not None:
         source: str = str(ensure_base(model.recipe, progress))
     elif model.name == "smollm2-135m":
-        source = str(_smollm2_folder())
+        source = str(smollm2_folder())
         options["gguf_file"] = SMOLLM2_FILE
     else:
         source = model.name
@@ -67,7 +67,7 @@ def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
         )
 
 
-def _smollm2_folder() -> Path:
+def smollm2_folder() -> Path:
     """The package is located, not imported: its own code would load llama.cpp."""
     missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
