@@ -24,7 +24,7 @@ def fp32(value: float) -> int:
 @pytest.mark.parametrize(("name", "element"), [("E2M1", E2M1), ("E4M3", E4M3)])
 def test_the_grids_of_the_cpu_kernels_are_those_of_the_table(name: str, element: Element) -> None:
     found = re.search(
-        rf"struct {name} {{.*?mantissa = (\d+), emax = (\d+);.*?smallest_normal = (\w+), largest = (\w+);",
+        rf"(?s)struct {name} {{.*?mantissa = (\d+), emax = (\d+);.*?smallest_normal = (\w+), largest = (\w+);",
         source("blocks.h"),
     )
     assert found is not None

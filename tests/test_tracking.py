@@ -816,7 +816,7 @@ def test_a_server_killed_and_restarted_in_mid_sweep_misses_nothing(
     sweep = make_sweep(server.uri, experiment, tmp_path / "store")
     sweep.begin()
     sweep.step(reward=0.0, kl=math.inf, samples=(SAMPLE,))
-    eventually(lambda: sweep.shown().data.metrics.get("rin/steps_done") == 1)
+    eventually(lambda: [run.data.metrics.get("rin/steps_done") for run in runs(server.uri, experiment)] == [1])
     server.kill()
     with caplog.at_level(logging.WARNING):
         for step in range(1, 20):
