@@ -162,7 +162,7 @@ def test_added_reward_counts_by_its_weight_and_leaves_correctness_alone(task: Ta
 @pytest.mark.slow
 def test_questions_are_the_same_in_another_process() -> None:
     code = (
-        "from spaces.config import TaskConfig; from trainable.tasks.task import build_task\n"
+        "from spaces.config import TaskConfig; from trainable.tasks.table import build_task\n"
         "for name in ('addition', 'reasoning_gym:gcd'):\n"
         "    task = build_task(TaskConfig(name=name))\n"
         "    print([q.prompt for q in task.held_out('selection', 20) + task.sample(20, seed=1, step=2, batch=3)])\n"
@@ -608,7 +608,7 @@ def test_options_without_variety_are_explained_and_do_not_hang() -> None:
 @pytest.mark.slow
 def test_tasks_are_built_without_torch_and_without_reasoning_gym() -> None:
     code = (
-        "import sys; from spaces.config import TaskConfig; from trainable.tasks.task import build_task\n"
+        "import sys; from spaces.config import TaskConfig; from trainable.tasks.table import build_task\n"
         "build_task(TaskConfig()).held_out('selection', 4)\n"
         "assert not {'torch', 'reasoning_gym', 'datasets', 'ray'} & sys.modules.keys()\n"
     )
