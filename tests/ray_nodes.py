@@ -5,6 +5,7 @@ Each node is a process group of its own and is ended through it; `ray stop` woul
 """
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -60,9 +61,17 @@ def head_node(folder: Path, *, cpus: int, python: str = sys.executable) -> Itera
     ]
     options += [f"--temp-dir={folder / 'ray'}", "--ray-client-server-port", str(free_port())]
     with _node(["--head", *options], cpus, environment, folder / "head.log", python) as process:
-        line = next(line for line in (folder / "head.log").read_text().splitlines() if "ray start --address=" in line)
-        address = line.split("--address='")[1].split("'")[0]
+        address = _address(folder / "head.log")
         yield Cluster(address=address, dashboard=f"http://127.0.0.1:{dashboard}", environment=environment, head=process)
+
+
+def _address(log: Path) -> str:
+    """What a worker has to call; Ray prints it after it has said that it runs."""
+    deadline = time.monotonic() + START_SECONDS
+    while not (found := re.search(r"ray start --address='([^']+)'", log.read_text(errors="replace"))):
+        assert time.monotonic() < deadline, log.read_text(errors="replace")
+        time.sleep(0.1)
+    return found[1]
 
 
 @contextmanager
