@@ -100,3 +100,22 @@ def test_the_clean_policy_weighs_one() -> None:
         result = importance_weights(level, logps, logps, torch.ones(3, 4), 2.0)
         assert (result.mean, result.effective_share, result.kl) == (1.0, 1.0, 0.0)
         assert torch.equal(result.weights, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("nats", [-1e4, -60.0, 60.0, 100.0, 1e4])
+def test_weights_that_are_alike_have_an_effective_share_of_1_however_small_or_large_they_are(nats: float) -> None:
+    """exp(-60) squared is 0 in single precision, exp(100) is infinite."""
+    for level in ("none", "token", "sequence"):
+        result = importance_weights(level, torch.full((1, 1), nats), torch.zeros(1, 1), torch.ones(1, 1), 2.0)
+        assert result.effective_share == 1.0
+        assert all(math.isfinite(number) for number in (result.mean, result.kl, *result.weights.flatten().tolist()))
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_what_describes_a_step_is_finite_for_all_finite_log_probs(level: Any) -> None:
+    for seed in range(20):
+        source = generator("wild", seed)
+        clean, rollout = (-(10.0 ** (8 * torch.rand(4, 5, generator=source) - 4)) for _ in range(2))
+        result = importance_weights(level, clean, rollout, torch.ones(4, 5), 2.0)
+        assert 1 / 20 <= result.effective_share <= 1
+        assert all(math.isfinite(number) for number in (result.mean, result.kl, *result.weights.flatten().tolist()))

@@ -23,7 +23,7 @@ import torch
 
 from spaces.config import FilterPolicy, GRPOConfig, Loss, RolloutConfig
 from trainable.episode import FilterOutcome, Group
-from trainable.forward.logps import Batch, completion_logps, importance_weights
+from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps, importance_weights
 from trainable.policy.policy import Policy
 from trainable.signals import UpdateMetrics
 
@@ -113,7 +113,7 @@ def grpo_loss(
     inside = mask > 0
     # A padded token may hold anything: it is taken out before exp, because a product with 0 would keep its NaN, also in
     # the gradient.
-    ratio = (logps - old_logps).where(inside, 0.0).exp()  # [B, T]
+    ratio = (logps - old_logps).where(inside, 0.0).clamp(max=LARGEST_NATS).exp()  # [B, T]
     advantage = advantages[:, None]
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
@@ -123,7 +123,7 @@ def grpo_loss(
     kl = torch.zeros_like(token_loss)
     if reference_logps is not None:
         difference = (reference_logps - logps).where(inside, 0.0)
-        kl = difference.exp() - difference - 1
+        kl = difference.clamp(max=LARGEST_NATS).exp() - difference - 1
         token_loss = token_loss + kl_beta * kl
     token_loss = token_loss.where(inside, 0.0)
     per_sequence = token_loss.sum(1) / mask.sum(1).clamp(min=1.0) if loss == "grpo" else token_loss.sum(1)  # [B]

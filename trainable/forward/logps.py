@@ -25,6 +25,9 @@ from trainable.policy.policy import Policy
 
 _PACKED_TOKENS = 512
 """Longest row of a prompt with several completions. Up to here attention is little of the work, also what is masked."""
+LARGEST_NATS = 20.0
+"""Differences of log-probs above it count as it where they become a ratio (verl's limit, too). In single precision
+exp(89) is infinite, and the gradient of a token that the clip has cut out would be 0 times that."""
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -198,20 +201,28 @@ class ImportanceWeights:
 def importance_weights(
     level: Correction, clean: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, cap: float
 ) -> ImportanceWeights:
-    """min(pi_clean / pi_rollout, cap) per token or per sequence, all [B, T]; `none` weighs 1, reports token weights."""
+    """min(pi_clean / pi_rollout, cap) per token or per sequence, all [B, T]; `none` weighs 1, reports token weights.
+
+    Whatever the finite log-probs, the numbers are finite: what only describes a step cannot end a trial.
+    """
     difference = (clean - rollout).where(mask > 0, 0.0)  # [B, T]
     if level == "sequence":
-        ratio = difference.sum(1).exp()  # [B]
-        weights = ratio.clamp(max=cap)[:, None].expand_as(mask)
-        sample = ratio
+        logs = difference.sum(1)  # [B]
+        weights = logs.exp().clamp(max=cap)[:, None].expand_as(mask)
     else:
-        ratio = difference.exp()  # [B, T]
-        weights = ratio.clamp(max=cap) if level == "token" else torch.ones_like(mask)
-        sample = ratio[mask > 0]
+        logs = difference[mask > 0]  # [tokens]
+        weights = difference.exp().clamp(max=cap) if level == "token" else torch.ones_like(mask)
     inside = difference[mask > 0]
     return ImportanceWeights(
         weights=weights.detach(),
-        mean=sample.clamp(max=cap).mean().item(),
-        effective_share=(sample.sum().square() / (len(sample) * sample.square().sum())).item(),
-        kl=(inside.exp() - inside - 1).mean().item(),
+        mean=logs.exp().clamp(max=cap).mean().item(),
+        effective_share=effective_share(logs),
+        kl=(inside.clamp(max=LARGEST_NATS).exp() - inside - 1).mean().item(),
     )
+
+
+def effective_share(logs: torch.Tensor) -> float:
+    """(sum w)^2 / (n sum w^2) of the weights exp(logs), in [1 / n, 1]. A common factor cancels, so the largest weight
+    is 1: sums of squares of e^-60 are 0, and of e^60 infinite."""
+    relative = (logs.detach().double() - logs.max()).exp()
+    return (relative.sum().square() / (len(relative) * relative.square().sum())).clamp(max=1.0).item()
