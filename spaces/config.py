@@ -431,7 +431,8 @@ class TaskConfig(Record):
     digits: int = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
     path: str | None = Field(None, json_schema_extra={"path": []})
-    """For `gsm8k`: a JSONL file (or a folder with train.jsonl and test.jsonl); null = through `datasets`."""
+    """For `gsm8k`: a JSONL file, or a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl; null =
+    through `datasets`."""
     options: Options = ()
     """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""
     prompt: str | None = None

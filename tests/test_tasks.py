@@ -15,10 +15,12 @@ from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import addition_question
 from trainable.tasks.gsm8k import (
     Problem,
+    Problems,
     flexible_number,
     load_problems,
     parse_number,
     problems_of,
+    read_jsonl,
     split_problems,
     strict_number,
 )
@@ -271,6 +273,18 @@ def test_held_out_sums_differ_while_the_share_lasts_and_repeat_in_order_after() 
         ("nan", None),
         ("Infinity", None),
         ("", None),
+        ("+3", "3"),
+        ("-+3", None),
+        ("1,2,3", None),
+        ("12,34", None),
+        ("3,5", None),
+        ("0,500", None),
+        ("1,000,00", None),
+        ("1,234,567.25", "1234567.25"),
+        ("$9{,}500", "9500"),
+        ("\\$12", "12"),
+        ("\u22127", "-7"),
+        ("\u200b42\u200b", "42"),
     ],
 )
 def test_parse_number(text: str, number: str | None) -> None:
@@ -301,6 +315,17 @@ def test_parse_number(text: str, number: str | None) -> None:
         ("12,3456", None, "3456"),
         ("1e999", None, "1"),
         ("x2", None, None),
+        ("#### 1,2,3", None, "3"),
+        ("#### 12,34", None, "34"),
+        ("#### +3", "3", "3"),
+        ("\\boxed{$9{,}500}", None, "9500"),
+        ("#### .5", "0.5", "0.5"),
+        ("#### -.5", "-0.5", "-0.5"),
+        ("it is 3.5", None, "3.5"),
+        ("#### \u22127", "-7", "-7"),
+        ("#### 4\u200b2", "42", "42"),
+        ("#### 42%", None, "42"),
+        ("**#### 42**", None, "42"),
         ("forty-two", None, None),
         ("", None, None),
     ],
@@ -321,13 +346,13 @@ def test_numbers_are_compared_exactly() -> None:
     assert task.score(Question(prompt="", answer="1000.50"), "#### 1,000.5").correct
 
 
-def test_small_file_is_split_70_15_15_in_order() -> None:
+def test_small_file_is_split_70_15_15() -> None:
     rows = [json.loads(line) for line in SMALL.read_text().splitlines()]
     problems = load_problems(str(SMALL))
     assert [len(part) for part in (problems.train, problems.selection, problems.confirm)] == [28, 6, 6]
-    assert [p.question for p in (*problems.train, *problems.selection, *problems.confirm)] == [
+    assert {p.question for p in (*problems.train, *problems.selection, *problems.confirm)} == {
         row["question"] for row in rows
-    ]
+    }
     answers = {p.answer for p in (*problems.train, *problems.selection, *problems.confirm)}
     assert {"2000", "-7", "13.50", "1290000"} <= answers
 
@@ -336,19 +361,36 @@ def numbered(count: int, start: int = 0) -> list[Problem]:
     return [Problem(question=f"q{i}", answer=str(i)) for i in range(start, start + count)]
 
 
+def sets_of(problems: Problems) -> dict[str, str]:
+    """Question -> the set in which it lies."""
+    return {p.question: name for name in ("train", "selection", "confirm") for p in getattr(problems, name)}
+
+
 @pytest.mark.parametrize(
-    ("train", "test", "sizes"),
+    ("test", "validation", "shares"),
     [
-        (7473, 1319, (6449, 1024, 1319)),
-        (100, 10, (75, 25, 10)),
-        (40, None, (28, 6, 6)),
-        (11, None, (8, 2, 1)),
-        (3, None, (3, 0, 0)),
+        (None, None, (0.70, 0.15, 0.15)),
+        (10, None, (0.85, 0.15, 0)),
+        (None, 10, (0.85, 0, 0.15)),
+        (10, 10, (1, 0, 0)),
     ],
 )
-def test_sizes_of_the_three_sets(train: int, test: int | None, sizes: tuple[int, int, int]) -> None:
-    problems = split_problems(numbered(train), None if test is None else numbered(test, start=10_000))
-    assert (len(problems.train), len(problems.selection), len(problems.confirm)) == sizes
+def test_a_set_that_is_not_given_is_a_share_of_train(
+    test: int | None, validation: int | None, shares: tuple[float, float, float]
+) -> None:
+    files = ((test, 10_000), (validation, 20_000))
+    given = [None if count is None else numbered(count, start) for count, start in files]
+    problems = split_problems(numbered(4000), *given)
+    for name, share, extra in zip(("train", "selection", "confirm"), shares, (0, validation, test), strict=True):
+        assert len(getattr(problems, name)) - (extra or 0) == pytest.approx(4000 * share, abs=80)
+
+
+def test_the_order_of_the_rows_does_nothing_and_a_row_that_is_added_moves_no_other() -> None:
+    rows = numbered(300)
+    problems = split_problems(rows)
+    assert split_problems(rows[::-1]) == problems
+    grown = sets_of(split_problems([*numbered(5, start=9000), *rows]))
+    assert {question: grown[question] for question in sets_of(problems)} == sets_of(problems)
 
 
 def test_question_in_two_files_stays_in_confirm() -> None:
@@ -364,8 +406,20 @@ def test_folder_uses_its_test_file_for_confirm(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(lines[:30]))
     (tmp_path / "test.jsonl").write_text("".join(lines[30:]))
     problems = load_problems(str(tmp_path))
-    assert [p.question for p in problems.confirm] == [json.loads(line)["question"] for line in lines[30:]]
-    assert len(problems.selection) == 7
+    assert {p.question for p in problems.confirm} == {json.loads(line)["question"] for line in lines[30:]}
+    assert 0 < len(problems.selection) < len(problems.train) < 30
+
+
+def test_a_validation_file_is_for_selection(tmp_path: Path) -> None:
+    lines = SMALL.read_text().splitlines(keepends=True)
+    for name, part in (("train", lines[:20]), ("validation", lines[20:30]), ("test", lines[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    problems = load_problems(str(tmp_path))
+    assert {p.question for p in problems.selection} == {json.loads(line)["question"] for line in lines[20:30]}
+    assert len(problems.train) == 20
+    (tmp_path / "validation.jsonl").rename(tmp_path / "val.jsonl")
+    with pytest.raises(ConfigError, match=r"val\.jsonl would be ignored; call it validation\.jsonl"):
+        load_problems(str(tmp_path))
 
 
 def test_jsonl_round_trip_keeps_unicode_and_skips_blank_lines(tmp_path: Path) -> None:
@@ -374,7 +428,13 @@ def test_jsonl_round_trip_keeps_unicode_and_skips_blank_lines(tmp_path: Path) ->
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     problems = load_problems(str(path))
     everything = (*problems.train, *problems.selection, *problems.confirm)
-    assert [(p.question, p.answer) for p in everything] == [(row["question"], str(i)) for i, row in enumerate(rows)]
+    assert {(p.question, p.answer) for p in everything} == {(row["question"], str(i)) for i, row in enumerate(rows)}
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    text = "".join(f'\ufeff{{"question": "q{i}", "answer": "#### {i}"}}\n' for i in range(2))
+    (tmp_path / "windows.jsonl").write_text(text, encoding="utf-8")
+    assert {p.question for p in read_jsonl(tmp_path / "windows.jsonl")} == {"q0", "q1"}
 
 
 @pytest.mark.parametrize(
@@ -385,6 +445,7 @@ def test_jsonl_round_trip_keeps_unicode_and_skips_blank_lines(tmp_path: Path) ->
         ('{"question": 3, "answer": "#### 1"}', r'f\.jsonl:1: no text under "question"'),
         ("[1]", r'f\.jsonl:1: no text under "question"'),
         ('\n\n{"question": "a", "answer": "it is 1"}', r"f\.jsonl:3: the answer ends in 'it is 1'"),
+        ('{"question": "a", "answer": "#### 3,5"}', r"f\.jsonl:1: the answer ends in '#### 3,5'"),
         ("\n", r"f\.jsonl holds no problems"),
     ],
 )
@@ -422,7 +483,7 @@ def test_hub_rows_become_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name, part: {("openai/gsm8k", "main"): hub}[name, part])
     task = build_task(TaskConfig(name="gsm8k"))
     assert len(task.held_out("confirm", 8)) == 8
-    assert len(task.held_out("selection", 8)) == 8
+    assert len(task.held_out("selection", 4)) == 4
     with pytest.raises(ConfigError, match=r'hub row 0: no text under "answer"'):
         problems_of(hub["train"].remove_columns("answer"), "hub")
 
@@ -448,7 +509,7 @@ def test_without_network_the_remedy_is_a_file(monkeypatch: pytest.MonkeyPatch) -
 
 def test_prompt_template_is_used_and_may_hold_braces() -> None:
     task = build_task(TaskConfig(name="gsm8k", path=str(SMALL), prompt="Q: {question} {x}\nA:"))
-    assert task.held_out("selection", 1)[0].prompt.startswith("Q: Max has $20")
+    assert task.held_out("selection", 1)[0].prompt.startswith("Q: ")
     assert task.held_out("selection", 1)[0].prompt.endswith(" {x}\nA:")
 
 

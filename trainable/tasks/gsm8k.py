@@ -2,9 +2,18 @@
 are read.
 
 The published data set has 7,473 problems in train and 1,319 in test and no validation set, so one is held out here:
-choosing on the test set is how a sweep deceives itself. Numbers are compared as exact decimals (42 = 42.0 = $42,
-1,234.5 = 1234.50), never as floats. Two readings of a completion: the number after the last "####" (strict) and the
-last number anywhere (flexible).
+choosing on the test set is how a sweep deceives itself. In which set a problem lies is said by a hash of its question,
+so the order of the rows does nothing, and a row that is added moves no other one.
+
+Numbers are compared as exact decimals (42 = 42.0 = $42, 1,234.5 = 1234.50), never as floats. Two readings of a
+completion:
+
+- strict, which is the reward: what follows the last "####" on its line is one number and nothing else. A sign, a dollar
+  sign, commas between thousands and a full stop behind it are part of a number; a per cent sign, a unit, bold type,
+  another comma are not ("12,34" is no number, and neither is "1,2,3").
+- flexible, which is logged: the last number anywhere in the text.
+
+So "42%", "**#### 42**" and "\\boxed{42}" are worth nothing, and count as right in `flexible`.
 
 Hub access is one call of `datasets`, imported only when no file is given. Left out: fractions, percentages, scientific
 notation.
@@ -19,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from spaces.config import ConfigError
+from trainable.tasks.task import position_of, split_of
 
-SELECTION_MAX = 1024
-"""Problems held out of a train file that comes with a test file, at most."""
+HELD_OUT_SHARE = 0.15
+"""Of a file: for selection, where there is no validation file, and as much for confirm, where there is no test file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +40,8 @@ class Problem:
 
     question: str
     answer: str
+    where: str = ""
+    """The row: q.jsonl:17."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +55,26 @@ class Problems:
 
 # ASCII digits only. A minus is a sign when nothing that could be an operand stands before it ("10-3" ends in 3), and a
 # number does not begin inside a word ("1e999" holds the number 1, "x2" none).
-_NUMBER_IN_TEXT = re.compile(r"(?:(?<![\w.)\]])-)?(?<![\w.])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
-_NUMBER = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+_THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+"
+_NUMBER_IN_TEXT = re.compile(
+    rf"(?:(?<![\w.)\]])-)?(?<![\w.])(?:(?:{_THOUSANDS}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_NUMBER = re.compile(rf"[+-]?(?:(?:{_THOUSANDS}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+_SPELLINGS = {"\u2212": "-", "{,}": ",", "\\$": "", "$": "", **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")}
+"""What may stand in a number and says nothing: a typographic minus is one, a dollar sign and what has no width go."""
 
 
 def parse_number(text: str) -> Decimal | None:
     """The exact value of a text that is a number and nothing else, or None: "$1,234.50." -> 1234.50,
     "42 km" -> None."""
-    bare = text.strip().replace(",", "").replace("$", "").rstrip(".")
-    return Decimal(bare) if _NUMBER.fullmatch(bare) else None
+    bare = _spelt_plainly(text).strip().rstrip(".")
+    return Decimal(bare.replace(",", "")) if _NUMBER.fullmatch(bare) else None
+
+
+def _spelt_plainly(text: str) -> str:
+    for spelling, plain in _SPELLINGS.items():
+        text = text.replace(spelling, plain)
+    return text
 
 
 def strict_number(text: str) -> Decimal | None:
@@ -62,40 +85,48 @@ def strict_number(text: str) -> Decimal | None:
 
 def flexible_number(text: str) -> Decimal | None:
     """The last number anywhere in the text."""
-    numbers = _NUMBER_IN_TEXT.findall(text.replace("$", ""))
+    numbers = _NUMBER_IN_TEXT.findall(_spelt_plainly(text))
     return parse_number(numbers[-1]) if numbers else None
 
 
 def load_problems(path: str | None) -> Problems:
-    """From a JSONL file, from a folder with train.jsonl and test.jsonl, or (None) from the hub. Raises ConfigError."""
+    """From a JSONL file, from a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl, or (None) from
+    the hub. Raises ConfigError."""
     if path is None:
         return split_problems(*_from_hub())
     place = Path(path).expanduser()
-    if place.is_dir():
-        return split_problems(read_jsonl(place / "train.jsonl"), read_jsonl(place / "test.jsonl"))
-    return split_problems(read_jsonl(place))
+    if not place.is_dir():
+        return split_problems(read_jsonl(place))
+    for name in ("val.jsonl", "valid.jsonl", "dev.jsonl"):
+        if (place / name).exists():
+            raise ConfigError(f"task.path: {place / name} would be ignored; call it validation.jsonl, or move it away")
+    validation = place / "validation.jsonl"
+    return split_problems(
+        read_jsonl(place / "train.jsonl"),
+        read_jsonl(place / "test.jsonl"),
+        read_jsonl(validation) if validation.exists() else None,
+    )
 
 
-def split_problems(train: Sequence[Problem], test: Sequence[Problem] | None = None) -> Problems:
-    """With a test set: it is for confirm, and the end of train (1,024 problems, at most a quarter) for selection.
-
-    Without one, the last 30 % are held out: the first half of them for selection, the rest for confirm. A question that
-    occurs in two sets stays in one: confirm before selection before train.
+def split_problems(
+    train: Sequence[Problem], test: Sequence[Problem] | None = None, validation: Sequence[Problem] | None = None
+) -> Problems:
+    """A test set is for confirm, a validation set for selection; a set that is missing is a share of train, by the hash
+    of a question. A question that occurs in two sets stays in one: confirm before selection before train.
     """
-    if test is None:
-        start, end = len(train) - len(train) * 3 // 10, len(train) - len(train) * 3 // 20
-        parts = [train[end:], train[start:end], train[:start]]
-    else:
-        start = len(train) - min(SELECTION_MAX, len(train) // 4)
-        parts = [test, train[start:], train[:start]]
+    parts: dict[str, list[Problem]] = {"confirm": [*(test or ())], "selection": [*(validation or ())], "train": []}
+    given = {"confirm": test is not None, "selection": validation is not None}
+    for problem in train:
+        split = split_of(problem.question, HELD_OUT_SHARE)
+        parts["train" if given.get(split) else split].append(problem)
     seen: set[str] = set()
-    sets = []
-    for part in parts:
-        unique = {problem.question: problem for problem in part if problem.question not in seen}
+    sets: dict[str, tuple[Problem, ...]] = {}
+    for split, part in parts.items():
+        in_order = sorted(part, key=lambda problem: (position_of(problem.question), problem.question, problem.answer))
+        unique = {problem.question: problem for problem in in_order if problem.question not in seen}
         seen |= unique.keys()
-        sets.append(tuple(unique.values()))
-    confirm, selection, rest = sets
-    return Problems(train=rest, selection=selection, confirm=confirm)
+        sets[split] = tuple(unique.values())
+    return Problems(**sets)
 
 
 def read_jsonl(path: Path) -> list[Problem]:
@@ -107,7 +138,8 @@ def read_jsonl(path: Path) -> list[Problem]:
         raise ConfigError(f"task.path: {path} cannot be read ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"task.path: {path} is not UTF-8 text; {remedy}") from None
-    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    bare = [line.removeprefix("\ufeff") for line in lines]  # a byte order mark, also of a second file joined to it
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(bare, start=1) if line.strip()]
     if not numbered:
         raise ConfigError(f"task.path: {path} holds no problems; {remedy}")
     return [problem_of(_parse_json(line, where), where) for where, line in numbered]
@@ -123,7 +155,7 @@ def problem_of(row: Any, where: str) -> Problem:
     number = strict_number(row["answer"])
     if number is None:
         raise ConfigError(f'{where}: the answer ends in {row["answer"][-20:]!r}; let it end in "#### " and a number')
-    return Problem(question=row["question"], answer=str(number))
+    return Problem(question=row["question"], answer=str(number), where=where)
 
 
 def _parse_json(line: str, where: str) -> Any:

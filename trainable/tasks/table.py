@@ -33,7 +33,10 @@ def _build_gsm8k(config: TaskConfig) -> Task:
 
     def questions(part: Sequence[Problem]) -> list[Question]:
         return [
-            Question(prompt=template.replace("{question}", problem.question), answer=problem.answer) for problem in part
+            Question(
+                prompt=template.replace("{question}", problem.question), answer=problem.answer, where=problem.where
+            )
+            for problem in part
         ]
 
     sets: dict[Split, Sequence[Question]] = {

@@ -5,9 +5,9 @@ A task has three sets of questions that never meet: `train`, `selection` (for ch
 
 - `addition`: "123+45=" -> "168", the embedded model's own language. Strict: only the bare number is correct, "+168" is
   not (a mark that forgives the sign, `unsigned`, weighs nothing and is logged).
-- `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (the number after the last "####") is the reward; `flexible`
-  (the last number of the text) weighs nothing and is logged, because a low strict mark next to a high flexible one is a
-  model that has not learned the format yet, not one that cannot count.
+- `gsm8k`: word problems (`gsm8k.py`). Two marks: `strict` (what follows the last "####" is a number and no more) is
+  the reward; `flexible` (the last number of the text) weighs nothing and is logged, because a low strict mark next to a
+  high flexible one is a model that has not learned the format yet, not one that cannot count.
 - `reasoning_gym:NAME`: a procedural data set of that package (`gym.py`), with partial credit in [0, 1] as its own
   scorer gives it.
 
@@ -50,6 +50,8 @@ class Question:
     answer: str
     entry: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What a reward function needs beyond the answer."""
+    where: str = ""
+    """The row that it was read from; empty where it was drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,5 +145,10 @@ class FiniteTask(Task):
 
 def split_of(text: str, share: float) -> Split:
     """Where a question belongs by a hash of its text; `share` is the size of each held-out set."""
-    position = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32  # [0, 1)
+    position = position_of(text)
     return "selection" if position < share else "confirm" if position < 2 * share else "train"
+
+
+def position_of(text: str) -> float:
+    """In [0, 1), by a hash of the text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / 2**32
