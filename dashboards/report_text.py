@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dashboards.tables import describe_noise, duration, points
+from dashboards.tables import describe_noise, duration, marks_apart, points
 from search.confirm import Confirmation
 from search.importance import Importance
 from search.plan import StudyPlan
@@ -62,6 +62,11 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
     if undecided:
         lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
+    lines += [
+        f"{row.arm}: {marks}; the first is the accuracy, others forgive the form of an answer"
+        for row in report.arms
+        if (marks := marks_apart(row.marks))
+    ]
     lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
     lines += [_importance(item) for item in report.importance if item.importance is not None]
     lines.append(
@@ -244,6 +249,7 @@ def _row(row: ArmReport) -> dict[str, object]:
         "rules": list(row.rules),
         "accuracy": row.accuracy,
         "accuracy_start": row.start,
+        "marks": dict(row.marks),
         "dose": row.dose,
         "hours": row.hours,
         "verdict": row.verdict,

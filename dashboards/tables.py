@@ -4,13 +4,13 @@ table.
 NaN rule: an accuracy that is missing is shown as a dash; one that is not finite is shown as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from search.report import ArmReport
+from search.report import MARGIN, ArmReport
 from spaces.config import TrialConfig
 
 COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
@@ -88,6 +88,12 @@ def terminal(stderr: bool = False) -> Console:
 def points(share: float | None) -> str:
     """A share as percent with one digit; a dash where there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def marks_apart(marks: Mapping[str, float]) -> str:
+    """`strict 12.0 %, flexible 63.0 %`, where the marks of a task differ by a point or more; else empty."""
+    apart = len(marks) > 1 and max(marks.values()) - min(marks.values()) >= MARGIN
+    return ", ".join(f"{name} {points(share)}" for name, share in marks.items()) if apart else ""
 
 
 def duration(seconds: float) -> str:

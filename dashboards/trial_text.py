@@ -1,6 +1,7 @@
 """One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
 out."""
 
+from dashboards.tables import marks_apart
 from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
 from trainable.outcome import Outcome, StepReport
 
@@ -30,10 +31,12 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
     """How it ended, from where to where, what was touched, and what must be known; `mode`: W4A4, ..."""
     scores, receipt = outcome.eval, outcome.receipt
     rule = f" by rule {outcome.rule}" if outcome.rule else ""
+    marks = marks_apart(scores.parts)
     return [
         f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s",
         f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
+        *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
         f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights",
         *(f"warning: {warning}" for warning in receipt.warnings),
         *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),

@@ -10,7 +10,7 @@ is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
@@ -60,6 +60,8 @@ class ArmReport:
     """Mean over replicates of the clean model's accuracy at the end or the stop."""
     start: float | None
     """Before training."""
+    marks: Mapping[str, float]
+    """Mean of each mark of the task, a share: the one that is the accuracy, and those that are only logged."""
     control: str
     """Name of the arm that it is compared with; empty for a control."""
     comparison: ArmComparison | None
@@ -217,6 +219,10 @@ def _row(
         rules=tuple(sorted({outcome.rule for outcome in outcomes} - {""})),
         accuracy=fmean(run.accuracy for run in runs) if runs else None,
         start=fmean(outcome.eval.accuracy_start for outcome in outcomes) if outcomes else None,
+        marks={
+            name: fmean(outcome.eval.parts[name] for outcome in outcomes)
+            for name in (outcomes[0].eval.parts if outcomes else ())
+        },
         control="" if control is None else control.name,
         comparison=comparison,
         corrected=corrected,

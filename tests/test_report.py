@@ -393,3 +393,17 @@ def test_a_sweep_s_own_draws_tell_what_mattered(tmp_path: Path) -> None:
     assert max(by_name, key=lambda name: by_name[name]) == "noise.sigma_start"
     assert "importance of noise.sigma_start" in text_of(report)
     strict(report)
+
+
+def test_marks_that_differ_by_a_point_or_more_are_told(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {})
+    for arm, flexible in zip(arms, (0.63, 0.405), strict=True):
+        ended = outcome(arm, 0, 160)
+        marked = replace(ended.eval, parts={"strict": 0.4, "flexible": flexible})
+        write_trial(config, arm, 0, replace(ended, eval=marked))
+    report = report_study(config)
+    assert "control: strict 40.0 %, flexible 63.0 %" in text_of(report)
+    assert "c01: strict" not in text_of(report)
+    assert strict(report)["arms"][0]["marks"] == {"strict": 0.4, "flexible": 0.63}

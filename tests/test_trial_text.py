@@ -18,9 +18,10 @@ def touched(*warnings: str) -> Any:
     return SimpleNamespace(quantized=("a", "b"), noised=("n",), warnings=warnings)
 
 
-def outcome(**changes: Any) -> Any:
+def outcome(parts: dict[str, float] | None = None, **changes: Any) -> Any:
     scores = SimpleNamespace(
-        **{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048}
+        **{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048},
+        parts=parts or {},
     )
     base = {"outcome": "completed", "rule": "", "step": 29, "seconds": 12.34, "eval": scores, "alarms": []}
     return SimpleNamespace(**{**base, "receipt": touched(), **changes})
@@ -47,3 +48,9 @@ def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() 
     assert lines[0] == "collapsed by rule nonfinite after 4 steps, 12.3 s"
     assert lines[3:5] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
     assert len(lines) == 3 + 1 + 5, "the first alarms are enough"
+
+
+def test_marks_of_a_task_that_differ_are_told() -> None:
+    lines = outcome_lines(outcome(parts={"strict": 0.12, "flexible": 0.63}), "W4A4")
+    assert lines[2].startswith("of them strict 12.0 %, flexible 63.0 %; the first is the accuracy")
+    assert outcome_lines(outcome(parts={"strict": 0.62, "flexible": 0.625}), "W4A4") == outcome_lines(outcome(), "W4A4")

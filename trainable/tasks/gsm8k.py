@@ -121,11 +121,11 @@ def split_problems(
         parts["train" if given.get(split) else split].append(problem)
     seen: set[str] = set()
     sets: dict[str, tuple[Problem, ...]] = {}
-    for split, part in parts.items():
+    for name, part in parts.items():
         in_order = sorted(part, key=lambda problem: (position_of(problem.question), problem.question, problem.answer))
         unique = {problem.question: problem for problem in in_order if problem.question not in seen}
         seen |= unique.keys()
-        sets[split] = tuple(unique.values())
+        sets[name] = tuple(unique.values())
     return Problems(**sets)
 
 
