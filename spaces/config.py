@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    Strict,
     field_validator,
     model_validator,
 )
@@ -39,6 +40,10 @@ Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
 Correction = Literal["none", "token", "sequence"]
 Scalar = bool | int | float | str
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+"""What is written as one: `true` is no number, "5" and 5.0 are no whole one, `yes` and 1 are no truth."""
 
 
 def _plain(value: Any) -> Any:
@@ -80,31 +85,31 @@ class Record(BaseModel):
 class BaseRecipe(Record):
     """How the embedded base model is made; its hash names the cache folder."""
 
-    depth: int = Field(8, ge=1, le=64)
+    depth: Whole = Field(8, ge=1, le=64)
     """Decoder layers."""
-    hidden_size: int = Field(96, ge=32, multiple_of=32)
+    hidden_size: Whole = Field(96, ge=32, multiple_of=32)
     """Width of the residual stream; a multiple of the MX block size 32."""
-    intermediate_size: int = Field(256, ge=32, multiple_of=32)
+    intermediate_size: Whole = Field(256, ge=32, multiple_of=32)
     """Width of the MLP; a multiple of 32."""
-    heads: int = Field(3, ge=1)
+    heads: Whole = Field(3, ge=1)
     """Attention heads; of 32 numbers by default, the smallest that vLLM's CPU attention has code for."""
-    kv_heads: int = Field(1, ge=1)
+    kv_heads: Whole = Field(1, ge=1)
     """Key/value heads (GQA)."""
-    digits: int = Field(3, ge=1, le=6)
+    digits: Whole = Field(3, ge=1, le=6)
     """Longest operand of the additions it is trained on."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: Whole = Field(256, ge=1)
     """Questions per supervised step."""
-    clean_steps: int = Field(600, ge=0)
+    clean_steps: Whole = Field(600, ge=0)
     """Phase 1: supervised steps on well-formed answers."""
-    clean_learning_rate: float = Field(2e-3, gt=0)
+    clean_learning_rate: Number = Field(2e-3, gt=0)
     """Phase 1: peak learning rate (linear warm-up over 50 steps, cosine to 10 %)."""
-    signed_steps: int = Field(200, ge=0)
+    signed_steps: Whole = Field(200, ge=0)
     """Phase 2: supervised steps in which some answers carry an unwanted leading sign."""
-    signed_learning_rate: float = Field(5e-4, gt=0)
+    signed_learning_rate: Number = Field(5e-4, gt=0)
     """Phase 2: peak learning rate."""
-    signed_share: float = Field(0.6, ge=0, le=1)
+    signed_share: Number = Field(0.6, ge=0, le=1)
     """Phase 2: share of answers with the unwanted sign (the counterpart of GSM8K's format artefact)."""
-    seed: int = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0)
     """Seed of the base's weights and of its training questions."""
 
     @model_validator(mode="after")
@@ -124,9 +129,9 @@ class ModelConfig(Record):
     """Only for `embedded`: how the base is made."""
     adapter: Literal["full", "lora"] = "full"
     """Train every weight, or low-rank adapters over a frozen quantised base (peft)."""
-    lora_rank: int = Field(32, ge=1)
+    lora_rank: Whole = Field(32, ge=1)
     """Rank of the adapters; only with adapter=lora."""
-    lora_alpha: float = Field(16.0, gt=0)
+    lora_alpha: Number = Field(16.0, gt=0)
     """Scaling numerator of the adapters; only with adapter=lora."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the master weights and of the unquantised forward."""
@@ -166,7 +171,7 @@ class QuantConfig(Record):
     scale_rule: ScaleRule = "floor"
     """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`).
     """
-    hadamard: bool = Field(False, strict=True)
+    hadamard: Flag = False
     """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
     stays as it is, and next to no dead zone is left."""
     backward: Backward = "dequantized"
@@ -175,7 +180,7 @@ class QuantConfig(Record):
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part).
     """
-    skip_layers: tuple[int, ...] = ()
+    skip_layers: tuple[Whole, ...] = ()
     """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1)."""
 
     @property
@@ -215,9 +220,9 @@ class ZoneSigma(Record):
     zone: Zone
     """first | early_mid | middle | late_mid | last, by relative depth (the plan's 0-3, 4-9, 10-19, 20-25, 26-27 of 28).
     """
-    sigma_start: float = Field(ge=0)
+    sigma_start: Number = Field(ge=0)
     """Sigma of the zone at the first noisy stage."""
-    sigma_end: float = Field(ge=0)
+    sigma_end: Number = Field(ge=0)
     """Sigma of the zone at the last stage."""
 
     @model_validator(mode="after")
@@ -253,22 +258,22 @@ def _layers(value: Any) -> Any:
 
 
 class NoiseConfig(Record):
-    sigma_start: float = Field(0.01, ge=0)
+    sigma_start: Number = Field(0.01, ge=0)
     """Std of the Gaussian noise at the first noisy stage, in units of `scale` (absolute: RMSNorm gains are near 1). 0 =
     control."""
-    sigma_end: float = Field(0.0005, ge=0)
+    sigma_end: Number = Field(0.0005, ge=0)
     """Std at the last stage; ignored when sigma_start is 0."""
-    num_stages: int = Field(10, ge=1)
+    num_stages: Whole = Field(10, ge=1)
     """Stages K of the run; stage 0 is quiet unless K = 1."""
     schedule: Schedule = "qerl_code"
     """Shape of the decay over stages."""
     modules: Annotated[tuple[Module, ...], BeforeValidator(_one_or_many)] = Field(("rmsnorm",), min_length=1)
     """`rmsnorm`: input and post-attention norms of the chosen layers; `linear`: every projection of them."""
-    final_norm: bool = False
+    final_norm: Flag = False
     """Also the norm before the head (QeRL leaves it alone); needs rmsnorm in modules."""
-    layers: Annotated[Literal["all"] | Zone | tuple[int, ...], BeforeValidator(_layers)] = "all"
+    layers: Annotated[Literal["all"] | Zone | tuple[Whole, ...], BeforeValidator(_layers)] = "all"
     """`all`, a zone name, or explicit block indices."""
-    layer_multipliers: tuple[float, ...] = ()
+    layer_multipliers: tuple[Number, ...] = ()
     """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28).
     """
     zones: tuple[ZoneSigma, ...] = ()
@@ -319,50 +324,50 @@ class NoiseConfig(Record):
 
 
 class GRPOConfig(Record):
-    steps: int = Field(29, ge=1)
+    steps: Whole = Field(29, ge=1)
     """Rollouts, each followed by all its updates."""
-    updates_per_step: int = Field(4, ge=1)
+    updates_per_step: Whole = Field(4, ge=1)
     """Optimizer steps per rollout (mini-batches, made of whole groups, times epochs)."""
-    epochs: int = Field(1, ge=1)
+    epochs: Whole = Field(1, ge=1)
     """Passes over each rollout's episodes; divides updates_per_step."""
-    prompts: int = Field(32, ge=1)
+    prompts: Whole = Field(32, ge=1)
     """Prompts trained on per step, under every filter policy (so that switching the filter does not change the batch).
     """
-    generation_prompts: int | None = Field(None, ge=1)
+    generation_prompts: Whole | None = Field(None, ge=1)
     """Prompts per generated batch when a filter is on (off generates just what it trains on); null = prompts."""
-    group_size: int = Field(8, ge=2)
+    group_size: Whole = Field(8, ge=2)
     """Completions per prompt."""
-    learning_rate: float = Field(3e-5, gt=0)
+    learning_rate: Number = Field(3e-5, gt=0)
     """AdamW learning rate (a healthy control of the embedded workload falls apart at 1e-4)."""
-    warmup_updates: int = Field(0, ge=0)
+    warmup_updates: Whole = Field(0, ge=0)
     """Updates of linear learning-rate warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Number = Field(0.0, ge=0)
     """AdamW weight decay."""
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    adam_beta2: Number = Field(0.999, gt=0, lt=1)
     """AdamW second-moment decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: Number = Field(1.0, gt=0)
     """Gradients are clipped to this global norm."""
     loss: Loss = "bnpo"
     """How token losses are averaged: per sequence (grpo), by a constant (dr_grpo), over the step (dapo), over the
     mini-batch (bnpo)."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: Number = Field(0.2, gt=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = Field(0.28, gt=0)
+    clip_high: Number = Field(0.28, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the std of their group, of the batch, or not at all."""
-    kl_beta: float = Field(0.0, ge=0)
+    kl_beta: Number = Field(0.0, ge=0)
     """Weight of the KL to the starting policy (k3); 0 = no reference model."""
-    overlong_buffer: int = Field(0, ge=0)
+    overlong_buffer: Whole = Field(0, ge=0)
     """Tokens before the completion limit in which a growing penalty is subtracted from the reward (DAPO); 0 = none."""
-    overlong_penalty: float = Field(1.0, gt=0)
+    overlong_penalty: Number = Field(1.0, gt=0)
     """Penalty at the limit; only with overlong_buffer."""
     filter_groups: FilterPolicy = "off"
     """Groups whose rewards are all equal: train on them (off), leave them out (drop), or sample more prompts
     (resample)."""
-    max_gen_batches: int = Field(5, ge=1)
+    max_gen_batches: Whole = Field(5, ge=1)
     """With resample: batches generated before the step counts as collapsed (filter_rejection)."""
-    micro_batch_size: int = Field(1024, ge=1)
+    micro_batch_size: Whole = Field(1024, ge=1)
     """Completions per forward and backward pass, rounded down to whole groups or equal parts of one; changes memory,
     not the loss."""
 
@@ -392,23 +397,23 @@ class RolloutConfig(Record):
     completions)."""
     engine: Literal["inside", "process"] = "inside"
     """Where vLLM runs: inside the trial's process, or in a child of it."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: Number = Field(1.0, gt=0)
     """Memory of vLLM's key/value cache, in GiB."""
-    start_seconds: float = Field(300.0, gt=0)
+    start_seconds: Number = Field(300.0, gt=0)
     """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
-    answer_seconds: float = Field(1800.0, gt=0)
+    answer_seconds: Number = Field(1800.0, gt=0)
     """Longest answer of such an engine: one batch of generation, or one weight sync."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: Number = Field(1.0, gt=0)
     """Sampling temperature; log-probs are taken at it, in sampling and in training."""
-    max_new_tokens: int = Field(6, ge=1)
+    max_new_tokens: Whole = Field(6, ge=1)
     """Completion limit in tokens."""
-    max_prompt_tokens: int = Field(64, ge=1)
+    max_prompt_tokens: Whole = Field(64, ge=1)
     """Longer prompts are refused with an error."""
-    batch_size: int = Field(1024, ge=1)
+    batch_size: Whole = Field(1024, ge=1)
     """Sequences generated at once."""
     correction: Correction = "none"
     """Weight min(pi_train_old / pi_rollout, cap) on the loss, per token or per sequence; logged in any case."""
-    correction_cap: float = Field(2.0, gt=0)
+    correction_cap: Number = Field(2.0, gt=0)
     """Upper limit of the correction weight."""
 
     @model_validator(mode="after")
@@ -428,7 +433,7 @@ class RolloutConfig(Record):
 class TaskConfig(Record):
     name: str = "addition"
     """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
-    digits: int = Field(3, ge=1, le=6)
+    digits: Whole = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
     path: str | None = Field(None, json_schema_extra={"path": []})
     """For `gsm8k`: a JSONL file, or a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl; null =
@@ -437,7 +442,7 @@ class TaskConfig(Record):
     """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""
     prompt: str | None = None
     """For text tasks: template with {question}; null = the task's own."""
-    chat: bool = False
+    chat: Flag = False
     """Wrap prompts in the tokenizer's chat template."""
 
     @model_validator(mode="after")
@@ -458,47 +463,47 @@ class TaskConfig(Record):
 
 
 class EvalConfig(Record):
-    questions: int = Field(2048, ge=1)
+    questions: Whole = Field(2048, ge=1)
     """Questions of the fixed set (standard error of an accuracy near one half: 1 point at 2,048)."""
-    every: int = Field(15, ge=0)
+    every: Whole = Field(15, ge=0)
     """Evaluate after every so many steps; 0 = only before the first and after the last, which always happens."""
     split: Literal["selection", "confirm"] = "selection"
     """`selection` is for choosing; `confirm` holds other questions, never used for choosing."""
-    batch_size: int = Field(1024, ge=1)
+    batch_size: Whole = Field(1024, ge=1)
     """Questions answered at once."""
 
 
 class CollapseConfig(Record):
     mode: Literal["enforce", "monitor", "off"] = "enforce"
     """Stop the trial, only say so, or do not look."""
-    patience: int = Field(3, ge=1)
+    patience: Whole = Field(3, ge=1)
     """Steps in a row before a rule about a level fires (nonfinite and filter_rejection fire at once)."""
-    entropy_high_ratio: float = Field(3.0, gt=1)
+    entropy_high_ratio: Number = Field(3.0, gt=1)
     """entropy_high: entropy above this many times the baseline, and above entropy_high_floor."""
-    entropy_high_floor: float = Field(0.2, ge=0)
+    entropy_high_floor: Number = Field(0.2, ge=0)
     """entropy_high needs at least this entropy, in nats per token."""
-    entropy_low_ratio: float = Field(0.1, gt=0, lt=1)
+    entropy_low_ratio: Number = Field(0.1, gt=0, lt=1)
     """entropy_low: entropy below this share of the baseline without the reward having risen."""
-    length_ratio: float = Field(1.75, gt=1)
+    length_ratio: Number = Field(1.75, gt=1)
     """length_up / length_down: mean completion length above this ratio to the baseline, or below its inverse."""
-    truncation_rise: float = Field(0.25, gt=0, le=1)
+    truncation_rise: Number = Field(0.25, gt=0, le=1)
     """truncation: truncated share above the baseline's by this much."""
-    gibberish_share: float = Field(0.05, gt=0, le=1)
+    gibberish_share: Number = Field(0.05, gt=0, le=1)
     """gibberish: share of sampled tokens that the clean policy finds less likely than exp(-2)/V, above the baseline's.
     """
-    repetition_rise: float = Field(0.3, gt=0, le=1)
+    repetition_rise: Number = Field(0.3, gt=0, le=1)
     """repetition: share of repeated 4-grams above the baseline's by this much."""
-    reward_ratio: float = Field(0.25, gt=0, lt=1)
+    reward_ratio: Number = Field(0.25, gt=0, lt=1)
     """reward_low: mean reward below this share of the baseline."""
-    reward_floor: float = Field(0.1, ge=0)
+    reward_floor: Number = Field(0.1, ge=0)
     """reward_low needs at least this baseline: from fewer right answers a fall cannot be told from chance."""
-    grad_norm_ratio: float = Field(5.0, gt=1)
+    grad_norm_ratio: Number = Field(5.0, gt=1)
     """grad_norm: gradient norm above this many times the median of the quiet steps, while clip_fraction is above
     grad_norm_clip."""
-    grad_norm_clip: float = Field(0.1, ge=0, le=1)
+    grad_norm_clip: Number = Field(0.1, ge=0, le=1)
     """grad_norm also needs this share of clipped ratios: norms alone are heavy-tailed in healthy W4A4 runs (3 to 45
     here)."""
-    mismatch_kl: float = Field(1.0, gt=0)
+    mismatch_kl: Number = Field(1.0, gt=0)
     """mismatch: KL(rollout || clean policy), in nats per token, above this (10 times the public alarm of 0.1: noise is
     wanted here)."""
 
@@ -525,11 +530,11 @@ class TrialConfig(Record):
     """When to give up."""
     eval: EvalConfig = EvalConfig()
     """How it is judged."""
-    seed: int = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0)
     """Replicate k of every arm has the same seed, so that arms are paired."""
-    threads: int | None = Field(None, ge=1)
+    threads: Whole | None = Field(None, ge=1)
     """CPU threads of torch; null = what the process was given. Recorded, because float sums depend on it."""
-    hang_seconds: float = Field(1800.0, gt=0)
+    hang_seconds: Number = Field(1800.0, gt=0)
     """In a sweep: a rollout, update, evaluation or loading that takes longer is a hang; its process is ended, and the
     trial goes on from its checkpoint."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spaces.config import MODES, ConfigError
+from spaces.config import MODES, ConfigError, Flag, Number, Whole
 from spaces.paths import anchored, anchored_value
 from spaces.reading import explain, load_yaml
 
@@ -23,9 +23,9 @@ class _Record(BaseModel):
 
 class Float(_Record):
     kind: Literal["float"] = "float"
-    low: float
-    high: float
-    log: bool = False
+    low: Number
+    high: Number
+    log: Flag = False
     """Sample the logarithm evenly."""
 
     @model_validator(mode="after")
@@ -37,8 +37,8 @@ class Float(_Record):
 
 class Int(_Record):
     kind: Literal["int"] = "int"
-    low: int
-    high: int
+    low: Whole
+    high: Whole
     """Inclusive."""
 
     @model_validator(mode="after")

@@ -236,6 +236,48 @@ def test_an_unknown_key_is_refused_by_path_with_the_nearest_known_one(override: 
     assert nearest in flatten_fields(TrialConfig)
 
 
+FILLED: dict[str, Any] = {
+    **as_tree(RICH),
+    "threads": 2,
+    "noise": {**as_tree(RICH)["noise"], "layers": [0, 3]},
+}
+EMBEDDED = as_tree(TrialConfig())
+
+
+def numbers(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every number and truth in a tree, also inside lists."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, int | float):
+        yield path, value
+
+
+def with_value(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = tree.copy()
+    changed[path[0]] = with_value(tree[path[0]], path[1:], value)
+    return changed
+
+
+def test_what_is_no_number_is_never_taken_for_one_at_any_depth() -> None:
+    """`true` for 1, 1 for true, "5" and 5.0 for 5: each would run with a value that nobody wrote."""
+    keys = set()
+    for tree in (FILLED, EMBEDDED):
+        for path, value in numbers(tree):
+            if path[:2] == ("task", "options"):
+                continue  # of another program, and of any type
+            keys.add(".".join(str(part) for part in path if isinstance(part, str)))
+            wrong = [str(value), 1 if isinstance(value, bool) else True]
+            wrong += [float(value)] if type(value) is int else []
+            for other in wrong:
+                with pytest.raises(ConfigError):
+                    read_config(with_value(tree, path, other))
+    assert {"noise.layers", "noise.zones.sigma_end", "quant.skip_layers", "noise.layer_multipliers"} <= keys
+    assert {"threads", "grpo.generation_prompts", "model.recipe.depth", "noise.final_norm"} <= keys
+
+
 # The settings that earlier systems dropped on the way: none may be taken silently.
 @pytest.mark.parametrize(
     "key", ["noise.target_layers", "noise.use_variable_sigma", "noise.layer_sigma_config", "noise.layer_types"]
