@@ -8,6 +8,7 @@ merged leaf by leaf, so that a point lies on a workload and an override on both.
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -33,13 +34,15 @@ def read_config(source: Mapping[str, Any], overrides: Iterable[str] = (), origin
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of `base` in which the leaves of `changes` win."""
+    """A deep copy of `base` in which the leaves of `changes` win; an empty mapping in them is a leaf, and empties."""
     merged: dict[str, Any] = {
         key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()
     }
     for key, value in changes.items():
         here = merged.get(key)
-        merged[key] = merge(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            merge(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) and value else value
+        )
     return merged
 
 
@@ -131,23 +134,33 @@ def as_tree(config: BaseModel) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """One problem of a pydantic error as one line: key, value, remedy. A misspelt key comes before the missing one that
-    it causes."""
+    """A pydantic error as one line: key, value, remedy; one problem of it, or all the keys that are missing. A misspelt
+    key comes before the missing one that it causes."""
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    unknown = problem["type"] == "extra_forbidden"
-    *parents, leaf = problem["loc"] or ("",)
-    path = [str(part) for part in parents if not _is_union_branch(part)]
-    if unknown or not _is_union_branch(leaf):
-        path.append(str(leaf))
+    path = _path(problem)
     key = ".".join(path)
-    if unknown:
+    if problem["type"] == "extra_forbidden":
+        if problem["input"] is None and re.search(r":\S", path[-1]):
+            name, _, value = path[-1].partition(":")
+            return f"{origin}: {key}: in YAML a space follows the colon: {{{name}: {value}}}"
         known = flatten_fields(model)
         near = difflib.get_close_matches(".".join(part for part in path if not part.isdigit()), known, n=1, cutoff=0.0)
         same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == path[-1]]
         return f"{origin}: unknown key {key}={_short(problem['input'])}; did you mean {(same_leaf or near)[0]}?"
+    missing = [".".join(_path(problem)) for problem in error.errors() if problem["type"] == "missing"]
+    if problem["type"] == "missing" and len(missing) > 1:
+        return f"{origin}: {', '.join(missing)}: Fields required"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] in ("value_error", "missing") else f"={_short(problem['input'])}"
     return f"{origin}: {key or 'settings'}{given}: {message}"
+
+
+def _path(problem: Any) -> list[str]:
+    """The keys to a problem, without the names of types that pydantic puts between them."""
+    *parents, leaf = problem["loc"] or ("",)
+    path = [str(part) for part in parents if not _is_union_branch(part)]
+    keep = problem["type"] == "extra_forbidden" or not _is_union_branch(leaf)
+    return [*path, str(leaf)] if keep else path
 
 
 def _is_union_branch(part: Any) -> bool:

@@ -200,6 +200,13 @@ def test_merge_lets_the_leaves_of_the_second_win_and_changes_neither() -> None:
     assert (base["a"]["b"], base["h"]["i"], changes["a"]["b"]) == (1, 8, 5)
 
 
+def test_an_empty_mapping_empties() -> None:
+    base = {"model": {"name": "x"}, "task": {"name": "reasoning_gym:x", "options": {"min_terms": 2}}}
+    assert read_config(base).task.options == (("min_terms", 2),)
+    assert read_config(base, ["task.options={}"]).task.options == ()
+    assert merge({"a": {"b": 1}}, {}) == {"a": {"b": 1}}
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +395,9 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     # a key and a part of it: one of the two would be lost
     (["noise.sigma_start=0.3", "noise={num_stages: 3}"], ["noise=", "either the whole or its parts"]),
     (["noise=3", "noise.sigma_start=0.3"], ["noise.sigma_start=0.3", "either the whole or its parts"]),
+    (["noise={sigma_start:0.1}"], ["noise.sigma_start:0.1", "a space follows the colon: {sigma_start: 0.1}"]),
+    # everything that is missing, at once
+    (["noise.zones=[{zone: middle}]"], ["noise.zones.0.sigma_start, noise.zones.0.sigma_end", "required"]),
 ]
 
 
