@@ -69,6 +69,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     ]
     lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
     lines += [_importance(item) for item in report.importance if item.importance is not None]
+    lines += report.failed
     lines.append(
         f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} "
         f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
@@ -206,6 +207,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
         "arms": [_row(row) for row in report.arms],
         "tolerance": [_finite(asdict(boundary)) for boundary in report.tolerance],
         "importance": [asdict(item) for item in report.importance],
+        "failed": list(report.failed),
         "hours": {
             "total": ledger.hours,
             "unit": ledger.unit,

@@ -7,13 +7,18 @@ Several arms share one control, so verdicts and intervals are corrected for thei
 
 A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out
 is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says more (`search/confirm.py`).
+
+An analysis that fails is a line in its place (`failed`): whoever asks for a report has hours of runs to read, and a
+root that was not found must not hide them. Damaged files are still the user's to mend.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
+from typing import TypeVar
 
 from search.arms import (
     Arm,
@@ -33,9 +38,11 @@ from search.statistics import ArmComparison, Comparison, adjust, compare_arms
 from search.store import StudyConfig, is_driven
 from search.tolerance import Boundary, NoisyRun, boundaries
 from spaces.config import TrialConfig
-from spaces.errors import NoCandidate
+from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.trial_folder import TrialState
 from trainable.outcome import EffectReceipt
+
+Row = TypeVar("Row")
 
 MARGIN = 0.01
 """Accuracies within one point count as the same."""
@@ -108,6 +115,8 @@ class StudyReport:
     """Where noise begins to break runs, per quantisation mode and module kind."""
     importance: tuple[Importance, ...]
     """What the searcher's settings mattered; empty for a study without a searcher."""
+    failed: tuple[str, ...] = ()
+    """A line for each analysis that could not be made, which one and why."""
 
     @property
     def candidate(self) -> ArmReport | None:
@@ -122,31 +131,54 @@ def report_study(config: StudyConfig) -> StudyReport:
     """Raises ConfigError for files that are damaged."""
     arms = read_arms(config)
     ledger = read_ledger(config, arms)
+    failed: list[str] = []
+    noisy: dict[tuple[str, str], list[NoisyRun]] = defaultdict(list)
+    for run in noisy_runs(arms):
+        noisy[run.mode, run.kind].append(run)
+    tolerance: list[Boundary] = []
+    for (mode, kind), runs in sorted(noisy.items()):
+        tolerance += _made(f"the boundary of {mode}, noise on {kind}", partial(boundaries, runs), failed)
+    mattered: Sequence[Importance] = ()
+    if config.kind == "sweep":
+        known = known_of(config, arms, read_evidence(config))
+        mattered = _made("the importance of dimensions", lambda: importance(optuna_study(known)), failed)
     return StudyReport(
         config=config,
-        arms=_rows(config, arms, ledger),
+        arms=_rows(config, arms, ledger, failed),
         ledger=ledger,
         unfinished=unfinished(config, arms),
-        tolerance=boundaries(noisy_runs(arms)),
-        importance=importance(optuna_study(known_of(config, arms, read_evidence(config))))
-        if config.kind == "sweep"
-        else (),
+        tolerance=tuple(tolerance),
+        importance=tuple(mattered),
+        failed=tuple(failed),
     )
+
+
+def _made(what: str, analysis: Callable[[], Sequence[Row]], failed: list[str]) -> Sequence[Row]:
+    """Its rows; where it fails none, and a line that says so."""
+    try:
+        return analysis()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever an analysis cannot do, the rest of the report is there to be read
+        failed.append(f"{what} could not be computed ({type(error).__name__}: {' '.join(str(error).split())})")
+        return ()
 
 
 def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ...]:
     """A row per arm, in their order. Raises ConfigError for files that are damaged."""
-    return _rows(config, arms, read_ledger(config, arms))
+    return _rows(config, arms, read_ledger(config, arms), [])
 
 
-def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger) -> tuple[ArmReport, ...]:
+def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list[str]) -> tuple[ArmReport, ...]:
     best = None
     if config.kind != "confirm":  # which chooses nothing
         with suppress(NoCandidate):
             best = candidate_of(config, arms).arm.name
-    comparisons = {
-        arm.name: comparison for arm in arms if (comparison := _against_control(config, arm, arms)) is not None
-    }
+    comparisons = {}
+    for arm in arms:
+        what = f"{arm.name} against its control"
+        for comparison in _made(what, partial(_against_control, config, arm, arms), failed):
+            comparisons[arm.name] = comparison
     corrected = adjust({name: comparison.primary for name, comparison in comparisons.items()})
     driven = is_driven(config)
     return tuple(
@@ -186,12 +218,13 @@ def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
     return runs
 
 
-def _against_control(config: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> ArmComparison | None:
+def _against_control(config: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> tuple[ArmComparison, ...]:
+    """One, or none where there is nothing to compare."""
     control = control_for(arm, arms)
     if control is None:
-        return None
+        return ()
     treated, plain = replicates_of(config, arm), replicates_of(config, control)
-    return compare_arms(treated, plain, margin=MARGIN) if treated and plain else None
+    return (compare_arms(treated, plain, margin=MARGIN),) if treated and plain else ()
 
 
 def _row(

@@ -7,15 +7,19 @@ A few runs per sigma often separate completely: all below some sigma held, all a
 is then infinite and any single number would be an invention. What is known is a bracket: the largest sigma up to which
 every run held, the smallest from which on every run broke. Where all runs ended alike, one side of it is known.
 
+Half is late for whoever chooses a sigma, so the sigma at which a tenth collapse is told beside it.
+
 The interval is the profile likelihood's (Venzon & Moolgavkar 1988): all sigma_50 for which some slope of at least 0
-makes the runs likely enough (2 log likelihood ratio within chi-square, 1 df). It needs no finite slope, so it holds
+makes the runs likely enough (2 log likelihood ratio within a limit). It needs no finite slope, so it holds
 under separation too, where it is wider than the bracket (two runs that held prove little), and it is open on the side
-about which the runs say nothing.
+about which the runs say nothing. The limit is not chi-square's own (1 df), which is that of many runs: with the dozens
+that a sweep has, 3.84 holds the truth in 84 to 93 % instead of 95. It is the one at which chi-square would be exceeded
+a fifth as often, 6.63 (measured in docs/calibration.md).
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +31,14 @@ Status = Literal["fitted", "bracketed", "held", "broke", "one sigma", "unordered
 
 STEEP = 1e8
 """Slope per unit of log sigma that stands for a step."""
+FLAT = 1e-10
+"""Slope that stands for none."""
 FAR = 30.0
 """In units of log sigma from the runs: where an interval that has not ended yet is open."""
+FEW_RUNS = 5
+"""How much rarer than its name the limit of the likelihood ratio is exceeded in many runs."""
+ITERATIONS = 10_000
+"""Brent's method always ends; scipy gives up after 100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +59,7 @@ class Boundary:
     """One line of the sigma lookup table.
 
     Example: Boundary(mode="w4a4", kind="linear", runs=10, collapsed=5, status="bracketed", held=0.01, broke=0.05,
-    sigma_50=None, low_50=0.01, high_50=0.05).
+    sigma_50=None, low_50=0.01, high_50=0.05, sigma_10=None, low_10=0.01, high_10=0.05).
     """
 
     mode: str
@@ -69,12 +79,19 @@ class Boundary:
     low_50: float
     high_50: float
     """Interval of it; 0 and infinity where that side is open."""
+    sigma_10: float | None
+    """A tenth of the runs collapse; only where `fitted`."""
+    low_10: float
+    high_10: float
 
     def words(self) -> str:
-        """Example: `half the runs collapse at sigma 0.021 [0.014, 0.035]`."""
-        low, high = f"{self.low_50:.3g}", "..." if math.isinf(self.high_50) else f"{self.high_50:.3g}"
+        """Example: `half the runs collapse at sigma 0.021 [0.014, 0.035], a tenth at 0.012 [0.003, 0.018]`."""
+        low, high = _end(self.low_50), _end(self.high_50)
         if self.status == "fitted":
-            return f"half the runs collapse at sigma {self.sigma_50:.3g} [{low}, {high}]"
+            assert self.sigma_50 is not None
+            assert self.sigma_10 is not None
+            tenth = f"a tenth at {_end(self.sigma_10)} [{_end(self.low_10)}, {_end(self.high_10)}]"
+            return f"half the runs collapse at sigma {_end(self.sigma_50)} [{low}, {high}], {tenth}"
         if self.status == "held":
             more = f"half collapse at more than {low}" if self.low_50 > 0 else "too few runs to say more"
             return f"every run held, up to sigma {self.held:.3g}; {more}"
@@ -113,7 +130,9 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
     x = np.log([sigma for sigma, _ in runs])
     y = np.array([collapsed for _, collapsed in runs], dtype=np.float64)
     status, slope, offset = _fit(x, y, overlap=last_held > first_broke)
-    low, high = (0.0, math.inf) if slope == 0 else _interval(x, y, slope, offset, confidence)
+    (low, high), (low_10, high_10) = (
+        (0.0, math.inf) if slope == 0 else _interval(x, y, slope, offset, share, confidence) for share in (0.5, 0.1)
+    )
     return Boundary(
         mode=mode,
         kind=kind,
@@ -122,10 +141,22 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
         status=status,
         held=held,
         broke=broke,
-        sigma_50=math.exp(-offset / slope) if status == "fitted" else None,
+        sigma_50=_sigma(-offset / slope) if status == "fitted" else None,
         low_50=low,
         high_50=high,
+        sigma_10=_sigma((float(special.logit(0.1)) - offset) / slope) if status == "fitted" else None,
+        low_10=low_10,
+        high_10=high_10,
     )
+
+
+def _sigma(logarithm: float) -> float:
+    """A slope of nearly nothing puts a boundary where floats end."""
+    return math.exp(logarithm) if logarithm < 700 else math.inf
+
+
+def _end(sigma: float) -> str:
+    return "..." if math.isinf(sigma) else f"{sigma:.3g}"
 
 
 def _fit(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> tuple[Status, float, float]:
@@ -136,28 +167,31 @@ def _fit(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> tuple
         return ("held" if y.max() == 0 else "broke"), STEEP, -STEEP * float(edge)
     if x.min() == x.max():
         return "one sigma", 0.0, 0.0
+    scale, centre = float(x.std()), float(x.mean())
+    z = (x - centre) / scale
     # The slope's sign is that of its score at 0: the likelihood is concave.
-    if float(((y - y.mean()) * x).sum()) <= 1e-12:
+    if float(((y - y.mean()) * z).sum()) <= 1e-9:
         return "unordered", 0.0, 0.0
     if not overlap:
         middle = float(x[y == 0].max() + x[y == 1].min()) / 2
         return "bracketed", STEEP, -STEEP * middle
-    scale, centre = float(x.std()), float(x.mean())
-    z = (x - centre) / scale
-    # Newton's steps from no slope, halved while they overshoot; the likelihood is concave and its maximum finite.
-    b = np.array([special.logit(y.mean()), 0.0])
-    design = np.stack([np.ones_like(z), z], axis=1)
-    for _ in range(100):
-        p = special.expit(design @ b)
-        step = np.linalg.solve((design.T * (p * (1 - p))) @ design, design.T @ (y - p))
-        while _log_likelihood(design @ (b + step), y) < _log_likelihood(design @ b, y) - 1e-12:
-            step = step / 2
-        b = b + step
-        if np.abs(step).max() < 1e-12:
-            break
-    else:
-        raise ArithmeticError("the logistic fit did not settle")
-    return "fitted", float(b[1]) / scale, float(b[0] - b[1] * centre / scale)
+    slope, offset = _steepest(z, y)
+    return "fitted", slope / scale, offset - slope * centre / scale
+
+
+def _steepest(z: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Slope and offset of the highest likelihood: the root of its score in the slope, the offset being the best for
+    each slope. Both scores only fall, so both roots are bracketed; nothing is inverted that could be singular."""
+
+    def best_offset(slope: float) -> float:
+        reach = slope * float(np.abs(z).max()) + 40
+        return _root(lambda offset: float((y - special.expit(offset + slope * z)).sum()), -reach, reach)
+
+    def score(slope: float) -> float:
+        return float(((y - special.expit(best_offset(slope) + slope * z)) * z).sum())
+
+    slope = _slope(score)
+    return slope, best_offset(slope)
 
 
 def _log_likelihood(logits: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -169,33 +203,48 @@ def _interval(
     y: NDArray[np.float64],
     slope: float,
     offset: float,
+    share: float,
     confidence: float,
 ) -> tuple[float, float]:
-    """All sigma at which half the runs may collapse; slopes from 0 to a step."""
-    allowed = float(stats.chi2.ppf(confidence, 1)) / 2
-    best = _log_likelihood(offset + slope * x, y)
+    """All sigma at which this share of the runs may collapse; slopes from 0 to a step."""
+    allowed = float(stats.chi2.isf((1 - confidence) / FEW_RUNS, 1)) / 2
+    level = float(special.logit(share))
+    inside = (level - offset) / slope
+    best = _profile(x - inside, y, level)
 
     def missing(edge: float) -> float:
-        """How far the likelihood falls below what is allowed, if half the runs collapse at log sigma `edge`."""
-        return best - _profile(x - edge, y) - allowed
+        """How far the likelihood falls below what is allowed, if that share collapses at log sigma `edge`."""
+        return best - _profile(x - edge, y, level) - allowed
 
-    inside = -offset / slope
-    low, high = float(x.min()) - FAR, float(x.max()) + FAR
-    lower = math.exp(optimize.brentq(missing, low, inside, xtol=1e-12)) if missing(low) > 0 else 0.0
-    upper = math.exp(optimize.brentq(missing, inside, high, xtol=1e-12)) if missing(high) > 0 else math.inf
-    return lower, upper
+    low, high = min(float(x.min()), inside) - FAR, max(float(x.max()), inside) + FAR
+    return (
+        _sigma(_root(missing, low, inside)) if missing(low) > 0 else 0.0,
+        _sigma(_root(missing, inside, high)) if missing(high) > 0 else math.inf,
+    )
 
 
-def _profile(distance: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """The highest log likelihood over slopes of at least 0, the logit being 0 at distance 0; concave in the slope."""
+def _profile(distance: NDArray[np.float64], y: NDArray[np.float64], level: float) -> float:
+    """The highest log likelihood over slopes of at least 0, the logit being `level` at distance 0; concave in the
+    slope."""
 
     def score(slope: float) -> float:
-        return float(((y - special.expit(slope * distance)) * distance).sum())
+        return float(((y - special.expit(level + slope * distance)) * distance).sum())
 
-    if score(0.0) <= 0:
-        slope = 0.0
-    elif score(STEEP) >= 0:
-        slope = STEEP
-    else:
-        slope = float(optimize.brentq(score, 0.0, STEEP, xtol=1e-12))
-    return _log_likelihood(slope * distance, y)
+    slope = _slope(score)
+    return _log_likelihood(level + slope * distance, y)
+
+
+def _slope(score: Callable[[float], float]) -> float:
+    """The slope at which a falling score is 0, sought by its logarithm: it may be anything from nothing to a step."""
+    flat, steep = math.log(FLAT), math.log(STEEP)
+
+    def falling(log_slope: float) -> float:
+        return score(math.exp(log_slope))
+
+    if falling(flat) <= 0:
+        return FLAT
+    return math.exp(_root(falling, flat, steep)) if falling(steep) < 0 else STEEP
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    return float(optimize.brentq(function, low, high, xtol=1e-12, maxiter=ITERATIONS))

@@ -14,6 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from dashboards.report_text import as_tree, report_lines, report_table
+from search import report as report_module
 from search.arms import Arm, candidate_of, control_for, read_arms, replicates_of, trial_folder, write_arm
 from search.report import StudyReport, noisy_runs, report_study
 from search.store import StudyConfig
@@ -407,3 +408,41 @@ def test_marks_that_differ_by_a_point_or_more_are_told(tmp_path: Path) -> None:
     assert "control: strict 40.0 %, flexible 63.0 %" in text_of(report)
     assert "c01: strict" not in text_of(report)
     assert strict(report)["arms"][0]["marks"] == {"strict": 0.4, "flexible": 0.63}
+
+
+# What fails
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("boundaries", "the boundary of W4A4, noise on rmsnorm could not be computed (RuntimeError: no root)"),
+        ("importance", "the importance of dimensions could not be computed (RuntimeError: no root)"),
+        ("compare_arms", "c01 against its control could not be computed (RuntimeError: no root)"),
+    ],
+)
+def test_an_analysis_that_fails_is_a_line_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no\nroot")
+
+    monkeypatch.setattr(report_module, what, fails)
+    _, report = written(tmp_path, {"control": CONTROL, "c01": AHEAD})
+    assert said in text_of(report)
+    assert strict(report)["failed"] == [said]
+    assert row(report, "c01").accuracy == pytest.approx(np.mean(AHEAD) / QUESTIONS), "the rest is there to be read"
+
+
+def test_runs_on_which_the_boundary_once_failed_have_a_report(tmp_path: Path) -> None:
+    """Linear noise at 0.006 held three times, at 0.01 and 0.016 it broke three times."""
+    config = study(tmp_path, trials=4, replicates=3)
+    arms = [make_arm(config, "control")]
+    right: dict[str, list[Any]] = {"control": CONTROL[:3]}
+    for sigma, ends in ((0.006, [300] * 3), (0.01, [("collapsed", 90)] * 3), (0.016, [("collapsed", 80)] * 3)):
+        arms.append(make_arm(config, f"s{sigma}", "noise.modules=linear", f"noise.sigma_start={sigma}"))
+        right[arms[-1].name] = ends
+    write_sweep(config, arms, right)
+    report = report_study(config)
+    assert report.failed == ()
+    assert "W4A4, noise on linear: every run held up to sigma 0.006, every run broke from 0.01" in text_of(report)
