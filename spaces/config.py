@@ -14,6 +14,7 @@ This module imports neither torch nor ray: `rin --help` and a login node without
 """
 
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -386,6 +387,16 @@ class GRPOConfig(Record):
         return self
 
     @property
+    def batch_prompts(self) -> int:
+        """Prompts of a generated batch."""
+        return self.prompts if self.filter_groups == "off" else self.generation_prompts or self.prompts
+
+    @property
+    def batch_limit(self) -> int:
+        """Generated batches of a step, at most."""
+        return self.max_gen_batches if self.filter_groups == "resample" else 1
+
+    @property
     def minibatches(self) -> int:
         """Mini-batches per epoch."""
         return self.updates_per_step // self.epochs
@@ -408,7 +419,7 @@ class RolloutConfig(Record):
     max_new_tokens: Whole = Field(6, ge=1)
     """Completion limit in tokens."""
     max_prompt_tokens: Whole = Field(64, ge=1)
-    """Longer prompts are refused with an error."""
+    """Longer prompts are an error or left out (task.too_long)."""
     batch_size: Whole = Field(1024, ge=1)
     """Sequences generated at once."""
     correction: Correction = "none"
@@ -444,6 +455,11 @@ class TaskConfig(Record):
     """For text tasks: template with {question}; null = the task's own."""
     chat: Flag = False
     """Wrap prompts in the tokenizer's chat template."""
+    chat_date: date = date(2024, 7, 26)
+    """What a chat template that prints today's date takes for today: another day would be another prompt."""
+    too_long: Literal["error", "leave_out"] = "error"
+    """A question longer than rollout.max_prompt_tokens: an error before step 0, or left out and counted
+    (task/too_long)."""
 
     @model_validator(mode="after")
     def _options_have_a_use(self) -> Self:
@@ -454,6 +470,10 @@ class TaskConfig(Record):
             )
         if self.path is not None and self.name != "gsm8k":
             raise ValueError(f"path={self.path} has no use with name={self.name}; remove it or set name=gsm8k")
+        if self.chat_date != type(self).model_fields["chat_date"].default and not self.chat:
+            raise ValueError(
+                f"chat_date={self.chat_date} has no use without a chat template; set chat=true or remove it"
+            )
         if self.name == "addition" and (self.prompt is not None or self.chat):
             raise ValueError(
                 f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, "

@@ -338,7 +338,7 @@ def test_a_prompt_of_just_the_limit_passes_and_a_longer_one_is_refused(model_fol
     policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
     assert encode_prompts(policy, questions("1+2=", "12+3="), TaskConfig(), 5) == [[3, 12, 4, 14], [3, 4, 12, 5, 14]]
     with pytest.raises(
-        ConfigError, match=r"rollout\.max_prompt_tokens=4: a prompt has 5 tokens; raise it to at least that"
+        ConfigError, match=r"max_prompt_tokens=4: the prompt of '12\+3=' has 5 tokens; raise it to at least that"
     ):
         encode_prompts(policy, questions("1+2=", "12+3="), TaskConfig(), 4)
 
@@ -351,6 +351,21 @@ def test_the_chat_template_is_used_where_the_task_asks_for_it(model_folder: Mode
     assert encode_prompts(policy, questions("ab"), chat, 64) == [
         tokenizer.convert_tokens_to_ids(["<user>", "a", "b", "<assistant>"])
     ]
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_task(model_folder: ModelFolder) -> None:
+    """As Llama's and others do; with the day's date a resumed trial, or its pair, would be asked otherwise."""
+    policy = load_policy(ModelConfig(name=model_folder(text=True)), W16A16, seed=0)
+    tokenizer: Any = policy.tokenizer
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M') }}{{ messages[0].content }}"
+
+    def text_of(**date: str) -> str:
+        task = TaskConfig(name="reasoning_gym:chain_sum", chat=True, **date)
+        decoded: str = tokenizer.decode(encode_prompts(policy, questions("ab"), task, 64)[0])
+        return decoded
+
+    assert text_of() == "26 Jul 2024 00:00ab"
+    assert text_of(chat_date="2025-01-31") == "31 Jan 2025 00:00ab"
 
 
 def test_a_chat_without_a_template_is_an_error(model_folder: ModelFolder) -> None:

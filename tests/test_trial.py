@@ -28,7 +28,7 @@ from trainable.noise import sigma_at
 from trainable.outcome import Outcome, StepReport
 from trainable.policy.policy import block_of
 from trainable.seeds import generator
-from trainable.tasks.task import Question
+from trainable.tasks.task import ProceduralTask, Question
 from trainable.trial import Trial, run_trial
 
 LINEAR_NOISE = ("noise.modules=[linear]", "noise.sigma_start=0.02", "noise.sigma_end=0.005")
@@ -680,6 +680,59 @@ def test_the_plan_s_workload_on_a_model_that_is_never_right_collapses_by_name(pl
     assert outcome.eval.accuracy == 0
 
 
-def test_a_chat_prompt_that_is_too_long_is_the_user_s_mistake(plan: Plan) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.max_prompt_tokens=50: a prompt has \d+ tokens"):
-        finish(Trial(plan("rollout.max_prompt_tokens=50")))
+def with_a_long_row(folder: Path, number: int) -> Path:
+    """The small file, with one question of 1,000 characters."""
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    rows[number]["question"] += "x" * 1000
+    path = folder / "q.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("number", [0, 20])
+def test_a_question_that_is_too_long_is_an_error_before_step_0_that_names_its_row(
+    plan: Plan, tmp_path: Path, number: int
+) -> None:
+    path = with_a_long_row(tmp_path, number)
+    said = rf"max_prompt_tokens=512: the prompt of .*q\.jsonl:{number + 1} has \d+ tokens; .* task\.too_long=leave_out"
+    with pytest.raises(ConfigError, match=said):
+        Trial(plan(f"task.path={path}", "rollout.max_prompt_tokens=512"))
+
+
+def test_a_row_that_is_too_long_is_left_out_and_counted_where_the_task_says_so(plan: Plan, tmp_path: Path) -> None:
+    path = with_a_long_row(tmp_path, 20)
+    trial = Trial(
+        plan(f"task.path={path}", "rollout.max_prompt_tokens=512", "task.too_long=leave_out", "eval.questions=5")
+    )
+    trial.task.rewards["strict"] = even
+    assert sum(len(part) for part in trial.task.questions.values()) == 39  # type: ignore[attr-defined]
+    assert [report.signals["task/too_long"] for report in finish(trial)] == [1.0, 0.0]
+
+
+def test_an_endless_task_is_measured_by_all_that_the_trial_will_ask(tiny: Tiny) -> None:
+    """Sums of two digits have 4 to 6 tokens."""
+    sums = ("task.digits=2", "rollout.max_prompt_tokens=5")
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens=5: the prompt of '\d\d\+\d\d=' has 6 tokens"):
+        Trial(tiny(*sums))
+    trial = Trial(tiny(*sums, "task.too_long=leave_out", "eval.questions=4"))
+    reports = finish(trial)
+    assert all(report.signals["task/too_long"] > 0 for report in reports)
+    assert all(len(sample.prompt) <= 5 for report in reports for sample in report.samples)
+
+
+def test_what_is_measured_is_what_is_asked(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every step and of every batch that a filter may take."""
+    trial = Trial(tiny("grpo.filter_groups=resample", "grpo.max_gen_batches=2", "collapse.mode=monitor"))
+    measured = {question.prompt for questions in trial._may_ask() for question in questions}
+    asked: set[str] = set()
+    original = ProceduralTask.sample
+
+    def heard(self: ProceduralTask, count: int, **draw: int) -> list[Question]:
+        drawn = original(self, count, **draw)
+        asked.update(question.prompt for question in drawn)
+        return drawn
+
+    monkeypatch.setattr(ProceduralTask, "sample", heard)
+    finish(trial)
+    assert asked
+    assert asked <= measured

@@ -25,6 +25,7 @@ UPDATE_SECONDS = "perf/update_seconds"
 STEP_SECONDS = "perf/step_seconds"
 TRIAL_SECONDS = "perf/trial_seconds"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
+TOO_LONG = "task/too_long"
 
 METRICS: dict[str, str] = {
     SIGMA: "nominal sigma of the step's rollout, of the global pair",
@@ -65,4 +66,8 @@ METRICS: dict[str, str] = {
     STEP_SECONDS: "the whole step, evaluation included",
     TRIAL_SECONDS: "all steps and evaluations of the trial",
     TOKENS_PER_SECOND: "sampled completion tokens over the rollout's seconds",
+    TOO_LONG: (
+        "questions that task.too_long=leave_out left out: rows of a data set, at its first step; draws of an endless "
+        "one, in the step"
+    ),
 }

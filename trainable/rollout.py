@@ -10,7 +10,9 @@ Shapes: P = prompts, G = completions per prompt, B = P * G, L = prompt tokens (l
 vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -20,17 +22,59 @@ from trainable.episode import Completion, Episode, Group
 from trainable.forward.decoder import decoder
 from trainable.forward.transformer import left_padded
 from trainable.policy.policy import Policy
-from trainable.tasks.task import Question, Task
+from trainable.tasks.task import FiniteTask, ProceduralTask, Question, Split, Task
 
 _WORTH_RETIRING = 0.25
 """Share of the rows in work that have ended, from which it pays to copy the cache of the others."""
 
 
 def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConfig, limit: int) -> list[list[int]]:
-    """Token ids per prompt, in the chat template where the task wants it.
+    """Token ids per prompt. Raises ConfigError for one longer than `limit` tokens."""
+    encoded = _encode(policy, questions, task)
+    longest, question = max(zip(map(len, encoded), questions, strict=True), key=lambda pair: pair[0])
+    if longest > limit:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens={limit}: the prompt of {question.where or repr(question.prompt[:40])} has "
+            f"{longest} tokens; raise it to at least that, or set task.too_long=leave_out"
+        )
+    return encoded
 
-    Raises ConfigError for a prompt longer than `limit` tokens.
-    """
+
+@dataclass(slots=True)
+class LeftOut:
+    """How many questions were left out since it was last asked."""
+
+    count: int = 0
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int, left_out: LeftOut) -> Task:
+    """The task without questions whose prompts are longer than `limit` tokens: of a data set they go now, of an endless
+    one as they are drawn."""
+
+    def fitting(questions: Sequence[Question]) -> list[Question]:
+        encoded = _encode(policy, questions, config) if questions else []
+        fit = [question for question, ids in zip(questions, encoded, strict=True) if len(ids) <= limit]
+        left_out.count += len(questions) - len(fit)
+        return fit
+
+    if isinstance(task, FiniteTask):
+        return replace(task, questions={split: fitting(questions) for split, questions in task.questions.items()})
+    assert isinstance(task, ProceduralTask), task
+    drawn = task.draws
+
+    def draws(rng: Random, split: Split) -> Iterator[Question | None]:
+        for question in drawn(rng, split):
+            yield question if question is not None and fitting([question]) else None
+
+    return replace(task, draws=draws)
+
+
+def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> list[list[int]]:
+    """In the chat template where the task wants it. Templates that print a date get that of the task."""
     texts = [question.prompt for question in questions]
     tokenizer: Any = policy.tokenizer
     if task.chat:
@@ -38,16 +82,14 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
             raise ConfigError("task.chat=true: the model's tokenizer has no chat template; set task.chat=false")
         texts = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": text}],
+                add_generation_prompt=True,
+                tokenize=False,
+                strftime_now=task.chat_date.strftime,  # in the place of transformers' own
             )
             for text in texts
         ]
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not task.chat)["input_ids"]
-    longest = max(len(ids) for ids in encoded)
-    if longest > limit:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens={limit}: a prompt has {longest} tokens; raise it to at least that"
-        )
     return encoded
 
 

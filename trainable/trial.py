@@ -16,8 +16,9 @@ The noise is in the rollout alone. Learning and evaluation never see it; nothing
 
 import copy
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from trainable.metrics import (
     ROLLOUT_SECONDS,
     STEP_SECONDS,
     TOKENS_PER_SECOND,
+    TOO_LONG,
     UPDATE_SECONDS,
 )
 from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
@@ -54,10 +56,11 @@ from trainable.outcome import (
 from trainable.policy.embedded import Progress
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import deployed
-from trainable.rollout import encode_prompts, judge
+from trainable.rollout import LeftOut, encode_prompts, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks.table import build_task
+from trainable.tasks.task import FiniteTask, Question
 
 _SAMPLES_PER_STEP = 4
 _BASELINE_STEP = -1  # names the baseline's random draws
@@ -118,6 +121,8 @@ class Trial:
         self.task = build_task(config.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions)
         self.policy = load_policy(config.model, config.quant, config.seed, progress)
+        self.left_out = LeftOut()
+        self._measure_questions()
         self.targets = noise_targets(self.policy, config.noise)
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
         parameters = list(self.policy.trainable().values())
@@ -161,6 +166,8 @@ class Trial:
         signals = self._measure(groups, batch, filtered, batches, sigma, learned)
 
         verdict = self._judge(step, signals, filtered)
+        if self.config.task.too_long == "leave_out":
+            metrics[TOO_LONG] = float(self.left_out.take())
         self.so_far.next_step += 1
         metrics |= signals.as_metrics() | self._evaluate_if_due(step)
         finished = time.perf_counter()
@@ -238,7 +245,29 @@ class Trial:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.so_far = Progression.from_tree(state["progress"]["so_far"])
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
+        self.left_out.take()  # it was told at the first step
         self.agreed = self.backend.engine is None
+
+    def _measure_questions(self) -> None:
+        """No question is found to be too long in the middle of a run: all rows of a data set are measured now, and all
+        that an endless one will be asked."""
+        config, limit = self.config, self.config.rollout.max_prompt_tokens
+        if config.task.too_long == "leave_out":
+            self.task = without_too_long(self.policy, self.task, config.task, limit, self.left_out)
+            self.questions = self.task.held_out(config.eval.split, config.eval.questions)
+            return
+        for questions in self._may_ask():
+            encode_prompts(self.policy, questions, config.task, limit)
+
+    def _may_ask(self) -> Iterator[Sequence[Question]]:
+        if isinstance(self.task, FiniteTask):
+            yield from filter(None, self.task.questions.values())
+            return
+        grpo, seed = self.config.grpo, self.config.seed
+        yield self.questions
+        yield self.task.sample(grpo.prompts, seed=seed, step=_BASELINE_STEP, batch=0)
+        for step, batch in product(range(grpo.steps), range(grpo.batch_limit)):
+            yield self.task.sample(grpo.batch_prompts, seed=seed, step=step, batch=batch)
 
     # --- the parts of a step, in order --------------------------------------------------------------------------------
 
@@ -265,8 +294,7 @@ class Trial:
     def _sample(self, step: int) -> tuple[list[Group], FilterOutcome, int]:
         """All groups generated in this step, what the filter kept, and the number of batches."""
         grpo = self.config.grpo
-        per_batch = grpo.prompts if grpo.filter_groups == "off" else grpo.generation_prompts or grpo.prompts
-        limit = grpo.max_gen_batches if grpo.filter_groups == "resample" else 1
+        per_batch, limit = grpo.batch_prompts, grpo.batch_limit
         self._prove(step)
         groups: list[Group] = []
         outcome = None
