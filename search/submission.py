@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +43,7 @@ from search.cluster import TOKEN_REMEDY, refuse_secrets
 from search.evidence import read_evidence
 from search.mlflow_client import absolute_uri
 from search.ray_internals import host_names
-from search.secrets import strip_password
+from search.secrets import first_line, strip_password
 from search.store import STUDY_FILE, StudyConfig, absolute_store, check_name, sweeps
 from search.study import begin_study
 from spaces.errors import ConfigError
@@ -287,19 +288,8 @@ def has_begun(server: JobServer, job: Submission) -> bool:
 def _packages(folder: Path) -> list[str]:
     """Copies of the four packages as they are imported here, without compiled files, whose times would upload them
     anew."""
-    copies = []
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None, name
-        assert spec.origin is not None, name
-        copies.append(
-            str(
-                shutil.copytree(
-                    Path(spec.origin).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-                )
-            )
-        )
-    return copies
+    compiled = shutil.ignore_patterns("__pycache__", "*.pyc")
+    return [str(shutil.copytree(str(files(name)), folder / name, ignore=compiled)) for name in PACKAGES]
 
 
 @contextmanager
@@ -311,14 +301,10 @@ def _told_by_the_cluster(address: str) -> Iterator[None]:
         yield
     except AuthenticationError:
         raise ConfigError(f"--submit {address}: {TOKEN_REMEDY}") from None
-    except (
-        ConnectionError,
-        RequestException,
-        RuntimeError,
-    ) as error:  # Ray raises RuntimeError for every answer but 200
-        lines = strip_password(str(error)).strip().splitlines() or [type(error).__name__]
+    except (ConnectionError, RequestException, RuntimeError) as error:  # Ray's for every answer but 200
         raise ConfigError(
-            f"--submit {address}: {lines[0][:300]}; start the head with ray[default] and give its dashboard's address"
+            f"--submit {address}: {first_line(error)[:300]}; start the head with ray[default] and give its dashboard's "
+            "address"
         ) from None
 
 

@@ -366,7 +366,7 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_doctor_tries_everything_and_reports_a_broken_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = {check.name: check for check in examine()}
+    checks = examine()
     assert {checks[name].state for name in ("Python", "torch", "Ray", "MLflow")} == {"ok"}
     import dashboards.doctor as module
 
@@ -374,7 +374,7 @@ def test_doctor_tries_everything_and_reports_a_broken_part(monkeypatch: pytest.M
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setitem(module.CHECKS, "torch add-ons", explode)
-    broken = {check.name: check for check in examine()}["torch add-ons"]
+    broken = examine()["torch add-ons"]
     assert broken.state == "broken"
     assert "nms" in broken.detail
     assert broken.remedy
