@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, nn
 
 from search.arms import Candidate, trial_folder
-from search.store import StudyConfig
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, dump_yaml
 from trainable.disk.checkpoint import load_final
@@ -43,6 +42,7 @@ from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import FINAL_FILE, OUTCOME_FILE
 from trainable.engines.engine import CONFIG_FILE, quantization_tree
 from trainable.evaluation import Evaluation, evaluate
+from trainable.outcome import Outcome
 from trainable.packing import no_packed_form, pack_checkpoint, uneven_blocks
 from trainable.policy.embedded import Progress
 from trainable.policy.loading import load_policy
@@ -76,11 +76,7 @@ class Source:
     candidate: Candidate
     replicate: int
     folder: Folder
-    config: TrialConfig
-    """As it ran, threads included."""
-    step: int
-    accuracy: float
-    correct: tuple[int, ...]
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +98,8 @@ def export_checkpoint(
     Raises ConfigError for a folder that holds something, and for a trial whose weights are missing or damaged.
     """
     _check_empty(folder)
-    study = candidate.study
     source = _median_trial(candidate)
-    config, weights = source.config, _final_weights(study, source)
+    config, weights = source.outcome.config, _final_weights(source)
     with _threads(config.threads):
         policy = load_policy(config.model, config.quant, config.seed, progress)
         _restore(source, policy, weights)
@@ -128,18 +123,17 @@ def export_checkpoint(
             )
 
         loaded = _evaluate(load_policy(_model_in(folder, config), config.quant, config.seed), config)
-        found = [*_proof_lines(source, proof or loaded, merging=merging)]
+        found = [*_proof_lines(source.outcome, proof or loaded, merging=merging)]
         if merging:
             found.append(
                 f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}"
             )
-        accuracies = ["(The export was interrupted before it was measured.)"]
-        _write_readme(folder, study, source, why_not, uneven, found, accuracies)
+        _write_readme(folder, source, why_not, uneven, found)
         for line in found:
             say(line)
         if not why_not:
             accuracies = _markdown(measure_rules(folder, config), config)
-            _write_readme(folder, study, source, why_not, uneven, found, accuracies)
+            _write_readme(folder, source, why_not, uneven, found, accuracies)
             for line in accuracies:
                 say(line)
 
@@ -149,36 +143,25 @@ def export_checkpoint(
 
 def _median_trial(candidate: Candidate) -> Source:
     """Raises ConfigError for an arm of which no replicate completed."""
-    study, arm = candidate.study, candidate.arm
-    completed = [
-        (outcome.eval.accuracy, replicate)
-        for replicate, outcome in arm.results.items()
-        if outcome.outcome == "completed"
-    ]
+    arm = candidate.arm
+    completed = [(run.eval.accuracy, number) for number, run in arm.results.items() if run.outcome == "completed"]
     if not completed:
         raise ConfigError(
             f"--arm {arm.name}: no replicate of it completed, so there is no model to export; name another arm"
         )
-    accuracy, replicate = sorted(completed)[(len(completed) - 1) // 2]
-    outcome = arm.results[replicate]
-    return Source(
-        candidate=candidate,
-        replicate=replicate,
-        folder=trial_folder(study, arm.name, replicate),
-        config=outcome.config,
-        step=outcome.step,
-        accuracy=accuracy,
-        correct=outcome.eval.correct,
-    )
+    _, replicate = sorted(completed)[(len(completed) - 1) // 2]
+    folder = trial_folder(candidate.study, arm.name, replicate)
+    return Source(candidate=candidate, replicate=replicate, folder=folder, outcome=arm.results[replicate])
 
 
-def _final_weights(study: StudyConfig, source: Source) -> dict[str, Tensor]:
+def _final_weights(source: Source) -> dict[str, Tensor]:
     """Raises ConfigError, with the way to get them, when they are not there."""
     try:
         return load_final(source.folder)
     except ConfigError:  # of another version; a ValueError, too
         raise
     except ValueError as error:
+        study = source.candidate.study
         raise ConfigError(
             f"{source.folder.uri}/{FINAL_FILE}: {error}; to run this trial again and keep its weights, remove "
             f"{source.folder.uri}/{OUTCOME_FILE} and then: {study.go_on} --store {study.store}"
@@ -190,10 +173,8 @@ def _restore(source: Source, policy: Policy, weights: Mapping[str, Tensor]) -> N
     parameters = policy.trainable()
     shapes = {name: (parameter.shape, parameter.dtype) for name, parameter in parameters.items()}
     if shapes != {name: (weight.shape, weight.dtype) for name, weight in weights.items()}:
-        place = f"{source.folder.uri}/{FINAL_FILE}"
-        raise ConfigError(
-            f"{place}: does not fit model.name={source.config.model.name}; use the model that the sweep was run with"
-        )
+        place, model = f"{source.folder.uri}/{FINAL_FILE}", source.outcome.config.model
+        raise ConfigError(f"{place}: does not fit model.name={model.name}; use the model that the sweep was run with")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -222,9 +203,8 @@ def _write_plain(policy: Policy, folder: Path, table: Mapping[str, Any]) -> None
     if head is not None and head.weight is network.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         network.config.tie_word_embeddings = False
-    if (
-        getattr(network, "hf_quantizer", None) is not None
-    ):  # read from a GGUF file: plain by now, and transformers would not write it
+    # Of what was read from a GGUF file: plain by now, and transformers would not write it.
+    if getattr(network, "hf_quantizer", None) is not None:
         network.hf_quantizer = None
         del network.config.quantization_config
     network.save_pretrained(folder)
@@ -278,11 +258,12 @@ def _threads(count: int | None) -> Iterator[None]:
 # --- tell -------------------------------------------------------------------------------------------------------------
 
 
-def _proof_lines(source: Source, found: Evaluation, *, merging: bool) -> Iterator[str]:
-    same = sum(one == other for one, other in zip(found.correct, source.correct, strict=True))
+def _proof_lines(outcome: Outcome, found: Evaluation, *, merging: bool) -> Iterator[str]:
+    asked = outcome.eval.correct
+    same = sum(one == other for one, other in zip(found.correct, asked, strict=True))
     what = "base and adapters, before merging," if merging else "the folder"
-    yield f"{what} answered {same} of {len(source.correct)} questions as the trial did (accuracy {found.accuracy:.4f})"
-    if same < len(source.correct):
+    yield f"{what} answered {same} of {len(asked)} questions as the trial did (accuracy {found.accuracy:.4f})"
+    if same < len(asked):
         yield (
             "the weights are those that the trial kept; another machine, "
             "torch version or engine that generated there rounds otherwise"
@@ -303,103 +284,97 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
 
 def _write_readme(
     folder: Path,
-    study: StudyConfig,
     source: Source,
     why_not: str,
     uneven: Sequence[str],
     found: Sequence[str],
-    accuracies: Sequence[str],
+    accuracies: Sequence[str] = ("(The export was interrupted before it was measured.)",),
 ) -> None:
-    candidate, config = source.candidate, source.config
-    arm, runs, control = candidate.arm, candidate.accuracies, candidate.control_accuracies
-    beside = f"{fmean(control):.4f}" if control else "no outcome"
-    asked = f"{len(source.correct)} questions of the split `{config.eval.split}`"
-    lines = [
-        f"# {study.name}: {arm.name}, replicate {source.replicate}",
-        "",
-        f"The model of an arm of the {study.kind} `{study.name}`, written by",
-        f"`rin export {study.name} --to checkpoint`; {candidate.caveat}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| arm | {arm.name} ({arm.origin}) |",
-        (
-            f"| replicate | {source.replicate}, seed {config.seed}: "
-            f"the one with the median final accuracy of {len(runs)} |"
-        ),
-        f"| step | {source.step} of {config.grpo.steps} |",
-        f"| accuracy of that trial | {source.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |",
-        f"| mean of the arm, of {candidate.control.name} | {fmean(runs):.4f}, {beside} |",
-        f"| quantisation | {Arithmetic.of(config.quant)} |",
-        f"| configuration | `{TRIAL_FILE}`; to train it again: `rin trial --config {TRIAL_FILE}` |",
-        "",
-        *(f"- {line}" for line in found),
-        "",
-        "## Load it",
-        "",
-        "The clean, unquantised weights; `rin_quantization.json` says how each linear layer computes:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        "model = AutoModelForCausalLM.from_pretrained(FOLDER)  # unquantised",
-        "```",
-        "",
-        "Quantised as in training, in vLLM with the plug-in that comes with rin-search:",
-        "",
-        "```sh",
-        "vllm serve FOLDER --quantization rin",
-        "```",
-        "",
-        "## The packed form",
-        "",
-    ]
-    lines += [f"There is none: {why_not}."] if why_not else _about_packing(config, uneven, accuracies, asked)
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    candidate, config = source.candidate, source.outcome.config
+    runs, control = candidate.accuracies, candidate.control_accuracies
+    asked = f"{len(source.outcome.eval.correct)} questions of the split `{config.eval.split}`"
+    packing = f"There is none: {why_not}."
+    if not why_not:
+        split = UNEVEN.format(layer=uneven[0]) if uneven else ""
+        packing = PACKING.format(split=split, config=config, asked=asked, accuracies="\n".join(accuracies))
+    text = README.format(
+        source=source,
+        candidate=candidate,
+        outcome=source.outcome,
+        config=config,
+        asked=asked,
+        completed=len(runs),
+        mean=fmean(runs),
+        beside=f"{fmean(control):.4f}" if control else "no outcome",
+        arithmetic=Arithmetic.of(config.quant),
+        trial=TRIAL_FILE,
+        found="\n".join(f"- {line}" for line in found),
+        packing=packing,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _about_packing(config: TrialConfig, uneven: Sequence[str], accuracies: Sequence[str], asked: str) -> list[str]:
-    lines = [
-        (
-            "`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: "
-            "weights as 4-bit codes with the trial's own scales,"
-        ),
-        "equal to those of training bit for bit, everything else in bfloat16. No plug-in is needed:",
-        "",
-        "```sh",
-        "vllm serve FOLDER/packed",
-        "```",
-        "",
-        "```python",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER/packed")  # pip install compressed-tensors',
-        "```",
-        "",
-    ]
-    if uneven:
-        lines += [
-            (
-                f"Stock vLLM cannot load it: it computes `{uneven[0]}` as one layer, "
-                "and this arm quantises a part of it. transformers can."
-            ),
-            "",
-        ]
-    return [
-        *lines,
-        (
-            "The packed form says how weights are quantised and **not by which scale rule inputs are**: "
-            "each program that loads it has"
-        ),
-        (
-            f"one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. "
-            "vLLM goes by the weights alone: it"
-        ),
-        (
-            "quantises the inputs of a W4A16 model as well where its kernel can, "
-            "leaves those of a W4A4 model at 16 bits where it"
-        ),
-        "cannot, and has no MXFP4 kernel for CPUs.",
-        "",
-        f"Greedy accuracy on the same {asked}, weights as packed, measured when this was written:",
-        "",
-        *accuracies,
-    ]
+README = """\
+# {candidate.study.name}: {candidate.arm.name}, replicate {source.replicate}
+
+The model of an arm of the {candidate.study.kind} `{candidate.study.name}`, written by
+`rin export {candidate.study.name} --to checkpoint`; {candidate.caveat}.
+
+| | |
+|---|---|
+| arm | {candidate.arm.name} ({candidate.arm.origin}) |
+| replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {completed} |
+| step | {outcome.step} of {config.grpo.steps} |
+| accuracy of that trial | {outcome.eval.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |
+| mean of the arm, of {candidate.control.name} | {mean:.4f}, {beside} |
+| quantisation | {arithmetic} |
+| configuration | `{trial}`; to train it again: `rin trial --config {trial}` |
+
+{found}
+
+## Load it
+
+The clean, unquantised weights; `rin_quantization.json` says how each linear layer computes:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)  # unquantised
+```
+
+Quantised as in training, in vLLM with the plug-in that comes with rin-search:
+
+```sh
+vllm serve FOLDER --quantization rin
+```
+
+## The packed form
+
+{packing}
+"""
+
+PACKING = """\
+`packed/` holds the same model in compressed-tensors' `mxfp4-pack-quantized`: weights as 4-bit codes with the trial's
+own scales, equal to those of training bit for bit, everything else in bfloat16. No plug-in is needed:
+
+```sh
+vllm serve FOLDER/packed
+```
+
+```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER/packed")  # pip install compressed-tensors
+```
+
+{split}The packed form says how weights are quantised and **not by which scale rule inputs are**: each program that
+loads it has one of its own (`even` or `rceil`), and this trial's was `{config.quant.scale_rule}`. vLLM goes by the
+weights alone: it quantises the inputs of a W4A16 model as well where its kernel can, leaves those of a W4A4 model at 16
+bits where it cannot, and has no MXFP4 kernel for CPUs.
+
+Greedy accuracy on the same {asked}, weights as packed, measured when this was written:
+
+{accuracies}"""
+
+UNEVEN = """\
+Stock vLLM cannot load it: it computes `{layer}` as one layer, and this arm quantises a part of it. transformers can.
+
+"""
