@@ -23,6 +23,7 @@ from dashboards.options import DEFAULT_STORE, SweepOptions, find_sweep, repeated
 from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
+    from search.store import StudyConfig
     from search.study import StudyResult
     from search.submission import JobServer, Submission
 
@@ -72,13 +73,8 @@ def sweep(
         return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
-    _run(
-        study.name,
-        study.runs,
-        options.store,
-        options.tracking_uri,
-        lambda view, progress: run_study(study, view, progress, arms),
-    )
+    place = options.store, options.tracking_uri
+    _run(study, place, lambda view, progress: run_study(study, view, progress, arms))
 
 
 @app.command()
@@ -111,11 +107,10 @@ def resume(
     from search.arms import read_arms, unfinished
     from search.study import resume_study
 
-    changes = {"budget_hours": budget, "concurrent": concurrent}
-    study = study.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    study = study.model_copy(update={"address": given.ray_address(address, study.address)})
+    changed = {key: value for key, value in (("budget_hours", budget), ("concurrent", concurrent)) if value is not None}
+    study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
     to_go = unfinished(study, read_arms(study))
-    _run(study.name, study.runs, store, tracking_uri, lambda view, progress: resume_study(study, view, progress), to_go)
+    _run(study, (store, tracking_uri), lambda view, progress: resume_study(study, view, progress), to_go)
 
 
 def _follow(server: "JobServer", job: "Submission") -> None:
@@ -133,30 +128,24 @@ def _follow(server: "JobServer", job: "Submission") -> None:
 
 
 def _run(
-    name: str,
-    runs: int,
-    store: str,
-    tracking_uri: str | None,
-    run: "Callable[..., StudyResult]",
-    to_go: int | None = None,
+    study: "StudyConfig", place: tuple[str, str | None], run: "Callable[..., StudyResult]", to_go: int | None = None
 ) -> None:
-    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
-    goes on."""
+    """Run a sweep with its live view, and print what it came to. `place`: its store and tracking, as they were given;
+    `to_go`: trials without an outcome, of a sweep that goes on."""
     from dashboards.live import build_progress, sweep_view
     from dashboards.sweep_text import ending_of
-    from dashboards.tables import arm_table, terminal
+    from dashboards.tables import arm_table, say, terminal
     from search.report import arm_reports
 
-    console = terminal()
+    console, runs = terminal(), study.runs
     left = f", {to_go} to go" if to_go is not None else ""
-    console.print(f"sweep {name}: {runs} trials{left}", soft_wrap=True, highlight=False)
+    say(console, [f"sweep {study.name}: {runs} trials{left}"])
     with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
         result = run(view, progress)
-    title = f"sweep {name}, in {result.config.folder.uri}"
+    title = f"sweep {study.name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
-    ending = ending_of(result, runs, repeated(store, tracking_uri), repeated(store, None))
-    for line in ending.lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    ending = ending_of(result, runs, repeated(*place), repeated(place[0], None))
+    say(console, ending.lines)
     for line in ending.troubles:
         print(line, file=sys.stderr)
     if ending.code:
@@ -176,7 +165,7 @@ def trial(
     """Run one trial in this process, without Ray."""
     settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
-    from dashboards.tables import terminal
+    from dashboards.tables import say, terminal
     from dashboards.trial_text import outcome_lines, step_line
     from trainable.engines.engine import TrialFailed
     from trainable.trial import Trial
@@ -191,16 +180,15 @@ def trial(
                 if as_json:
                     print(json.dumps(report.as_tree()), flush=True)
                 else:
-                    console.print(step_line(report), markup=False, soft_wrap=True, highlight=False)
+                    say(console, [step_line(report)])
             outcome = running.outcome()
     except TrialFailed as failure:
         print(f"rin: failed: {failure}", file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(outcome.as_tree()))
-        return
-    for line in outcome_lines(outcome, settings.quant.mode):
-        console.print(line, markup=False, soft_wrap=True, highlight=False)
+    else:
+        say(console, outcome_lines(outcome, settings.quant.mode))
 
 
 @app.command()
@@ -274,7 +262,7 @@ def report(
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
     study = find_sweep(name, store, tracking_uri)
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
-    from dashboards.tables import terminal
+    from dashboards.tables import say, terminal
     from search.confirm import read_confirmation
     from search.report import report_study
 
@@ -290,8 +278,7 @@ def report(
     console = terminal()
     if study.kind != "confirm":
         console.print(report_table(seen))
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    say(console, lines)
 
 
 @app.command()
@@ -312,7 +299,7 @@ def confirm(
     study = find_sweep(name, store, tracking_uri)
     from dashboards.live import build_progress, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
-    from dashboards.tables import terminal
+    from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
     from search.sequential import CONFIRM
 
@@ -323,8 +310,8 @@ def confirm(
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=place)
     if as_json:
         print(json.dumps(confirmation_tree(state), indent=1))
-    for line in [] if as_json else confirmation_lines(state, repeated(store, tracking_uri)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    else:
+        say(console, confirmation_lines(state, repeated(store, tracking_uri)))
     if state.unfinished and not state.budget_spent:
         raise typer.Exit(1)
 
@@ -449,10 +436,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point."""
-    for talkative in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # transformers imports torchao where it is installed; it warns about itself
+    # transformers imports torchao where it is installed; it warns about itself.
+    for talkative in ("torchao", "torch.utils._pytree"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     with exit_codes():
         _with_allocator_settings()
@@ -461,15 +446,12 @@ def main() -> None:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """A ConfigError becomes one line and exit code 2, a full disk one line and exit code 1."""
+    """A ConfigError becomes one line and exit code 2, no candidate and a full disk one line and exit code 1."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, NoCandidate) as error:
         print(f"rin: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NoCandidate as nothing:
-        print(f"rin: {nothing}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except Exception as error:
         full = _full_disk(error)
         if full is None:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dashboards.tables import COLORS, describe_noise, points
+from dashboards.tables import COLORS, describe_noise, empty_table, points, say
 from search.execution import TrialEvent, View
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 
@@ -36,11 +36,8 @@ def sweep_view(console: Console, runs: int) -> Iterator[View]:
 
 def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
     ended = sum(event.status != "running" for event in events.values())
-    table = Table(title=f"{ended} of {runs} trials ended", title_justify="left", header_style="bold")
-    for name in ("trial", "noise", "status"):
-        table.add_column(name)
-    for name in ("step", "sigma", "reward", "entropy", "gibberish", "accuracy"):
-        table.add_column(name, justify="right")
+    numbers = ("step", "sigma", "reward", "entropy", "gibberish", "accuracy")
+    table = empty_table(f"{ended} of {runs} trials ended", ("trial", "noise", "status"), numbers)
     for event in events.values():
         status = f"{event.status} ({event.rule})" if event.rule else event.status
         sigma, reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
@@ -68,10 +65,8 @@ class _PlainLines:
         if event.status == "running" and event.step == 0:
             self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
         elif event.status == "running" and ACCURACY in event.metrics:
-            self._say(
-                f"{event.trial}: step {event.step}/{event.config.grpo.steps}, "
-                f"accuracy {points(event.metrics[ACCURACY])}"
-            )
+            accuracy = points(event.metrics[ACCURACY])
+            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {accuracy}")
         elif event.status != "running":
             self.ended += 1
             rule = f", rule {event.rule}" if event.rule else ""
@@ -82,7 +77,7 @@ class _PlainLines:
             )
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, [line])
 
 
 @contextmanager
@@ -96,19 +91,15 @@ def build_progress(console: Console) -> Iterator[Any]:
         console=console,
         transient=False,
     ) as bar:
-        task: list[Any] = []
-        said: list[str] = []
+        task = bar.add_task("", visible=False)
+        said: set[str] = set()
 
         def progress(done: int, total: int, what: str) -> None:
-            if not console.is_terminal:
-                if what not in said:
-                    said.append(what)
-                    console.print(
-                        f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)"
-                    )
-                return
-            if not task:
-                task.append(bar.add_task("", total=total))
-            bar.update(task[0], completed=done, description=f"embedded base model: {what}")
+            if console.is_terminal:
+                description = f"embedded base model: {what}"
+                bar.update(task, total=total, completed=done, description=description, visible=True)
+            elif what not in said:
+                said.add(what)
+                console.print(f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)")
 
         yield progress

@@ -7,13 +7,12 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dashboards.tables import describe_noise, duration, marks_apart, points
+from dashboards.tables import describe_noise, duration, empty_table, fields_of, marks_apart, points
 from search.confirm import Confirmation
 from search.importance import Importance
-from search.plan import StudyPlan
+from search.plan import StudyPlan, recorded_collapse
 from search.report import ArmReport, StudyReport
 from search.statistics import ArmComparison, CollapseRisk, Comparison
-from spaces.points import POINTS
 from spaces.reading import as_tree as config_tree
 
 NOT_A_FINDING = (
@@ -23,11 +22,8 @@ NOT_A_FINDING = (
 
 
 def report_table(report: StudyReport) -> Table:
-    table = Table(title=f"{report.config.kind} {report.config.name}", title_justify="left", header_style="bold")
-    for name in ("arm", "noise", "runs", "collapsed"):
-        table.add_column(name, overflow="fold")
-    for name in ("accuracy", "vs control", "interval", "dose", "hours"):
-        table.add_column(name, justify="right")
+    words, numbers = ("arm", "noise", "runs", "collapsed"), ("accuracy", "vs control", "interval", "dose", "hours")
+    table = empty_table(f"{report.config.kind} {report.config.name}", words, numbers)
     table.add_column("verdict", overflow="fold")
     for row in report.arms:
         mark = " (candidate)" if row.candidate else ""
@@ -109,12 +105,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     study, config = plan.study, plan.config
     lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}"]
     for number, arm in enumerate(plan.arms):
-        known = POINTS.get(arm.name)
-        recorded = (
-            f"   recorded: collapsed at step {known.collapsed_at_step}"
-            if known and known.collapsed_at_step is not None
-            else ""
-        )
+        step = recorded_collapse(arm)
+        recorded = "" if step is None else f"   recorded: collapsed at step {step}"
         lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(arm.config)}{recorded}")
     if plan.searched:
         lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
@@ -126,6 +118,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     last = study.seed_of(study.replicates - 1)
     unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
     adjusted = plan.adjusted_share
+    sooner = f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
+    cheaper = f", {plan.hours * adjusted:.2f} with collapses"
     lines += [
         (
             f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
@@ -134,14 +128,8 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
-        f"      about {duration(plan.wall_seconds)} if nothing collapses"
-        + (
-            f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
-            if adjusted < 1
-            else ""
-        ),
-        f"cost: about {plan.hours:.2f} {unit} if nothing collapses"
-        + (f", {plan.hours * adjusted:.2f} with collapses" if adjusted < 1 else ""),
+        f"      about {duration(plan.wall_seconds)} if nothing collapses{sooner if adjusted < 1 else ''}",
+        f"cost: about {plan.hours:.2f} {unit} if nothing collapses{cheaper if adjusted < 1 else ''}",
         (
             f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
             f"its {config.eval.questions} questions alone"
@@ -167,7 +155,7 @@ def _apart(comparison: Comparison, digits: int = 1) -> str:
 
 def interval(comparison: Comparison) -> str:
     """In points."""
-    if comparison.low == -float("inf"):
+    if math.isinf(comparison.low):
         return "[unknown]"
     return f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
 
@@ -208,13 +196,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
         "tolerance": [_finite(asdict(boundary)) for boundary in report.tolerance],
         "importance": [asdict(item) for item in report.importance],
         "failed": list(report.failed),
-        "hours": {
-            "total": ledger.hours,
-            "unit": ledger.unit,
-            "collapsed": ledger.collapsed,
-            "repeated": ledger.repeated,
-            "filtered": ledger.filtered,
-        },
+        "hours": {"total": ledger.hours, **fields_of(ledger, "unit", "collapsed", "repeated", "filtered")},
     }
 
 
@@ -227,10 +209,7 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
         "verdict": state.comparison.verdict,
         "words": state.comparison.words(),
         "comparison": _comparison(state.comparison),
-        "completed_only": None
-        if state.arms is None or state.arms.completed is None
-        else _comparison(state.arms.completed),
-        "collapse": None if state.arms is None else _collapse(state.arms),
+        **_beside(state.arms),
         "replicates": state.replicates,
         "looks": list(state.looks),
         "unfinished": state.unfinished,
@@ -239,46 +218,30 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
 
 
 def _row(row: ArmReport) -> dict[str, object]:
-    seen = row.comparison
     return {
-        "arm": row.arm,
-        "origin": row.origin,
-        "candidate": row.candidate,
-        "control": row.control,
-        "replicates": row.replicates,
-        "missing": row.missing,
-        "collapsed": row.collapsed,
+        **fields_of(row, "arm", "origin", "candidate", "control", "replicates", "missing", "collapsed"),
         "rules": list(row.rules),
         "accuracy": row.accuracy,
         "accuracy_start": row.start,
         "marks": dict(row.marks),
-        "dose": row.dose,
-        "hours": row.hours,
-        "verdict": row.verdict,
-        "comparison": None if row.corrected is None else _comparison(row.corrected),
-        "completed_only": None if seen is None or seen.completed is None else _comparison(seen.completed),
-        "collapse": None if seen is None else _collapse(seen),
+        **fields_of(row, "dose", "hours", "verdict"),
+        "comparison": _comparison(row.corrected),
+        **_beside(row.comparison),
         "config": config_tree(row.config),
     }
 
 
-def _comparison(comparison: Comparison) -> dict[str, object]:
-    return _finite(
-        {
-            "difference": comparison.difference,
-            "low": comparison.low,
-            "high": comparison.high,
-            "p": comparison.p,
-            "replicates": comparison.replicates,
-            "needs": comparison.needs,
-            "unpaired": comparison.unpaired,
-        }
-    )
+def _comparison(comparison: Comparison | None) -> dict[str, object] | None:
+    names = ("difference", "low", "high", "p", "replicates", "needs", "unpaired")
+    return None if comparison is None else _finite(fields_of(comparison, *names))
 
 
-def _collapse(seen: ArmComparison) -> dict[str, object]:
-    arms = {"arm": seen.treated_risk, "control": seen.control_risk}
-    return {name: asdict(risk) for name, risk in arms.items()} | {"p": seen.risk_p}
+def _beside(seen: ArmComparison | None) -> dict[str, object]:
+    """What stands beside the comparison of all replicates."""
+    if seen is None:
+        return {"completed_only": None, "collapse": None}
+    risks = {"arm": asdict(seen.treated_risk), "control": asdict(seen.control_risk), "p": seen.risk_p}
+    return {"completed_only": _comparison(seen.completed), "collapse": risks}
 
 
 def _finite(tree: Mapping[str, object]) -> dict[str, object]:

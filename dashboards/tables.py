@@ -4,7 +4,7 @@ table.
 NaN rule: an accuracy that is missing is shown as a dash; one that is not finite is shown as it is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -35,14 +35,13 @@ def status_row(row: ArmReport) -> dict[str, Any]:
         "status": row.status,
         "rule": why(row),
         "step": steps_text(row),
-        "accuracy": row.accuracy,
-        "start": row.start,
-        "difference": row.difference,
-        "replicates": row.replicates,
-        "missing": row.missing,
-        "candidate": row.candidate,
-        "hours": row.hours,
+        **fields_of(row, "accuracy", "start", "difference", "replicates", "missing", "candidate", "hours"),
     }
+
+
+def fields_of(record: Any, *names: str) -> dict[str, Any]:
+    """Those of a record that its JSON holds as they are."""
+    return {name: getattr(record, name) for name in names}
 
 
 def why(row: ArmReport) -> str:
@@ -57,11 +56,8 @@ def steps_text(row: ArmReport) -> str:
 
 def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
     """The table at the end of a sweep and of `rin status`."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("configuration", "noise", "status", "rule"):
-        table.add_column(name, overflow="fold")
-    for name in ("steps", "start", "accuracy", "vs control", "runs", "time"):
-        table.add_column(name, justify="right")
+    numbers = ("steps", "start", "accuracy", "vs control", "runs", "time")
+    table = empty_table(title, ("configuration", "noise", "status", "rule"), numbers)
     for row in rows:
         color = COLORS.get(row.status, "")
         table.add_row(
@@ -79,10 +75,26 @@ def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
     return table
 
 
+def empty_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Its columns of words, then those of numbers."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
 def terminal(stderr: bool = False) -> Console:
     """The user's terminal; a pipe or a log file is wide enough for every table."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=160)
+
+
+def say(console: Console, lines: Iterable[str]) -> None:
+    """As they are: unbroken, and nothing in them is markup."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def points(share: float | None) -> str:

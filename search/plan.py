@@ -195,6 +195,10 @@ def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
 
 def _recorded_share(arm: Arm) -> float:
     """Part of a trial that an arm of the plan ran until it collapsed; 1 for the others."""
-    point = POINTS.get(arm.name)
-    steps = arm.config.grpo.steps
-    return 1.0 if point is None or point.collapsed_at_step is None else min((point.collapsed_at_step + 1) / steps, 1.0)
+    step = recorded_collapse(arm)
+    return 1.0 if step is None else min((step + 1) / arm.config.grpo.steps, 1.0)
+
+
+def recorded_collapse(arm: Arm) -> int | None:
+    """The step at which the plan recorded one for this point; None for the others."""
+    return POINTS[arm.name].collapsed_at_step if arm.name in POINTS else None
