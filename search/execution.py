@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from spaces.config import TrialConfig
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
-from trainable.outcome import Outcome, Status, StepReport
+from trainable.outcome import Status, StepReport
 from trainable.ray_trainable import RinTrainable
 
 RETRIES = 2
@@ -48,7 +48,7 @@ class TrialEvent:
     config: TrialConfig
     step: int = 0
     """Steps done."""
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = field(default_factory=dict)
     rule: str = ""
 
     @property
@@ -80,11 +80,10 @@ def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker:
                 name="tune",
                 storage_path=study.folder.uri,
                 stop=budget,
-                checkpoint_config=tune.CheckpointConfig(
-                    checkpoint_frequency=0, checkpoint_at_end=False
-                ),  # a trial saves itself
+                # A trial saves itself.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[SweepCallback.of(study, searcher.arms, budget, tracker, view)],
+                callbacks=[SweepCallback(study, searcher.arms, budget, tracker, view)],
                 verbose=0,
                 log_to_file=True,
             ),
@@ -107,23 +106,12 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
     """Hears from Tune what happens to trials, and passes it on. Tune pickles its callbacks into the store; of this one
     nothing is in the pickle, neither a thread nor a tracking URI with a password, and nothing reads it."""
 
-    study: StudyConfig
-    budget: Budget
-    tracker: Tracker
-    view: View
-    arms: Sequence[Arm]
-
-    @classmethod
-    def of(
-        cls, study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View
-    ) -> "SweepCallback":
+    def __init__(self, study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View) -> None:
         """`arms`: the searcher's own list, which grows as it proposes."""
-        made = cls()
-        made.study, made.arms, made.budget, made.tracker, made.view = study, arms, budget, tracker, view
-        return made
+        self.study, self.arms, self.budget, self.tracker, self.view = study, arms, budget, tracker, view
 
     def __reduce__(self) -> Any:
-        return SweepCallback, ()
+        return tune.Callback, ()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Also after a retry."""
@@ -140,13 +128,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self.budget.reported(report.seconds)
         _, arm, replicate = self._trial(trial)
         self.tracker.report(arm, replicate, report)
-        if "outcome" not in result:
-            self._tell(trial, "running", report=report)
-            return
-        outcome = read_outcome(trial_folder(self.study, arm.name, replicate))
-        assert outcome is not None
-        self.tracker.end(arm, replicate)
-        self._tell(trial, outcome.outcome, report=report, outcome=outcome)
+        status: Status = "running"
+        if "outcome" in result:
+            outcome = read_outcome(trial_folder(self.study, arm.name, replicate))
+            assert outcome is not None
+            self.tracker.end(arm, replicate)
+            status = outcome.outcome
+        self._tell(trial, status, step=report.step + 1, metrics=report.signals, rule=report.verdict.rule)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Without an outcome it was stopped from outside and evaluates itself as it leaves: `mirror.tell_endings` hears
@@ -169,34 +157,16 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             self.tracker.begin(arm, number, replicate)
         self.tracker.end(arm, replicate)
         state = read_trial(folder, driven=False)
-        self._tell(trial, state.status, outcome=state.outcome, step=state.step, rule=state.rule)
+        self._tell(trial, state.status, step=state.step, rule=state.rule)
 
     def _trial(self, trial: Any) -> tuple[int, Arm, int]:
         number = trial.config["number"]
         return number, self.arms[number], trial.config["replicate"]
 
-    def _tell(
-        self,
-        trial: Any,
-        status: Status,
-        *,
-        report: StepReport | None = None,
-        outcome: Outcome | None = None,
-        step: int = 0,
-        rule: str = "",
-    ) -> None:
+    def _tell(self, trial: Any, status: Status, **seen: Any) -> None:
+        """`seen`: step, metrics and rule of the event, as far as there are any."""
         _, arm, replicate = self._trial(trial)
-        self.view(
-            TrialEvent(
-                arm=arm.name,
-                replicate=replicate,
-                status=status,
-                config=arm.config,
-                step=report.step + 1 if report is not None else step,
-                metrics=report.signals if report is not None else {},
-                rule=rule or (report.verdict.rule if report is not None else ""),
-            )
-        )
+        self.view(TrialEvent(arm=arm.name, replicate=replicate, status=status, config=arm.config, **seen))
 
 
 def _write_death(folder: Folder, error_file: str | None, began: bool) -> None:

@@ -244,15 +244,13 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
             yield
         return
     config.scratch.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.scratch / "driver.lock", thread_local=False)
     try:
-        lock.acquire(timeout=1)  # `rin status` holds it for a moment
+        # `rin status` holds it for a moment.
+        held = FileLock(config.scratch / "driver.lock", thread_local=False).acquire(timeout=1)
     except Timeout:
         raise _busy(config) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def refuse_second_driver(config: StudyConfig) -> None:
@@ -278,10 +276,8 @@ def is_driven(config: StudyConfig) -> bool:
     path = config.scratch / "driver.lock"
     if not path.exists():
         return False
-    lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(path, thread_local=False).acquire(timeout=0):
+            return False
     except Timeout:
         return True
-    lock.release()
-    return False

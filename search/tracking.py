@@ -117,14 +117,8 @@ class Tracker:
         attempts = read_trial(trial_folder(self._study, arm.name, replicate), driven=True).attempts
         tags = {"sweep": self._study.name, "arm": arm.name, "replicate": str(replicate), "status": "running"}
         tags |= {"origin": arm.origin, "arm_number": str(number)}
-        self._put(
-            arm,
-            replicate,
-            do="open",
-            name=f"{arm.name}/{replicate}",
-            tags=tags,
-            time=_ms(attempts[0].started if attempts else None),
-        )
+        since = _ms(attempts[0].started if attempts else None)
+        self._put(arm, replicate, do="open", name=f"{arm.name}/{replicate}", tags=tags, time=since)
         params = {name: _param(value) for name, value in flatten(config).items()}
         self._put(arm, replicate, do="log", params=params)
         self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
@@ -135,16 +129,9 @@ class Tracker:
         if report.step < run.steps:
             return
         run.steps = report.step + 1
-        # Its own time: MLflow then knows it when it comes twice.
-        self._put(
-            arm,
-            replicate,
-            do="log",
-            step=report.step,
-            metrics=_metrics(report),
-            tags=run.news(report),
-            time=report.time_ms,
-        )
+        metrics, tags, when = _metrics(report), run.news(report), report.time_ms
+        # At its own time: MLflow then knows it when it comes twice.
+        self._put(arm, replicate, do="log", step=report.step, metrics=metrics, tags=tags, time=when)
 
     def retry(self, arm: Arm, replicate: int, failures: int, error: str) -> None:
         """It failed, and will be tried again from its checkpoint."""
@@ -391,21 +378,18 @@ class MlflowWriter:
 
         mlflow, run_id = self._mlflow, self._run_id(record)
         match record["do"]:
-            case "open":
-                mlflow.update_run(run_id, status="RUNNING")
-                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
-            case "log":
+            case "file":
+                mlflow.log_text(run_id, record["text"], record["path"])
+            case "end":
+                mlflow.set_terminated(run_id, record["status"], record["time"])
+            case "open" | "log" | "told" as what:
+                if what == "open":
+                    mlflow.update_run(run_id, status="RUNNING")
                 numbers: Mapping[str, float] = record.get("metrics", {})
                 metrics = [Metric(name, value, record["time"], record["step"]) for name, value in numbers.items()]
                 params = [Param(*item) for item in record.get("params", {}).items()]
                 tags = [RunTag(*item) for item in record.get("tags", {}).items()]
                 mlflow.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # it splits params into hundreds
-            case "told":
-                mlflow.log_batch(run_id, tags=[RunTag(*item) for item in record["tags"].items()])
-            case "file":
-                mlflow.log_text(run_id, record["text"], record["path"])
-            case "end":
-                mlflow.set_terminated(run_id, record["status"], record["time"])
 
     def _run_id(self, record: Record) -> str:
         """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
@@ -416,12 +400,10 @@ class MlflowWriter:
             self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
         number = self._experiments[experiment]
         found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
-        if found:
-            run = found[0]
-        else:
+        if not found:
             tags = {"trial_key": key, **record.get("tags", {})}
-            run = self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))
-        self._runs[key] = run.info.run_id
+            found = [self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))]
+        self._runs[key] = found[0].info.run_id
         return self._runs[key]
 
     def _is_refusal(self, error: Exception) -> bool:

@@ -227,7 +227,7 @@ def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -
 
 def test_of_its_callback_nothing_is_in_what_tune_pickles_into_the_store(tmp_path: Path) -> None:
     config = study(tmp_path, tracking_uri="http://rin:canary-4711@127.0.0.1:9/")
-    callback = SweepCallback.of(config, [], Budget(config, []), Tracker(config), lambda event: None)
+    callback = SweepCallback(config, [], Budget(config, []), Tracker(config), lambda event: None)
     pickled = pickle.dumps(callback)
     assert b"canary" not in pickled
     assert vars(pickle.loads(pickled)) == {}
@@ -239,7 +239,7 @@ def test_an_arm_that_is_proposed_while_trials_run_is_known_without_reading_the_s
     arms: list[Arm] = fixed_arms(config)
     events: list[TrialEvent] = []
     tracker = Tracker(config)
-    callback = SweepCallback.of(config, arms, Budget(config, arms), tracker, events.append)
+    callback = SweepCallback(config, arms, Budget(config, arms), tracker, events.append)
     arms.append(replace(arms[0], name="c01", origin="searcher"))
     callback.on_trial_start(0, [], SimpleNamespace(trial_id="t", config={"number": 1, "arm": "c01", "replicate": 2}))
     assert ([event.trial for event in events], tracker.open()) == (["c01/2"], [("c01", 2)])
@@ -253,7 +253,7 @@ def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_e
     place.write("attempt-001.json", json.dumps(attempt(ended="hang", reason="too long")))
     (tmp_path / "error.txt").write_text("Traceback\nRuntimeError: no GPU\n")
     events: list[TrialEvent] = []
-    callback = SweepCallback.of(config, arms, Budget(config, []), Tracker(config), events.append)
+    callback = SweepCallback(config, arms, Budget(config, []), Tracker(config), events.append)
     given = {"number": 0, "arm": "control", "replicate": 0}
     trial = SimpleNamespace(trial_id="t", config=given, error_file=str(tmp_path / "error.txt"))
     callback.on_trial_error(0, [], trial)

@@ -738,7 +738,7 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
         run_config = tune.RunConfig(
             name=name,
             storage_path=str(tmp_path / "tune"),
-            callbacks=[SweepCallback.of(config, written, Budget(config, written), tracker, events.append)],
+            callbacks=[SweepCallback(config, written, Budget(config, written), tracker, events.append)],
             stop={"training_iteration": 4},
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
