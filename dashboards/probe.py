@@ -25,11 +25,12 @@ from typing import Any, get_args
 
 import torch
 
+from dashboards.tables import fields_of
 from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from trainable.engines.gate import FLOOR_FACTOR
-from trainable.floor import APART, Floor, Gap, eager_logps, first_blocks, floor_of
+from trainable.floor import APART, Floor, eager_logps, first_blocks, floor_of
 from trainable.forward.logps import clean_logps, make_batch
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, computing, deployed
@@ -264,6 +265,14 @@ def line(rows: Sequence[Row]) -> str:
     )
 
 
+LEGEND = f"""\
+KL@n: per token in nats (k3), over the first n tokens of a completion; the larger of two gaps between exact forward
+passes of the same weights on the same tokens: generation's cache against training, eager attention against training's.
+mean, max: distance of log-probs, apart: by more than {APART:g}. none, token, seq@n: share of the samples that counts
+under no importance correction, under one per token, under one per sequence. A few tokens carry the KL: with more of
+them (--prompts) it is steadier."""
+
+
 def conclusion(rows: Sequence[Row]) -> list[str]:
     """What the numbers mean for a comparison; from the whole model in W4A4 at the longest length."""
     whole = {
@@ -272,22 +281,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
         if row.blocks == row.depth and row.length == rows[-1].length and row.scale_rule == "floor"
     }
     return [
-        (
-            "KL@n: per token in nats (k3), over the first n tokens of a completion; "
-            "the larger of two gaps between exact forward passes of the"
-        ),
-        (
-            "same weights on the same tokens: generation's cache against training, "
-            "eager attention against training's. mean, max: distance of"
-        ),
-        (
-            f"log-probs, apart: by more than {APART:g}. none, token, seq@n: "
-            "share of the samples that counts under no importance correction,"
-        ),
-        (
-            "under one per token, under one per sequence. A few tokens carry the KL: "
-            "with more of them (--prompts) it is steadier."
-        ),
+        *LEGEND.splitlines(),
         *(_verdict(dtype, kl, whole[dtype, "W16A16"]) for (dtype, mode), kl in whole.items() if mode == "W4A4"),
     ]
 
@@ -331,21 +325,16 @@ def as_tree(plan: Plan, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
 
 def _row(row: Row) -> dict[str, Any]:
     return {
-        "dtype": row.dtype,
-        "mode": row.mode,
+        **fields_of(row, "dtype", "mode"),
         **MODES[row.mode],
-        "scale_rule": row.scale_rule,
-        "blocks": row.blocks,
-        "depth": row.depth,
-        "length": row.length,
+        **fields_of(row, "scale_rule", "blocks", "depth", "length"),
         "kl": _finite(row.floor.kl),
         "effective_share": {correction: _finite(share) for correction, share in row.effective_share.items()},
-        "pairs": {name: _pair(pair) for name, pair in row.floor.pairs.items()},
+        "pairs": {
+            name: {key: _finite(value) for key, value in asdict(gap).items() if not key.endswith("_share")}
+            for name, gap in row.floor.pairs.items()
+        },
     }
-
-
-def _pair(pair: Gap) -> dict[str, Any]:
-    return {key: _finite(value) for key, value in asdict(pair).items() if not key.endswith("_share")}
 
 
 def _finite(value: float) -> float | None:

@@ -155,11 +155,10 @@ def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     return next(iter(exact + near), None)
 
 
-def paired_difference(study: StudyConfig, arm: Arm, control: Arm) -> float | None:
-    """Mean difference of accuracies over common seeds, a share; None without any."""
-    plain = {run.seed: run.accuracy for run in replicates_of(study, control)}
-    differences = [run.accuracy - plain[run.seed] for run in replicates_of(study, arm) if run.seed in plain]
-    return fmean(differences) if differences else None
+def paired_differences(treated: Sequence[Replicate], control: Sequence[Replicate]) -> list[float]:
+    """Of accuracies, shares, over common seeds."""
+    plain = {run.seed: run.accuracy for run in control}
+    return [run.accuracy - plain[run.seed] for run in treated if run.seed in plain]
 
 
 # --- who is ahead -----------------------------------------------------------------------------------------------------
@@ -217,8 +216,9 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
             raise ConfigError(
                 f"--arm {named}: has no control with grpo.filter_groups={policy} in {study.name}; name another arm"
             )
-        difference = paired_difference(study, arm, control)
         runs = replicates_of(study, arm)
+        differences = paired_differences(runs, replicates_of(study, control))
+        difference = fmean(differences) if differences else None
         completed = len(runs) == study.replicates and not any(run.collapsed for run in runs)
         if named is not None or (completed and difference is not None):
             found.append(Candidate(study=study, arm=arm, control=control, difference=difference))

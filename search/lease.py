@@ -14,8 +14,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trainable.disk.folder import Folder
@@ -24,67 +24,56 @@ FILE = "driver.json"
 RENEW_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 15.0, 60.0, 1.0
 
 
-class Lease:
-    """`with Lease(folder, lambda owner: SomeError(owner)): ...`; raises that error when somebody else holds it."""
-
-    def __init__(self, folder: Folder, busy: Callable[[str], Exception]) -> None:
-        self._folder, self._busy = folder, busy
-        self._host, self._token = socket.gethostname(), uuid.uuid4().hex
-        self._ended = threading.Event()
-
-    def __enter__(self) -> None:
-        self._refuse_other()
-        self._write()
-        time.sleep(SETTLE_SECONDS)
-        self._refuse_other()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._thread.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-        if self._other() == "":
-            self._folder.remove(FILE)
-
-    def _other(self) -> str:
-        """Who else holds it; empty when nobody does, or nobody alive."""
-        text = self._folder.read(FILE)
-        held: dict[str, Any] = json.loads(text) if text is not None else {"token": self._token}
-        if held["token"] == self._token or time.time() - held["seen"] > STALE_SECONDS:
-            return ""
-        if held["host"] == self._host and not _alive(held["pid"]):
-            return ""
-        return f"process {held['pid']} on {held['host']}"
-
-    def _refuse_other(self) -> None:
-        other = self._other()
-        if other:
-            raise self._busy(other)
-
-    def _write(self) -> None:
-        held = {"host": self._host, "pid": os.getpid(), "token": self._token, "seen": time.time()}
-        self._folder.write(FILE, json.dumps(held))
-
-    def _renew(self) -> None:
-        renewed = time.monotonic()
-        while not self._ended.wait(RENEW_SECONDS):
-            try:
-                taken = bool(self._other())
-                if not taken:
-                    self._write()
-                    renewed = time.monotonic()
-            except OSError:  # the store is away for a moment
-                taken = False
-            if taken or time.monotonic() - renewed > STALE_SECONDS:  # a suspended machine, a minute without the store
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+@contextmanager
+def leased(folder: Folder, busy: Callable[[str], Exception]) -> Iterator[None]:
+    """`with leased(folder, lambda owner: SomeError(owner)): ...`; raises that error when somebody else holds it."""
+    token, ended = uuid.uuid4().hex, threading.Event()
+    if other := holder(folder):
+        raise busy(other)
+    _write(folder, token)
+    time.sleep(SETTLE_SECONDS)
+    if other := holder(folder, token):
+        raise busy(other)
+    thread = threading.Thread(target=_renew, args=(folder, token, ended), name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if not holder(folder, token):
+            folder.remove(FILE)
 
 
-def holder(folder: Folder) -> str:
-    """Who holds the lease; empty when nobody does, or nobody alive."""
-    return Lease(folder, RuntimeError)._other()
+def holder(folder: Folder, token: str = "") -> str:
+    """Who holds the lease, other than the owner of `token`; empty when nobody does, or nobody alive."""
+    text = folder.read(FILE)
+    held: dict[str, Any] = json.loads(text) if text is not None else {"token": token}
+    if held["token"] == token or time.time() - held["seen"] > STALE_SECONDS:
+        return ""
+    if held["host"] == socket.gethostname() and not _alive(held["pid"]):
+        return ""
+    return f"process {held['pid']} on {held['host']}"
+
+
+def _write(folder: Folder, token: str) -> None:
+    held = {"host": socket.gethostname(), "pid": os.getpid(), "token": token, "seen": time.time()}
+    folder.write(FILE, json.dumps(held))
+
+
+def _renew(folder: Folder, token: str, ended: threading.Event) -> None:
+    renewed = time.monotonic()
+    while not ended.wait(RENEW_SECONDS):
+        try:
+            taken = bool(holder(folder, token))
+            if not taken:
+                _write(folder, token)
+                renewed = time.monotonic()
+        except OSError:  # the store is away for a moment
+            taken = False
+        if taken or time.monotonic() - renewed > STALE_SECONDS:  # a suspended machine, a minute without the store
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 
 
 def _alive(pid: int) -> bool:

@@ -8,9 +8,9 @@ the plan recorded it for a point.
 
 import math
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, variance
 
-from search.arms import Arm, control_for, read_arms, replicates_of, trial_folder
+from search.arms import Arm, control_for, paired_differences, read_arms, replicates_of, trial_folder
 from search.lineup import fixed_arms
 from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
@@ -143,7 +143,7 @@ def experience(store: str, workload: str) -> Experience:
     """From every sweep of this workload in the store; one that cannot be read is no reason not to plan a new one."""
     seconds: list[float] = []
     spent: list[float] = []
-    squares: list[tuple[float, int]] = []
+    spreads: list[tuple[float, int]] = []
     for name in sweeps(store) if "://" not in store else []:
         try:
             study = load_study_config(store, name)
@@ -156,11 +156,11 @@ def experience(store: str, workload: str) -> Experience:
         if done:
             searched = [taken[arm.name] for arm in arms if arm.origin == "searcher"]
             spent += [min(value / median(done), 1.0) for by_outcome in searched for _, value in by_outcome]
-        squares += _spread(study, arms)
-    freedom = sum(count for _, count in squares)
+        spreads += _spread(study, arms)
+    freedom = sum(df for _, df in spreads)
     return Experience(
         trial_seconds=median(seconds) if seconds else None,
-        difference_sd=math.sqrt(sum(total for total, _ in squares) / freedom) if freedom >= 2 else None,
+        difference_sd=math.sqrt(sum(square * df for square, df in spreads) / freedom) if freedom >= 2 else None,
         searched_share=sum(spent) / len(spent) if len(spent) >= 5 else None,
     )
 
@@ -176,20 +176,15 @@ def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
 
 
 def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
-    """(sum of squares, degrees of freedom) of differences from the control over seeds, for each healthy arm with 2
-    replicates or more."""
+    """(variance, degrees of freedom) of differences from the control over seeds, for each arm with 2 replicates or more
+    that did not collapse."""
     found = []
     for arm in arms:
         control = control_for(arm, arms)
-        plain = {} if control is None else {run.seed: run.accuracy for run in replicates_of(study, control)}
-        differences = [
-            run.accuracy - plain[run.seed]
-            for run in replicates_of(study, arm)
-            if run.seed in plain and not run.collapsed
-        ]
-        if arm.origin != "control" and len(differences) >= 2:
-            middle = sum(differences) / len(differences)
-            found.append((sum((difference - middle) ** 2 for difference in differences), len(differences) - 1))
+        healthy = [run for run in replicates_of(study, arm) if not run.collapsed]
+        differences = [] if control is None else paired_differences(healthy, replicates_of(study, control))
+        if len(differences) >= 2:
+            found.append((variance(differences), len(differences) - 1))
     return found
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search.lease import Lease, holder
+from search.lease import holder, leased
 from search.mlflow_client import Owner
 from search.secrets import strip_password
 from spaces.cache import cache_folder
@@ -240,7 +240,7 @@ def slots_of(config: StudyConfig) -> float:
 def only_driver(config: StudyConfig) -> Iterator[None]:
     """One process drives a sweep. Raises ConfigError for the second."""
     if config.folder.local is None:
-        with Lease(config.folder, lambda owner: _busy(config, f" ({owner})")):
+        with leased(config.folder, lambda owner: _busy(config, f" ({owner})")):
             yield
         return
     config.scratch.mkdir(parents=True, exist_ok=True)

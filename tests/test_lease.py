@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from search import lease
-from search.lease import FILE, STALE_SECONDS, Lease
+from search.lease import FILE, STALE_SECONDS, leased
 from trainable.disk.folder import Folder
 
 
@@ -43,7 +43,7 @@ def dead_process() -> int:
 
 
 def test_the_owner_s_name_is_there_while_it_works_and_gone_afterwards(folder: Folder) -> None:
-    with Lease(folder, Busy):
+    with leased(folder, Busy):
         tree = json.loads(folder.read(FILE) or b"")
         assert (tree["pid"], tree["host"]) == (os.getpid(), socket.gethostname())
     assert folder.names() == []
@@ -51,7 +51,7 @@ def test_the_owner_s_name_is_there_while_it_works_and_gone_afterwards(folder: Fo
 
 def test_a_living_owner_is_named_and_left_alone(folder: Folder) -> None:
     held(folder)
-    with pytest.raises(Busy, match=f"process {os.getppid()} on {socket.gethostname()}"), Lease(folder, Busy):
+    with pytest.raises(Busy, match=f"process {os.getppid()} on {socket.gethostname()}"), leased(folder, Busy):
         pytest.fail("two owners")
     assert token(folder) == "other"
 
@@ -74,10 +74,10 @@ def test_a_name_is_free_when_it_is_stale_or_its_process_on_this_machine_is_dead(
         owner = owner | {"pid": dead_process()}
     held(folder, **owner)
     if free:
-        with Lease(folder, Busy):
+        with leased(folder, Busy):
             assert token(folder) != "other"
     else:
-        with pytest.raises(Busy), Lease(folder, Busy):
+        with pytest.raises(Busy), leased(folder, Busy):
             pytest.fail("two owners")
 
 
@@ -86,7 +86,7 @@ def test_the_limit_between_alive_and_stale(folder: Folder, age: float, free: boo
     held(folder, seen=time.time() - age)
     taken = False
     try:
-        with Lease(folder, Busy):
+        with leased(folder, Busy):
             taken = True
     except Busy:
         pass
@@ -98,7 +98,7 @@ def test_of_two_that_start_in_the_same_instant_only_the_later_writer_goes_on(
 ) -> None:
     """The other one writes while this one waits."""
     monkeypatch.setattr("search.lease.time.sleep", lambda seconds: held(folder))
-    with pytest.raises(Busy), Lease(folder, Busy):
+    with pytest.raises(Busy), leased(folder, Busy):
         pytest.fail("two owners")
     assert token(folder) == "other", "who withdraws leaves the other's name"
 
@@ -112,7 +112,7 @@ def test_of_two_real_threads_at_most_one_is_in(folder: Folder, monkeypatch: pyte
 
     def take() -> None:
         try:
-            with Lease(folder, Busy):
+            with leased(folder, Busy):
                 inside.append(1)
                 most.append(len(inside))
                 leave.wait(5)
@@ -130,7 +130,7 @@ def test_of_two_real_threads_at_most_one_is_in(folder: Folder, monkeypatch: pyte
 
 def test_a_lease_is_renewed_while_it_is_held_and_not_after(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    with Lease(folder, Busy):
+    with leased(folder, Busy):
         first, deadline = json.loads(folder.read(FILE) or b"")["seen"], time.monotonic() + 30
         while json.loads(folder.read(FILE) or b"")["seen"] == first:
             assert time.monotonic() < deadline
@@ -140,7 +140,7 @@ def test_a_lease_is_renewed_while_it_is_held_and_not_after(folder: Folder, monke
 
 
 def test_who_lost_the_lease_does_not_remove_the_next_owner_s_name(folder: Folder) -> None:
-    with Lease(folder, Busy):
+    with leased(folder, Busy):
         held(folder)
     assert token(folder) == "other"
 
@@ -150,16 +150,16 @@ def test_a_store_that_is_away_for_a_moment_does_not_end_the_renewing(
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
     calls: list[int] = []
-    write = Lease._write
+    write = lease._write
 
-    def sometimes(self: Lease) -> None:
+    def sometimes(folder: Folder, token: str) -> None:
         calls.append(1)
         if len(calls) in (2, 3):
             raise OSError("the network is away")
-        write(self)
+        write(folder, token)
 
-    monkeypatch.setattr(Lease, "_write", sometimes)
-    with Lease(folder, Busy):
+    monkeypatch.setattr(lease, "_write", sometimes)
+    with leased(folder, Busy):
         deadline = time.monotonic() + 30
         while len(calls) < 6:
             assert time.monotonic() < deadline
