@@ -1,8 +1,8 @@
 """Which dimension of a sweep mattered: importance per dimension over the trials of an Optuna study.
 
-Two questions, two methods. PED-ANOVA (Watanabe et al. 2023): where must a dimension be for a trial to be among the
-best? fANOVA (Hutter et al. 2014): how much of the variance of the result does a dimension explain, over its whole
-range? A dimension that only breaks runs at one end matters to fANOVA and little to PED-ANOVA among the good.
+The question is PED-ANOVA's (Watanabe et al. 2023): where must a dimension be for a trial to be among the best? Left
+out: fANOVA (Hutter et al. 2014), which asks how much of the variance of the result a dimension explains over its whole
+range, and to which one that only breaks runs at one end matters more.
 
 **Dimensions that exist in some trials only** (sigma of linear layers exists where noise goes into linear layers) are
 assessed among those trials, beside the dimensions that all of them have. Each row names its number of trials; shares of
@@ -13,8 +13,8 @@ to the trials at random, 19 times, and the highest importance that the dimension
 the same scale: one without influence stays below it in 95 of 100 cases. With fewer than MIN_TRIALS trials there is no
 number at all.
 
-A sampler that learns looks closely where results are good. Both methods then describe the trials that were run, not the
-whole space.
+A sampler that learns looks closely where results are good. What is described are then the trials that were run, not
+the whole space.
 """
 
 import math
@@ -22,20 +22,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
-
-Method = Literal["ped-anova", "fanova"]
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 MIN_TRIALS = 20
 MIN_BEST = 5
 """PED-ANOVA describes the best tenth, but no fewer trials than these."""
 DEALS = 19
-TREES = 24
-"""Of fANOVA's forest: each deal grows one, in half a second with 64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +53,14 @@ class Importance:
     """Why there is no number; or that the dimension exists in some trials only."""
 
 
-def importance(
-    study: optuna.Study, *, method: Method = "ped-anova", objective: int = 0, seed: int = 0
-) -> tuple[Importance, ...]:
+def importance(study: optuna.Study) -> tuple[Importance, ...]:
     """A row per dimension: those of all trials first, then conditional ones, each group by falling importance.
 
-    `objective`: which value of a study with several. Complete trials with a finite value count; a failed one has none.
+    Of a study with several objectives, for the first one. Complete trials with a finite value count; a failed one has
+    none.
     """
     finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    trials = [trial for trial in finished if math.isfinite(trial.values[objective])]
+    trials = [trial for trial in finished if math.isfinite(trial.values[0])]
     ranges: dict[str, set[Any]] = defaultdict(set)
     members: dict[str, list[int]] = defaultdict(list)
     for place, trial in enumerate(trials):
@@ -82,9 +77,9 @@ def importance(
         steady = [name for name in members if len(ranges[name]) == 1 and set(group) <= set(members[name])]
         shares: dict[str, float] = {}
         chance: dict[str, float] = {}
-        reason = _reason([trial.values[objective] for trial in chosen])
+        reason = _reason([trial.values[0] for trial in chosen])
         if not reason and any(name in steady for name in names):
-            shares, chance = _assess(study.directions[objective], chosen, steady, method, objective, seed)
+            shares, chance = _assess(study.directions[0], chosen, steady)
         for name in names:
             note = reason or ("" if name in steady else "not assessable: its range changed between trials")
             if not note and len(group) < len(trials):
@@ -111,52 +106,31 @@ def _reason(values: Sequence[float]) -> str:
 
 
 def _assess(
-    direction: optuna.study.StudyDirection,
-    trials: Sequence[optuna.trial.FrozenTrial],
-    names: Sequence[str],
-    method: Method,
-    objective: int,
-    seed: int,
+    direction: optuna.study.StudyDirection, trials: Sequence[optuna.trial.FrozenTrial], names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results, as a
     share of the same whole: among dealt results shares would say nothing, since they add up to 1 there too."""
-    values = [trial.values[objective] for trial in trials]
-    rng = np.random.default_rng(seed)
-    found = _raw(direction, trials, values, names, method, seed)
-    dealt = [_raw(direction, trials, rng.permutation(values).tolist(), names, method, seed) for _ in range(DEALS)]
+
+    def raw(values: Sequence[float]) -> dict[str, float]:
+        """Before it is made a share; from a study in memory that holds these trials and dimensions with these
+        results."""
+        part = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=0))
+        for trial, value in zip(trials, values, strict=True):
+            params = {name: trial.params[name] for name in names}
+            distributions = {name: trial.distributions[name] for name in names}
+            part.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, MIN_BEST / len(trials)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            found = get_param_importances(part, evaluator=evaluator, params=list(names), normalize=False)
+        return {name: float(value) for name, value in found.items()}
+
+    values = [trial.values[0] for trial in trials]
+    rng = np.random.default_rng(0)
+    found = raw(values)
+    dealt = [raw(rng.permutation(values).tolist()) for _ in range(DEALS)]
     whole = sum(found.values()) or 1.0
     return (
         {name: value / whole for name, value in found.items()},
         {name: min(1.0, max(deal[name] for deal in dealt) / whole) for name in names},
     )
-
-
-def _raw(
-    direction: optuna.study.StudyDirection,
-    trials: Sequence[optuna.trial.FrozenTrial],
-    values: Sequence[float],
-    names: Sequence[str],
-    method: Method,
-    seed: int,
-) -> dict[str, float]:
-    """Before it is made a share; from a study in memory that holds exactly these trials, dimensions and results."""
-    part = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=seed))
-    part.add_trials(
-        [
-            optuna.trial.create_trial(
-                params={name: trial.params[name] for name in names},
-                distributions={name: trial.distributions[name] for name in names},
-                value=value,
-            )
-            for trial, value in zip(trials, values, strict=True)
-        ]
-    )
-    evaluator = (
-        PedAnovaImportanceEvaluator(target_quantile=max(0.1, MIN_BEST / len(trials)))
-        if method == "ped-anova"
-        else FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        found: dict[str, float] = get_param_importances(part, evaluator=evaluator, params=list(names), normalize=False)
-    return {name: float(value) for name, value in found.items()}
