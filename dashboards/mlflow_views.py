@@ -94,19 +94,15 @@ def view_state() -> dict[str, Any]:
     """The page's fields; what is not named here keeps MLflow's default."""
     accuracy = {"key": ACCURACY, "type": "METRIC"}
     scatters = [{"type": "SCATTER", "xaxis": {"key": key, "type": kind}, "yaxis": accuracy} for key, kind in SCATTERS]
-    over_steps = {
-        "type": "LINE",
-        "xAxisKey": "step",
-        "useGlobalXaxisKey": False,
-        "lineSmoothness": 0,
-        "useGlobalLineSmoothing": False,
-    }
-    lines = [over_steps | {"metricKey": name, "selectedMetricKeys": [name], "displayName": name} for name in LINES]
+    own_axis: dict[str, Any] = {"xAxisKey": "step", "useGlobalXaxisKey": False}
+    line = {"type": "LINE", **own_axis, "lineSmoothness": 0, "useGlobalLineSmoothing": False}
+    lines = [line | {"metricKey": name, "selectedMetricKeys": [name], "displayName": name} for name in LINES]
     sections: dict[str, tuple[list[dict[str, Any]], int]] = {  # charts, columns
         "Accuracy": (scatters, 2),
         "Steps": (lines, 3),
         "Together": ([{"type": "PARALLEL", **PARALLEL}], 1),
     }
+    chosen = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100}
     return {
         "orderByKey": f"metrics.`{ACCURACY}`",
         "orderByAsc": False,
@@ -120,14 +116,7 @@ def view_state() -> dict[str, Any]:
             for name, (_, columns) in sections.items()
         ],
         "compareRunCharts": [
-            chart
-            | {
-                "uuid": f"{name}-{index}",
-                "metricSectionId": name,
-                "deleted": False,
-                "isGenerated": False,
-                "runsCountToCompare": 100,
-            }
+            {**chart, **chosen, "uuid": f"{name}-{index}", "metricSectionId": name}
             for name, (charts, _) in sections.items()
             for index, chart in enumerate(charts)
         ],
@@ -165,30 +154,23 @@ def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, o
 
 def _check_port(host: str, port: int) -> None:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as the server will: a connection just closed is no obstacle
+        # As the server will: a connection just closed is no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"port {port} on {host}: {reason}; give another --port, for example {port % 60000 + 1}"
-            ) from None
+            reason, free = getattr(error, "strerror", None) or error, port % 60000 + 1
+            raise ConfigError(f"port {port} on {host}: {reason}; give another --port, for example {free}") from None
 
 
 @contextmanager
 def _server(uri: str, host: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The process and the file of its output. On leaving, the whole process group is gone."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level warning"]
-    command += [
-        "--no-serve-artifacts"
-    ]  # those of a local store are read where they lie; this is the upload of others through the server
-    switches = {
-        "MLFLOW_BACKEND_STORE_URI": absolute_uri(uri),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }  # a URI may hold a password
+    # A local store is read where it lies; what is switched off is the upload of artifacts through the server.
+    command += ["--uvicorn-opts", "--log-level warning", "--no-serve-artifacts"]
+    # Not as options: a URI may hold a password.
+    switches = {"MLFLOW_BACKEND_STORE_URI": absolute_uri(uri), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with tempfile.TemporaryDirectory(prefix="rin-mlflow-") as folder, (Path(folder) / "server.log").open("wb") as log:
         environment = {**ENVIRONMENT, **os.environ, **switches}
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)

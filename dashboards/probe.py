@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 import torch
 
-from dashboards.tables import fields_of
+from dashboards.tables import fields_of, finite
 from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
@@ -328,18 +328,13 @@ def _row(row: Row) -> dict[str, Any]:
         **fields_of(row, "dtype", "mode"),
         **MODES[row.mode],
         **fields_of(row, "scale_rule", "blocks", "depth", "length"),
-        "kl": _finite(row.floor.kl),
-        "effective_share": {correction: _finite(share) for correction, share in row.effective_share.items()},
+        "kl": finite(row.floor.kl),
+        "effective_share": {correction: finite(share) for correction, share in row.effective_share.items()},
         "pairs": {
-            name: {key: _finite(value) for key, value in asdict(gap).items() if not key.endswith("_share")}
+            name: {key: finite(value) for key, value in asdict(gap).items() if not key.endswith("_share")}
             for name, gap in row.floor.pairs.items()
         },
     }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 # --- rows -> figure ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dashboards.tables import describe_noise, duration, empty_table, fields_of, marks_apart, points
+from dashboards.tables import describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
 from search.confirm import Confirmation
 from search.importance import Importance
 from search.plan import StudyPlan, recorded_collapse
@@ -245,7 +245,5 @@ def _beside(seen: ArmComparison | None) -> dict[str, object]:
 
 
 def _finite(tree: Mapping[str, object]) -> dict[str, object]:
-    """JSON has no infinity: an interval that is open on a side has null there."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in tree.items()
-    }
+    """An interval that is open on a side has null there."""
+    return {key: finite(value) for key, value in tree.items()}

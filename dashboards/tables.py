@@ -4,6 +4,7 @@ table.
 NaN rule: an accuracy that is missing is shown as a dash; one that is not finite is shown as it is.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,11 @@ def why(row: ArmReport) -> str:
 def steps_text(row: ArmReport) -> str:
     """Steps done: `29`, or `4-29` where replicates differ."""
     return "-".join(map(str, row.steps if len(row.steps) < 2 else (row.steps[0], row.steps[-1])))
+
+
+def finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def arm_table(rows: Sequence[ArmReport], title: str) -> Table:

@@ -29,10 +29,9 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0
         self._since: dict[str, float] = {}
-        reported = (
-            [report.seconds for folder in folders for report in read_reports(folder)] if config.budget_hours else []
-        )
-        self._longest = max(reported, default=0.0)  # the first step of a trial, which evaluates
+        steps = (report.seconds for folder in folders for report in read_reports(folder))
+        # That of a trial's first step, which evaluates.
+        self._longest = max(steps, default=0.0) if config.budget_hours else 0.0
 
     def started(self, trial: str) -> None:
         self._since.setdefault(trial, time.monotonic())
@@ -48,12 +47,8 @@ class Budget(tune.Stopper):  # type: ignore[misc]
     @property
     def hours(self) -> float:
         """Used so far, those of running trials included."""
-        now = time.monotonic()
-        return (
-            self.earlier_hours
-            + self._ended_hours
-            + self.slots * sum(now - since for since in self._since.values()) / 3600
-        )
+        running = sum(time.monotonic() - since for since in self._since.values())
+        return self.earlier_hours + self._ended_hours + self.slots * running / 3600
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False

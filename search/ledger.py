@@ -8,17 +8,18 @@ share of generation whose groups the filter threw away.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from search.arms import Arm, trial_folder
 from search.store import StudyConfig, gpus_of, slots_of
-from trainable.disk.trial_folder import Attempt, read_attempts, read_reports
+from trainable.disk.trial_folder import read_attempts, read_reports
 from trainable.metrics import ROLLOUT_SECONDS, WASTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
     """Example: Ledger(hours=0.11, collapsed=0.02, repeated=0.0, filtered=0.004, arms={"control": 0.03, "c01": 0.08},
-    gpu=False)."""
+    unit="trial-slot hours")."""
 
     hours: float
     """Trial-slot hours, or GPU hours."""
@@ -29,12 +30,7 @@ class Ledger:
     filtered: float
     """Of generating groups that were not trained on."""
     arms: Mapping[str, float]
-    gpu: bool
-    """Whether these are GPU hours."""
-
-    @property
-    def unit(self) -> str:
-        return "GPU hours" if self.gpu else "trial-slot hours"
+    unit: Literal["trial-slot hours", "GPU hours"]
 
 
 def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
@@ -50,21 +46,16 @@ def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
             outcome = arm.results.get(replicate)
             if outcome is not None and outcome.collapsed:
                 collapsed += hours
-            useful = sum(report.seconds for report in reports) / 3600 * slots
-            repeated += max(hours - useful - slots * _first_start_hours(attempts), 0.0) if len(attempts) > 1 else 0.0
-            filtered += (
-                slots * sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports) / 3600
-            )
+            if len(attempts) > 1:  # loading before the first step: every trial has it once
+                useful = attempts[0].loading_seconds + sum(report.seconds for report in reports)
+                repeated += max(hours - slots * useful / 3600, 0.0)
+            wasted = sum(report.signals[ROLLOUT_SECONDS] * report.signals[WASTED] for report in reports)
+            filtered += slots * wasted / 3600
     return Ledger(
         hours=sum(by_arm.values()),
         collapsed=collapsed,
         repeated=repeated,
         filtered=filtered,
         arms=by_arm,
-        gpu=gpus_of(config) > 0,
+        unit="GPU hours" if gpus_of(config) else "trial-slot hours",
     )
-
-
-def _first_start_hours(attempts: Sequence[Attempt]) -> float:
-    """Loading before the first step: every trial has it once."""
-    return attempts[0].loading_seconds / 3600 if attempts else 0.0

@@ -58,8 +58,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
             arm = self._next_arm()
             if arm is None:
                 self.exhausted = len(self.arms) < self.study.trials
-                finished: str = Searcher.FINISHED
-                return finished
+                return str(Searcher.FINISHED)
             self.record(arm)
             self.arms.append(arm)
             self._seen.add(_identity(arm.config))

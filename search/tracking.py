@@ -97,10 +97,8 @@ class Tracker:
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
-        uri = study.tracking_uri
-        self._delivery = Delivery(
-            MlflowWriter(absolute_uri(uri), study.owner).send, f"tracking at {strip_password(uri)}"
-        )
+        writer = MlflowWriter(absolute_uri(study.tracking_uri), study.owner)
+        self._delivery = Delivery(writer.send, f"tracking at {strip_password(study.tracking_uri)}")
         self._runs: dict[tuple[str, int], _Run] = {}
 
     def heard_before(self, arm: Arm, replicate: int, heard: "Heard") -> None:
