@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +23,7 @@ _NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
 def sweep_view(console: Console, runs: int) -> Iterator[View]:
     """Yields the view that a sweep reports to; `runs` is how many trials are to come."""
     if not console.is_terminal:
-        yield _PlainLines(console, runs)
+        yield partial(_plain_line, console, runs, count(1))
         return
     events: dict[str, TrialEvent] = {}
     with Live(_table(events, runs), console=console, refresh_per_second=4) as live:
@@ -55,29 +57,17 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
     return table
 
 
-class _PlainLines:
-    """One line when a trial starts, evaluates or ends."""
-
-    def __init__(self, console: Console, runs: int) -> None:
-        self.console, self.runs, self.ended = console, runs, 0
-
-    def __call__(self, event: TrialEvent) -> None:
-        if event.status == "running" and event.step == 0:
-            self._say(f"{event.trial}: starts, noise {describe_noise(event.config)}")
-        elif event.status == "running" and ACCURACY in event.metrics:
-            accuracy = points(event.metrics[ACCURACY])
-            self._say(f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {accuracy}")
-        elif event.status != "running":
-            self.ended += 1
-            rule = f", rule {event.rule}" if event.rule else ""
-            accuracy = points(event.metrics.get(ACCURACY))
-            self._say(
-                f"[{self.ended}/{self.runs}] {event.trial}: {event.status} after {event.step} steps{rule}, "
-                f"accuracy {accuracy}"
-            )
-
-    def _say(self, line: str) -> None:
-        say(self.console, [line])
+def _plain_line(console: Console, runs: int, ended: Iterator[int], event: TrialEvent) -> None:
+    """When a trial starts, evaluates or ends; `ended` counts the last."""
+    accuracy = points(event.metrics.get(ACCURACY))
+    if event.status != "running":
+        rule = f", rule {event.rule}" if event.rule else ""
+        told = f"{event.status} after {event.step} steps{rule}, accuracy {accuracy}"
+        say(console, [f"[{next(ended)}/{runs}] {event.trial}: {told}"])
+    elif event.step == 0:
+        say(console, [f"{event.trial}: starts, noise {describe_noise(event.config)}"])
+    elif ACCURACY in event.metrics:
+        say(console, [f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {accuracy}"])
 
 
 @contextmanager

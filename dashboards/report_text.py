@@ -82,10 +82,8 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
         f"{state.winner} against {state.control}: {seen.words()}",
         f"  difference {_apart(seen, 2)} points {interval(seen)} (95 % over all looks), "
         f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
-        (
-            f"  looks after {', '.join(map(str, state.looks))} replicates; "
-            "collapsed replicates count with the accuracy at their stop"
-        ),
+        f"  looks after {', '.join(map(str, state.looks))} replicates; "
+        "collapsed replicates count with the accuracy at their stop",
     ]
     if state.arms is not None:
         risks = state.arms
@@ -121,19 +119,15 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     sooner = f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
     cheaper = f", {plan.hours * adjusted:.2f} with collapses"
     lines += [
-        (
-            f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
-            f"(seeds {study.seed} to {last}), arm by arm"
-        ),
+        f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
+        f"(seeds {study.seed} to {last}), arm by arm",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
         f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
         f"      about {duration(plan.wall_seconds)} if nothing collapses{sooner if adjusted < 1 else ''}",
         f"cost: about {plan.hours:.2f} {unit} if nothing collapses{cheaper if adjusted < 1 else ''}",
-        (
-            f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
-            f"its {config.eval.questions} questions alone"
-        ),
+        f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
+        f"its {config.eval.questions} questions alone",
     ]
     if plan.detectable is not None and plan.difference_sd is not None and plan.study.replicates >= 3:
         lines.append(

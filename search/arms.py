@@ -56,7 +56,7 @@ class Arm:
 
 
 def trial_folder(study: StudyConfig, arm: str, replicate: int) -> Folder:
-    return study.trials_folder / f"{arm}-{replicate}"
+    return study.folder / "trials" / f"{arm}-{replicate}"
 
 
 def trial_config(study: StudyConfig, arm: Arm, replicate: int) -> TrialConfig:

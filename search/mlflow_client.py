@@ -70,8 +70,7 @@ def check_tracking(uri: str, experiment: str, owner: Owner) -> str:
 def claim(uri: str, experiment: str, owner: Owner) -> None:
     """From here on the experiment is this sweep's. Raises ConfigError when it is another's, or cannot be written to."""
     with one_line(uri, f"cannot write to experiment {experiment}"):
-        mlflow = client(uri, create=True)
-        claimed_experiment(mlflow, uri, experiment, owner)
+        claimed_experiment(client(uri, create=True), uri, experiment, owner)
 
 
 def client(uri: str, create: bool = False) -> Any:
@@ -84,11 +83,11 @@ def client(uri: str, create: bool = False) -> Any:
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
     uri = absolute_uri(uri)
     if _is_sql(uri):
-        _knock(uri, create)
+        _check_reachable(uri, create)
     return MlflowClient(tracking_uri=uri)
 
 
-def _knock(uri: str, create: bool) -> None:
+def _check_reachable(uri: str, create: bool) -> None:
     """Fail at once where MLflow would retry for 100 s, and where reading would make an empty database."""
     import sqlalchemy
 
@@ -98,11 +97,8 @@ def _knock(uri: str, create: bool) -> None:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         elif not Path(url.database).exists():
             raise FileNotFoundError("there is no such file")
-    engine = sqlalchemy.create_engine(url)
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)  # which keeps no connection open
+    sqlalchemy.inspect(engine).get_table_names()
 
 
 def experiment_id(mlflow: Any, uri: str, name: str, owner: Owner) -> str:

@@ -128,10 +128,6 @@ class StudyConfig(BaseModel):
         return Folder(self.store) / self.name
 
     @property
-    def trials_folder(self) -> Folder:
-        return self.folder / "trials"
-
-    @property
     def scratch(self) -> Path:
         """A folder on this machine for what belongs to one driver: Ray's working folder, the lock."""
         local = self.folder.local

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from search.arms import trial_folder
 from search.store import (
     STUDY_FILE,
     VERSION,
@@ -71,7 +72,7 @@ def test_a_file_cannot_say_that_it_lies_elsewhere(tmp_path: Path) -> None:
     config = load_study_config(str(tmp_path / "store"), "s")
     assert config.folder.local == tmp_path / "store" / "s"
     assert config.scratch == tmp_path / "store" / "s"
-    assert config.trials_folder.local == tmp_path / "store" / "s" / "trials"
+    assert trial_folder(config, "c00", 0).local == tmp_path / "store" / "s" / "trials" / "c00-0"
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc", "", ".", "..", "a/b", "-x", "a b", "x" * 101, "a\n"])
