@@ -5,19 +5,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from rich.markup import escape
 from rich.table import Table
 
 from dashboards.tables import describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
 from search.confirm import Confirmation
+from search.finding import Finding
 from search.importance import Importance
 from search.plan import StudyPlan, recorded_collapse
-from search.report import ArmReport, StudyReport
+from search.power import MIN_REPLICATES
+from search.report import ArmReport, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.reading import as_tree as config_tree
 
 NOT_A_FINDING = (
     "ahead, behind: on the selection questions, by which arms were also chosen; "
-    "corrected for {arms} arms that share a control. Only rin confirm says better or worse."
+    "corrected for the arms that share a control ({families}). Only rin confirm says better or worse."
 )
 
 
@@ -34,8 +37,8 @@ def report_table(report: StudyReport) -> Table:
             "" if not row.collapsed else f"{row.collapsed}: {', '.join(row.rules)}",
             points(row.accuracy),
             "" if row.difference is None else f"{100 * row.difference:+.1f}",
-            "" if row.corrected is None else interval(row.corrected),
-            "-" if row.dose is None else f"{100 * row.dose:.2g} %",
+            "" if row.corrected is None else escape(interval(row.corrected)),
+            "-" if row.dose is None else _dose(row.dose),
             f"{row.hours:.3f}",
             row.verdict,
         )
@@ -45,7 +48,8 @@ def report_table(report: StudyReport) -> Table:
 def report_lines(report: StudyReport, where: str = "") -> list[str]:
     """What stands below the table; `where`: options that find the sweep again."""
     ledger = report.ledger
-    lines = [NOT_A_FINDING.format(arms=sum(row.corrected is not None for row in report.arms))]
+    families = {row.control: row.family for row in report.arms if row.corrected is not None}
+    lines = [NOT_A_FINDING.format(families=", ".join(f"{control}: {n}" for control, n in families.items()) or "none")]
     if report.unfinished:
         lines.append(f"{report.unfinished} trials have no outcome yet: rin resume {report.config.name}{where}")
     for row in report.arms:
@@ -55,6 +59,9 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
                 f"{row.arm}: collapse probability {_risk(risk.treated_risk)}, its control {_risk(risk.control_risk)}, "
                 f"different at p = {risk.risk_p:.2g}{_completed(row)}"
             )
+    for row in report.arms:
+        if row.finding is not None and (said := row.finding.risk_words()):
+            lines.append(f"{row.arm}: {said}")
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
     if undecided:
         lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
@@ -79,12 +86,14 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     """The verdict, with all that it hangs on; `where`: options that find the sweep again."""
     seen, config = state.comparison, state.config
     lines = [
-        f"{state.winner} against {state.control}: {seen.words()}",
+        f"{state.winner} against {state.control}: {seen.words() if state.finding is None else state.finding.words()}",
         f"  difference {_apart(seen, 2)} points {interval(seen)} (95 % over all looks), "
         f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
         f"  looks after {', '.join(map(str, state.looks))} replicates; "
         "collapsed replicates count with the accuracy at their stop",
     ]
+    if state.finding is not None and (said := state.finding.risk_words()):
+        lines.append(f"  {said}")
     if state.arms is not None:
         risks = state.arms
         lines.append(
@@ -148,10 +157,15 @@ def _apart(comparison: Comparison, digits: int = 1) -> str:
 
 
 def interval(comparison: Comparison) -> str:
-    """In points."""
-    if math.isinf(comparison.low):
+    """In points. That of two replicates reaches beyond all accuracies: they say nothing about their spread."""
+    if math.isinf(comparison.low) or comparison.replicates < MIN_REPLICATES:
         return "[unknown]"
     return f"[{100 * comparison.low:+.1f}, {100 * comparison.high:+.1f}]"
+
+
+def _dose(share: float) -> str:
+    """`0.21 %`, `163 %`"""
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def _runs(row: ArmReport) -> str:
@@ -200,8 +214,9 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
         "name": state.config.name,
         "winner": state.winner,
         "control": state.control,
-        "verdict": state.comparison.verdict,
-        "words": state.comparison.words(),
+        "verdict": "undecided" if state.finding is None else state.finding.verdict,
+        "words": state.comparison.words() if state.finding is None else state.finding.words(),
+        "finding": _finding(state.finding, screened=False),
         "comparison": _comparison(state.comparison),
         **_beside(state.arms),
         "replicates": state.replicates,
@@ -219,6 +234,7 @@ def _row(row: ArmReport) -> dict[str, object]:
         "accuracy_start": row.start,
         "marks": dict(row.marks),
         **fields_of(row, "dose", "hours", "verdict"),
+        "finding": _finding(row.finding, screened=True),
         "comparison": _comparison(row.corrected),
         **_beside(row.comparison),
         "config": config_tree(row.config),
@@ -228,6 +244,16 @@ def _row(row: ArmReport) -> dict[str, object]:
 def _comparison(comparison: Comparison | None) -> dict[str, object] | None:
     names = ("difference", "low", "high", "p", "replicates", "needs", "unpaired")
     return None if comparison is None else _finite(fields_of(comparison, *names))
+
+
+def _finding(finding: Finding | None, screened: bool) -> dict[str, object] | None:
+    """Accuracies and collapse risk together. Its verdict is `better` (in a sweep `ahead`) only where the risk that is
+    not excluded would not cancel the gain; else `better where it holds`."""
+    if finding is None:
+        return None
+    verdict = screening(finding.verdict) if screened else finding.verdict
+    names = ("collapsed", "runs", "risk_high", "tipping", "worth", "worth_seen", "needs")
+    return {"verdict": verdict, **fields_of(finding, *names)}
 
 
 def _beside(seen: ArmComparison | None) -> dict[str, object]:

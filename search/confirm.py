@@ -4,7 +4,8 @@ The winner of a sweep was chosen because it looked good, on the questions it was
 with: its advantage there is partly luck, and that luck is what selection finds. So it runs again beside its control
 with seeds that no arm has had, and is judged on questions that nobody has looked at. Replicates are added until the
 comparison is decided, by a rule that keeps the error level over all looks (`search/sequential.py`); a decision stands,
-and what is undecided when the replicates or the budget end is called undecided.
+and what is undecided when the replicates or the budget end is called undecided. A gain is told with the collapse risk
+that its runs do not exclude (`search/finding.py`): where a look that is planned could exclude it, replicates go on.
 
 A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true
 of it, and calling it again goes on where it stopped.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.execution import View
+from search.finding import Finding, find, lowest_collapsed
 from search.power import MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
@@ -38,7 +40,9 @@ class Confirmation:
     winner: str
     control: str
     comparison: Comparison
-    """By the stopping rule, collapsed replicates with the accuracy at their stop."""
+    """Of the accuracies alone, by the stopping rule; collapsed replicates with the accuracy at their stop."""
+    finding: Finding | None
+    """Accuracies and collapse risk together: what is said. None before the first pair."""
     arms: ArmComparison | None
     """Collapse risks and the completed-only comparison, of all replicates; None before the first pair."""
     replicates: int
@@ -121,9 +125,10 @@ def confirm(
             result = resume_study(config, view, progress)
         else:
             result, arms = run_study(config, view, progress, arms), None
-        state = judge(config, unfinished=result.unfinished, ends=result.budget_spent)
+        worth = _collapsed_in(parent)
+        state = judge(config, unfinished=result.unfinished, ends=result.budget_spent, collapsed_elsewhere=worth)
         state = _noted(parent, state, result.arms)
-        if state.comparison.verdict != "undecided" or result.unfinished:
+        if result.unfinished or (state.finding is not None and state.finding.settled(config.looks[-1])):
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
         # It has been looked at, so it is a look: whoever goes on with more budget has spent that part of the level.
@@ -134,10 +139,12 @@ def confirm(
 def read_confirmation(config: StudyConfig) -> Confirmation:
     """What it has come to; runs nothing. Raises ConfigError for files that are damaged."""
     arms = read_arms(config)
-    state = judge(config, unfinished=unfinished(config, arms))
+    left = unfinished(config, arms)
     try:
-        return _noted(load_study_config(config.store, config.parent), state, arms)
+        parent = load_study_config(config.store, config.parent)
+        return _noted(parent, judge(config, unfinished=left, collapsed_elsewhere=_collapsed_in(parent)), arms)
     except ConfigError as error:  # what it found stands
+        state = judge(config, unfinished=left)
         return replace(state, notes=(*failures(config, arms), f"its sweep cannot be read: {error}"))
 
 
@@ -167,8 +174,16 @@ def _cautions(parent: StudyConfig, state: Confirmation) -> list[str]:
     return cautions
 
 
-def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Confirmation:
-    """What the pairs that have ended say. `ends`: none will follow."""
+def _collapsed_in(parent: StudyConfig) -> float | None:
+    """What the collapsed run of the sweep that was left with the least is worth."""
+    return lowest_collapsed(run for arm in read_arms(parent) for run in replicates_of(parent, arm))
+
+
+def judge(
+    config: StudyConfig, *, unfinished: int = 0, ends: bool = False, collapsed_elsewhere: float | None = None
+) -> Confirmation:
+    """What the pairs that have ended say. `ends`: none will follow. `collapsed_elsewhere`: the accuracy of the sweep's
+    collapsed run that was left with the least."""
     rule = SequentialRule(looks=config.looks)
     control, winner = read_arms(config)
     treated, plain = replicates_of(config, winner), replicates_of(config, control)
@@ -194,6 +209,7 @@ def judge(config: StudyConfig, *, unfinished: int = 0, ends: bool = False) -> Co
         winner=winner.name,
         control=control.name,
         comparison=comparison,
+        finding=find(comparison, a, b, collapsed_elsewhere=collapsed_elsewhere) if seeds else None,
         arms=compare_arms(a, b, margin=MARGIN) if seeds else None,
         replicates=len(seeds),
         unfinished=unfinished,

@@ -3,7 +3,8 @@ more.
 
 Read from the sweep's own files, so it needs no tracking server. Collapsed replicates count with the accuracy of their
 clean model at the stop (intention to treat); replicates that failed or have not ended are missing, and said to be.
-Several arms share one control, so verdicts and intervals are corrected for their number (Holm, Bonferroni).
+Several arms share one control, so verdicts and intervals are corrected for their number (Holm, Bonferroni). An arm that
+is ahead is told with the collapse risk that its runs do not exclude (`search/finding.py`).
 
 A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out
 is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says more (`search/confirm.py`).
@@ -31,6 +32,7 @@ from search.arms import (
     unfinished,
 )
 from search.evidence import known_of, read_evidence
+from search.finding import Finding, find, lowest_collapsed
 from search.importance import Importance, importance
 from search.ledger import Ledger, read_ledger
 from search.proposals import optuna_study
@@ -74,7 +76,11 @@ class ArmReport:
     comparison: ArmComparison | None
     """As it stands alone; None for a control, and where no replicates can be compared."""
     corrected: Comparison | None
-    """Of all replicates, corrected for the number of arms that share the study."""
+    """Of all replicates, corrected for the number of arms that share its control."""
+    finding: Finding | None
+    """Of these and the collapse risk together."""
+    family: int
+    """How many arms share its control."""
     dose: float | None
     """Applied noise: rms change of the noised weights relative to their size, mean over noisy stages; None without
     noise."""
@@ -99,8 +105,8 @@ class ArmReport:
 
     @property
     def verdict(self) -> str:
-        """One of `ahead`, `behind`, `same within ...`, `undecided, ...`; empty for a control."""
-        return "" if self.corrected is None else screening_words(self.corrected)
+        """`ahead`, `behind`, `same within ...`, `ahead where it holds; ...`, `undecided, ...`; empty for a control."""
+        return "" if self.finding is None else screening(self.finding.words())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,22 +180,50 @@ def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list
     if config.kind != "confirm":  # which chooses nothing
         with suppress(NoCandidate):
             best = candidate_of(config, arms).arm.name
-    comparisons = {}
-    for arm in arms:
-        what = f"{arm.name} against its control"
-        for comparison in _made(what, partial(_against_control, config, arm, arms), failed):
-            comparisons[arm.name] = comparison
-    corrected = adjust({name: comparison.primary for name, comparison in comparisons.items()})
+    judged: dict[str, Judged] = {}
+    for control in arms:
+        family: dict[str, ArmComparison] = {}
+        for arm in arms:
+            if control_for(arm, arms) is control:
+                what = f"{arm.name} against its control"
+                for comparison in _made(what, partial(_against, config, arm, control), failed):
+                    family[arm.name] = comparison
+        judged |= _corrected(config, family, control, arms)
     driven = is_driven(config)
-    return tuple(
-        _row(config, arm, arms, driven, comparisons.get(arm.name), corrected.get(arm.name), ledger, best)
-        for arm in arms
-    )
+    return tuple(_row(config, arm, arms, driven, judged.get(arm.name), ledger, best) for arm in arms)
 
 
-def screening_words(comparison: Comparison) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """An arm against its control, alone and among those that share it."""
+
+    alone: ArmComparison
+    corrected: Comparison
+    finding: Finding
+    family: int
+
+
+def _corrected(
+    config: StudyConfig, family: Mapping[str, ArmComparison], control: Arm, arms: Sequence[Arm]
+) -> dict[str, Judged]:
+    """`family`: the arms that share a control, each against it."""
+    runs = {arm.name: replicates_of(config, arm) for arm in arms}
+    worth = lowest_collapsed(run for of_arm in runs.values() for run in of_arm)
+    corrected = adjust({name: comparison.primary for name, comparison in family.items()})
+    return {
+        name: Judged(
+            alone=alone,
+            corrected=corrected[name],
+            finding=find(corrected[name], runs[name], runs[control.name], collapsed_elsewhere=worth, arms=len(family)),
+            family=len(family),
+        )
+        for name, alone in family.items()
+    }
+
+
+def screening(words: str) -> str:
     """What a sweep may say: never better or worse."""
-    return {"better": "ahead", "worse": "behind"}.get(comparison.verdict, comparison.words())
+    return words.replace("better", "ahead").replace("worse", "behind")
 
 
 def dose_of(receipt: EffectReceipt) -> float | None:
@@ -218,11 +252,8 @@ def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
     return runs
 
 
-def _against_control(config: StudyConfig, arm: Arm, arms: Sequence[Arm]) -> tuple[ArmComparison, ...]:
+def _against(config: StudyConfig, arm: Arm, control: Arm) -> tuple[ArmComparison, ...]:
     """One, or none where there is nothing to compare."""
-    control = control_for(arm, arms)
-    if control is None:
-        return ()
     treated, plain = replicates_of(config, arm), replicates_of(config, control)
     return (compare_arms(treated, plain, margin=MARGIN),) if treated and plain else ()
 
@@ -232,8 +263,7 @@ def _row(
     arm: Arm,
     arms: Sequence[Arm],
     driven: bool,
-    comparison: ArmComparison | None,
-    corrected: Comparison | None,
+    judged: Judged | None,
     ledger: Ledger,
     best: str | None,
 ) -> ArmReport:
@@ -257,8 +287,10 @@ def _row(
             for name in (outcomes[0].eval.parts if outcomes else ())
         },
         control="" if control is None else control.name,
-        comparison=comparison,
-        corrected=corrected,
+        comparison=None if judged is None else judged.alone,
+        corrected=None if judged is None else judged.corrected,
+        finding=None if judged is None else judged.finding,
+        family=0 if judged is None else judged.family,
         dose=fmean(doses) if doses else None,
         hours=ledger.arms.get(arm.name, 0.0),
         candidate=arm.name == best,

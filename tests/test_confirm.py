@@ -167,7 +167,11 @@ def test_it_ends_at_the_first_look_that_decides_with_the_verdict_of_the_stopping
     assert state.comparison.verdict == expected.verdict == "better"
     assert state.comparison.difference == pytest.approx(np.mean(np.array(treated) - np.array(plain)))
     assert (state.winner, state.control, state.replicates, state.unfinished) == ("c02", "control", 3, 0)
-    assert confirmation_lines(state)[0] == "c02 against control: better"
+    assert state.finding is not None
+    assert state.finding.verdict == "better where it holds", "a look at eight pairs could not exclude the risk either"
+    assert confirmation_lines(state)[0] == (
+        "c02 against control: better where it holds; a collapse risk up to 71 % is not excluded"
+    )
 
 
 def test_replicates_are_added_look_by_look_until_it_is_decided(
@@ -228,6 +232,29 @@ def test_a_collapse_counts_with_its_accuracy_and_is_told_apart(
     assert any(
         line.startswith(f"  collapsed: {state.replicates} of {state.replicates}") for line in confirmation_lines(state)
     )
+
+
+def test_replicates_go_on_where_a_planned_look_could_exclude_the_collapse_risk(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve points gained; a run of the sweep that collapsed was left with 55 %, so that a risk of 43 % would cancel
+    them. Three pairs do not exclude that, eight do (37 %)."""
+    arm = make_arm(parent, "c03", "noise.sigma_start=0.05")
+    write_arm(parent, 3, arm)
+    write_trial(parent, arm, 0, outcome(arm, 0, 220, "collapsed"))
+    sweeps = Sweeps(strong)
+    state = confirmed(parent, monkeypatch, sweeps, looks=(3, 8))
+    assert [replicates for _, replicates in sweeps.calls] == [3, 8]
+    assert state.comparison.replicates == 3, "the accuracies were decided there, and that stands"
+    assert state.finding is not None
+    assert (state.finding.verdict, state.finding.runs, state.finding.worth) == ("better", 8, 0.55)
+    assert (state.finding.risk_high, state.finding.tipping) == (
+        pytest.approx(0.37, abs=0.005),
+        pytest.approx(0.43, abs=0.005),
+    )
+    assert confirmation_lines(state)[0] == "c02 against control: better"
+    assert confirmation_tree(state)["verdict"] == "better"
+    assert read_confirmation(state.config) == state
 
 
 # Interrupted
@@ -336,7 +363,9 @@ def test_its_json_is_strict_however_little_has_ended(
     tree = json.loads(
         json.dumps(confirmation_tree(state)), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert (tree["winner"], tree["verdict"], tree["looks"]) == ("c02", state.comparison.verdict, list(LOOKS))
+    assert state.finding is None or tree["finding"]["verdict"] == state.finding.verdict
+    said = "undecided" if state.finding is None else state.finding.verdict
+    assert (tree["winner"], tree["verdict"], tree["looks"]) == ("c02", said, list(LOOKS))
     assert tree["replicates"] == min(room // 2, 3)
 
 

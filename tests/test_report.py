@@ -77,7 +77,7 @@ def test_differences_intervals_and_p_values_are_scipy_s_corrected_for_the_number
     assert p["c01"] < p["c02"]
     assert row(report, "c01").corrected.p == pytest.approx(2 * p["c01"])
     assert row(report, "c02").corrected.p == pytest.approx(max(2 * p["c01"], p["c02"]))
-    assert row(report, "c01").verdict == "ahead"
+    assert row(report, "c01").verdict.startswith("ahead where it holds")
     assert row(report, "c02").verdict.startswith("undecided")
 
 
@@ -302,9 +302,57 @@ def test_no_word_of_a_sweep_s_report_is_better_or_worse_but_where_it_says_who_ma
 
 
 def test_what_stands_out_is_ahead_or_behind(tmp_path: Path) -> None:
+    """Five runs without a collapse do not exclude one in two: two arms share the error of the bound."""
     _, report = written(tmp_path, {"control": CONTROL, "c01": AHEAD, "c02": [100, 104, 99, 102, 107]})
-    assert [row.verdict for row in report.arms] == ["", "ahead", "behind"]
-    assert [arm["verdict"] for arm in strict(report)["arms"]] == ["", "ahead", "behind"]
+    said = "ahead where it holds; a collapse risk up to 58 % is not excluded"
+    assert [row.verdict for row in report.arms] == ["", said, "behind"]
+    trees = strict(report)["arms"]
+    assert [arm["verdict"] for arm in trees] == ["", said, "behind"]
+    assert [arm["finding"] and arm["finding"]["verdict"] for arm in trees] == [None, "ahead where it holds", "behind"]
+    assert trees[1]["finding"]["risk_high"] == pytest.approx(1 - (0.05 / 4) ** (1 / 5))
+    assert "c01: collapse risk: 0 of 5 runs, up to 58 % is not excluded; 15 % would cancel the gain" in text_of(report)
+
+
+def test_an_arm_is_ahead_where_its_runs_exclude_the_collapse_risk_that_would_cancel_its_gain(tmp_path: Path) -> None:
+    """Thirteen points gained, and the run that collapsed elsewhere was left with one point less than the control."""
+    collapsed: list[Any] = [("collapsed", 279), 283, 282, 281, 280]
+    _, report = written(tmp_path, {"control": CONTROL, "c01": AHEAD, "c02": collapsed})
+    assert row(report, "c01").verdict == "ahead"
+    assert strict(report)["arms"][1]["finding"]["worth"] == pytest.approx(279 / QUESTIONS)
+
+
+def test_arms_are_counted_per_control(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=5, replicates=5)
+    resample = "grpo.filter_groups=resample"
+    arms = [make_arm(config, "control"), make_arm(config, "control-resample", resample)]
+    arms += [make_arm(config, "c01"), make_arm(config, "c02"), make_arm(config, "c03", resample)]
+    right = {"control": CONTROL, "control-resample": CONTROL, "c01": AHEAD, "c02": CLOSE, "c03": AHEAD}
+    write_sweep(config, arms, right)
+    report = report_study(config)
+    assert "corrected for the arms that share a control (control: 2, control-resample: 1)" in text_of(report)
+    alone = row(report, "c03").comparison.primary
+    assert (row(report, "c03").corrected.low, row(report, "c03").corrected.p) == pytest.approx((alone.low, alone.p))
+    assert row(report, "c01").corrected.low < alone.low
+
+
+def test_a_dose_above_the_weights_is_written_as_people_write(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=2, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280]})
+    write_trial(config, arms[1], 0, outcome(arms[1], 0, 300, dose=1.634))
+    assert "163 %" in text_of(report_study(config))
+    assert "e+0" not in text_of(report_study(config))
+
+
+def test_an_interval_of_two_replicates_is_not_shown(tmp_path: Path) -> None:
+    """With one degree of freedom it reaches hundreds of points beyond what an accuracy can be."""
+    config = study(tmp_path, trials=2, replicates=2)
+    right = {"control": [280, 300], "c01": [320, 290]}
+    write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], right)
+    report = report_study(config)
+    assert row(report, "c01").corrected.low < -0.4
+    assert "[unknown]" in text_of(report)
+    assert not re.search(r"\[-\d", text_of(report))
 
 
 def test_what_could_not_be_decided_says_what_it_would_take(tmp_path: Path) -> None:
