@@ -3,7 +3,7 @@ out."""
 
 from dashboards.tables import marks_apart
 from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
-from trainable.outcome import Outcome, StepReport
+from trainable.outcome import Coverage, Outcome, StepReport
 
 ALARMS_SHOWN = 5
 
@@ -38,6 +38,21 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
         *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
         f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights",
+        *_coverage_lines(receipt.coverage),
         *(f"warning: {warning}" for warning in receipt.warnings),
         *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
+    ]
+
+
+def _coverage_lines(coverage: Coverage) -> list[str]:
+    """The sums, unless all or nothing is quantised."""
+    if coverage.quantized in (0, coverage.weights):
+        return []
+    quantized, excluded, left = (
+        f"{100 * part / coverage.weights:.1f} %" for part in (coverage.quantized, coverage.excluded, coverage.left)
+    )
+    reasons = "; ".join(f"{entry.name}: {entry.reason}" for entry in coverage.left_out)
+    return [
+        f"of the blocks' {coverage.weights:,} weights {quantized} quantised, {excluded} excluded by name, "
+        f"{left} left out" + (f" ({reasons})" if reasons else "")
     ]

@@ -110,7 +110,8 @@ def export_checkpoint(
         _write_plain(policy, folder, table)
         (folder / TRIAL_FILE).write_text(dump_yaml(as_tree(config)), encoding="utf-8")
         layers = {name: linear.arithmetic for name, linear in policy.linears.items()}
-        why_not = no_packed_form(Arithmetic.of(config.quant) if policy.quantized else UNQUANTIZED)
+        alone = _only_here(policy)
+        why_not = no_packed_form(Arithmetic.of(config.quant) if policy.quantized else UNQUANTIZED) or alone
         del policy
         if not why_not:
             pack_checkpoint(folder, folder / PACKED)
@@ -128,12 +129,12 @@ def export_checkpoint(
             found.append(
                 f"accuracy with the adapters merged into the base and quantised with it: {loaded.accuracy:.4f}"
             )
-        _write_readme(folder, source, why_not, uneven, found)
+        _write_readme(folder, source, alone, why_not, uneven, found)
         for line in found:
             say(line)
         if not why_not:
             accuracies = _markdown(measure_rules(folder, config), config)
-            _write_readme(folder, source, why_not, uneven, found, accuracies)
+            _write_readme(folder, source, alone, why_not, uneven, found, accuracies)
             for line in accuracies:
                 say(line)
 
@@ -285,6 +286,7 @@ def _markdown(rows: Sequence[RuleAccuracy], config: TrialConfig) -> list[str]:
 def _write_readme(
     folder: Path,
     source: Source,
+    alone: str,
     why_not: str,
     uneven: Sequence[str],
     found: Sequence[str],
@@ -309,10 +311,25 @@ def _write_readme(
         arithmetic=Arithmetic.of(config.quant),
         trial=TRIAL_FILE,
         found="\n".join(f"- {line}" for line in found),
+        served=f"No other program computes with it as training did: {alone}.\n" if alone else SERVED,
         packing=packing,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
+
+def _only_here(policy: Policy) -> str:
+    """Why no other program computes with the folder in few bits as training did; else empty."""
+    names = [name for name in policy.rearranged if name in policy.quantized]
+    return f"{names[0]} lies otherwise in files than where it is quantised" if names else ""
+
+
+SERVED = """\
+Quantised as in training, in vLLM with the plug-in that comes with rin-search:
+
+```sh
+vllm serve FOLDER --quantization rin
+```
+"""
 
 README = """\
 # {candidate.study.name}: {candidate.arm.name}, replicate {source.replicate}
@@ -342,12 +359,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER)  # unquantised
 ```
 
-Quantised as in training, in vLLM with the plug-in that comes with rin-search:
-
-```sh
-vllm serve FOLDER --quantization rin
-```
-
+{served}
 ## The packed form
 
 {packing}

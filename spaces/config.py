@@ -269,7 +269,8 @@ class NoiseConfig(Record):
     schedule: Schedule = "qerl_code"
     """Shape of the decay over stages."""
     modules: Annotated[tuple[Module, ...], BeforeValidator(_one_or_many)] = Field(("rmsnorm",), min_length=1)
-    """`rmsnorm`: input and post-attention norms of the chosen layers; `linear`: every projection of them."""
+    """`rmsnorm`: the RMSNorms of the chosen layers that read or write the residual stream (input, post-attention, ...);
+    `linear`: every projection of them."""
     final_norm: Flag = False
     """Also the norm before the head (QeRL leaves it alone); needs rmsnorm in modules."""
     layers: Annotated[Literal["all"] | Zone | tuple[Whole, ...], BeforeValidator(_layers)] = "all"
@@ -280,8 +281,8 @@ class NoiseConfig(Record):
     zones: tuple[ZoneSigma, ...] = ()
     """Zones with their own sigmas; other layers keep the global pair."""
     scale: Literal["absolute", "rms", "step"] = "absolute"
-    """Unit of sigma: absolute, times rms(W), or times the local quantisation step (linear layers of a quantised model).
-    """
+    """Unit of sigma: absolute, times rms(W) (of a norm: of its gain, which may be 1 + w), or times the local
+    quantisation step (linear layers of a quantised model)."""
     placement: Literal["before", "after"] = "before"
     """Noise before or after weight quantisation; no difference for norms."""
 

@@ -90,6 +90,7 @@ PRIVATE: dict[str, set[str]] = {
     "search/smooth_gp.py": {"_rng"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
     "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor", "vllm.v1"},
+    "trainable/layers/experts.py": {"_apply_gate"},
     "trainable/policy/attention.py": {"_attn_implementation"},
 }
 

@@ -173,7 +173,7 @@ def test_a_process_that_died_for_good_is_a_failure_and_one_that_spoke_is_left_al
 
 
 @pytest.mark.parametrize("name", ["outcome.json", "stopped.json"])
-@pytest.mark.parametrize("text", ["", "{", "\x00\x00", "{}", "[]", '{"version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "\x00\x00", "{}", "[]", '{"version": 2}'])
 def test_a_damaged_ending_is_named_with_the_remedy(trial: Folder, name: str, text: str) -> None:
     trial.write(name, text)
     with pytest.raises(
@@ -186,7 +186,7 @@ def test_a_damaged_ending_is_named_with_the_remedy(trial: Folder, name: str, tex
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "written by version 2, this program reads 1"),
+        ({"version": 3}, "written by version 3, this program reads 2"),
         ({"config": {"noise": {"colour": "pink"}}}, "noise.colour"),
     ],
 )

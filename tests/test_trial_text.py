@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dashboards.trial_text import outcome_lines, step_line
-from trainable.outcome import Alarm
+from trainable.outcome import Alarm, Coverage
 
 SIGNALS = {"grpo/reward": 0.4123, "gen/entropy": 0.31, "gen/length": 4.12, "filter/kept_groups": 21.0}
 
@@ -15,7 +15,7 @@ def report(collapsed: bool = False, **signals: float) -> Any:
 
 
 def touched(*warnings: str) -> Any:
-    return SimpleNamespace(quantized=("a", "b"), noised=("n",), warnings=warnings)
+    return SimpleNamespace(quantized=("a", "b"), coverage=Coverage(), noised=("n",), warnings=warnings)
 
 
 def outcome(parts: dict[str, float] | None = None, **changes: Any) -> Any:

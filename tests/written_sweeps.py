@@ -11,7 +11,7 @@ from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.library import SPACES
 from spaces.reading import merge, parse_overrides, read_config
 from trainable.disk.trial_folder import write_outcome
-from trainable.outcome import HEALTHY, Effect, EffectReceipt, Ending, Outcome, Scores, StepReport
+from trainable.outcome import HEALTHY, Coverage, Effect, EffectReceipt, Ending, Outcome, Scores, StepReport
 
 QUESTIONS = 400
 
@@ -89,7 +89,16 @@ def receipt(dose: float | None = None) -> EffectReceipt:
         "changed": 1.0,
     }
     effects = () if dose is None else (Effect(**effect, applied_relative=dose),)
-    return EffectReceipt(quantized=(), arithmetic=(), noised=(), effects=effects, warnings=())
+    return EffectReceipt(
+        quantized=(),
+        coverage=Coverage(),
+        adapted=(),
+        norms={},
+        arithmetic=(),
+        noised=(),
+        effects=effects,
+        warnings=(),
+    )
 
 
 def report(step: int, seconds: float = 10.0, rollout: float = 4.0, wasted: float = 0.0) -> StepReport:

@@ -112,6 +112,8 @@ class NoiseTarget:
     sigma_start: float
     sigma_end: float
     multiplier: float
+    offset: float
+    """What is added to the weight to make the gain of a norm (1 in Gemma's); 0 of a linear layer."""
 
 
 def layer_zones(depth: int) -> list[list[str]]:
@@ -169,6 +171,7 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
             sigma_start=source.sigma_start,
             sigma_end=source.sigma_end,
             multiplier=1.0 if layer is None else multipliers[layer],
+            offset=policy.gain_offsets.get(name, 0.0),
         )
 
     found: list[NoiseTarget] = []
@@ -176,14 +179,18 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:
+            there = ", ".join(f"{count} x {norm}" for norm, count in policy.norm_kinds.items()) or "no norms"
             raise ConfigError(
-                f"noise.modules={kind}: the model has no such module in blocks {sorted(chosen)}; "
-                "noise would touch nothing"
+                f"noise.modules={kind}: blocks {sorted(chosen)} have no "
+                f"{'RMSNorm with a gain on the residual stream' if kind == 'rmsnorm' else 'linear layer'}, "
+                f"noise would touch nothing; the model has {there}; name another kind of module"
             )
         found += matching
     if noise.final_norm:
         if not policy.final_norm:
-            raise ConfigError("noise.final_norm=true: the model has no norm before its head; set it to false")
+            raise ConfigError(
+                "noise.final_norm=true: the model has no RMSNorm with a gain before its head; set it to false"
+            )
         found += [target(name, "rmsnorm", None, module) for name, module in policy.final_norm.items()]
     if all(t.multiplier == 0 or t.sigma_start == 0 for t in found):
         raise ConfigError(
@@ -266,12 +273,17 @@ def _weight(target: NoiseTarget) -> torch.Tensor:
     return weight.detach()
 
 
+def _rms(target: NoiseTarget) -> torch.Tensor:
+    """Of what the weight multiplies with: W, or the gain of a norm, which may be 1 + W."""
+    return (_weight(target).float() + target.offset).square().mean().sqrt()
+
+
 def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
     """What sigma counts: 1, rms(W), or the local quantisation step."""
     if noise.scale == "absolute":
         return 1.0
     if noise.scale == "rms":
-        return _weight(target).float().square().mean().sqrt()
+        return _rms(target)
     assert isinstance(target.module, QuantLinear)
     return target.module.weight_step()
 
@@ -292,7 +304,7 @@ def measure_effects(
         clean = target.module.quantized_weight() if isinstance(target.module, QuantLinear) else weight
         change = noised_weight(noise, target, sigma, step=step, seed=seed).float() - clean.float()
         applied = change.square().mean().sqrt().item()
-        size = weight.float().square().mean().sqrt().item()
+        size = _rms(target).item()
         unit = _unit(noise, target)
         effects.append(
             Effect(

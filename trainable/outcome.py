@@ -148,10 +148,51 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """Example: LeftOut(name="model.layers.*.mlp.gate", weights=16384, reason="MixtralTopKRouter computes with it
+    itself")."""
+
+    name: str
+    """A pattern that `quant.exclude` takes."""
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """What became of the weights of the decoder blocks' matrices: weights = quantized + excluded + left."""
+
+    weights: int = 0
+    quantized: int = 0
+    """Of layers whose weights or inputs are quantised."""
+    excluded: int = 0
+    """Named by quant.exclude or quant.skip_layers."""
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def left(self) -> int:
+        return sum(entry.weights for entry in self.left_out)
+
+    def as_tree(self) -> dict[str, Any]:
+        return {**asdict(self), "left": self.left}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> "Coverage":
+        left_out = tuple(LeftOut(**entry) for entry in tree["left_out"])
+        return cls(**{name: tree[name] for name in ("weights", "quantized", "excluded")}, left_out=left_out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EffectReceipt:
     """Proof of what a trial did to its weights."""
 
     quantized: tuple[str, ...]
+    coverage: Coverage
+    """How much of the blocks that is, and what became of the rest."""
+    adapted: tuple[str, ...]
+    """Layers with an adapter beside them."""
+    norms: Mapping[str, int]
+    """What the model has in norms, and how often, e.g. {"rmsnorm, gain 1 + w, residual": 52}."""
     arithmetic: tuple[Mapping[str, Any], ...]
     """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others.
     """
@@ -160,12 +201,15 @@ class EffectReceipt:
     warnings: tuple[str, ...]
 
     def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "coverage": self.coverage.as_tree()}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "EffectReceipt":
         return cls(
             quantized=tuple(tree["quantized"]),
+            coverage=Coverage.from_tree(tree["coverage"]),
+            adapted=tuple(tree["adapted"]),
+            norms=tree["norms"],
             arithmetic=tuple(tree["arithmetic"]),
             noised=tuple(tree["noised"]),
             effects=tuple(Effect(**effect) for effect in tree["effects"]),

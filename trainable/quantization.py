@@ -381,6 +381,8 @@ class QuantLinear(nn.Linear):
     """False: the input comes as the operand that it is to be, made by the `InputSource` in front of this layer."""
     deployed_weight: Tensor | None = None
     """What the forward pass computes with, as it is: quantised, perhaps noised. A plain tensor, no parameter."""
+    lies_transposed: bool = False
+    """Files have its weight as [inputs, outputs]; here it is [outputs, inputs]."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, name: str, arithmetic: Arithmetic = Arithmetic()) -> "QuantLinear":
@@ -439,6 +441,11 @@ class QuantLinear(nn.Linear):
     def weight_step(self) -> Tensor:
         """See `Operand.step`."""
         return self._weight.step(self.weight.detach())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lies_transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T.contiguous()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.arithmetic}"

@@ -214,6 +214,9 @@ class Trial:
         effects = tuple(self.so_far.effects)
         return EffectReceipt(
             quantized=self.policy.quantized,
+            coverage=self.policy.coverage,
+            adapted=self.policy.adapted,
+            norms=self.policy.norm_kinds,
             arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
             noised=tuple(target.name for target in self.targets),
             effects=effects,

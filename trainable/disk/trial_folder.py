@@ -27,7 +27,7 @@ from trainable.outcome import Outcome, Status, StepReport
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 OUTCOME_FILE, STOPPED_FILE, FINAL_FILE, PROGRESS_FILE = (
     "outcome.json",
     "stopped.json",

@@ -88,6 +88,7 @@ class VllmBackend:
 
     def __init__(self, config: TrialConfig, policy: Policy) -> None:
         require_vllm()
+        _check_parts(policy)
         _check_heads(policy)
         self.engine: Engine = _start(config, _settings(config, policy))
 
@@ -102,6 +103,20 @@ class VllmBackend:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def _check_parts(policy: Policy) -> None:
+    """Raises ConfigError where vLLM would hold or compute weights otherwise than our layers do."""
+    config = policy.network.config
+    why = (
+        f"{policy.rearranged[0]} lies otherwise in vLLM than in training"
+        if policy.rearranged
+        else "the model has more than a text model"
+        if config.get_text_config() is not config
+        else ""
+    )
+    if why:
+        raise ConfigError(f"rollout.backend=vllm: {why}; set rollout.backend=torch")
 
 
 def _check_heads(policy: Policy) -> None:

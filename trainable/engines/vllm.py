@@ -99,11 +99,15 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
         return cls(json.loads(Path(config_file).read_text()))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """None for what is no linear layer (attention)."""
+        """None for what is no linear layer (attention). Raises ValueError for one that vLLM computes with others as a
+        whole: the experts of a mixture."""
         if isinstance(layer, LinearBase):
             return RinLinear(self, prefix)
         if isinstance(layer, VocabParallelEmbedding):
             return RinHead(self, prefix)
+        within = [name for name, how in self.layers.items() if name.startswith(f"{prefix}.") and how.quantizes]
+        if within:
+            raise ValueError(f"{within[0]} is quantised, and vLLM computes all of {prefix} with kernels of its own")
         return None
 
     def parts(self, prefix: str, rows: Sequence[int]) -> list[Part]:

@@ -1,21 +1,29 @@
 """From a model to a policy: every projection wrapped, norms and MLPs as ours, adapters beside the layers that learn."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from trainable.hashing import stable_hash
 from trainable.kernels import cpu
+from trainable.layers.experts import as_linears
 from trainable.layers.mlp import GatedMLP
 from trainable.layers.norm import RMSNorm
+from trainable.policy.anatomy import find_norms, text_model
+from trainable.policy.coverage import block_matrices, check_coverage, cover
 from trainable.policy.embedded import Progress
-from trainable.policy.policy import KNOWN_BLOCKS, Policy, block_of, matches, share_inputs
+from trainable.policy.policy import KNOWN_BLOCKS, Policy, bare_name, block_of, matches, share_inputs
 from trainable.policy.sources import load_network
 from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear
 
+_HEAD = "lm_head"
+"""By this name `quant.exclude` means the head, whatever an architecture calls it."""
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -28,23 +36,33 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
     Raises ConfigError for a model that cannot be found and a layer that cannot be quantised.
     """
     network, tokenizer = load_network(model, progress)
-    names = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    blocks = {index for name in names if (index := block_of(name)) is not None}
-    depth = max(blocks, default=-1) + 1
+    found = find_norms(network)
+    _own_experts(network)
+    modules = _projections(network)
+    matrices = block_matrices(network, found)
+    depth = max((index for name in modules if (index := block_of(name)) is not None), default=-1) + 1
     skipped = {index % depth for index in _existing(quant.skip_layers, depth)}
-    linears: dict[str, QuantLinear] = {}
-    for name, linear in names.items():
-        index = block_of(name)
-        excluded = index in skipped or any(matches(pattern, name) for pattern in quant.exclude)
-        if index is None and excluded:
-            continue
-        linears[name] = _wrap(network, name, linear, UNQUANTIZED if excluded else Arithmetic.of(quant))
-    _check_patterns(quant, names)
+    head = _name_of(network, network.get_output_embeddings())
+
+    def excluded(name: str) -> bool:
+        names = (name, _HEAD) if name == head else (name,)
+        return block_of(name) in skipped or any(matches(pattern, one) for pattern in quant.exclude for one in names)
+
+    _check_patterns(quant, [*modules, *matrices, _HEAD])
+    linears = {
+        name: _wrap(network, name, module, UNQUANTIZED if excluded(name) else Arithmetic.of(quant))
+        for name, module in modules.items()
+        if block_of(name) is not None or not excluded(name)
+    }
+    coverage = cover(network, linears, matrices, excluded)
+    check_coverage(coverage, quant)
     _own_norms(network, linears)
     _own_mlps(network)
-    norms = {n: m for n, m in network.named_modules() if n.endswith(("input_layernorm", "post_attention_layernorm"))}
-    final = {n: m for n, m in network.named_modules() if n in ("model.norm", "norm", "model.final_layernorm")}
+    gains = {name: norm for name, norm in found.items() if norm.kind == "rmsnorm" and norm.offset is not None}
+    norms = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place == "residual"}
+    final = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place == "final"}
     share_inputs(network)
+    _freeze_other_towers(network)
     if model.adapter == "lora":
         network = _with_adapters(network, linears, model, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +70,42 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
     # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one
     # function.
     network.eval()
-    return Policy(model=network, tokenizer=tokenizer, linears=linears, norms=norms, final_norm=final, depth=depth)
+    return Policy(
+        model=network,
+        tokenizer=tokenizer,
+        linears=linears,
+        norms=norms,
+        final_norm=final,
+        gain_offsets={name: norm.offset for name, norm in gains.items() if norm.offset is not None},
+        norm_kinds=dict(Counter(str(norm) for norm in found.values())),
+        depth=depth,
+        coverage=coverage,
+    )
+
+
+def _projections(network: Any) -> dict[str, nn.Linear | Conv1D]:
+    """Linear layers of the text model, and its head, by name and in model order."""
+    prefix, _ = text_model(network)
+    head = network.get_output_embeddings()
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and (name.startswith(prefix) or module is head)
+    }
+
+
+def _name_of(network: Any, wanted: nn.Module | None) -> str:
+    return next((name for name, module in network.named_modules() if module is wanted), "")
+
+
+def _freeze_other_towers(network: Any) -> None:
+    """What reads images or sounds has no part in texts."""
+    _, body = text_model(network)
+    ends = [end for end in (network.get_input_embeddings(), network.get_output_embeddings()) if end is not None]
+    ours = {id(parameter) for module in (body, *ends) for parameter in module.parameters()}
+    for parameter in network.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad_(False)
 
 
 def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:
@@ -62,21 +115,38 @@ def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:
     return indices
 
 
-def _check_patterns(quant: QuantConfig, names: dict[str, nn.Linear]) -> None:
+def _check_patterns(quant: QuantConfig, names: Sequence[str]) -> None:
     for pattern in quant.exclude:
         if not any(matches(pattern, name) for name in names):
-            raise ConfigError(
-                f"quant.exclude={pattern}: matches no linear layer; one of them is {next(iter(names), 'none')}"
-            )
+            raise ConfigError(f"quant.exclude={pattern}: matches no linear layer; one of them is {names[0]}")
 
 
-def _wrap(network: Any, name: str, linear: nn.Linear, arithmetic: Arithmetic) -> QuantLinear:
+def _wrap(network: Any, name: str, module: nn.Linear | Conv1D, arithmetic: Arithmetic) -> QuantLinear:
     try:
-        wrapped = QuantLinear.from_linear(linear, name=name, arithmetic=arithmetic)
+        wrapped = QuantLinear.from_linear(_as_linear(module), name=name, arithmetic=arithmetic)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    wrapped.lies_transposed = isinstance(module, Conv1D)
     network.set_submodule(name, wrapped)
     return wrapped
+
+
+def _as_linear(module: nn.Linear | Conv1D) -> nn.Linear:
+    """GPT-2's Conv1D is a linear layer whose weight lies [inputs, outputs]."""
+    if isinstance(module, nn.Linear):
+        return module
+    inputs, outputs = module.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight, linear.bias = nn.Parameter(module.weight.detach().T.contiguous()), module.bias
+    return linear.train(module.training)
+
+
+def _own_experts(network: Any) -> None:
+    """Those that are held in one tensor, as layers of their own."""
+    prefix, _ = text_model(network)
+    for name, module in list(network.named_modules()):
+        if name.startswith(prefix) and (experts := as_linears(module)) is not None:
+            network.set_submodule(name, experts)
 
 
 def _own_norms(network: Any, linears: Mapping[str, QuantLinear]) -> None:
@@ -104,16 +174,30 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
     from peft import LoraConfig, get_peft_model
 
     targets = [name for name in linears if block_of(name) is not None]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_renaming(network):
         torch.manual_seed(stable_hash("adapters", seed) % 2**31)
         adapted = get_peft_model(
             network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets)
         )
+    have = {bare_name(name) for name, module in adapted.named_modules() if getattr(module, "lora_A", None)}
+    assert have == set(targets), f"adapters are beside other layers: {sorted(have.symmetric_difference(targets))[:3]}"
     for name in targets:
         dropouts = adapted.base_model.model.get_submodule(name).lora_dropout
         for key in dropouts:
             dropouts[key] = _Seen(linears[name])
     return adapted
+
+
+@contextmanager
+def _without_renaming(network: Any) -> Iterator[None]:
+    """peft takes the layers of some mixtures for those that transformers 4 had under these names, and would adapt
+    others; it goes by the architecture's name."""
+    before = network.config.model_type
+    network.config.model_type = ""
+    try:
+        yield
+    finally:
+        network.config.model_type = before
 
 
 class _Seen(nn.Module):

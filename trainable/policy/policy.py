@@ -14,13 +14,15 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from trainable.layers.experts import Experts
+from trainable.outcome import Coverage
 from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -37,11 +39,18 @@ class Policy:
     linears: dict[str, QuantLinear]
     """Wrapped linear layers by name, in model order."""
     norms: dict[str, nn.Module]
-    """Input and post-attention norms of every block by name."""
+    """RMSNorms with a gain that read or write the residual stream in a block, by name: input, post-attention and what
+    else a block has; norms within attention or MLP are none of them."""
     final_norm: dict[str, nn.Module]
-    """The norm before the head, as a dict of one (or none)."""
+    """The norm before the head, as a dict of one (or none: it is no RMSNorm)."""
     depth: int
     """Decoder blocks."""
+    coverage: Coverage = field(default_factory=Coverage)
+    """What became of the blocks' weights."""
+    gain_offsets: dict[str, float] = field(default_factory=dict)
+    """Of norms by name: 1 where the gain is 1 + w, as in Gemma; else 0."""
+    norm_kinds: dict[str, int] = field(default_factory=dict)
+    """What the model has in norms, and how often, e.g. {"rmsnorm, gain w, residual": 16}."""
 
     @property
     def network(self) -> Any:
@@ -59,6 +68,18 @@ class Policy:
         return tuple(n for n, m in self.linears.items() if m.arithmetic.quantizes)
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of the layers that have an adapter, as they stand in the model."""
+        return tuple(bare_name(n) for n, m in self.model.named_modules() if getattr(m, "lora_A", None))
+
+    @property
+    def rearranged(self) -> tuple[str, ...]:
+        """Names of the layers whose weight lies otherwise in files and in other programs: transposed, or in one tensor
+        with that of other experts."""
+        mixtures = tuple(f"{name}." for name, module in self.network.named_modules() if isinstance(module, Experts))
+        return tuple(n for n, m in self.linears.items() if m.lies_transposed or n.startswith(mixtures))
+
+    @property
     def arithmetic(self) -> tuple[Arithmetic, ...]:
         """How those compute: each record once, in model order."""
         return tuple(dict.fromkeys(self.linears[name].arithmetic for name in self.quantized))
@@ -72,6 +93,17 @@ def block_of(name: str) -> int | None:
     """Index of the decoder block that a parameter or module belongs to; None outside of the blocks."""
     match = _BLOCK.search(name)
     return int(match.group(1)) if match else None
+
+
+def after_block(name: str) -> str:
+    """What follows the block in a name: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
+    match = _BLOCK.search(name)
+    return name[match.end() :] if match else name
+
+
+def any_number(name: str) -> str:
+    """A name as a pattern for all blocks and experts: `layers.*.mlp.gate` of `layers.3.mlp.gate`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def bare_name(name: str) -> str:

@@ -1,0 +1,127 @@
+"""What the parts of a foreign model are, told by what they compute and not by what they are called.
+
+Names deceive: `input_layernorm` is an RMSNorm in Llama, a LayerNorm in GPT-NeoX, and an RMSNorm whose gain is 1 + w in
+Gemma. So whatever might be a norm is asked: with a gain of ours, is its output for an input of ours that of RMSNorm
+(arXiv 1910.07467) or of LayerNorm (arXiv 1607.06450), and is the gain w or 1 + w? Weights as they are stored do not
+matter, and neither does epsilon beside an input of this size.
+
+Where a norm stands is told by structure. One that is a block's own child reads or writes the residual stream (input,
+post-attention, and what Gemma 2 or OLMo 2 have besides); one within attention, a mixer or an MLP (norms of queries and
+keys, of latents) does not. The norm before the head is the first that follows the blocks.
+
+A multimodal model has towers beside its text model. Only the text model is trained on texts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainable.hashing import stable_hash
+from trainable.policy.policy import after_block, block_of
+
+_TOLERANCE = 1e-3
+"""Of the largest output: epsilon and roundings are far below, another kind of norm is far above."""
+_PROBES = 4
+_LARGEST = 1 << 16
+"""Numbers of a gain; what is larger is a matrix."""
+
+Place = Literal["residual", "inside", "final", "beside"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """Example: Norm(kind="rmsnorm", offset=1.0, place="residual") is the input norm of a block of Gemma."""
+
+    kind: Literal["rmsnorm", "layernorm"]
+    offset: float | None
+    """What is added to its weight to make the gain: 0 or 1; None: it has no weight."""
+    place: Place
+    """residual: a block's own child; inside: deeper in a block; final: before the head; beside: anywhere else."""
+
+    def __str__(self) -> str:
+        gain = {None: "no gain", 0.0: "gain w", 1.0: "gain 1 + w"}[self.offset]
+        return f"{self.kind}, {gain}, {self.place}"
+
+
+def text_model(network: Any) -> tuple[str, nn.Module]:
+    """The part of a transformers model that reads text, and its name: a prefix of those of its parts, with its dot."""
+    body = network.get_decoder()
+    name = next((name for name, module in network.named_modules() if module is body), "")
+    return (f"{name}." if name else ""), body
+
+
+def find_norms(network: Any) -> dict[str, Norm]:
+    """Every norm of the text model by name, in model order."""
+    prefix, body = text_model(network)
+    width = network.get_input_embeddings().weight.shape[-1]
+    kinds = {name: kind for name, module in body.named_modules() if (kind := _kind(module, width)) is not None}
+    children = [name for name, _ in body.named_children()]
+    stack = next((name for name in children if block_of(f"{prefix}{name}.0.") == 0), None)
+    behind = children[children.index(stack) + 1 :] if stack else []
+    final = next((name for name in behind if name in kinds), None)
+
+    def place(name: str) -> Place:
+        if block_of(f"{prefix}{name}.") is None:
+            return "final" if name == final else "beside"
+        return "inside" if "." in after_block(f"{prefix}{name}") else "residual"
+
+    return {
+        f"{prefix}{name}": Norm(kind=kind, offset=offset, place=place(name)) for name, (kind, offset) in kinds.items()
+    }
+
+
+def _kind(module: nn.Module, width: int) -> tuple[Literal["rmsnorm", "layernorm"], float | None] | None:
+    """None for what is no norm; a module without weights is asked with an input of this width."""
+    own = dict(module.named_parameters())
+    if set(own) - {"weight", "bias"} or any(True for _ in module.children()) or isinstance(module, nn.Dropout):
+        return None
+    weight, bias = own.get("weight"), own.get("bias")
+    if isinstance(module, nn.Linear | nn.Embedding) or (weight is None and bias is not None):
+        return None
+    shape = (width,) if weight is None else tuple(weight.shape)
+    if len(shape) > 2 or math.prod(shape) > _LARGEST:
+        return None
+    draw = torch.Generator().manual_seed(stable_hash("norm", *shape) % 2**31)
+    x = 3 + 4 * torch.randn(_PROBES, *shape, generator=draw)  # [P, .., n], of a mean that LayerNorm takes away
+    chosen = {name: torch.randn(parameter.shape, generator=draw) for name, parameter in own.items()}
+    y = _answer(module, x, chosen)
+    if y is None or y.shape != x.shape:
+        return None
+    normal = {
+        "rmsnorm": x * x.square().mean(-1, keepdim=True).rsqrt(),
+        "layernorm": (x - x.mean(-1, keepdim=True)) * x.var(-1, keepdim=True, correction=0).rsqrt(),
+    }
+    for kind, z in normal.items():
+        for offset in (0.0, 1.0) if weight is not None else (None,):
+            wanted = (z if offset is None else (offset + chosen["weight"]) * z) + chosen.get("bias", torch.zeros(()))
+            if (y - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
+                return kind, offset  # type: ignore[return-value]  # a key of `normal`
+    return None
+
+
+def _answer(module: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor | None:
+    """What a module makes of x with other weights, in fp32; None where it does not take a tensor and give one."""
+    with torch.no_grad(), _standing_in(module, weights):
+        try:
+            y = module(x)
+        except Exception:  # whatever a foreign module raises when it wants more than x
+            return None
+    return y.float() if isinstance(y, Tensor) and y.is_floating_point() else None
+
+
+@contextmanager
+def _standing_in(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values, perhaps of another dtype, for a module's parameters."""
+    before = {name: parameter.data for name, parameter in module.named_parameters()}
+    try:
+        for name, parameter in module.named_parameters():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = before[name]
