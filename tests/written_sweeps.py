@@ -96,6 +96,7 @@ def receipt(dose: float | None = None) -> EffectReceipt:
         norms={},
         arithmetic=(),
         noised=(),
+        moved={},
         effects=effects,
         warnings=(),
     )

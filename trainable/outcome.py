@@ -197,6 +197,9 @@ class EffectReceipt:
     """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others.
     """
     noised: tuple[str, ...]
+    moved: Mapping[str, float]
+    """Share of the trained weights that differ from the start, as the model computes with them, of `matrices` and of
+    `vectors` (gains, biases); of large tensors evenly spaced ones are looked at."""
     effects: tuple[Effect, ...]
     warnings: tuple[str, ...]
 
@@ -212,6 +215,7 @@ class EffectReceipt:
             norms=tree["norms"],
             arithmetic=tuple(tree["arithmetic"]),
             noised=tuple(tree["noised"]),
+            moved=tree["moved"],
             effects=tuple(Effect(**effect) for effect in tree["effects"]),
             warnings=tuple(tree["warnings"]),
         )

@@ -32,6 +32,7 @@ from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
 from trainable.forward.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
+from trainable.masters import MasterAdamW, followed, moved_shares
 from trainable.metrics import (
     ACCURACY,
     EVAL,
@@ -127,7 +128,8 @@ class Trial:
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
         parameters = list(self.policy.trainable().values())
         grpo = config.grpo
-        self.optimizer = torch.optim.AdamW(
+        self.start_weights = followed(self.policy.trainable())
+        self.optimizer = MasterAdamW(
             parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
         )
         self.detector = CollapseDetector(config=config.collapse)
@@ -219,6 +221,7 @@ class Trial:
             norms=self.policy.norm_kinds,
             arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
             noised=tuple(target.name for target in self.targets),
+            moved=moved_shares(self.start_weights, self.policy.trainable()),
             effects=effects,
             warnings=effect_warnings(effects),
         )

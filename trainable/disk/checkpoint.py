@@ -24,7 +24,7 @@ from spaces.config import ConfigError
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import FINAL_FILE, PROGRESS_FILE, checkpoints, progress_parts, progress_text
 
-VERSION = 3
+VERSION = 4
 KEPT = 2
 FINAL_VERSION = "1"
 _FINAL_KEY = "version checksum"  # one entry: the order of several is not fixed
