@@ -3,11 +3,14 @@
 What a candidate is, and what must be known of it, says `search/arms.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel
 
 from search.arms import Candidate
-from spaces.config import TrialConfig
+from spaces.config import NoiseConfig, TrialConfig
 from spaces.reading import as_tree, dump_yaml
 
 
@@ -31,31 +34,29 @@ def to_yaml(candidate: Candidate) -> str:
 def to_verl(candidate: Candidate) -> str:
     """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped
     in silence."""
-    config = candidate.config
-    noise, grpo = config.noise, config.grpo
-    on = noise.sigma_start > 0
-    lines = [f"++trainer.noise_injection.enabled={on}"]
-    if on:
-        lines += [
-            f"++trainer.noise_injection.sigma_start={noise.sigma_start!r}",
-            f"++trainer.noise_injection.sigma_end={noise.sigma_end!r}",
-            f"++trainer.noise_injection.num_stages={noise.num_stages}",
-            f"++trainer.noise_injection.layer_types=[{','.join(noise.modules)}]",
-            "++trainer.noise_injection.target_modules=[]",
-            "++trainer.noise_injection.exclude_patterns=[lm_head,embed_tokens,lora_]",
-        ]
-    batches = grpo.max_gen_batches if grpo.filter_groups == "resample" else 1
-    lines += [
-        f"++algorithm.filter_groups.enable={grpo.filter_groups != 'off'}",
-        f"++algorithm.filter_groups.max_num_gen_batches={batches}",
-        f"actor_rollout_ref.actor.optim.lr={grpo.learning_rate!r}",
-        f"actor_rollout_ref.actor.clip_ratio_low={grpo.clip_low!r}",
-        f"actor_rollout_ref.actor.clip_ratio_high={grpo.clip_high!r}",
-        f"actor_rollout_ref.rollout.temperature={config.rollout.temperature!r}",
-        f"actor_rollout_ref.rollout.n={grpo.group_size}",
-        f"data.train_batch_size={grpo.prompts}",
-    ]
-    return "\n".join([*lines, *(f"# no key for: {text}" for text in _without_a_key(config))]) + "\n"
+    lines, without = list[str](), list[str]()
+    for key, value in _settings(candidate.config):
+        said = VERL[key](candidate.config) if key in VERL else None
+        if said is None:
+            without.append(f"# no key for: {key}={value}")
+        else:
+            lines += said
+    noise_first = sorted(["algorithm.adv_estimator=grpo", *lines], key=lambda line: not line.startswith(_NOISE))
+    return "\n".join([*noise_first, *without]) + "\n"
+
+
+def _settings(config: TrialConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting that has an effect here, by its dotted key; those of this machine only where somebody set them."""
+    plain = TrialConfig()
+    for name in TrialConfig.model_fields:
+        part = getattr(config, name)
+        for key in type(part).model_fields if isinstance(part, BaseModel) else [""]:
+            value, usual = (getattr(getattr(of, name), key) if key else getattr(of, name) for of in (config, plain))
+            dotted = f"{name}.{key}" if key else name
+            if not any(idle(config) for keys, idle in IDLE.items() if dotted in keys) and not (
+                value == usual and dotted.startswith(OF_THIS_MACHINE)
+            ):
+                yield dotted, as_tree(value) if isinstance(value, BaseModel) else value
 
 
 def _mean(accuracies: Sequence[float]) -> str:
@@ -67,22 +68,125 @@ def _mean(accuracies: Sequence[float]) -> str:
     )
 
 
-def _without_a_key(config: TrialConfig) -> list[str]:
-    noise, default = config.noise, type(config.noise)()
-    named = {
-        f"noise.{name}": getattr(noise, name)
-        for name in ("schedule", "layers", "layer_multipliers", "zones", "scale", "placement", "final_norm")
-        if noise.sigma_start > 0 and getattr(noise, name) != getattr(default, name)
-    }
-    always, plain = ("weights", "activations", "scale_rule"), type(config.quant)()
-    quant = {
-        f"quant.{name}": getattr(config.quant, name)
-        for name in type(config.quant).model_fields
-        if name in always or getattr(config.quant, name) != getattr(plain, name)
-    }
-    if config.rollout.correction != "none":
-        named["rollout.correction"] = config.rollout.correction
-    return [f"{key}={value}" for key, value in (named | quant).items()]
+OF_THIS_MACHINE = (
+    *("threads", "hang_seconds", "model.attention", "grpo.micro_batch_size", "eval.batch_size", "eval.split"),
+    *("rollout.backend", "rollout.batch_size", "collapse."),
+)
+"""Beginnings of keys that say how much at once, how long to wait and when to give up."""
 
+IDLE: dict[frozenset[str], Callable[[TrialConfig], bool]] = {
+    frozenset(f"noise.{key}" for key in NoiseConfig.model_fields if key != "sigma_start"): (
+        lambda config: config.noise.sigma_start == 0
+    ),
+    frozenset({"model.recipe", "task.digits"}): lambda config: config.model.recipe is None,
+    frozenset({"model.lora_rank", "model.lora_alpha"}): lambda config: config.model.adapter == "full",
+    frozenset({"grpo.generation_prompts"}): lambda config: config.grpo.filter_groups == "off",
+    frozenset({"grpo.max_gen_batches"}): lambda config: config.grpo.filter_groups != "resample",
+    frozenset({"grpo.overlong_penalty"}): lambda config: config.grpo.overlong_buffer == 0,
+    frozenset({"rollout.correction_cap"}): lambda config: config.rollout.correction == "none",
+    frozenset({"rollout.engine", "rollout.kv_cache_gib"}): lambda config: config.rollout.backend == "torch",
+    frozenset({"rollout.start_seconds", "rollout.answer_seconds"}): lambda config: config.rollout.engine == "inside",
+    frozenset({"task.path", "task.prompt", "task.options"}): lambda config: config.task.name == "addition",
+    frozenset({"task.chat_date"}): lambda config: not config.task.chat,
+}
+"""Settings that do nothing, each with the condition."""
+
+_ACTOR, _NOISE = "actor_rollout_ref.actor", "++trainer.noise_injection"
+_AVERAGES = {
+    "grpo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+VERL: dict[str, Callable[[TrialConfig], list[str] | None]] = {
+    "model.name": lambda c: None if c.model.recipe is not None else [f"actor_rollout_ref.model.path={c.model.name}"],
+    "model.adapter": lambda c: ["actor_rollout_ref.model.lora_rank=0"] if c.model.adapter == "full" else [],
+    "model.lora_rank": lambda c: [f"actor_rollout_ref.model.lora_rank={c.model.lora_rank}"],
+    "model.lora_alpha": lambda c: [f"actor_rollout_ref.model.lora_alpha={c.model.lora_alpha:g}"],
+    "noise.sigma_start": lambda c: (
+        [f"{_NOISE}.enabled=True", f"{_NOISE}.sigma_start={c.noise.sigma_start!r}"]
+        if c.noise.sigma_start > 0
+        else [f"{_NOISE}.enabled=False"]
+    ),
+    "noise.sigma_end": lambda c: [f"{_NOISE}.sigma_end={c.noise.sigma_end!r}"],
+    "noise.num_stages": lambda c: [f"{_NOISE}.num_stages={c.noise.num_stages}"],
+    "noise.modules": lambda c: [
+        f"{_NOISE}.layer_types=[{','.join(c.noise.modules)}]",
+        f"{_NOISE}.target_modules=[]",
+        f"{_NOISE}.exclude_patterns=[lm_head,embed_tokens,lora_]",
+    ],
+    "noise.schedule": lambda c: [] if c.noise.schedule == "qerl_code" else None,
+    "noise.layers": lambda c: [] if c.noise.layers == "all" else None,
+    "noise.layer_multipliers": lambda c: None if c.noise.layer_multipliers else [],
+    "noise.zones": lambda c: None if c.noise.zones else [],
+    "noise.scale": lambda c: [] if c.noise.scale == "absolute" else None,
+    "noise.placement": lambda c: [] if c.noise.placement == "before" else None,
+    "grpo.steps": lambda c: [f"trainer.total_training_steps={c.grpo.steps}"],
+    "grpo.updates_per_step": lambda c: (
+        None
+        if c.grpo.prompts % c.grpo.minibatches
+        else [f"{_ACTOR}.ppo_mini_batch_size={c.grpo.prompts // c.grpo.minibatches}"]
+    ),
+    "grpo.epochs": lambda c: [f"{_ACTOR}.ppo_epochs={c.grpo.epochs}"],
+    "grpo.prompts": lambda c: [f"data.train_batch_size={c.grpo.prompts}"],
+    "grpo.generation_prompts": lambda c: [f"++data.gen_batch_size={c.grpo.batch_prompts}"],
+    "grpo.group_size": lambda c: [f"actor_rollout_ref.rollout.n={c.grpo.group_size}"],
+    "grpo.learning_rate": lambda c: [f"{_ACTOR}.optim.lr={c.grpo.learning_rate!r}"],
+    "grpo.warmup_updates": lambda c: None if c.grpo.warmup_updates else [f"{_ACTOR}.optim.lr_warmup_steps=0"],
+    "grpo.weight_decay": lambda c: [f"{_ACTOR}.optim.weight_decay={c.grpo.weight_decay!r}"],
+    "grpo.adam_beta2": lambda c: [f"{_ACTOR}.optim.betas=[0.9,{c.grpo.adam_beta2!r}]"],
+    "grpo.max_grad_norm": lambda c: [f"{_ACTOR}.grad_clip={c.grpo.max_grad_norm!r}"],
+    "grpo.loss": lambda c: (
+        None  # its mean over tokens is one over a mini-batch
+        if c.grpo.loss == "dapo" and c.grpo.minibatches > 1
+        else [f"{_ACTOR}.loss_agg_mode={_AVERAGES[c.grpo.loss]}"]
+    ),
+    "grpo.clip_low": lambda c: [f"{_ACTOR}.clip_ratio_low={c.grpo.clip_low!r}"],
+    "grpo.clip_high": lambda c: [f"{_ACTOR}.clip_ratio_high={c.grpo.clip_high!r}"],
+    "grpo.advantage_scale": lambda c: (
+        None
+        if c.grpo.advantage_scale == "batch"
+        else [f"algorithm.norm_adv_by_std_in_grpo={c.grpo.advantage_scale == 'group'}"]
+    ),
+    "grpo.kl_beta": lambda c: (
+        [f"{_ACTOR}.use_kl_loss=True", f"{_ACTOR}.kl_loss_coef={c.grpo.kl_beta!r}", f"{_ACTOR}.kl_loss_type=low_var_kl"]
+        if c.grpo.kl_beta
+        else [f"{_ACTOR}.use_kl_loss=False"]
+    ),
+    "grpo.overlong_buffer": lambda c: (
+        ["++reward_model.overlong_buffer.enable=True", f"++reward_model.overlong_buffer.len={c.grpo.overlong_buffer}"]
+        if c.grpo.overlong_buffer
+        else ["++reward_model.overlong_buffer.enable=False"]
+    ),
+    "grpo.overlong_penalty": lambda c: [f"++reward_model.overlong_buffer.penalty_factor={c.grpo.overlong_penalty!r}"],
+    "grpo.filter_groups": lambda c: (
+        None  # a step with too few groups ends the run there
+        if c.grpo.filter_groups == "drop"
+        else [f"++algorithm.filter_groups.enable={c.grpo.filter_groups == 'resample'}"]
+    ),
+    "grpo.max_gen_batches": lambda c: [f"++algorithm.filter_groups.max_num_gen_batches={c.grpo.max_gen_batches}"],
+    "rollout.temperature": lambda c: [f"actor_rollout_ref.rollout.temperature={c.rollout.temperature!r}"],
+    "rollout.max_new_tokens": lambda c: [f"data.max_response_length={c.rollout.max_new_tokens}"],
+    "rollout.max_prompt_tokens": lambda c: [f"data.max_prompt_length={c.rollout.max_prompt_tokens}"],
+    "rollout.correction": lambda c: (
+        []
+        if c.rollout.correction == "none"
+        else [
+            f"algorithm.rollout_correction.rollout_is={c.rollout.correction}",
+            "actor_rollout_ref.rollout.calculate_log_probs=True",
+        ]
+    ),
+    "rollout.correction_cap": lambda c: [
+        f"algorithm.rollout_correction.rollout_is_threshold={c.rollout.correction_cap!r}"
+    ],
+    "task.chat": lambda c: [] if c.task.chat else None,
+    "task.too_long": lambda c: [
+        f"data.filter_overlong_prompts={c.task.too_long == 'leave_out'}",
+        "data.truncation=error",
+    ],
+    "eval.every": lambda c: [f"trainer.test_freq={c.eval.every or -1}"],
+}
+"""How verl spells a setting: its lines, none where it does that anyway, or None where it has no key for the value. A
+setting without an entry has no key there."""
 
 EXPORTS = {"yaml": to_yaml, "verl": to_verl}
