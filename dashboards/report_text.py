@@ -123,18 +123,12 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
             lines.append(f"        {dimension.key:22s} {values}{condition}")
     last = study.seed_of(study.replicates - 1)
-    unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
-    adjusted = plan.adjusted_share
-    sooner = f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
-    cheaper = f", {plan.hours * adjusted:.2f} with collapses"
     lines += [
         f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
         f"(seeds {study.seed} to {last}), arm by arm",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
-        f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
-        f"      about {duration(plan.wall_seconds)} if nothing collapses{sooner if adjusted < 1 else ''}",
-        f"cost: about {plan.hours:.2f} {unit} if nothing collapses{cheaper if adjusted < 1 else ''}",
+        *_cost(plan),
         f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
         f"its {config.eval.questions} questions alone",
     ]
@@ -145,10 +139,25 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         )
     elif plan.difference_sd is None:
         lines.append(
-            "how much differences vary from seed to seed is not known for this workload: "
+            "how much differences vary from seed to seed is not known yet: "
             "what it can decide will show after 3 replicates"
         )
     return lines + [f"warning: {line}" for line in plan.warnings]
+
+
+def _cost(plan: StudyPlan) -> list[str]:
+    """Time and hours, where trials like these have been measured."""
+    if plan.trial_seconds is None or plan.wall_seconds is None or plan.hours is None:
+        return [f"time, cost: not known yet for this model, task and size (rin trial tells); {plan.slots} at once"]
+    unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
+    adjusted = plan.adjusted_share
+    sooner = f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
+    cheaper = f", {plan.hours * adjusted:.2f} with collapses"
+    return [
+        f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
+        f"      about {duration(plan.wall_seconds)} if nothing collapses{sooner if adjusted < 1 else ''}",
+        f"cost: about {plan.hours:.2f} {unit} if nothing collapses{cheaper if adjusted < 1 else ''}",
+    ]
 
 
 def _apart(comparison: Comparison, digits: int = 1) -> str:

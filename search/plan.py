@@ -1,9 +1,10 @@
 """What a sweep would run, in which order, how long, and what its answers could show. Trains nothing.
 
-Time and spread come from trials of the same workload that this store holds (medians), else from the workload's own
-measured figures. The worst case is that no trial collapses: a collapsed one stops early and only saves time. How much
-it saves is told apart, from the share of collapsed trials and the step at which they stopped in this store, or at which
-the plan recorded it for a point.
+Time and spread come from trials of the same work (model, task, sizes) that this store holds (medians), else from the
+workload's own measured figures where the sweep runs just that; else they are not known yet, and said not to be. The
+worst case is that no trial collapses: a collapsed one stops early and only saves time. How much it saves is told apart,
+from the share of collapsed trials and the step at which they stopped in this store, or at which the plan recorded it
+for a point.
 """
 
 import math
@@ -16,13 +17,14 @@ from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
+from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from trainable.disk.trial_folder import read_attempts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """What earlier trials of a workload teach, each None without any."""
+    """What earlier trials teach, each None without any."""
 
     trial_seconds: float | None = None
     """Of a completed trial, loading included."""
@@ -45,7 +47,8 @@ class StudyPlan:
     """Configurations that the searcher will choose after them."""
     slots: int
     """Trials at once."""
-    trial_seconds: float
+    trial_seconds: float | None
+    """None: nobody has measured such a trial."""
     seconds_source: str
     difference_sd: float | None
     sd_source: str
@@ -57,14 +60,16 @@ class StudyPlan:
     """Of the control: what every configuration starts from."""
 
     @property
-    def wall_seconds(self) -> float:
+    def wall_seconds(self) -> float | None:
         """Worst case: nothing collapses."""
-        return math.ceil(self.study.runs / self.slots) * self.trial_seconds
+        return None if self.trial_seconds is None else math.ceil(self.study.runs / self.slots) * self.trial_seconds
 
     @property
-    def hours(self) -> float:
+    def hours(self) -> float | None:
         """Trial-slot hours, or GPU hours; worst case."""
-        return self.study.runs * self.trial_seconds / 3600 * slots_of(self.study)
+        return (
+            None if self.trial_seconds is None else self.study.runs * self.trial_seconds / 3600 * slots_of(self.study)
+        )
 
     @property
     def question_se(self) -> float:
@@ -72,10 +77,12 @@ class StudyPlan:
         return 0.5 / math.sqrt(self.config.eval.questions)
 
     @property
-    def affordable(self) -> int:
+    def affordable(self) -> int | None:
         """Configurations, with all their replicates, that the budget pays for if nothing collapses; all of them without
-        a budget."""
+        a budget, None where nobody knows."""
         budget = self.study.budget_hours
+        if self.hours is None:
+            return self.study.trials if budget is None else None
         if budget is None or budget >= self.hours:
             return self.study.trials
         return int(budget / (self.hours / self.study.trials))
@@ -90,11 +97,13 @@ class StudyPlan:
         """What this sweep will not be able to do, a line each."""
         lines = []
         budget = self.study.budget_hours
-        if budget is not None and self.affordable < self.study.trials:
+        if budget is not None and self.affordable is None:
+            lines.append(f"what the budget of {budget:g} hours pays for is not known yet")
+        if budget is not None and self.affordable is not None and self.affordable < self.study.trials:
             lines.append(
                 f"the budget of {budget:g} hours pays for about {self.affordable} of {self.study.trials} configurations"
             )
-        if budget is not None and self.affordable < 2:
+        if budget is not None and self.affordable is not None and self.affordable < 2:
             lines.append("so it cannot decide anything: no configuration would have a control to be compared with")
         if self.study.replicates < 3:
             lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
@@ -116,7 +125,8 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     """For a machine with so many CPUs and GPUs. Raises ConfigError for whatever `rin sweep` would refuse."""
     workload = WORKLOADS[config.workload]
     arms = fixed_arms(config)
-    known = experience(config.store, config.workload)
+    known = experience(config.store, arms[0].config)
+    as_it_stands = _work(arms[0].config) == _work(read_config(workload.settings))
     per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
     searched = config.trials - len(arms)
     share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
@@ -126,11 +136,11 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
         arms=tuple(arms),
         searched=searched,
         slots=config.concurrent or max(1, min(cpus // per_trial, int(gpus_here / gpus)) if gpus else cpus // per_trial),
-        trial_seconds=known.trial_seconds or workload.trial_seconds,
+        trial_seconds=known.trial_seconds or (workload.trial_seconds if as_it_stands else None),
         seconds_source=f"median of completed trials {here}"
         if known.trial_seconds
         else "the workload's figure (README, Measurements)",
-        difference_sd=known.difference_sd or workload.difference_sd,
+        difference_sd=known.difference_sd or (workload.difference_sd if as_it_stands else None),
         sd_source=f"from replicates {here}" if known.difference_sd else "the workload's figure (docs/science.md)",
         adjusted_share=share / config.trials,
         cpus=per_trial,
@@ -139,15 +149,23 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     )
 
 
-def experience(store: str, workload: str) -> Experience:
-    """From every sweep of this workload in the store; one that cannot be read is no reason not to plan a new one."""
+def _work(config: TrialConfig) -> tuple[object, ...]:
+    """What decides how long a trial takes and how far seeds are apart: the model, the task, and how much of it."""
+    grpo, rollout = config.grpo, config.rollout
+    sizes = (grpo.steps, grpo.updates_per_step, grpo.prompts, grpo.group_size, config.eval.questions, config.eval.every)
+    return config.model, config.task, rollout.backend, rollout.max_new_tokens, *sizes
+
+
+def experience(store: str, like: TrialConfig) -> Experience:
+    """From every sweep in the store whose trials do the same work; one that cannot be read is no reason not to plan a
+    new one."""
     seconds: list[float] = []
     spent: list[float] = []
     spreads: list[tuple[float, int]] = []
     for name in sweeps(store) if "://" not in store else []:
         try:
             study = load_study_config(store, name)
-            arms = read_arms(study) if study.workload == workload else []
+            arms = [arm for arm in read_arms(study) if _work(arm.config) == _work(like)]
         except ConfigError:
             continue
         taken = {arm.name: _seconds(study, arm) for arm in arms}

@@ -18,6 +18,10 @@ from spaces.points import POINTS
 from spaces.workloads import WORKLOADS
 from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, study, write_sweep, write_trial
 
+LIKE = make_arm(study("/nowhere"), "control").config
+WHOLE: dict[str, Any] = {"settings": {}}
+"""The workload as it stands, whose figures hold."""
+
 
 def planned(store: Path, cpus: int = 4, **changes: Any) -> StudyPlan:
     return plan_study(study(store, name="new", **changes), cpus)
@@ -44,14 +48,16 @@ def test_time_and_hours_are_the_workload_s_figure_times_the_runs(tmp_path: Path)
 def test_trials_at_once_are_what_the_cores_hold_or_what_was_asked(
     tmp_path: Path, cpus: int, per_trial: int, concurrent: int | None, slots: int
 ) -> None:
-    plan = planned(tmp_path, cpus=cpus, trials=5, replicates=2, concurrent=concurrent)
-    plan = plan_study(study(tmp_path, name="new", trials=5, replicates=2, concurrent=concurrent, cpus=per_trial), cpus)
+    asked = study(tmp_path, name="new", trials=5, replicates=2, concurrent=concurrent, cpus=per_trial, **WHOLE)
+    plan = plan_study(asked, cpus)
     assert (plan.slots, plan.cpus) == (slots, per_trial)
+    assert plan.trial_seconds is not None
     assert plan.wall_seconds == math.ceil(10 / slots) * plan.trial_seconds
 
 
 def test_gpu_hours_count_gpus(tmp_path: Path) -> None:
-    plain, shared = planned(tmp_path, trials=4), planned(tmp_path, trials=4, gpus=0.5)
+    plain, shared = planned(tmp_path, trials=4, **WHOLE), planned(tmp_path, trials=4, gpus=0.5, **WHOLE)
+    assert plain.hours is not None
     assert shared.hours == pytest.approx(0.5 * plain.hours)
     assert "GPU hours" in text(shared)
     assert "trial-slot hours" in text(plain)
@@ -100,13 +106,29 @@ def test_times_of_the_same_workload_in_this_store_replace_the_workload_s_figure(
     assert other.trial_seconds == WORKLOADS["embedded"].trial_seconds
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"name": "/my/model", "recipe": None}, "task": {"name": "reasoning_gym:gcd", "digits": 3}},
+        {"grpo": {"steps": 500}},
+        {"rollout": {"max_new_tokens": 512}},
+    ],
+)
+def test_of_another_model_or_size_nothing_is_known_until_it_was_measured(tmp_path: Path, settings: Any) -> None:
+    finished(tmp_path, [10.0, 20.0, 90.0])
+    plan = planned(tmp_path, settings=settings, budget_hours=1.0, replicates=3)
+    assert (plan.trial_seconds, plan.hours, plan.affordable, plan.difference_sd) == (None, None, None, None)
+    assert "time, cost: not known yet for this model, task and size" in text(plan)
+    assert "warning: what the budget of 1 hours pays for is not known yet" in text(plan)
+
+
 def test_trials_that_collapsed_or_were_interrupted_teach_no_time(tmp_path: Path) -> None:
     config, arms = finished(tmp_path, [10.0, 10.0, 10.0])
     write_trial(config, arms[0], 0, outcome(arms[0], 0, 100, "collapsed"), attempts=[attempt(0, 1)])
     for replicate in range(3):
         attempts = [attempt(0, 500, ended=""), attempt(0, 500)]
         write_trial(config, arms[1], replicate, outcome(arms[1], replicate, 280), attempts=attempts)
-    assert experience(str(tmp_path), "tiny").trial_seconds == 10.0
+    assert experience(str(tmp_path), LIKE).trial_seconds == 10.0
 
 
 def test_the_spread_is_that_of_differences_from_the_control_over_seeds(tmp_path: Path) -> None:
@@ -120,7 +142,7 @@ def test_the_spread_is_that_of_differences_from_the_control_over_seeds(tmp_path:
         squares += 3 * statistics.variance(
             [(a - b) / QUESTIONS for a, b in zip(right[name], right["control"], strict=True)]
         )
-    assert experience(str(tmp_path), "tiny").difference_sd == pytest.approx(math.sqrt(squares / 6))
+    assert experience(str(tmp_path), LIKE).difference_sd == pytest.approx(math.sqrt(squares / 6))
 
 
 def test_a_collapsed_replicate_teaches_no_spread(tmp_path: Path) -> None:
@@ -128,7 +150,7 @@ def test_a_collapsed_replicate_teaches_no_spread(tmp_path: Path) -> None:
     right: dict[str, list[Any]] = {"control": [280, 281, 282, 283], "c01": [290, 292, 294, ("collapsed", 10)]}
     write_sweep(config, [make_arm(config, name) for name in right], right)
     differences = [(a - b) / QUESTIONS for a, b in ((290, 280), (292, 281), (294, 282))]
-    assert experience(str(tmp_path), "tiny").difference_sd == pytest.approx(statistics.stdev(differences))
+    assert experience(str(tmp_path), LIKE).difference_sd == pytest.approx(statistics.stdev(differences))
 
 
 def test_what_the_searcher_s_configurations_took_tells_what_the_next_ones_will(tmp_path: Path) -> None:
@@ -138,7 +160,7 @@ def test_what_the_searcher_s_configurations_took_tells_what_the_next_ones_will(t
     for number, arm in enumerate(arms):
         ended = outcome(arm, 0, 280) if number < 4 else outcome(arm, 0, 100, "collapsed")
         write_trial(config, arm, 0, ended, attempts=[attempt(0, 100.0 if number < 4 else 25.0)])
-    assert experience(str(tmp_path), "tiny").searched_share == pytest.approx((3 * 1 + 3 * 0.25) / 6)
+    assert experience(str(tmp_path), LIKE).searched_share == pytest.approx((3 * 1 + 3 * 0.25) / 6)
     plan = planned(tmp_path, trials=4)
     assert plan.adjusted_share == pytest.approx((1 + 3 * 0.625) / 4)
 
@@ -154,7 +176,7 @@ def test_a_sweep_that_cannot_be_read_does_not_prevent_a_plan(tmp_path: Path) -> 
 
 
 def test_an_empty_store_teaches_nothing(tmp_path: Path) -> None:
-    found = experience(str(tmp_path), "tiny")
+    found = experience(str(tmp_path), LIKE)
     assert (found.trial_seconds, found.difference_sd, found.searched_share) == (None, None, None)
 
 
@@ -178,9 +200,10 @@ def test_one_accuracy_s_standard_error_is_the_binomial_one(tmp_path: Path) -> No
 
 
 def test_a_budget_pays_for_whole_configurations_and_a_plan_warns_when_it_cannot_decide(tmp_path: Path) -> None:
-    whole = planned(tmp_path, trials=5, replicates=3)
+    whole = planned(tmp_path, trials=5, replicates=3, **WHOLE)
+    assert whole.hours is not None
     for share, arms in ((0.1, 0), (0.39, 1), (0.41, 2), (0.61, 3), (1.0, 5), (3.0, 5)):
-        plan = planned(tmp_path, trials=5, replicates=3, budget_hours=share * whole.hours)
+        plan = planned(tmp_path, trials=5, replicates=3, budget_hours=share * whole.hours, **WHOLE)
         assert plan.affordable == arms
         assert any("the budget of" in line for line in plan.warnings) == (share < 1)
         assert any("cannot decide anything" in line for line in plan.warnings) == (arms < 2)
