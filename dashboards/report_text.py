@@ -70,6 +70,9 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
         for row in report.arms
         if (marks := marks_apart(row.marks))
     ]
+    lines += [
+        f"{row.arm}: {len(row.warnings)} warnings, the first: {row.warnings[0]}" for row in report.arms if row.warnings
+    ]
     lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
     lines += [_importance(item) for item in report.importance if item.importance is not None]
     lines += report.failed
@@ -242,6 +245,7 @@ def _row(row: ArmReport) -> dict[str, object]:
         "accuracy": row.accuracy,
         "accuracy_start": row.start,
         "marks": dict(row.marks),
+        "warnings": list(row.warnings),
         **fields_of(row, "dose", "hours", "verdict"),
         "finding": _finding(row.finding, screened=True),
         "comparison": _comparison(row.corrected),

@@ -69,6 +69,8 @@ class ArmReport:
     """Mean over replicates of the clean model's accuracy at the end or the stop."""
     start: float | None
     """Before training."""
+    warnings: tuple[str, ...]
+    """Of the receipts of its trials, each once."""
     marks: Mapping[str, float]
     """Mean of each mark of the task, a share: the one that is the accuracy, and those that are only logged."""
     control: str
@@ -282,6 +284,7 @@ def _row(
         rules=tuple(sorted({outcome.rule for outcome in outcomes} - {""})),
         accuracy=fmean(run.accuracy for run in runs) if runs else None,
         start=fmean(outcome.eval.accuracy_start for outcome in outcomes) if outcomes else None,
+        warnings=tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.receipt.warnings)),
         marks={
             name: fmean(outcome.eval.parts[name] for outcome in outcomes)
             for name in (outcomes[0].eval.parts if outcomes else ())

@@ -494,3 +494,14 @@ def test_runs_on_which_the_boundary_once_failed_have_a_report(tmp_path: Path) ->
     report = report_study(config)
     assert report.failed == ()
     assert "W4A4, noise on linear: every run held up to sigma 0.006, every run broke from 0.01" in text_of(report)
+
+
+def test_warnings_of_receipts_are_told_by_the_report(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    arms = [make_arm(config, "control")]
+    write_sweep(config, arms, {})
+    ended = outcome(arms[0], 0, 160)
+    write_trial(config, arms[0], 0, replace(ended, receipt=replace(ended.receipt, warnings=("cut off", "off"))))
+    report = report_study(config)
+    assert "control: 2 warnings, the first: cut off" in text_of(report)
+    assert strict(report)["arms"][0]["warnings"] == ["cut off", "off"]

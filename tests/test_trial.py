@@ -7,6 +7,7 @@ a checksum of the answer: then one changed token anywhere shows.
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -678,6 +679,29 @@ def test_the_plan_s_workload_on_a_model_that_is_never_right_collapses_by_name(pl
     outcome = trial.outcome()
     assert (outcome.outcome, outcome.rule, outcome.step) == ("collapsed", "filter_rejection", 1)
     assert outcome.eval.accuracy == 0
+
+
+def test_completions_that_are_nearly_all_cut_off_at_the_start_are_warned_of(plan: Plan) -> None:
+    """As those of an own model are at the embedded task's 6 tokens: reward 0 for ever."""
+
+    def warnings_at(limit: int) -> list[str]:
+        trial = Trial(plan(f"rollout.max_new_tokens={limit}", "grpo.overlong_buffer=0", "grpo.steps=1"))
+        trial.step()
+        return [line for line in trial.receipt().warnings if "cut off" in line]
+
+    (warning,) = warnings_at(1)
+    assert "of the completions before step 0 were cut off at rollout.max_new_tokens=1" in warning
+    assert warnings_at(64) == []
+
+
+def test_the_line_of_the_readme_for_an_own_model_works(model_folder: ModelFolder) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (line,) = re.findall(r"^rin sweep sigma --set model\.name=/path/to/folder(?:.*\\\n)*.*", readme, re.MULTILINE)
+    overrides = re.findall(r"--set (\S+)", line)
+    mine = [f"model.name={model_folder(text=True)}", f"task.path={GSM8K}", "eval.questions=6"]  # it has 40 rows
+    config = read_config(WORKLOADS["embedded"].settings, [*overrides, *mine, "grpo.prompts=4"])
+    Trial(config).close()
+    assert config.rollout.max_new_tokens >= 256
 
 
 def with_a_long_row(folder: Path, number: int) -> Path:

@@ -64,6 +64,7 @@ from trainable.tasks.table import build_task
 from trainable.tasks.task import FiniteTask, Question
 
 _SAMPLES_PER_STEP = 4
+_NEARLY_ALL = 0.9
 _BASELINE_STEP = -1  # names the baseline's random draws
 
 
@@ -78,6 +79,8 @@ class Progression:
     """Of a collapse that ended the trial."""
     alarms: list[Alarm] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """Of the start."""
     start: tuple[Evaluation, Evaluation] | None = None
     """Before step 0: in the deployed precision, unquantised."""
     end: tuple[Evaluation, Evaluation] | None = None
@@ -223,7 +226,7 @@ class Trial:
             noised=tuple(target.name for target in self.targets),
             moved=moved_shares(self.start_weights, self.policy.trainable()),
             effects=effects,
-            warnings=effect_warnings(effects),
+            warnings=(*self.so_far.warnings, *effect_warnings(effects)),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,7 +286,14 @@ class Trial:
         groups = self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)
         outcome = filter_groups("off", groups, len(groups))
         batch = self._batch(groups)
-        self.detector.observe(self._measure(groups, batch, outcome, 1, 0.0, None), quiet=True)
+        signals = self._measure(groups, batch, outcome, 1, 0.0, None)
+        self.detector.observe(signals, quiet=True)
+        if signals.truncated >= _NEARLY_ALL:
+            limit = self.config.rollout.max_new_tokens
+            self.so_far.warnings.append(
+                f"{signals.truncated:.0%} of the completions before step 0 were cut off at "
+                f"rollout.max_new_tokens={limit}: what is rewarded at the end of an answer is never seen; raise it"
+            )
         start = {f"{name}_start": value for name, value in _metrics(deployed_eval, plain_eval).items()}
         return start | ({} if self.agreed else self._agree(batch))
 
