@@ -42,6 +42,7 @@ from trainable.metrics import ACCURACY, ALL_WRONG, ENTROPY, GIBBERISH, REWARD, R
 KEY = "rin-sweep"
 NAME = "RIN sweep"
 TAG = f"mlflow.sharedViewState.{KEY}"
+HOST = "127.0.0.1"
 START_SECONDS = 120.0  # 5 s on a quiet machine; the first start after an installation compiles mlflow's modules
 STOP_SECONDS = 10.0  # then it is killed
 
@@ -64,9 +65,9 @@ PARALLEL = {"selectedParams": ["noise.sigma_start"], "selectedMetrics": [ROLLOUT
 # The view
 
 
-def save_view(uri: str, experiment: str) -> tuple[str, str]:
-    """Its (share key, experiment id). Saving it again changes nothing, or undoes what was changed under its name: keep
-    your own view under another name.
+def save_view(uri: str, experiment: str) -> str:
+    """Its place on any server of that store. Saving it again changes nothing, or undoes what was changed under its
+    name: keep your own view under another name.
 
     Raises ConfigError when there is no such experiment or the tracking store cannot be reached.
     """
@@ -81,7 +82,8 @@ def save_view(uri: str, experiment: str) -> tuple[str, str]:
         view = envelope(created=found.creation_time)
         if found.tags.get(TAG) != view:
             mlflow.set_experiment_tag(found.experiment_id, TAG, view)
-        return KEY, str(found.experiment_id)
+        query = f"viewStateShareKey={KEY}&workflowType=machine_learning&compareRunsMode=TABLE"
+        return f"#/experiments/{found.experiment_id}/runs?{query}"
 
 
 def envelope(created: int) -> str:
@@ -123,16 +125,10 @@ def view_state() -> dict[str, Any]:
     }
 
 
-def view_url(base: str, experiment_id: str, key: str, *, charts: bool = False) -> str:
-    """The saved view on the server at `base`: its table, or its charts."""
-    query = f"viewStateShareKey={key}&workflowType=machine_learning&compareRunsMode={'CHART' if charts else 'TABLE'}"
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
-
-
 # The server
 
 
-def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, on_ready: Callable[[str], None]) -> None:
+def serve_ui(uri: str, experiment: str, port: int, *, on_ready: Callable[[str], None]) -> None:
     """Saves the view, serves MLflow's UI over the store, calls `on_ready` with the view's address and blocks until
     Ctrl-C.
 
@@ -141,32 +137,31 @@ def serve_ui(uri: str, experiment: str, port: int, host: str = "127.0.0.1", *, o
     itself.
     """
     if uri.startswith(("http://", "https://")):
-        key, experiment_id = save_view(uri, experiment)
-        return on_ready(view_url(strip_password(uri), experiment_id, key))
-    _check_port(host, port)
-    key, experiment_id = save_view(uri, experiment)
-    base = f"http://{host}:{port}"
-    with suppress(KeyboardInterrupt), _ended_like_ctrl_c(), _server(uri, host, port) as (process, log):
+        return on_ready(f"{strip_password(uri).rstrip('/')}/{save_view(uri, experiment)}")
+    _check_port(port)
+    view = save_view(uri, experiment)
+    base = f"http://{HOST}:{port}"
+    with suppress(KeyboardInterrupt), _ended_like_ctrl_c(), _server(uri, port) as (process, log):
         _wait_until_ready(process, log, f"{base}/health")
-        on_ready(view_url(base, experiment_id, key))
+        on_ready(f"{base}/{view}")
         raise _ended(process.wait(), log)
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(port: int) -> None:
     with socket.socket() as probe:
         # As the server will: a connection just closed is no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             reason, free = getattr(error, "strerror", None) or error, port % 60000 + 1
-            raise ConfigError(f"port {port} on {host}: {reason}; give another --port, for example {free}") from None
+            raise ConfigError(f"port {port} on {HOST}: {reason}; give another --port, for example {free}") from None
 
 
 @contextmanager
-def _server(uri: str, host: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The process and the file of its output. On leaving, the whole process group is gone."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     # A local store is read where it lies; what is switched off is the upload of artifacts through the server.
     command += ["--uvicorn-opts", "--log-level warning", "--no-serve-artifacts"]
     # Not as options: a URI may hold a password.

@@ -8,10 +8,11 @@ for a point.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median, variance
 
-from search.arms import Arm, control_for, paired_differences, read_arms, replicates_of, trial_folder
+from search.arms import Arm, Origin, control_for, paired_differences, read_arms, replicates_of, trial_folder
 from search.lineup import fixed_arms
 from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
@@ -20,6 +21,7 @@ from spaces.points import POINTS
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from trainable.disk.trial_folder import read_attempts
+from trainable.outcome import Ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,12 +170,10 @@ def experience(store: str, like: TrialConfig) -> Experience:
             arms = [arm for arm in read_arms(study) if _work(arm.config) == _work(like)]
         except ConfigError:
             continue
-        taken = {arm.name: _seconds(study, arm) for arm in arms}
-        done = [value for by_outcome in taken.values() for outcome, value in by_outcome if outcome == "completed"]
+        runs = [run for arm in arms for run in _runs(study, arm)]
+        done = [taken for _, outcome, taken in runs if outcome == "completed"]
         seconds += done
-        if done:
-            searched = [taken[arm.name] for arm in arms if arm.origin == "searcher"]
-            spent += [min(value / median(done), 1.0) for by_outcome in searched for _, value in by_outcome]
+        spent += [min(taken / median(done), 1.0) for origin, _, taken in runs if done and origin == "searcher"]
         spreads += _spread(study, arms)
     freedom = sum(df for _, df in spreads)
     return Experience(
@@ -183,14 +183,12 @@ def experience(store: str, like: TrialConfig) -> Experience:
     )
 
 
-def _seconds(study: StudyConfig, arm: Arm) -> list[tuple[str, float]]:
-    """(outcome, seconds) of trials that ended in one go."""
-    found: list[tuple[str, float]] = []
+def _runs(study: StudyConfig, arm: Arm) -> Iterator[tuple[Origin, Ending, float]]:
+    """(origin, outcome, seconds) of trials that ended in one go."""
     for replicate, outcome in arm.results.items():
         attempts = read_attempts(trial_folder(study, arm.name, replicate))
         if len(attempts) == 1:
-            found.append((outcome.outcome, attempts[0].hours * 3600))
-    return found
+            yield arm.origin, outcome.outcome, attempts[0].hours * 3600
 
 
 def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:

@@ -82,8 +82,7 @@ class Known:
 Proposer = Callable[[Known], Iterator[Params]]
 
 
-# --- coordinates
-# -------------------------------------------------------------------------------------------------------------
+# --- coordinates ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +181,7 @@ def _from_unit(space: Space, unit: Sequence[float]) -> Params:
     return decode(space, point)
 
 
-# --- without a model
-# ---------------------------------------------------------------------------------------------------------
+# --- without a model --------------------------------------------------------------------------------------------------
 
 
 def random(known: Known) -> Iterator[Params]:
@@ -250,8 +248,7 @@ def _levels(axis: Coordinate, levels: int | None) -> list[Any]:
     return [i / (levels - 1) for i in range(levels)]
 
 
-# --- with a model
-# ------------------------------------------------------------------------------------------------------------
+# --- with a model -----------------------------------------------------------------------------------------------------
 
 
 def gp(known: Known) -> Iterator[Params]:
@@ -278,8 +275,7 @@ def _modelled(known: Known, sampler: Callable[[int], Any]) -> Iterator[Params]:
     yield from random(known)
 
 
-# --- Optuna's words
-# ----------------------------------------------------------------------------------------------------------
+# --- Optuna's words ---------------------------------------------------------------------------------------------------
 
 
 def optuna_study(known: Known, sampler: Any = None) -> Any:
@@ -359,8 +355,7 @@ def _from_optuna(axis: Coordinate, value: Any) -> Any:
     return value if size is None else (value + 0.5) / size
 
 
-# --- choices by name
-# ---------------------------------------------------------------------------------------------------------
+# --- choices by name --------------------------------------------------------------------------------------------------
 
 SEARCHERS: dict[str, Proposer] = {
     "gp": gp,

@@ -130,10 +130,6 @@ class StudyReport:
     def candidate(self) -> ArmReport | None:
         return next((arm for arm in self.arms if arm.candidate), None)
 
-    @property
-    def questions(self) -> int:
-        return self.arms[0].config.eval.questions if self.arms else 0
-
 
 def report_study(config: StudyConfig) -> StudyReport:
     """Raises ConfigError for files that are damaged."""
