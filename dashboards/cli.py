@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dashboards import options as given
-from dashboards.options import DEFAULT_STORE, SweepOptions, find_sweep, repeated, study_config, trial_config
+from dashboards.options import DEFAULT_STORE, Place, SweepOptions, repeated, study_config, trial_config
 from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 @app.command()
-@given.takes_sweep_options()
+@given.takes(SweepOptions)
 def sweep(
     options: SweepOptions,
     ablate: Annotated[
@@ -62,7 +62,8 @@ def sweep(
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
     else:
-        parts = ablation(find_sweep(ablate, options.store, options.tracking_uri), study, named=options.name is not None)
+        winner_of = Place(name=ablate, store=options.store, tracking_uri=options.tracking_uri)
+        parts = ablation(winner_of.sweep(), study, named=options.name is not None)
         study, arms = parts.config, list(parts.arms)
         for line in parts.skipped:
             print(line)
@@ -73,17 +74,16 @@ def sweep(
         return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
-    place = options.store, options.tracking_uri
+    place = Place(name=study.name, store=options.store, tracking_uri=options.tracking_uri)
     _run(study, place, lambda view, progress: run_study(study, view, progress, arms))
 
 
 @app.command()
+@given.takes(Place)
 def resume(
-    name: given.Name,
+    place: Place,
     budget: given.Budget = None,
     concurrent: given.Concurrent = None,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
     address: given.Address = None,
     submit: Annotated[str | None, typer.Option(help="Go on as a job of the Ray cluster with this dashboard.")] = None,
 ) -> None:
@@ -91,16 +91,16 @@ def resume(
     if submit is not None:
         from search.submission import submit_resume
 
-        server = given.destination(
-            submit, SweepOptions(store=store, tracking_uri=tracking_uri, address=address), begun=True
+        options = SweepOptions(store=place.store, tracking_uri=place.tracking_uri, address=address)
+        server = given.destination(submit, options, begun=True)
+        job = submit_resume(
+            server, place.name, place.store, tracking_uri=place.tracking_uri, budget=budget, concurrent=concurrent
         )
-        _follow(
-            server, submit_resume(server, name, store, tracking_uri=tracking_uri, budget=budget, concurrent=concurrent)
-        )
+        _follow(server, job)
         return
-    study = find_sweep(name, store, tracking_uri)
+    study = place.sweep()
     if study.kind == "confirm":
-        raise ConfigError(f"NAME={name}: is a confirmation; go on with it by: {study.go_on}")
+        raise ConfigError(f"NAME={place.name}: is a confirmation; go on with it by: {study.go_on}")
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
@@ -110,7 +110,7 @@ def resume(
     changed = {key: value for key, value in (("budget_hours", budget), ("concurrent", concurrent)) if value is not None}
     study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
     to_go = unfinished(study, read_arms(study))
-    _run(study, (store, tracking_uri), lambda view, progress: resume_study(study, view, progress), to_go)
+    _run(study, place, lambda view, progress: resume_study(study, view, progress), to_go)
 
 
 def _follow(server: "JobServer", job: "Submission") -> None:
@@ -127,11 +127,9 @@ def _follow(server: "JobServer", job: "Submission") -> None:
     )
 
 
-def _run(
-    study: "StudyConfig", place: tuple[str, str | None], run: "Callable[..., StudyResult]", to_go: int | None = None
-) -> None:
-    """Run a sweep with its live view, and print what it came to. `place`: its store and tracking, as they were given;
-    `to_go`: trials without an outcome, of a sweep that goes on."""
+def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
+    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
+    goes on."""
     from dashboards.live import build_progress, sweep_view
     from dashboards.sweep_text import ending_of
     from dashboards.tables import arm_table, say, terminal
@@ -144,7 +142,7 @@ def _run(
         result = run(view, progress)
     title = f"sweep {study.name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
-    ending = ending_of(result, runs, repeated(*place), repeated(place[0], None))
+    ending = ending_of(result, runs, place.again, repeated(place.store, None))
     say(console, ending.lines)
     for line in ending.troubles:
         print(line, file=sys.stderr)
@@ -192,7 +190,7 @@ def trial(
 
 
 @app.command()
-@given.takes_sweep_options(without=given.NO_USE_IN_A_PLAN)
+@given.takes(SweepOptions, without=given.NO_USE_IN_A_PLAN)
 def plan(options: SweepOptions) -> None:
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
     options = replace(options, name="plan", tracking_uri="sqlite:///:memory:")
@@ -211,25 +209,17 @@ def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = Fals
     from dashboards.listing import sweep_line, sweep_row
     from search.store import absolute_store, sweeps
 
-    place = absolute_store(store)
-    rows = [sweep_row(place, name) for name in sweeps(place)]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    elif not rows:
-        print(f"no sweeps in {store}; start one with: rin sweep")
-    for row in [] if as_json else rows:
-        print(sweep_line(row))
+    folder = absolute_store(store)
+    rows = [sweep_row(folder, name) for name in sweeps(folder)]
+    lines = [sweep_line(row) for row in rows] or [f"no sweeps in {store}; start one with: rin sweep"]
+    print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
 
 
 @app.command()
-def status(
-    name: given.Name,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
-    as_json: given.AsJson = False,
-) -> None:
+@given.takes(Place)
+def status(place: Place, as_json: given.AsJson = False) -> None:
     """Every configuration of a sweep."""
-    study = find_sweep(name, store, tracking_uri)
+    study = place.sweep()
     from dashboards.tables import arm_table, status_row, terminal
     from search.arms import failures, read_arms, unfinished
     from search.report import arm_reports
@@ -241,26 +231,21 @@ def status(
         print(json.dumps([status_row(row) for row in rows], indent=1))
         return
     begun = sum(trial.status != "waiting" for row in rows for trial in row.trials)
-    terminal().print(arm_table(rows, f"sweep {name}: {begun} of {study.runs} trials begun"))
+    terminal().print(arm_table(rows, f"sweep {study.name}: {begun} of {study.runs} trials begun"))
     left = unfinished(study, arms)
     if is_driven(study):
         print("it is running")
     elif left:
         for line in failures(study, arms):
             print(line)
-        where = repeated(store, tracking_uri)
-        print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{where}")
+        print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{place.again}")
 
 
 @app.command()
-def report(
-    name: given.Name,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
-    as_json: given.AsJson = False,
-) -> None:
+@given.takes(Place)
+def report(place: Place, as_json: given.AsJson = False) -> None:
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
-    study = find_sweep(name, store, tracking_uri)
+    study = place.sweep()
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import say, terminal
     from search.confirm import read_confirmation
@@ -268,10 +253,10 @@ def report(
 
     if study.kind == "confirm":
         state = read_confirmation(study)
-        tree, lines = confirmation_tree(state), confirmation_lines(state, repeated(store, tracking_uri))
+        tree, lines = confirmation_tree(state), confirmation_lines(state, place.again)
     else:
         seen = report_study(study)
-        tree, lines = as_tree(seen), report_lines(seen, repeated(store, tracking_uri))
+        tree, lines = as_tree(seen), report_lines(seen, place.again)
     if as_json:
         print(json.dumps(tree, indent=1))
         return
@@ -282,21 +267,20 @@ def report(
 
 
 @app.command()
+@given.takes(Place)
 def confirm(
-    name: given.Name,
+    place: Place,
     arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     looks: Annotated[
         str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")
     ] = None,
     budget: given.Budget = None,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
     address: given.Address = None,
     as_json: given.AsJson = False,
 ) -> None:
     """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or
     undecided."""
-    study = find_sweep(name, store, tracking_uri)
+    study = place.sweep()
     from dashboards.live import build_progress, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
@@ -306,28 +290,28 @@ def confirm(
     planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
     with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[-1]) as view:
-        place = given.ray_address(address, study.address)
-        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=place)
+        cluster = given.ray_address(address, study.address)
+        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=cluster)
     if as_json:
         print(json.dumps(confirmation_tree(state), indent=1))
     else:
-        say(console, confirmation_lines(state, repeated(store, tracking_uri)))
+        say(console, confirmation_lines(state, place.again))
     if state.unfinished and not state.budget_spent:
         raise typer.Exit(1)
 
 
 @app.command()
+@given.takes(Place, without=["tracking_uri"])
 def export(
-    name: given.Name,
+    place: Place,
     to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
     arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")
     ] = None,
-    store: given.Store = DEFAULT_STORE,
 ) -> None:
     """The candidate of a sweep: its configuration, or its model."""
-    study = find_sweep(name, store, None)
+    study = place.sweep()
     from search.arms import candidate_of, read_arms
     from search.export import EXPORTS
 
@@ -340,7 +324,7 @@ def export(
         from search.checkpoint_export import export_checkpoint
 
         with build_progress(terminal()) as progress:
-            export_checkpoint(candidate, output or Path(f"{name}-checkpoint"), progress=progress)
+            export_checkpoint(candidate, output or Path(f"{place.name}-checkpoint"), progress=progress)
         return
     text = EXPORTS[to](candidate)
     if output is None:
@@ -353,14 +337,10 @@ def export(
 
 
 @app.command()
-def ui(
-    name: given.Name,
-    store: given.Store = DEFAULT_STORE,
-    tracking_uri: given.TrackingUri = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="On localhost.")] = 5000,
-) -> None:
+@given.takes(Place)
+def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="On localhost.")] = 5000) -> None:
     """MLflow's UI on the sweep's saved view (on localhost; Ctrl-C ends it)."""
-    study = find_sweep(name, store, tracking_uri)
+    study = place.sweep()
     from dashboards.mlflow_views import serve_ui
     from search.mirror import send_missing
     from search.store import is_driven, only_driver

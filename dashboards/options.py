@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from search.submission import JobServer
     from spaces.config import TrialConfig
 
-Name = Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")
@@ -96,36 +95,54 @@ class SweepOptions:
     address: Address = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which sweep, and where it lies: what every command about one asks for."""
+
+    name: Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
+    store: Store = DEFAULT_STORE
+    tracking_uri: TrackingUri = None
+
+    def sweep(self) -> "StudyConfig":
+        """With its tracking where it now is. Raises ConfigError."""
+        from search.mlflow_client import absolute_uri
+        from search.store import absolute_store, load_study_config
+
+        study = load_study_config(absolute_store(self.store), self.name)
+        moved = {} if self.tracking_uri is None else {"tracking_uri": absolute_uri(self.tracking_uri)}
+        return study.model_copy(update=moved)
+
+    @property
+    def again(self) -> str:
+        """The options that have to be repeated so that a next command finds the sweep."""
+        return repeated(self.store, self.tracking_uri)
+
+
 NO_USE_IN_A_PLAN = (
     *("evidence", "warm_start", "objectives"),  # they change what is proposed, not how much runs
     *("name", "tracking_uri", "address"),
 )
 
 
-def takes_sweep_options(*, without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that typer gives the fields of SweepOptions, before what it asks for itself, and that gets them as one
-    record.
+def takes(
+    record: type[SweepOptions] | type[Place], *, without: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that typer gives the fields of a record, before what it asks for itself, and that gets them as one.
 
     `without`: fields that are no option of this command and keep their defaults.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(SweepOptions, include_extras=True)
-        kinds = inspect.Parameter
+        hints = get_type_hints(record, include_extras=True)
+        asked = inspect.signature(record).parameters.values()
+        offered = [field.replace(annotation=hints[field.name]) for field in asked if field.name not in without]
         own = list(inspect.signature(command).parameters.values())[1:]
-        offered = [
-            kinds(field.name, kinds.KEYWORD_ONLY, default=field.default, annotation=hints[field.name])
-            for field in fields(SweepOptions)
-            if field.name not in without
-        ]
-        taken = {parameter.name for parameter in offered}
 
         @wraps(command)
         def called(**given: Any) -> None:
-            options = SweepOptions(**{name: value for name, value in given.items() if name in taken})
-            command(options, **{name: value for name, value in given.items() if name not in taken})
+            command(record(**{field.name: given.pop(field.name) for field in offered}), **given)
 
-        parameters = [*offered, *(parameter.replace(kind=kinds.KEYWORD_ONLY) for parameter in own)]
+        parameters = [*offered, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return called
@@ -250,17 +267,6 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
     return read_config(
         merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point
     )
-
-
-def find_sweep(name: str, store: str, tracking_uri: str | None) -> "StudyConfig":
-    """A sweep of the store, with its tracking where it now is. Raises ConfigError."""
-    from search.mlflow_client import absolute_uri
-    from search.store import absolute_store, load_study_config
-
-    study = load_study_config(absolute_store(store), name)
-    if tracking_uri is not None:
-        study = study.model_copy(update={"tracking_uri": absolute_uri(tracking_uri)})
-    return study
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ import typer
 from dashboards import cli
 from dashboards.options import (
     NO_USE_IN_A_PLAN,
+    Place,
     SweepOptions,
-    find_sweep,
     numbers,
     ray_address,
     repeated,
@@ -248,16 +248,18 @@ def test_the_home_is_written_as_a_shell_would(tmp_path: Path, monkeypatch: pytes
 
 def test_a_sweep_is_found_with_its_tracking_where_it_now_is(tmp_path: Path) -> None:
     save_study_config(study(tmp_path, tracking_uri="http://old:5000"))
-    assert find_sweep("s", str(tmp_path), None).tracking_uri == "http://old:5000"
-    assert find_sweep("s", str(tmp_path), "http://new:5000").tracking_uri == "http://new:5000"
+    assert Place(name="s", store=str(tmp_path)).sweep().tracking_uri == "http://old:5000"
+    assert (
+        Place(name="s", store=str(tmp_path), tracking_uri="http://new:5000").sweep().tracking_uri == "http://new:5000"
+    )
     with pytest.raises(ConfigError, match=r"NAME=x: no sweep of that name in .*there are s"):
-        find_sweep("x", str(tmp_path), None)
+        Place(name="x", store=str(tmp_path)).sweep()
 
 
 def test_a_relative_store_is_found_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_study_config(study(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
-    assert find_sweep("s", "runs", None).store == str(tmp_path / "runs")
+    assert Place(name="s", store="runs").sweep().store == str(tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
