@@ -22,7 +22,7 @@ from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from spaces.library import SPACES
 from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, receipt, study, write_sweep, write_trial
-from trainable.disk.trial_folder import write_stopped
+from trainable.disk.trial_folder import write_outcome
 
 CONTROL = [280, 291, 276, 288, 283]
 AHEAD = [332, 338, 331, 337, 340]  # about 13 points above, in every seed
@@ -121,7 +121,7 @@ def test_a_replicate_that_was_stopped_is_not_compared(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=5)
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": CONTROL, "c01": [332, 338, 331, 337, None]})
-    write_stopped(trial_folder(config, "c01", 4), outcome(arms[1], 4, 10, "stopped"), [])
+    write_outcome(trial_folder(config, "c01", 4), outcome(arms[1], 4, 10, "stopped"), [])
     report = report_study(config)
     assert (row(report, "c01").replicates, row(report, "c01").missing, report.unfinished) == (4, 1, 1)
     assert row(report, "c01").accuracy == pytest.approx((332 + 338 + 331 + 337) / 4 / QUESTIONS)

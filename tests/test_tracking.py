@@ -31,7 +31,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
 from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, free_port, points, runs, text
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
-from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome, write_stopped
+from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome
 from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
 
 SAMPLE = Sample(step=0, prompt="1+2=", completion="3", answer="3", reward=1.0)
@@ -416,7 +416,7 @@ def test_a_failed_trial_says_why(sweep: Sweep, attempts: list[dict[str, Any]], r
 def test_a_trial_stopped_from_outside_has_the_evaluation_that_it_made_as_it_left(sweep: Sweep) -> None:
     sweep.begin()
     sweep.step(reward=0.1, samples=(SAMPLE,))
-    write_stopped(
+    write_outcome(
         trial_folder(sweep.config, "c03", 2), replace(outcome(sweep.arm, 2, 2, how="stopped"), step=1), sweep.reports
     )
     sweep.attempt.end("stopped")
@@ -719,7 +719,7 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
 
         def cleanup(self) -> None:
             if self.arm.name == "endless":
-                write_stopped(
+                write_outcome(
                     self.place, replace(outcome(self.arm, 0, 1, "stopped"), step=len(self.reports)), self.reports
                 )
                 self.attempt.end("stopped")

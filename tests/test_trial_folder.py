@@ -17,7 +17,6 @@ from trainable.disk.trial_folder import (
     read_stopped,
     read_trial,
     write_outcome,
-    write_stopped,
 )
 from trainable.outcome import Ending, Outcome, StepReport
 
@@ -53,7 +52,7 @@ def test_when_a_trial_is_over(trial: Folder, files: tuple[str, ...], over: str |
     if "outcome" in files:
         write_outcome(trial, ended(trial, "completed"), [report(0)])
     if "stopped" in files:
-        write_stopped(trial, ended(trial, "stopped"), [report(0)])
+        write_outcome(trial, ended(trial, "stopped"), [report(0)])
     found = read_outcome(trial)
     assert (found.outcome if found else None) == over
     assert (read_stopped(trial) is not None) == ("stopped" in files)
@@ -156,7 +155,7 @@ def test_an_outcome_says_where_a_trial_stands_whatever_its_attempts_say(trial: F
 
 def test_a_stopped_trial_has_its_evaluation(trial: Folder) -> None:
     trial.write("attempt-001.json", json.dumps(attempt(ended="stopped", step=4)))
-    write_stopped(trial, ended(trial, "stopped"), [])
+    write_outcome(trial, ended(trial, "stopped"), [])
     state = read_trial(trial, driven=False)
     assert (state.status, state.outcome and state.outcome.eval.accuracy) == ("stopped", 0.75)
 

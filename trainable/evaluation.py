@@ -5,9 +5,8 @@ that two checkpoints can be compared question by question. `accuracy` is in the 
 the unquantised forward of the master weights in the model's dtype.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spaces.config import TrialConfig
 from trainable.engines.backend import Backend, TorchBackend
@@ -30,10 +29,6 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         return sum(self.correct) / len(self.correct)
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> "Evaluation":
-        return cls(correct=tuple(tree["correct"]), parts=tree["parts"])
 
 
 def evaluate(

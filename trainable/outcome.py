@@ -8,7 +8,9 @@ NaN rule: what was measured is kept as it was, NaN and infinities included (JSON
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from spaces.config import TrialConfig
 from spaces.reading import as_tree, read_config
@@ -28,9 +30,6 @@ class CollapseVerdict:
     collapsed: bool
     rule: str = ""
     evidence: str = ""
-
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 HEALTHY = CollapseVerdict(collapsed=False)
@@ -68,7 +67,7 @@ class StepReport:
             "step": self.step,
             "sigma": self.sigma,
             "signals": dict(self.signals),
-            "verdict": self.verdict.as_tree(),
+            "verdict": asdict(self.verdict),
             "seconds": self.seconds,
         }
 
@@ -123,10 +122,6 @@ class Scores:
     correct: tuple[int, ...]
     """Per question, in the fixed order of the split: 1 = right."""
 
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> "Scores":
-        return cls(**{**tree, "correct": tuple(tree["correct"])})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
@@ -176,11 +171,6 @@ class Coverage:
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "left": self.left}
 
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> "Coverage":
-        left_out = tuple(LeftOut(**entry) for entry in tree["left_out"])
-        return cls(**{name: tree[name] for name in ("weights", "quantized", "excluded")}, left_out=left_out)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EffectReceipt:
@@ -205,20 +195,6 @@ class EffectReceipt:
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "coverage": self.coverage.as_tree()}
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> "EffectReceipt":
-        return cls(
-            quantized=tuple(tree["quantized"]),
-            coverage=Coverage.from_tree(tree["coverage"]),
-            adapted=tuple(tree["adapted"]),
-            norms=tree["norms"],
-            arithmetic=tuple(tree["arithmetic"]),
-            noised=tuple(tree["noised"]),
-            moved=tree["moved"],
-            effects=tuple(Effect(**effect) for effect in tree["effects"]),
-            warnings=tuple(tree["warnings"]),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,22 +227,12 @@ class Outcome:
         return self.outcome == "collapsed"
 
     def as_tree(self) -> dict[str, Any]:
-        tree = {name: getattr(self, name) for name in ("outcome", "rule", "step", "seconds")}
-        tree |= {"eval": asdict(self.eval), "receipt": self.receipt.as_tree(), "config": as_tree(self.config)}
-        return {**tree, "alarms": [asdict(alarm) for alarm in self.alarms]}
+        return {**asdict(self), "receipt": self.receipt.as_tree(), "config": as_tree(self.config)}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "Outcome":
         """Raises KeyError, TypeError or ValueError for what `as_tree` did not write."""
-        if tree["outcome"] not in get_args(Ending):
-            raise ValueError(f"{tree['outcome']} is no outcome")
-        return cls(
-            outcome=tree["outcome"],
-            rule=tree["rule"],
-            step=tree["step"],
-            eval=Scores.from_tree(tree["eval"]),
-            receipt=EffectReceipt.from_tree(tree["receipt"]),
-            alarms=tuple(Alarm(**alarm) for alarm in tree["alarms"]),
-            config=read_config(tree["config"]),
-            seconds=tree["seconds"],
-        )
+        return _OUTCOME.validate_python({**tree, "config": read_config(tree["config"])})
+
+
+_OUTCOME = TypeAdapter(Outcome)

@@ -31,7 +31,6 @@ from trainable.disk.trial_folder import (
     read_outcome,
     read_reports,
     write_outcome,
-    write_stopped,
 )
 from trainable.disk.watchdog import Watchdog
 from trainable.engines.engine import TrialFailed
@@ -139,7 +138,7 @@ class TrialWorker:
                     self._save(self.trial)
                     self.writing.result()
                 self.attempt.end("stopped")
-                write_stopped(self.folder, self.trial.outcome(), self.reports)
+                write_outcome(self.folder, self.trial.outcome(), self.reports)
                 self.attempt.end("stopped")  # the evaluation took its time too
         except OSError as error:  # a full disk must not cost the next trial in this process
             log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)

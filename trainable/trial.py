@@ -22,6 +22,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from spaces.config import TrialConfig
 from trainable.collapse import CollapseDetector
@@ -85,23 +86,9 @@ class Progression:
     """Before step 0: in the deployed precision, unquantised."""
     end: tuple[Evaluation, Evaluation] | None = None
 
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> "Progression":
-        """What `asdict` made of it, and JSON of that."""
-        verdict = tree["verdict"]
-        pairs = {
-            key: tuple(Evaluation.from_tree(one) for one in tree[key]) if tree[key] else None
-            for key in ("start", "end")
-        }
-        return cls(
-            **{
-                **tree,
-                **pairs,
-                "verdict": verdict and CollapseVerdict(**verdict),
-                "alarms": [Alarm(**alarm) for alarm in tree["alarms"]],
-                "effects": [Effect(**effect) for effect in tree["effects"]],
-            }
-        )
+
+_PROGRESSION = TypeAdapter(Progression)
+"""Reads what `asdict` made of one, and JSON of that."""
 
 
 class Trial:
@@ -252,7 +239,7 @@ class Trial:
             index, _, name = key.partition("/")
             moments.setdefault(int(index), {})[name] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.so_far = Progression.from_tree(state["progress"]["so_far"])
+        self.so_far = _PROGRESSION.validate_python(state["progress"]["so_far"])
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
         self.left_out.take()  # it was told at the first step
         self.agreed = self.backend.engine is None

@@ -18,8 +18,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from spaces.config import ConfigError
 from trainable.disk.folder import Folder
@@ -28,12 +31,8 @@ from trainable.outcome import Outcome, Status, StepReport
 log = logging.getLogger(__name__)
 
 VERSION = 2
-OUTCOME_FILE, STOPPED_FILE, FINAL_FILE, PROGRESS_FILE = (
-    "outcome.json",
-    "stopped.json",
-    "final.safetensors",
-    "progress.json",
-)
+OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
+FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
 FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
 """What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes
 something else."""
@@ -41,7 +40,7 @@ DIED = "died"
 """How an attempt ended that could not say so itself: its process was killed, and the sweep did not start the trial
 again."""
 Parsed = TypeVar("Parsed")
-_ATTEMPT = re.compile(r"attempt-(\d+)\.json")
+_ATTEMPT_FILE = re.compile(r"attempt-(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -49,53 +48,49 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 
 
 def write_outcome(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]) -> None:
-    """The trial is over. Raises OSError."""
-    trial.write(OUTCOME_FILE, _ending(outcome, reports))
-
-
-def write_stopped(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]) -> None:
-    """It was stopped from outside, and this is what it had come to. Raises OSError."""
-    trial.write(STOPPED_FILE, _ending(outcome, reports))
+    """The trial is over, or was stopped from outside, and this is what it had come to. Raises OSError."""
+    records = [report.as_record() for report in reports]
+    ending = json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": records})
+    trial.write(STOPPED_FILE if outcome.outcome == "stopped" else OUTCOME_FILE, ending)
 
 
 def read_outcome(trial: Folder) -> Outcome | None:
     """How a trial ended; None while it has steps to go. Raises ConfigError for a damaged file."""
-    return _read_outcome(trial, OUTCOME_FILE)
+    return _read_ending(trial, OUTCOME_FILE, _outcome_of)
 
 
 def read_stopped(trial: Folder) -> Outcome | None:
     """Evaluation of a trial that was stopped from outside; None where there is none. Raises ConfigError for a damaged
     file."""
-    return _read_outcome(trial, STOPPED_FILE)
+    return _read_ending(trial, STOPPED_FILE, _outcome_of)
 
 
 def read_reports(trial: Folder) -> list[StepReport]:
     """What a trial has reported, as far as it is safe on disk, in order. Raises ConfigError for a damaged outcome."""
-    ended = trial.read(OUTCOME_FILE)
-    if ended is not None:
-        return _parsed(
-            trial, OUTCOME_FILE, ended, lambda tree: [StepReport.from_record(record) for record in tree["reports"]]
-        )
+    reports = _read_ending(trial, OUTCOME_FILE, _reports_of)
+    if reports is not None:
+        return reports
     for name in checkpoints(trial):
         try:
             _, values = progress_parts((trial / name).read(PROGRESS_FILE) or b"")
-            return [StepReport.from_record(record) for record in json.loads(values)["reports"]]
+            return _reports_of(json.loads(values))
         except (ValueError, KeyError, TypeError):
             continue  # unfinished or damaged: the one before it is what the trial goes on from, too
     return []
 
 
-def _ending(outcome: Outcome, reports: Sequence[StepReport]) -> str:
-    records = [report.as_record() for report in reports]
-    return json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": records})
+def _outcome_of(tree: Mapping[str, Any]) -> Outcome:
+    return Outcome.from_tree(tree["outcome"])
 
 
-def _read_outcome(trial: Folder, name: str) -> Outcome | None:
+def _reports_of(tree: Mapping[str, Any]) -> list[StepReport]:
+    return [StepReport.from_record(record) for record in tree["reports"]]
+
+
+def _read_ending(trial: Folder, name: str, parse: Callable[[Any], Parsed]) -> Parsed | None:
     text = trial.read(name)
-    return None if text is None else _parsed(trial, name, text, lambda tree: Outcome.from_tree(tree["outcome"]))
-
-
-def _parsed(trial: Folder, name: str, text: bytes, parse: Callable[[Any], Parsed]) -> Parsed:
+    if text is None:
+        return None
     try:
         tree = json.loads(text)
         version = tree["version"]
@@ -148,13 +143,16 @@ class Attempt:
     """Steps done at its last sign of life."""
     ended: str
     """outcome | stopped | error | died | hang | engine | rollout_mismatch, or empty: it was killed, or runs."""
-    reason: str
-    loading_seconds: float
+    reason: str = ""
+    loading_seconds: float = 0.0
     """Until it was ready for its first step."""
 
     @property
     def hours(self) -> float:
         return max(self.seen - self.started, 0.0) / 3600
+
+
+_ATTEMPT = TypeAdapter(Attempt)
 
 
 class AttemptLog:
@@ -198,19 +196,8 @@ def read_attempts(trial: Folder) -> list[Attempt]:
     """In order. A file that cannot be read counts as no time."""
     attempts = []
     for name in _attempts(trial):
-        try:
-            tree: Mapping[str, Any] = json.loads(trial.read(name) or b"")
-            attempt = Attempt(
-                started=tree["started"],
-                seen=tree["seen"],
-                step=tree["step"],
-                ended=tree["ended"],
-                reason=tree.get("reason", ""),
-                loading_seconds=tree.get("loading_seconds", 0.0),
-            )
-        except (ValueError, KeyError, TypeError):
-            continue
-        attempts.append(attempt)
+        with suppress(ValueError):
+            attempts.append(_ATTEMPT.validate_json(trial.read(name) or b""))
     return attempts
 
 
@@ -225,7 +212,7 @@ def end_attempt(trial: Folder, reason: str) -> None:
 
 def _attempts(trial: Folder) -> list[str]:
     """Names, in order: digits sort as numbers, not as text."""
-    found = [match for name in trial.names() if (match := _ATTEMPT.fullmatch(name))]
+    found = [match for name in trial.names() if (match := _ATTEMPT_FILE.fullmatch(name))]
     return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
 
 

@@ -75,9 +75,6 @@ class EngineSettings:
     kv_cache_gib: float
     end_token: int
 
-    def as_tree(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 Message = tuple[Any, dict[str, Tensor]]
 """A plain value, and tensors by name."""
+_GROUPS = TypeAdapter(list[list[Completion]])
 
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 0.5
@@ -120,7 +122,7 @@ def start_child(settings: EngineSettings, seconds: float) -> Child:
     """A child whose engine is ready. Raises EngineDied when it does not come up in time, TrialFailed when it cannot."""
     child = Child([sys.executable, "-m", "trainable.engines.process"])
     try:
-        child.ask("start", seconds, **settings.as_tree())
+        child.ask("start", seconds, **asdict(settings))
     except RuntimeError as error:
         child.end()
         raise TrialFailed("engine", f"it does not start: {error}") from None
@@ -145,8 +147,7 @@ class ProcessEngine:
         self._ask("sync", weights, quantize_inputs=quantize_inputs)
 
     def generate(self, request: Request) -> list[list[Completion]]:
-        groups, _ = self._ask("generate", **asdict(request))
-        return [[_completion(**tree) for tree in group] for group in groups]
+        return _GROUPS.validate_python(self._ask("generate", **asdict(request))[0])
 
     def digests(self) -> dict[str, str]:
         found: dict[str, str] = self._ask("digests")[0]
@@ -179,10 +180,6 @@ class ProcessEngine:
             except EngineDied as death:
                 self.deaths.append(str(death))
         raise TrialFailed("engine", "; then, started again, ".join(self.deaths[-2:]))
-
-
-def _completion(ids: list[int], logps: list[float], entropy: float, finished: bool) -> Completion:
-    return Completion(ids=tuple(ids), logps=tuple(logps), entropy=entropy, finished=finished)
 
 
 # --- the child's side -------------------------------------------------------------------------------------------------
