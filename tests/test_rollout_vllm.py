@@ -590,7 +590,7 @@ def test_a_tied_head_in_few_bits_is_refused() -> None:
 
     head = RinHead(RinQuantization({"version": 2, "layers": {"lm_head": asdict(Arithmetic())}}), "lm_head")
     layer = torch.nn.Module()
-    head.take(layer, [64])
+    layer.rin_parts = head.rin.parts("lm_head", [64])
     with pytest.raises(
         ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"
     ):

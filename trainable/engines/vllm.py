@@ -38,7 +38,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -126,24 +126,31 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
         ]
 
 
-class _Parts:
-    """The arithmetic that `RinLinear` and `RinHead` share; both keep their parts in `layer.rin_parts`."""
+class _Parts(QuantizeMethodBase):  # type: ignore[misc]
+    """The arithmetic that `RinLinear` and `RinHead` share, in front of vLLM's own method; both keep their parts in
+    `layer.rin_parts`."""
 
-    rin: RinQuantization
-    prefix: str
-    quantize_inputs = True
+    def __init__(self, rin: RinQuantization, prefix: str) -> None:
+        super().__init__()
+        self.rin, self.prefix, self.quantize_inputs = rin, prefix, True
 
-    def take(self, layer: Any, rows: Sequence[int]) -> None:
-        layer.rin_parts = self.rin.parts(self.prefix, rows)
+    def create_weights(
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *sizes: Any, **more: Any
+    ) -> None:
+        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **more)
+        layer.rin_parts = self.rin.parts(self.prefix, output_partition_sizes)
 
-    def quantize_weights(self, layer: Any) -> None:
-        """Clean masters that were loaded from a folder; weights that are synced come as they are to be."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantise clean masters that were loaded from a folder; weights that are synced come as they are to be.
+
+        Instead of vLLM's repacking on a CPU, after which no weight could be loaded any more.
+        """
         if not self.rin.synced:
             for part in layer.rin_parts:
                 rows = layer.weight.data[part.start : part.stop]
                 rows.copy_(part.arithmetic.weight.of(rows))
 
-    def compute(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., I] -> [..., O]; one multiplication for neighbours whose input is the same."""
         parts: list[Part] = layer.rin_parts
         operands = [part.arithmetic.input if self.quantize_inputs else AS_IT_IS for part in parts]
@@ -167,36 +174,9 @@ class _Parts:
 class RinLinear(_Parts, UnquantizedLinearMethod):  # type: ignore[misc]
     """Of a linear layer inside a block."""
 
-    def __init__(self, rin: RinQuantization, prefix: str) -> None:
-        super().__init__()
-        self.rin, self.prefix = rin, prefix
-
-    def create_weights(
-        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *sizes: Any, **more: Any
-    ) -> None:
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **more)
-        self.take(layer, output_partition_sizes)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Instead of vLLM's repacking on a CPU, after which no weight could be loaded any more."""
-        self.quantize_weights(layer)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.compute(layer, x, bias)
-
 
 class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """Of the head, and of embeddings, which are looked up as they are."""
-
-    def __init__(self, rin: RinQuantization, prefix: str) -> None:
-        super().__init__()
-        self.rin, self.prefix = rin, prefix
-
-    def create_weights(
-        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *sizes: Any, **more: Any
-    ) -> None:
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **more)
-        self.take(layer, [sum(output_partition_sizes)])
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Raises ValueError for a head in few bits: it has no weight of its own to hold them."""
@@ -205,12 +185,6 @@ class RinHead(_Parts, UnquantizedEmbeddingMethod):  # type: ignore[misc]
                 f"{self.prefix} is quantised, its embedding is not; set tie_word_embeddings to false and store both"
             )
         return super().tie_weights(layer, embed_tokens)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        self.quantize_weights(layer)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.compute(layer, x, bias)
 
 
 def register() -> None:
