@@ -228,13 +228,7 @@ def _floors(
     training = clean_logps(*arguments)
     cached, eager = batch.rollout_logps, eager_logps(*arguments)
     return {
-        n: floor_of(
-            {"cached": cached[:, :n], "eager": eager[:, :n]},
-            training[:, :n],
-            cached[:, :n],
-            batch.mask[:, :n],
-            config.rollout.correction_cap,
-        )
+        n: floor_of({"cached": cached[:, :n], "eager": eager[:, :n]}, training[:, :n], cached[:, :n], batch.mask[:, :n])
         for n in plan.lengths
     }
 

@@ -55,7 +55,7 @@ def test_a_gap_worked_out_by_hand() -> None:
     behaviour = torch.tensor([[-1.0, -2.0], [-3.0, 99.0]])
     reference = torch.tensor([[-1.5, -1.0], [-3.25, -99.0]])
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    found = gap(behaviour, reference, mask, cap=2.0)
+    found = gap(behaviour, reference, mask)
     d = [-0.5, 1.0, -0.25]
     assert found.tokens == 3
     assert found.kl == pytest.approx(sum(math.exp(x) - x - 1 for x in d) / 3, rel=1e-12)

@@ -95,7 +95,7 @@ class Floor:
         return self.widest.kl
 
 
-def measure_floor(policy: Policy, batch: Batch, temperature: float, micro_batch_size: int, cap: float = 2.0) -> Floor:
+def measure_floor(policy: Policy, batch: Batch, temperature: float, micro_batch_size: int) -> Floor:
     """On the batch's tokens, whoever sampled them with `rollout_logps`. Call it inside `deployed`.
 
     Costs a rollout and two forward passes, some rows at a time. Raises ConfigError for an architecture whose attention
@@ -103,37 +103,27 @@ def measure_floor(policy: Policy, batch: Batch, temperature: float, micro_batch_
     """
     arguments = (policy, batch, temperature, micro_batch_size)
     behaviours = {"cached": cached_logps(*arguments), "eager": eager_logps(*arguments)}
-    return floor_of(behaviours, clean_logps(*arguments), batch.rollout_logps, batch.mask, cap)
+    return floor_of(behaviours, clean_logps(*arguments), batch.rollout_logps, batch.mask)
 
 
-def floor_of(
-    behaviours: Mapping[str, Tensor], reference_logps: Tensor, sampler_logps: Tensor, mask: Tensor, cap: float = 2.0
-) -> Floor:
+def floor_of(behaviours: Mapping[str, Tensor], reference_logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Floor:
     """From log-probs that are known already, all [B, T]."""
-    return Floor(
-        pairs={name: gap(logps, reference_logps, mask, cap, sampler_logps) for name, logps in behaviours.items()}
-    )
+    return Floor(pairs={name: gap(logps, reference_logps, mask, sampler_logps) for name, logps in behaviours.items()})
 
 
-def gap(
-    behaviour_logps: Tensor,
-    reference_logps: Tensor,
-    mask: Tensor,
-    cap: float = 2.0,
-    sampler_logps: Tensor | None = None,
-) -> Gap:
-    """Of two times log-probs [B, T] where the mask [B, T] is 1; `cap` is that of the correction weights.
+def gap(behaviour_logps: Tensor, reference_logps: Tensor, mask: Tensor, sampler_logps: Tensor | None = None) -> Gap:
+    """Of two times log-probs [B, T] where the mask [B, T] is 1.
 
     `sampler_logps` [B, T]: of the pass that sampled the tokens, where that was not the behaviour.
     """
     behaviour, reference = behaviour_logps.double(), reference_logps.double()
-    token = importance_weights("token", reference, behaviour, mask, cap)
-    sequence = importance_weights("sequence", reference, behaviour, mask, cap)
-    distance = (reference - behaviour)[mask > 0].abs()
+    token = importance_weights("token", reference, behaviour, mask, cap=math.inf)
+    sequence = importance_weights("sequence", reference, behaviour, mask, cap=math.inf)
+    d = (reference - behaviour)[mask > 0]
+    distance = d.abs()
     assert len(distance), "a gap needs a token"
     kl = token.kl
     if sampler_logps is not None:
-        d = (reference - behaviour)[mask > 0]
         weight = (behaviour - sampler_logps)[mask > 0].exp()
         kl = ((weight * (d.exp() - d - 1)).sum() / weight.sum()).item()
     return Gap(
