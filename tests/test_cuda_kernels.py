@@ -28,7 +28,7 @@ from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
 from trainable.hadamard import rotate_eager
 from trainable.kernels import cuda
 from trainable.layers import mlp, norm
-from trainable.quantization import Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager, kernel_codes
+from trainable.quantization import KERNEL_CODES, Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager
 from trainable.seeds import generator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def quantised(x: Tensor, fmt: str, rule: str, per_tensor: bool, device: str) -> Tensor:
-    return cuda.fake_quantize(x.to(device), *kernel_codes(fmt, rule), per_tensor).cpu()
+    return cuda.fake_quantize(x.to(device), *KERNEL_CODES[fmt, rule], per_tensor).cpu()
 
 
 def scopes(fmt: str) -> tuple[bool, ...]:
@@ -107,7 +107,7 @@ def norms(device: str) -> None:
         expected = torch.rsqrt(x.float().pow(2).mean(-1).flatten() + 1e-6)
         torch.testing.assert_close(inverse.cpu(), expected, rtol=1e-6, atol=0.0)
         for fmt, rule in ALL:
-            z, again = cuda.rms_norm(*on_device, 1e-6, *kernel_codes(fmt, rule))
+            z, again = cuda.rms_norm(*on_device, 1e-6, *KERNEL_CODES[fmt, rule])
             assert_same(z.cpu(), fake_quantize_eager(y.cpu(), fmt, rule))
             assert torch.equal(again, inverse)
 
@@ -125,7 +125,7 @@ def norms_that_are_not_finite(device: str) -> None:
     for bad, dtype, fmt in product((float("nan"), float("inf")), (torch.float32, torch.bfloat16), ("none", *QUANTISED)):
         x = torch.ones(3, 96, dtype=dtype)
         x[1, 5] = bad
-        y = cuda.rms_norm(x.to(device), torch.ones(96, dtype=dtype).to(device), 1e-6, *kernel_codes(fmt, "floor"))[
+        y = cuda.rms_norm(x.to(device), torch.ones(96, dtype=dtype).to(device), 1e-6, *KERNEL_CODES[fmt, "floor"])[
             0
         ].cpu()
         assert y[[0, 2]].isfinite().all()
@@ -139,7 +139,7 @@ def gradients_of_the_norm(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        cuda.RMSNorm.apply(*ours, 1e-6, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
+        cuda.RMSNorm.apply(*ours, 1e-6, *KERNEL_CODES[fmt, "floor"], False).backward(grad.to(device))
         normed(*theirs, 1e-6).backward(grad)
         close = 1e-5 if dtype == torch.float32 else 3e-2
         for a, b in zip(ours, theirs, strict=True):
@@ -158,7 +158,7 @@ def activations(device: str) -> None:
         torch.testing.assert_close(y, expected, rtol=2**-7 if flips else 2e-6, atol=0.0)
         assert not flips or y.numel() == 0 or (y != expected).float().mean() < 0.01
         for fmt, rule in ALL:
-            z = cuda.swiglu(gate.to(device), up.to(device), *kernel_codes(fmt, rule)).cpu()
+            z = cuda.swiglu(gate.to(device), up.to(device), *KERNEL_CODES[fmt, rule]).cpu()
             assert_same(z, fake_quantize_eager(y, fmt, rule) if y.numel() else y)
     with pytest.raises(ValueError, match=r"mxfp4 .* multiple of 32, but got 40; exclude"):
         cuda.swiglu(drawn(3, 40).to(device), drawn(3, 40).to(device), 0, 0)
@@ -171,7 +171,7 @@ def activations_that_are_not_finite(device: str) -> None:
     for bad, place, fmt in product((float("nan"), float("inf"), float("-inf")), (0, 1), ("none", *QUANTISED)):
         inputs = [torch.ones(3, 96), torch.ones(3, 96)]
         inputs[place][1, 5] = bad
-        y = cuda.swiglu(*(x.to(device) for x in inputs), *kernel_codes(fmt, "floor")).cpu()
+        y = cuda.swiglu(*(x.to(device) for x in inputs), *KERNEL_CODES[fmt, "floor"]).cpu()
         expected = nn.functional.silu(inputs[0]) * inputs[1]
         expected = expected if fmt == "none" else fake_quantize_eager(expected, fmt)
         torch.testing.assert_close(y, expected, equal_nan=True)
@@ -183,7 +183,7 @@ def gradients_of_the_activation(device: str) -> None:
         ours = [leaf.to(device).requires_grad_() for leaf in leaves]
         theirs = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
-        cuda.SwiGLU.apply(*ours, *kernel_codes(fmt, "floor"), False).backward(grad.to(device))
+        cuda.SwiGLU.apply(*ours, *KERNEL_CODES[fmt, "floor"], False).backward(grad.to(device))
         (nn.functional.silu(theirs[0]) * theirs[1]).backward(grad)
         for a, b in zip(ours, theirs, strict=True):
             assert a.grad is not None
@@ -201,7 +201,7 @@ def rotated_operands(device: str) -> None:
         grad = drawn(2, 3, 96, dtype=dtype, name="grad")
         for function, leaves, more in ((cuda.RMSNorm, (x, weight), (1e-6,)), (cuda.SwiGLU, (x, up), ())):
             ours, theirs = ([leaf.to(device).requires_grad_() for leaf in leaves] for _ in range(2))
-            y = function.apply(*ours, *more, *kernel_codes(fmt, "floor"), True)
+            y = function.apply(*ours, *more, *KERNEL_CODES[fmt, "floor"], True)
             plain = function.apply(*theirs, *more, -1, 0, False)
             turned = rotate_eager(plain.detach().cpu())
             assert_same(y.detach().cpu(), turned if fmt == "none" else fake_quantize_eager(turned, fmt))
@@ -216,7 +216,7 @@ def compiled_around(device: str) -> None:
         assert kernel is not None
         y = cuda.RMSNorm.apply(x, weight[0], 1e-6, 0, 0, True)
         y = cuda.SwiGLU.apply(y, x, 0, 0, True)
-        return y @ kernel(weight, *kernel_codes("nvfp4", "floor"), True).t()
+        return y @ kernel(weight, *KERNEL_CODES["nvfp4", "floor"], True).t()
 
     x, weight = drawn(8, 64).to(device).requires_grad_(), drawn(32, 64, name="weight").to(device)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -360,7 +360,7 @@ def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(mo
     layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
     layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(1e-6, -1, 0, False), (1e-6, *kernel_codes("mxfp8", "even"), False)]
+    assert calls == [(1e-6, -1, 0, False), (1e-6, *KERNEL_CODES["mxfp8", "even"], False)]
 
 
 def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_format(
@@ -375,7 +375,7 @@ def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_for
     layer.readers = (QuantLinear.from_linear(nn.Linear(64, 8), name="reader", arithmetic=how),)
     layer.share()
     layer(on_cuda(4, 64))
-    assert calls == [(-1, 0, False), (*kernel_codes("mxfp8", "even"), False)]
+    assert calls == [(-1, 0, False), (*KERNEL_CODES["mxfp8", "even"], False)]
 
 
 def test_an_activation_or_a_norm_that_the_kernel_does_not_take_is_left_to_torch() -> None:

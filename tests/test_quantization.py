@@ -595,9 +595,3 @@ def test_nvfp4_weights_have_one_outer_scale_and_activations_one_per_token() -> N
     assert not torch.equal(layer.quantized_weight(), fake_quantize(layer.weight, "nvfp4"))
     xq = torch.stack([fake_quantize(row, "nvfp4") for row in x.detach().reshape(-1, 64)]).reshape(x.shape)
     assert torch.equal(layer(x), F.linear(xq, layer.quantized_weight(), layer.bias))
-
-
-def test_quantized_weight_takes_another_weight() -> None:
-    layer = quant_linear(rule="even")
-    other = sample("normal")
-    assert torch.equal(layer.quantized_weight(other), fake_quantize(other, "mxfp4", "even"))

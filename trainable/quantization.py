@@ -87,18 +87,23 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
     """
     if fmt == "none":
         return x
-    if x.is_cpu:
-        if torch.compiler.is_compiling():  # which cannot look into the kernel
-            return _operator(x, fmt, scale_rule, per_tensor)
-        kernels = cpu.load()
-        if kernels is not None:
-            code, addend = _CODES[fmt, scale_rule]
-            return kernels.fake_quantize(x, code, addend, per_tensor)
-    elif x.is_cuda:
-        fused = cuda.load()
-        if fused is not None:
-            return fused(x, *_CODES[fmt, scale_rule], per_tensor)
-    return fake_quantize_eager(x, fmt, scale_rule, per_tensor=per_tensor)
+    kernel = _kernel(x)
+    if kernel is None:
+        return fake_quantize_eager(x, fmt, scale_rule, per_tensor=per_tensor)
+    return kernel(x, *KERNEL_CODES[fmt, scale_rule], per_tensor)
+
+
+def _kernel(x: Tensor) -> cpu.Kernel | None:
+    """The fused kernel for where `x` lies."""
+    if x.is_cuda:
+        return cuda.load()
+    if not x.is_cpu:
+        return None
+    if torch.compiler.is_compiling():  # which cannot look into the kernel
+        operator: cpu.Kernel = torch.ops.rin.fake_quantize
+        return operator
+    kernels = cpu.load()
+    return None if kernels is None else kernels.fake_quantize
 
 
 def fake_quantize_eager(
@@ -135,16 +140,6 @@ def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
         bits = rows.to(torch.float32).view(torch.int32) & _MAGNITUDE
         scale, _ = _scales(bits.amax(-1, keepdim=True), form, scale_rule, per_tensor)
         return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
-
-
-def kernel_codes(fmt: str, scale_rule: str) -> tuple[int, int]:
-    """What fused kernels take for a format and a scale rule; (-1, 0) for `none`."""
-    return _CODES.get((fmt, scale_rule), (-1, 0))
-
-
-def _operator(x: Tensor, fmt: str, scale_rule: str, per_tensor: bool) -> Tensor:
-    quantized: Tensor = torch.ops.rin.fake_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
-    return quantized
 
 
 def _blocks(x: Tensor, form: Format) -> Tensor:
@@ -221,7 +216,7 @@ def ste_quantize(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
     if x.is_cpu and not torch.compiler.is_compiling():
         kernels = cpu.load()
         if kernels is not None:
-            return kernels.ste_quantize(x, *_CODES[fmt, scale_rule], per_tensor)
+            return kernels.ste_quantize(x, *KERNEL_CODES[fmt, scale_rule], per_tensor)
     quantized: Tensor = _StraightThrough.apply(x, fmt, scale_rule, per_tensor)  # type: ignore[no-untyped-call]
     return quantized
 
@@ -278,7 +273,7 @@ class Operand:
     @property
     def codes(self) -> tuple[int, int, bool]:
         """The last arguments of a fused kernel that makes this operand of its output; it has no `per_tensor`."""
-        return (*kernel_codes(self.format, self.scale_rule), self.hadamard)
+        return (*KERNEL_CODES[self.format, self.scale_rule], self.hadamard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,10 +424,9 @@ class QuantLinear(nn.Linear):
             return self.seen(x.to(self.weight.dtype)).to(x.dtype)
         return self._input.seen(self._input.of(x) if self.quantize_input else x)
 
-    def quantized_weight(self, weight: Tensor | None = None) -> Tensor:
-        """Q of `weight`, by default the layer's own, as a plain tensor; with `none` it shares memory with it."""
-        weight = self.weight if weight is None else weight
-        return self._weight.of(weight.detach())
+    def quantized_weight(self) -> Tensor:
+        """Q of the layer's weight as a plain tensor; with `none` it shares memory with it."""
+        return self._weight.of(self.weight.detach())
 
     def noised_weight(self, shift: Tensor, placement: str) -> Tensor:
         """Q of the layer's weight with noise, as a plain tensor (see `Operand.noised`)."""
@@ -488,10 +482,9 @@ SCALE_RULES: dict[str, Callable[[Element], int]] = {
     "ceil": lambda element: _FRACTION,
 }
 
-_CODES = {
-    (name, rule): (form.code, SCALE_RULES[rule](form.element))
+KERNEL_CODES = {
+    (name, rule): (form.code, SCALE_RULES[rule](form.element) if form.element is not None else 0)
     for name, form in FORMATS.items()
-    if form.element is not None
     for rule in SCALE_RULES
 }
-"""What the fused kernel takes for a format and a scale rule."""
+"""What fused kernels take for a format and a scale rule."""

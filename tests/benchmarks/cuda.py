@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainable.kernels import cuda
-from trainable.quantization import fake_quantize, fake_quantize_eager, kernel_codes
+from trainable.quantization import KERNEL_CODES, fake_quantize, fake_quantize_eager
 
 SHAPES = ((4096, 1536), (8192, 8960), (16384, 16384))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,8 +53,8 @@ def _rivals(x: Tensor) -> dict[str, Callable[[], object]]:
         "nvfp4": lambda: fake_quantize(x, "nvfp4"),
         "nvfp4, one scale": lambda: fake_quantize(x, "nvfp4", per_tensor=True),
         "norm": lambda: cuda.rms_norm(x, weight, 1e-6, -1, 0),
-        "norm to mxfp4": lambda: cuda.rms_norm(x, weight, 1e-6, *kernel_codes("mxfp4", "floor")),
-        "swiglu to mxfp4": lambda: cuda.swiglu(x, out, *kernel_codes("mxfp4", "floor")),
+        "norm to mxfp4": lambda: cuda.rms_norm(x, weight, 1e-6, *KERNEL_CODES["mxfp4", "floor"]),
+        "swiglu to mxfp4": lambda: cuda.swiglu(x, out, *KERNEL_CODES["mxfp4", "floor"]),
         "eager mxfp4": lambda: fake_quantize_eager(x),
         "eager nvfp4": lambda: fake_quantize_eager(x, "nvfp4"),
     }

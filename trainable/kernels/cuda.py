@@ -16,7 +16,8 @@ quantisation is the identity.
 import functools
 import importlib.util
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from trainable.hadamard import rotate
 from trainable.kernels.cpu import Kernel
 
 log = logging.getLogger(__name__)
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 WIDEST = 1 << 14
 """Largest row that the norm holds in the registers of one program."""
@@ -54,34 +57,6 @@ def _missing() -> None:
     )
 
 
-def fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
-    """`x` on the grid of a format, without gradient; the arguments are those of `trainable.kernels.cpu.Kernel`."""
-    if torch.compiler.is_compiling():
-        quantized: Tensor = _fake_quantize_operator(x.detach(), code, addend, per_tensor)
-        return quantized
-    return _fake_quantize(x, code, addend, per_tensor)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
-    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)), and 1 / sqrt(..) of each row in fp32; without gradient.
-
-    x [.., n] -> y [.., n], [rows]. `code` is -1 for no quantisation. n is at most WIDEST, and x and `weight` share a
-    dtype.
-    """
-    if torch.compiler.is_compiling():
-        result: tuple[Tensor, Tensor] = _rms_norm_operator(x.detach(), weight.detach(), epsilon, code, addend)
-        return result
-    return _rms_norm(x, weight, epsilon, code, addend)
-
-
-def swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
-    """Q(silu(gate) * up), all [.., m], of one dtype; without gradient. `code` is -1 for no quantisation."""
-    if torch.compiler.is_compiling():
-        y: Tensor = _swiglu_operator(gate.detach(), up.detach(), code, addend)
-        return y
-    return _swiglu(gate, up, code, addend)
-
-
 def can_activate(gate: Tensor, up: Tensor) -> bool:
     return gate.dtype == up.dtype and gate.dtype in _FUSED_DTYPES and load() is not None
 
@@ -93,11 +68,31 @@ def can_norm(x: Tensor, weight: Tensor) -> bool:
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
+def _operator(like: Callable[..., Any]) -> Callable[[Launch], Launch]:
+    """A launch that torch.compile sees as the operator `rin_cuda::NAME`; `like`: empty results for its arguments."""
+
+    def made(launch: Launch) -> Launch:
+        operator: Any = torch.library.custom_op(f"rin_cuda::{launch.__name__}", launch, mutates_args=())
+        operator.register_fake(like)
+
+        @functools.wraps(launch)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return operator(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+            return launch(*arguments)
+
+        return cast(Launch, call)
+
+    return made
+
+
+@_operator(lambda x, *_: x.new_empty(x.shape))
+def fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
+    """`x` on the grid of a format, without gradient; the arguments are those of `trainable.kernels.cpu.Kernel`."""
     from trainable.kernels import cuda_blocks as kernels
 
     if x.dtype not in _DTYPES:
-        return _fake_quantize(x.to(torch.float32), code, addend, per_tensor).to(x.dtype)
+        return fake_quantize(x.to(torch.float32), code, addend, per_tensor).to(x.dtype)
     _check(x, code)
     x = x.detach().contiguous()
     out = torch.empty_like(x)
@@ -121,12 +116,17 @@ def _fake_quantize(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tenso
     return out
 
 
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
+@_operator(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)))
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
+    """y = Q(weight * x / sqrt(mean(x^2) + epsilon)), and 1 / sqrt(..) of each row in fp32; without gradient.
+
+    x [.., n] -> y [.., n], [rows]. `code` is -1 for no quantisation. n is at most WIDEST, and x and `weight` share a
+    dtype.
+    """
     from trainable.kernels import cuda_blocks as kernels
 
     assert can_norm(x, weight), f"{x.dtype=} {weight.dtype=} {x.shape=}"
-    if code >= 0:
-        _check(x, code)
+    _check(x, code)
     x, weight = x.detach().contiguous(), weight.detach().contiguous()
     columns = x.shape[-1]
     y, inverse = torch.empty_like(x), x.new_empty(x.numel() // columns, dtype=torch.float32)
@@ -141,12 +141,13 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int)
     return y, inverse
 
 
-def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+@_operator(lambda gate, *_: gate.new_empty(gate.shape))
+def swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
+    """Q(silu(gate) * up), all [.., m], of one dtype; without gradient. `code` is -1 for no quantisation."""
     from trainable.kernels import cuda_blocks as kernels
 
     assert can_activate(gate, up), f"{gate.dtype=} {up.dtype=}"
-    if code >= 0:
-        _check(gate, code)
+    _check(gate, code)
     gate, up = gate.detach().contiguous(), up.detach().contiguous()
     out, count = torch.empty_like(gate), gate.numel()
     whole_rows = _BY_CODE[code].scale is not None  # whose outer scale is known when the row is
@@ -156,7 +157,7 @@ def _swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
                 *(_bits(gate), _bits(up), _bits(out), count, addend, -1 if whole_rows else code, _TILE // 32),
                 **_OPTIONS,
             )
-    return _fake_quantize(out, code, addend, False) if whole_rows else out
+    return fake_quantize(out, code, addend, False) if whole_rows else out
 
 
 def _check(x: Tensor, code: int) -> None:
@@ -231,26 +232,3 @@ def _rotated(y: Tensor, code: int, addend: int) -> Tensor:
     """Q(y H): the rotation is eager torch here, the rest is fused."""
     turned = rotate(y.detach())
     return fake_quantize(turned, code, addend, False) if code >= 0 else turned
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-_fake_quantize_operator: Any = torch.library.custom_op("rin_cuda::fake_quantize", _fake_quantize, mutates_args=())
-_swiglu_operator: Any = torch.library.custom_op("rin_cuda::swiglu", _swiglu, mutates_args=())
-_rms_norm_operator: Any = torch.library.custom_op("rin_cuda::rms_norm", _rms_norm, mutates_args=())
-
-
-@_fake_quantize_operator.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, code: int, addend: int, per_tensor: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_swiglu_operator.register_fake  # type: ignore[untyped-decorator]
-def _(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@_rms_norm_operator.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, weight: Tensor, epsilon: float, code: int, addend: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
