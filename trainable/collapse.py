@@ -50,12 +50,11 @@ class CollapseDetector:
         base = self._baseline()
         verdict = HEALTHY
         for name, rule in RULES.items():
-            evidence = rule(values, base, self.config)
-            self.streaks[name] = self.streaks.get(name, 0) + 1 if evidence else 0
-            if evidence and self.streaks[name] >= self.config.patience and not verdict.collapsed:
-                verdict = CollapseVerdict(
-                    collapsed=True, rule=name, evidence=f"{evidence}, {self.streaks[name]} steps in a row"
-                )
+            holds = rule.holds(values, base, self.config)
+            self.streaks[name] = streak = self.streaks.get(name, 0) + 1 if holds else 0
+            if holds and streak >= self.config.patience and not verdict.collapsed:
+                evidence = rule.evidence.format(now=values, base=base)
+                verdict = CollapseVerdict(collapsed=True, rule=name, evidence=f"{evidence}, {streak} steps in a row")
         return verdict
 
     def state(self) -> dict[str, Any]:
@@ -84,84 +83,69 @@ def _rejection(signals: Signals) -> str:
     )
 
 
-# --- rules: (signals, baseline, limits) -> evidence, or "" where all is well ------------------------------------------
+# --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def _entropy_high(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["entropy"] > max(limits.entropy_high_ratio * base["entropy"], limits.entropy_high_floor):
-        return f"entropy {now['entropy']:.3g} nats, baseline {base['entropy']:.3g}"
-    return ""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When something is wrong with a step, and what is said of it; `now` and `base` are the two arguments."""
+
+    holds: Callable[[Baseline, Baseline, CollapseConfig], bool]
+    evidence: str
 
 
-def _entropy_low(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    """A policy that grows certain while it grows right is learning."""
-    if now["entropy"] < limits.entropy_low_ratio * base["entropy"] and now["reward"] <= base["reward"]:
-        return f"entropy {now['entropy']:.3g} nats, baseline {base['entropy']:.3g}, reward not above its baseline"
-    return ""
-
-
-def _length_up(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["length"] > limits.length_ratio * base["length"]:
-        return f"mean length {now['length']:.3g} tokens, baseline {base['length']:.3g}"
-    return ""
-
-
-def _length_down(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["length"] < base["length"] / limits.length_ratio:
-        return f"mean length {now['length']:.3g} tokens, baseline {base['length']:.3g}"
-    return ""
-
-
-def _truncation(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["truncated"] > base["truncated"] + limits.truncation_rise:
-        return f"{now['truncated']:.0%} of completions cut off, baseline {base['truncated']:.0%}"
-    return ""
-
-
-def _gibberish(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["gibberish"] > base["gibberish"] + limits.gibberish_share:
-        return f"{now['gibberish']:.1%} of tokens are gibberish to the clean policy, baseline {base['gibberish']:.1%}"
-    return ""
-
-
-def _repetition(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["repetition"] > base["repetition"] + limits.repetition_rise:
-        return f"{now['repetition']:.0%} of 4-grams repeated, baseline {base['repetition']:.0%}"
-    return ""
-
-
-def _mismatch(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if now["kl"] > limits.mismatch_kl:
-        return f"KL(rollout || clean policy) {now['kl']:.3g} nats per token"
-    return ""
-
-
-def _grad_norm(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    """Without a quiet stage there is no gradient to compare with, and this rule is silent."""
-    norm, usual = now.get("grad_norm"), base.get("grad_norm")
-    if norm is None or usual is None or now["clip_fraction"] <= limits.grad_norm_clip:
-        return ""
-    if norm > limits.grad_norm_ratio * usual:
-        return f"gradient norm {norm:.3g}, quiet steps {usual:.3g}; {now['clip_fraction']:.0%} of ratios clipped"
-    return ""
-
-
-def _reward_low(now: Baseline, base: Baseline, limits: CollapseConfig) -> str:
-    if base["reward"] >= max(limits.reward_floor, 1e-9) and now["reward"] < limits.reward_ratio * base["reward"]:
-        return f"reward {now['reward']:.3g}, baseline {base['reward']:.3g}"
-    return ""
-
-
-Rule = Callable[[Baseline, Baseline, CollapseConfig], str]
 RULES: dict[str, Rule] = {
-    "entropy_high": _entropy_high,
-    "gibberish": _gibberish,
-    "mismatch": _mismatch,
-    "truncation": _truncation,
-    "repetition": _repetition,
-    "length_up": _length_up,
-    "length_down": _length_down,
-    "entropy_low": _entropy_low,
-    "grad_norm": _grad_norm,
-    "reward_low": _reward_low,
+    "entropy_high": Rule(
+        lambda now, base, limits: (
+            now["entropy"] > max(limits.entropy_high_ratio * base["entropy"], limits.entropy_high_floor)
+        ),
+        "entropy {now[entropy]:.3g} nats, baseline {base[entropy]:.3g}",
+    ),
+    "gibberish": Rule(
+        lambda now, base, limits: now["gibberish"] > base["gibberish"] + limits.gibberish_share,
+        "{now[gibberish]:.1%} of tokens are gibberish to the clean policy, baseline {base[gibberish]:.1%}",
+    ),
+    "mismatch": Rule(
+        lambda now, base, limits: now["kl"] > limits.mismatch_kl,
+        "KL(rollout || clean policy) {now[kl]:.3g} nats per token",
+    ),
+    "truncation": Rule(
+        lambda now, base, limits: now["truncated"] > base["truncated"] + limits.truncation_rise,
+        "{now[truncated]:.0%} of completions cut off, baseline {base[truncated]:.0%}",
+    ),
+    "repetition": Rule(
+        lambda now, base, limits: now["repetition"] > base["repetition"] + limits.repetition_rise,
+        "{now[repetition]:.0%} of 4-grams repeated, baseline {base[repetition]:.0%}",
+    ),
+    "length_up": Rule(
+        lambda now, base, limits: now["length"] > limits.length_ratio * base["length"],
+        "mean length {now[length]:.3g} tokens, baseline {base[length]:.3g}",
+    ),
+    "length_down": Rule(
+        lambda now, base, limits: now["length"] < base["length"] / limits.length_ratio,
+        "mean length {now[length]:.3g} tokens, baseline {base[length]:.3g}",
+    ),
+    # A policy that grows certain while it grows right is learning.
+    "entropy_low": Rule(
+        lambda now, base, limits: (
+            now["entropy"] < limits.entropy_low_ratio * base["entropy"] and now["reward"] <= base["reward"]
+        ),
+        "entropy {now[entropy]:.3g} nats, baseline {base[entropy]:.3g}, reward not above its baseline",
+    ),
+    # Without a quiet stage there is no gradient to compare with, and this rule is silent.
+    "grad_norm": Rule(
+        lambda now, base, limits: (
+            "grad_norm" in now.keys() & base.keys()
+            and now["clip_fraction"] > limits.grad_norm_clip
+            and now["grad_norm"] > limits.grad_norm_ratio * base["grad_norm"]
+        ),
+        "gradient norm {now[grad_norm]:.3g}, quiet steps {base[grad_norm]:.3g}; "
+        "{now[clip_fraction]:.0%} of ratios clipped",
+    ),
+    "reward_low": Rule(
+        lambda now, base, limits: (
+            base["reward"] >= max(limits.reward_floor, 1e-9) and now["reward"] < limits.reward_ratio * base["reward"]
+        ),
+        "reward {now[reward]:.3g}, baseline {base[reward]:.3g}",
+    ),
 }
