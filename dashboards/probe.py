@@ -29,6 +29,7 @@ from dashboards.tables import fields_of, finite
 from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
+from trainable.engines.engine import Request
 from trainable.engines.gate import FLOOR_FACTOR
 from trainable.floor import APART, Floor, eager_logps, first_blocks, floor_of
 from trainable.forward.logps import clean_logps, make_batch
@@ -36,7 +37,6 @@ from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, computing, deployed
 from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts, generate, judge
-from trainable.seeds import generator
 from trainable.tasks.table import build_task
 from trainable.tasks.task import Question, Task
 
@@ -213,16 +213,15 @@ def _floors(
 ) -> dict[int, Floor]:
     """By completion length. Inside `deployed`."""
     config = plan.config
-    completions = generate(
-        policy,
-        prompts,
+    request = Request(
+        prompts=prompts,
         group_size=GROUP_SIZE,
         max_new_tokens=plan.lengths[-1],
         temperature=config.rollout.temperature,
         batch_size=GROUP_SIZE * len(prompts),
-        generator=generator("probe", plan.seed, device=policy.device),
+        draw=("probe", plan.seed),
     )
-    groups = judge(policy, task, questions, prompts, completions)
+    groups = judge(policy, task, questions, prompts, generate(policy, request))
     batch = make_batch(policy, groups, torch.zeros(len(groups), GROUP_SIZE))
     arguments = (policy, batch, config.rollout.temperature, config.grpo.micro_batch_size)
     training = clean_logps(*arguments)

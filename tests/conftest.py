@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from spaces.config import TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
+from trainable.engines.engine import Request
 from trainable.episode import Completion, Episode, Group
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.policy import Policy, deployed
@@ -246,7 +247,8 @@ def sampled_groups(
     """Groups as a rollout makes them, with reward 0."""
     arguments: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 32, **options}
     with deployed(policy):
-        sampled = generate(policy, prompts, group_size=group_size, generator=generator("test", seed), **arguments)
+        request = Request(prompts=prompts, group_size=group_size, draw=("test", seed), **arguments)
+        sampled = generate(policy, request)
     return [
         tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, sampled, strict=True)
     ]

@@ -173,7 +173,7 @@ def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
         backend.sync(policy)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
         request = Request(
-            prompts=PROMPTS, group_size=3, max_new_tokens=5, temperature=1.0, batch_size=8, draw=(0, 0, 0)
+            prompts=PROMPTS, group_size=3, max_new_tokens=5, temperature=1.0, batch_size=8, draw=("sample", 0, 0, 0)
         )
         return backend.generate(policy, request)
 

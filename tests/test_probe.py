@@ -32,6 +32,7 @@ from dashboards.probe import (
 from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, byte_tokenizer
+from trainable.engines.engine import Request
 from trainable.floor import Floor, Gap, eager_logps, gap, measure_floor
 from trainable.forward.logps import clean_logps, make_batch
 from trainable.policy.loading import load_policy
@@ -161,15 +162,15 @@ def test_a_row_is_the_floor_of_a_policy_loaded_in_that_setting(
     questions = task.sample(3, seed=0, step=0, batch=0)
     prompts = encode_prompts(policy, questions, config.task, 256)
     with deployed(policy):
-        sampled = generate(
-            policy,
-            prompts,
+        asked = Request(
+            prompts=prompts,
             group_size=GROUP_SIZE,
             max_new_tokens=8,
             temperature=1.0,
             batch_size=12,
-            generator=generator("probe", 0),
+            draw=("probe", 0),
         )
+        sampled = generate(policy, asked)
         batch = make_batch(policy, judge(policy, task, questions, prompts, sampled), torch.zeros(3, GROUP_SIZE))
         floor = measure_floor(policy, batch, 1.0, config.grpo.micro_batch_size)
         training, eager = (way(policy, batch, 1.0, config.grpo.micro_batch_size) for way in (clean_logps, eager_logps))
@@ -193,7 +194,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(
     other = next(iter(measure(small_plan(folder, seed=1))))
     assert other != measured[0]
     draws: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dashboards.probe.generator", lambda *of, **on: (draws.append(of), generator(*of, **on))[1])
+    monkeypatch.setattr("trainable.rollout.generator", lambda *of, **on: (draws.append(of), generator(*of, **on))[1])
     monkeypatch.setattr("dashboards.probe.settings", lambda depth: [("W4A4", "floor", depth)] * 2)
     first, second = measure(small_plan(folder, seed=7))
     assert draws == [("probe", 7)] * 2, "each setting from the same random numbers"

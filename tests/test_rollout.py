@@ -14,6 +14,7 @@ import torch
 import trainable.rollout
 from spaces.config import ConfigError, ModelConfig, QuantConfig, TaskConfig
 from tests.conftest import ModelFolder, Tiny, episode, ragged_prompts, sampled_groups
+from trainable.engines.engine import Request
 from trainable.episode import Completion
 from trainable.forward.logps import completion_logps, make_batch
 from trainable.forward.transformer import left_padded, positions
@@ -34,9 +35,9 @@ FLIPPED_SHARE = 0.02
 
 
 def greedy(policy: Policy, prompts: list[list[int]], **options: Any) -> list[Completion]:
-    arguments: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 64, **options}
+    arguments: dict[str, Any] = {"group_size": 1, "max_new_tokens": 12, "batch_size": 64, **options}
     with deployed(policy):
-        groups = generate(policy, prompts, group_size=1, temperature=0.0, **arguments)
+        groups = generate(policy, Request(prompts=prompts, temperature=0.0, **arguments))
     return [group[0] for group in groups]
 
 
@@ -91,15 +92,10 @@ def test_the_noisy_policy_reports_its_own_log_probs(tiny: Tiny) -> None:
         return injected(policy, config.noise, targets, step=0, total_steps=1, seed=0)
 
     with noisy():
-        rows = generate(
-            policy,
-            prompts,
-            group_size=4,
-            max_new_tokens=4,
-            temperature=1.0,
-            batch_size=8,
-            generator=generator("test", 0),
+        asked = Request(
+            prompts=prompts, group_size=4, max_new_tokens=4, temperature=1.0, batch_size=8, draw=("test", 0)
         )
+        rows = generate(policy, asked)
     groups = [
         tuple(episode(0.0, completion=c, prompt_ids=p) for c in row) for p, row in zip(prompts, rows, strict=True)
     ]
@@ -220,7 +216,8 @@ def test_a_prompt_has_its_own_group(model_folder: ModelFolder) -> None:
     policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
     prompts = ragged_prompts(5)
     with deployed(policy):
-        groups = generate(policy, prompts, group_size=3, max_new_tokens=8, temperature=0.0, batch_size=6)
+        asked = Request(prompts=prompts, group_size=3, max_new_tokens=8, temperature=0.0, batch_size=6)
+        groups = generate(policy, asked)
     expected = [c.ids for c in greedy(policy, prompts, max_new_tokens=8)]
     assert [[c.ids for c in group] for group in groups] == [[ids] * 3 for ids in expected]
 

@@ -97,7 +97,8 @@ def rollout(
     """What the backend samples now, with the log-probs that training's forward gives now; call it inside `deployed` or
     `injected`."""
     backend.sync(policy)
-    sampled = backend.generate(policy, request_of(prompts, group_size=GROUP, temperature=temperature, draw=(0, *key)))
+    request = request_of(prompts, group_size=GROUP, temperature=temperature, draw=("sample", 0, *key))
+    sampled = backend.generate(policy, request)
     groups: list[Group] = [
         tuple(
             Episode(
@@ -354,7 +355,7 @@ def test_samples_follow_the_distribution_of_the_torch_backend(checked: Checked) 
     policy, backend, _, _ = checked
     with deployed(policy):
         backend.sync(policy)
-        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=(0, 0, 0))
+        request = request_of([[3, 4, 12]], group_size=4096, temperature=0.8, max_new_tokens=1, draw=("sample", 0, 0, 0))
         (drawn,) = backend.generate(policy, request)
         logits = policy.model(torch.tensor([[3, 4, 12]])).logits[0, -1]
     expected = torch.softmax(logits / 0.8, -1) * len(drawn)

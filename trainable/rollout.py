@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from spaces.config import ConfigError, TaskConfig
+from trainable.engines.engine import Request
 from trainable.episode import Completion, Episode, Group
 from trainable.forward.decoder import decoder
 from trainable.forward.transformer import left_padded
 from trainable.policy.policy import Policy
+from trainable.seeds import generator
 from trainable.tasks.task import FiniteTask, ProceduralTask, Question, Split, Task
 
 _WORTH_RETIRING = 0.25
@@ -94,59 +96,45 @@ def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> 
 
 
 @torch.no_grad()
-def generate(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    batch_size: int,
-    generator: torch.Generator | None = None,
-) -> list[list[Completion]]:
-    """`group_size` completions for each prompt; temperature 0 is greedy (and needs no generator). Call it inside
-    `deployed`."""
-    prompts_at_once = max(1, batch_size // group_size)
+def generate(policy: Policy, request: Request) -> list[list[Completion]]:
+    """`group_size` completions for each prompt. Call it inside `deployed`."""
+    source = generator(*request.draw, device=policy.device) if request.temperature > 0 else None
+    at_once = max(1, request.batch_size // request.group_size)
     groups: list[list[Completion]] = []
-    for start in range(0, len(prompts), prompts_at_once):
-        chunk = prompts[start : start + prompts_at_once]
-        groups += _generate_chunk(policy, chunk, group_size, max_new_tokens, temperature, generator)
+    for start in range(0, len(request.prompts), at_once):
+        groups += _generate_chunk(policy, request, request.prompts[start : start + at_once], source)
     return groups
 
 
 def _generate_chunk(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    generator: torch.Generator | None,
+    policy: Policy, request: Request, prompts: Sequence[Sequence[int]], source: torch.Generator | None
 ) -> list[list[Completion]]:
+    longest = request.max_new_tokens
     tokenizer = policy.tokenizer
     end: int = tokenizer.eos_token_id
     ids, mask = left_padded(prompts, tokenizer.pad_token_id, policy.device)  # [P, L]
-    forward = decoder(policy, max_new_tokens)
-    logits = forward.prefill(ids, mask, group_size)  # [B, V]
+    forward = decoder(policy, longest)
+    logits = forward.prefill(ids, mask, request.group_size)  # [B, V]
     rows = torch.arange(len(logits), device=policy.device)  # the completions in work
-    tokens = torch.full((len(logits), max_new_tokens), end, device=policy.device)  # [B, T] each
+    tokens = torch.full((len(logits), longest), end, device=policy.device)  # [B, T] each
     logps, entropies = torch.zeros_like(tokens, dtype=torch.float32), torch.zeros_like(tokens, dtype=torch.float32)
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    for column in range(max_new_tokens):
-        token, logp, entropy = sample(logits, temperature, generator)
+    for column in range(longest):
+        token, logp, entropy = sample(logits, request.temperature, source)
         tokens[rows, column], logps[rows, column], entropies[rows, column] = token, logp, entropy
         ended |= token == end
         going = (~ended).nonzero()[:, 0]
-        if len(going) == 0 or column + 1 == max_new_tokens:
+        if len(going) == 0 or column + 1 == longest:
             break
         if len(going) <= (1 - _WORTH_RETIRING) * len(rows):
             forward.keep(going)
             rows, token, ended = rows[going], token[going], ended[going]
         logits = forward.step(token)
-    return _completions(tokens, logps, entropies, end, group_size)
+    return _completions(tokens, logps, entropies, end, request.group_size)
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, generator: torch.Generator | None
+    logits: torch.Tensor, temperature: float, source: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token, its log-prob and the entropy of the distribution, [B] each, from logits [B, V]; computed in fp32.
 
@@ -159,7 +147,7 @@ def sample(
     if temperature == 0:
         token = distribution.argmax(-1)
     else:
-        token = torch.multinomial(probability.nan_to_num(nan=1.0), 1, generator=generator)[:, 0]
+        token = torch.multinomial(probability.nan_to_num(nan=1.0), 1, generator=source)[:, 0]
     return token, distribution.gather(-1, token[:, None])[:, 0], entropy
 
 

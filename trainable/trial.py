@@ -331,7 +331,7 @@ class Trial:
                 max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 batch_size=config.rollout.batch_size,
-                draw=(config.seed, step, batch),
+                draw=("sample", config.seed, step, batch),
             )
             completions = self.backend.generate(self.policy, request)
         return judge(self.policy, self.task, questions, encoded, completions)

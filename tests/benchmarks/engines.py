@@ -46,7 +46,7 @@ class Rivals:
             max_new_tokens=tokens,
             temperature=1.0,
             batch_size=len(prompts) * group,
-            draw=(0,),
+            draw=("sample", 0),
         )
         ids, mask = left_padded(
             [prompt for prompt in prompts for _ in range(group)], self.policy.tokenizer.pad_token_id, self.policy.device

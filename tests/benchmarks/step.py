@@ -15,6 +15,7 @@ from spaces.config import ModelConfig, QuantConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import in_turns, ratio, spread
+from trainable.engines.engine import Request
 from trainable.forward.transformer import left_padded
 from trainable.policy.embedded import base_folder
 from trainable.policy.loading import load_policy
@@ -135,7 +136,8 @@ def rollout() -> list[str]:
 
         def ours(policy: Policy, prompts: list[list[int]] = prompts) -> list[Any]:
             with deployed(policy):
-                return generate(policy, prompts, group_size=8, max_new_tokens=6, temperature=0.0, batch_size=1024)
+                asked = Request(prompts=prompts, group_size=8, max_new_tokens=6, temperature=0.0, batch_size=1024)
+                return generate(policy, asked)
 
         def generated(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> torch.Tensor:
             answer: torch.Tensor = theirs.generate(

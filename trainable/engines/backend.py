@@ -26,7 +26,6 @@ from trainable.episode import Completion
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
 from trainable.rollout import generate
-from trainable.seeds import generator
 
 _LONGEST_REASON = 500
 """Characters of what a foreign engine says about itself."""
@@ -66,15 +65,7 @@ class TorchBackend:
         """They are the same weights."""
 
     def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
-        return generate(
-            policy,
-            request.prompts,
-            group_size=request.group_size,
-            max_new_tokens=request.max_new_tokens,
-            temperature=request.temperature,
-            batch_size=request.batch_size,
-            generator=generator("sample", *request.draw, device=policy.device) if request.temperature > 0 else None,
-        )
+        return generate(policy, request)
 
     def rest(self) -> None:
         """Nothing is held."""

@@ -80,8 +80,8 @@ class EngineSettings:
 class Request:
     """Prompts, and how to continue them.
 
-    Example: Request(prompts=[[3, 4, 12]], group_size=8, max_new_tokens=6, temperature=1.0, batch_size=1024, draw=(0,
-    12, 0))
+    Example: Request(prompts=[[3, 4, 12]], group_size=8, max_new_tokens=6, temperature=1.0, batch_size=1024,
+    draw=("sample", 0, 12, 0))
     """
 
     prompts: Sequence[Sequence[int]]
@@ -93,11 +93,11 @@ class Request:
     batch_size: int
     """Completions at once in training's own modules; an engine has `EngineSettings.sequences`."""
     draw: Sequence[object] = ()
-    """Names what is sampled: (seed, step, batch) of a rollout. Greedy answers need no name."""
+    """Names what is sampled: ("sample", seed, step, batch) of a rollout. Greedy answers need no name."""
 
     def seed_of(self, prompt: int) -> int:
         """Of the samples of the prompt with this number: they depend on it, and not on what else is in the batch."""
-        return stable_hash("sample", *self.draw, prompt) % 2**31
+        return stable_hash(*self.draw, prompt) % 2**31
 
 
 class Engine(Protocol):
