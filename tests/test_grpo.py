@@ -18,7 +18,7 @@ import trainable.grpo
 from spaces.config import GRPOConfig, Loss, ModelConfig, QuantConfig, RolloutConfig
 from tests.conftest import ModelFolder, completed, episode, ragged_prompts, sampled_groups
 from trainable.episode import Group
-from trainable.forward.logps import Batch, completion_logps, importance_weights, make_batch, with_old_logps
+from trainable.forward.logps import Batch, completion_logps, importance_weights, make_batch
 from trainable.grpo import (
     filter_groups,
     group_advantages,
@@ -237,7 +237,7 @@ def test_the_gradient_of_every_parameter_is_that_of_trl(
     batch = make_batch(policy, groups, group_advantages(torch.rand(3, 4, generator=generator("rewards"))))
     logps, _ = completion_logps(policy, batch, 0.7)
     shift = 0.2 * torch.randn(logps.shape, generator=generator("old"))
-    batch = with_old_logps(batch, logps.detach() + shift, logps.detach() - shift)
+    batch = replace(batch, old_logps=logps.detach() + shift, reference_logps=logps.detach() - shift)
     normalizer = loss_normalizer(loss, batch, batch, 1, MAX_NEW_TOKENS)
     ours, _ = our_loss(logps, batch, loss, normalizer, reference_logps=batch.reference_logps, kl_beta=kl_beta)
     expected = trl_loss(oracle, monkeypatch, batch, loss, kl_beta=kl_beta)
@@ -427,7 +427,7 @@ def ready_batch(policy: Policy, prompts: int = 3, rewards: Sequence[float] = (1.
     groups = sampled_groups(policy, ragged_prompts(prompts))
     batch = make_batch(policy, groups, group_advantages(torch.tensor([rewards] * prompts)))
     logps = completion_logps(policy, batch, 1.0)[0].detach()
-    return with_old_logps(batch, logps + 0.1 * torch.randn(logps.shape, generator=generator("old")), None)
+    return replace(batch, old_logps=logps + 0.1 * torch.randn(logps.shape, generator=generator("old")))
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:

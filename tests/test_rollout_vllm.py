@@ -28,7 +28,7 @@ from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engines.engine import Request, TrialFailed, deployed_weights, digest
 from trainable.episode import Episode, Group
 from trainable.floor import measure_floor
-from trainable.forward.logps import Batch, clean_logps, make_batch, with_old_logps
+from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.noise import injected, noise_targets
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed, unshared
@@ -113,7 +113,7 @@ def rollout(
         for ids, group in zip(prompts, sampled, strict=True)
     ]
     batch = make_batch(policy, groups, torch.zeros(len(groups), GROUP))
-    return with_old_logps(batch, clean_logps(policy, batch, temperature, 1024), None)
+    return replace(batch, old_logps=clean_logps(policy, batch, temperature, 1024))
 
 
 def gaps(batch: Batch) -> torch.Tensor:
@@ -405,7 +405,7 @@ def test_another_temperature_is_caught_by_the_log_probs(checked: Checked) -> Non
     policy, backend, config, _ = checked
     with deployed(policy):
         warm = rollout(policy, backend, questions_of(config, policy), temperature=1.5)
-        asked_for = with_old_logps(warm, clean_logps(policy, warm, 1.0, 1024), None)
+        asked_for = replace(warm, old_logps=clean_logps(policy, warm, 1.0, 1024))
         gate.check_weights(backend.engine, policy)
         gate.check_layers(backend.engine, policy, asked_for, config.rollout)
         floor = measure_floor(policy, asked_for, 1.0, 1024)

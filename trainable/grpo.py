@@ -23,7 +23,7 @@ import torch
 
 from spaces.config import FilterPolicy, GRPOConfig, Loss, RolloutConfig
 from trainable.episode import FilterOutcome, Group
-from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps, importance_weights
+from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps
 from trainable.policy.policy import Policy
 from trainable.signals import UpdateMetrics
 
@@ -162,10 +162,8 @@ def update(
 ) -> UpdateMetrics:
     """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add
     up."""
-    correction = importance_weights(
-        rollout.correction, batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap
-    )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    correction = None if rollout.correction == "none" else batch.correction(rollout).weights
     losses, norms, sums = [], [], [0.0, 0.0, 0.0]
     order = torch.empty(0, dtype=torch.long)
     for number in range(grpo.updates_per_step):
@@ -175,7 +173,8 @@ def update(
         chosen = batch.rows_of(order.tensor_split(grpo.minibatches)[part])
         if len(chosen) == 0:  # a filter left fewer groups than mini-batches
             continue
-        mini, weights = batch.rows(chosen, batch.group_size), correction.weights[chosen]
+        mini = batch.rows(chosen, batch.group_size)
+        weights = None if correction is None else correction[chosen]
         normalizer = loss_normalizer(grpo.loss, mini, batch, grpo.minibatches, rollout.max_new_tokens)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
@@ -191,7 +190,7 @@ def update(
                 clip_low=grpo.clip_low,
                 clip_high=grpo.clip_high,
                 normalizer=normalizer,
-                weights=None if rollout.correction == "none" else weights[rows],
+                weights=None if weights is None else weights[rows],
                 reference_logps=micro.reference_logps,
                 kl_beta=grpo.kl_beta,
             )
@@ -213,7 +212,6 @@ def update(
         grad_norm=max(norms, key=lambda norm: float("inf") if norm != norm else norm),
         clip_fraction=clipped / max(tokens, 1.0),
         reference_kl=kl / max(tokens, 1.0),
-        correction=correction,
     )
 
 

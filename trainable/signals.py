@@ -11,7 +11,7 @@ share of sampled tokens that it finds less likely than exp(-2) / V, that is, cle
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from trainable.episode import FilterOutcome, Group
 from trainable.forward.logps import Batch, ImportanceWeights
@@ -58,14 +58,13 @@ class Signals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateMetrics:
-    """Means over a step's updates."""
+    """Means over a step's updates; fields of `Signals`."""
 
     loss: float
     grad_norm: float
     """Largest global norm before clipping. Not finite: the update was not applied, so that the weights stay usable."""
     clip_fraction: float
     reference_kl: float
-    correction: ImportanceWeights
 
 
 def measure(
@@ -77,19 +76,15 @@ def measure(
     sigma: float,
     gen_batches: int,
     vocabulary: int,
-    weights: tuple[float, float, float],
+    correction: ImportanceWeights,
     update: UpdateMetrics | None = None,
 ) -> Signals:
     """`groups` and `rewards` are all that was generated, `batch` what was trained on (or would have been), with clean
-    log-probs.
-
-    `weights` = (mean, effective share, kl) of the importance weights.
-    """
+    log-probs and `correction`."""
     episodes = [episode for group in groups for episode in group]
     flat = [reward for row in rewards for reward in row]
     inside = batch.mask > 0
     gap = (batch.old_logps - batch.rollout_logps)[inside]
-    mean_weight, effective_share, kl = weights
     parts = sorted({name for e in episodes for name in e.score.parts})
     return Signals(
         sigma=sigma,
@@ -107,14 +102,11 @@ def measure(
         distinct_2=mean([distinct_share(e.completion.ids, 2) for e in episodes]),
         repetition=mean([1 - distinct_share(e.completion.ids, _N_GRAM) for e in episodes]),
         gibberish=(batch.old_logps[inside] < -math.log(vocabulary) - 2).float().mean().item(),
-        kl=kl,
+        kl=correction.kl,
         logp_gap=gap.abs().mean().item(),
-        weight=mean_weight,
-        effective_share=effective_share,
-        loss=None if update is None else update.loss,
-        grad_norm=None if update is None else update.grad_norm,
-        clip_fraction=None if update is None else update.clip_fraction,
-        reference_kl=None if update is None else update.reference_kl,
+        weight=correction.mean,
+        effective_share=correction.effective_share,
+        **({} if update is None else asdict(update)),
         rewards=tuple((name, mean([e.score.parts[name] for e in episodes])) for name in parts),
     )
 

@@ -17,7 +17,7 @@ The noise is in the rollout alone. Learning and evaluation never see it; nothing
 import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -31,7 +31,7 @@ from trainable.engines.backend import start_backend
 from trainable.engines.engine import Request
 from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
-from trainable.forward.logps import Batch, clean_logps, importance_weights, make_batch, with_old_logps
+from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
 from trainable.masters import MasterAdamW, followed, moved_shares
 from trainable.metrics import (
@@ -357,7 +357,7 @@ class Trial:
         if self.reference is not None:
             with deployed(self.reference):
                 reference = clean_logps(self.reference, *arguments)
-        return with_old_logps(batch, old, reference)
+        return replace(batch, old_logps=old, reference_logps=reference)
 
     def _gives_up(self, filtered: FilterOutcome) -> bool:
         """A rejected step is not learned from when collapses are enforced; otherwise on what was kept."""
@@ -387,17 +387,6 @@ class Trial:
         learned: UpdateMetrics | None,
     ) -> Signals:
         config = self.config
-        weights = (
-            learned.correction
-            if learned is not None
-            else importance_weights(
-                config.rollout.correction,
-                batch.old_logps,
-                batch.rollout_logps,
-                batch.mask,
-                config.rollout.correction_cap,
-            )
-        )
         return measure(
             groups,
             batch,
@@ -406,7 +395,7 @@ class Trial:
             sigma=sigma,
             gen_batches=batches,
             vocabulary=len(self.policy.tokenizer),
-            weights=(weights.mean, weights.effective_share, weights.kl),
+            correction=batch.correction(config.rollout),
             update=learned,
         )
 

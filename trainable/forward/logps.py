@@ -14,11 +14,11 @@ Shapes: B = completions, G = completions of a prompt, T = completion tokens (rig
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 
-from spaces.config import Correction
+from spaces.config import Correction, RolloutConfig
 from trainable.episode import Group
 from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.policy.policy import Policy
@@ -53,18 +53,9 @@ class Batch:
 
     def rows(self, index: torch.Tensor | slice, group_size: int = 1) -> "Batch":
         """A sub-batch, whose rows continue one prompt each, or `group_size` of them side by side the same one."""
-        reference = self.reference_logps
-        return Batch(
-            prompt_ids=self.prompt_ids[index],
-            prompt_mask=self.prompt_mask[index],
-            completion_ids=self.completion_ids[index],
-            mask=self.mask[index],
-            rollout_logps=self.rollout_logps[index],
-            advantages=self.advantages[index],
-            old_logps=self.old_logps[index],
-            reference_logps=None if reference is None else reference[index],
-            group_size=group_size,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value[index] for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return Batch(**{**values, **tensors, "group_size": group_size})
 
     def rows_of(self, groups: torch.Tensor) -> torch.Tensor:
         """Indices of all rows of these groups."""
@@ -82,6 +73,12 @@ class Batch:
         """One of the `slices`, which knows how many of its rows continue one prompt."""
         count: int = rows.stop - rows.start
         return self.rows(rows, min(self.group_size, count))
+
+    def correction(self, rollout: RolloutConfig) -> "ImportanceWeights":
+        """Of the clean policy over the noisy one, as the configuration wishes."""
+        return importance_weights(
+            rollout.correction, self.old_logps, self.rollout_logps, self.mask, rollout.correction_cap
+        )
 
 
 def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor) -> Batch:
@@ -105,11 +102,6 @@ def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor
         old_logps=torch.zeros_like(mask),
         group_size=advantages.shape[1],
     )
-
-
-def with_old_logps(batch: Batch, old: torch.Tensor, reference: torch.Tensor | None) -> Batch:
-    """The batch once the clean policy has spoken."""
-    return replace(batch, old_logps=old, reference_logps=reference)
 
 
 # --- training's forward pass -----------------------------------------------------------------------------------------
