@@ -24,10 +24,10 @@ from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
 from trainable.disk.checkpoint import VERSION, load_state, save_state
 from trainable.disk.folder import Folder
-from trainable.evaluation import evaluate, evaluate_unquantized
+from trainable.evaluation import evaluate
 from trainable.noise import sigma_at
 from trainable.outcome import Outcome, StepReport
-from trainable.policy.policy import block_of
+from trainable.policy.policy import block_of, unquantized
 from trainable.seeds import generator
 from trainable.tasks.task import ProceduralTask, Question
 from trainable.trial import Trial, run_trial
@@ -227,7 +227,8 @@ def test_accuracies_are_in_the_deployed_precision_and_unquantised(tiny: Tiny) ->
     )
     arguments = [(trial.policy, trial.task, trial.questions, trial.config) for trial in (quantized, plain)]
     deployed_answers, answers = (evaluate(*of_one).correct for of_one in arguments)
-    assert evaluate_unquantized(*arguments[0]).correct == answers != deployed_answers
+    with unquantized(quantized.policy):
+        assert evaluate(*arguments[0]).correct == answers != deployed_answers
     outcomes = [(finish(trial), trial.outcome())[1].eval for trial in (quantized, plain)]
     for end in ("", "_start"):
         assert getattr(outcomes[0], f"accuracy{end}") == sum(deployed_answers) / 128

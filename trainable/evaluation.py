@@ -5,13 +5,12 @@ that two checkpoints can be compared question by question. `accuracy` is in the 
 the unquantised forward of the master weights in the model's dtype.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spaces.config import TrialConfig
 from trainable.engines.backend import Backend, TorchBackend
 from trainable.engines.engine import Request
-from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean
 from trainable.tasks.task import Question, Task
@@ -37,30 +36,19 @@ def evaluate(
     """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
     backend = backend or TorchBackend()
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
-    with deployed(policy):
-        backend.sync(policy)
-        groups = backend.generate(policy, _greedy(prompts, config))
-    judged = judge(policy, task, questions, prompts, groups)
-    scores = [group[0].score for group in judged]
-    return Evaluation(
-        correct=tuple(int(score.correct) for score in scores),
-        parts={name: mean([score.parts[name] for score in scores]) for name in task.rewards},
-    )
-
-
-def _greedy(prompts: Sequence[Sequence[int]], config: TrialConfig) -> Request:
-    return Request(
+    greedy = Request(
         prompts=prompts,
         group_size=1,
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=0.0,
         batch_size=config.eval.batch_size,
     )
-
-
-def evaluate_unquantized(
-    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None
-) -> Evaluation:
-    """The same questions with every layer at the model's dtype."""
-    with unquantized(policy):
-        return evaluate(policy, task, questions, config, backend)
+    with deployed(policy):
+        backend.sync(policy)
+        groups = backend.generate(policy, greedy)
+    judged = judge(policy, task, questions, prompts, groups)
+    scores = [group[0].score for group in judged]
+    return Evaluation(
+        correct=tuple(int(score.correct) for score in scores),
+        parts={name: mean([score.parts[name] for score in scores]) for name in task.rewards},
+    )

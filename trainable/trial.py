@@ -30,7 +30,7 @@ from trainable.engines import gate
 from trainable.engines.backend import start_backend
 from trainable.engines.engine import Request
 from trainable.episode import FilterOutcome, Group
-from trainable.evaluation import Evaluation, evaluate, evaluate_unquantized
+from trainable.evaluation import Evaluation, evaluate
 from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
 from trainable.masters import MasterAdamW, followed, moved_shares
@@ -57,7 +57,7 @@ from trainable.outcome import (
 )
 from trainable.policy.embedded import Progress
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import deployed
+from trainable.policy.policy import deployed, unquantized
 from trainable.rollout import LeftOut, encode_prompts, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
@@ -435,7 +435,10 @@ class Trial:
         self.on_phase("evaluate")
         arguments = (self.policy, self.task, self.questions, self.config, self.backend)
         deployed_eval = evaluate(*arguments)
-        return deployed_eval, evaluate_unquantized(*arguments) if self.policy.quantized else deployed_eval
+        if not self.policy.quantized:
+            return deployed_eval, deployed_eval
+        with unquantized(self.policy):
+            return deployed_eval, evaluate(*arguments)
 
 
 def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generator[StepReport, None, Outcome]:
