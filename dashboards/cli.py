@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dashboards import options as given
-from dashboards.options import DEFAULT_STORE, Place, SweepOptions, repeated, study_config, trial_config
+from dashboards.options import DEFAULT_STORE, Place, SweepOptions, study_config, trial_config
 from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
         result = run(view, progress)
     title = f"sweep {study.name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
-    ending = ending_of(result, runs, place.again, repeated(place.store, None))
+    ending = ending_of(result, runs, place.again, replace(place, tracking_uri=None).again)
     say(console, ending.lines)
     for line in ending.troubles:
         print(line, file=sys.stderr)

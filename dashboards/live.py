@@ -73,14 +73,8 @@ def _plain_line(console: Console, runs: int, ended: Iterator[int], event: TrialE
 @contextmanager
 def build_progress(console: Console) -> Iterator[Any]:
     """A progress bar for the embedded base; appears only when something is built."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=False,
-    ) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("", visible=False)
         said: set[str] = set()
 

@@ -114,8 +114,12 @@ class Place:
 
     @property
     def again(self) -> str:
-        """The options that have to be repeated so that a next command finds the sweep."""
-        return repeated(self.store, self.tracking_uri)
+        """What has to be repeated so that a next command finds the sweep, without a password."""
+        from search.secrets import strip_password
+
+        given = [] if self.store == DEFAULT_STORE else ["--store", self.store]
+        given += ["--tracking-uri", strip_password(self.tracking_uri)] if self.tracking_uri else []
+        return f" {shlex.join(given)}" if given else ""
 
 
 NO_USE_IN_A_PLAN = (
@@ -280,16 +284,6 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 def ray_address(address: str | None, before: str | None) -> str | None:
     """Where a study goes on: where it ran before, unless another address is given; `local` is a Ray of its own."""
     return before if address is None else None if address == "local" else address
-
-
-def repeated(store: str, tracking_uri: str | None) -> str:
-    """What has to be repeated so that a next command finds the sweep, without a password."""
-    from search.secrets import strip_password
-
-    given = ([] if store == DEFAULT_STORE else ["--store", store]) + (
-        ["--tracking-uri", strip_password(tracking_uri)] if tracking_uri else []
-    )
-    return f" {shlex.join(given)}" if given else ""
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -21,16 +21,7 @@ from functools import partial
 from statistics import fmean
 from typing import TypeVar
 
-from search.arms import (
-    Arm,
-    Origin,
-    candidate_of,
-    control_for,
-    read_arms,
-    read_trials,
-    replicates_of,
-    unfinished,
-)
+from search.arms import Arm, Origin, candidate_of, control_for, read_arms, read_trials, replicates_of, unfinished
 from search.evidence import known_of, read_evidence
 from search.finding import Finding, find, lowest_collapsed
 from search.importance import Importance, importance

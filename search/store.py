@@ -251,12 +251,11 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
 
 def refuse_second_driver(config: StudyConfig) -> None:
     """Raises what `only_driver` would raise now: at once, where it comes after the imports of torch and ray."""
-    if config.folder.local is None:
-        if owner := holder(config.folder):
-            raise _busy(config, f" ({owner})")
-        return
-    with only_driver(config):
-        pass
+    if config.folder.local is not None:
+        with only_driver(config):
+            pass
+    elif owner := holder(config.folder):
+        raise _busy(config, f" ({owner})")
 
 
 def _busy(config: StudyConfig, owner: str = "") -> ConfigError:

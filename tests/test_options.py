@@ -18,7 +18,6 @@ from dashboards.options import (
     SweepOptions,
     numbers,
     ray_address,
-    repeated,
     study_config,
     trial_config,
 )
@@ -292,7 +291,7 @@ def test_it_goes_on_where_it_ran_before_unless_told_otherwise(
 def test_the_next_command_repeats_what_it_needs_and_a_shell_reads_it_right(
     store: str, tracking_uri: str | None, said: str
 ) -> None:
-    assert repeated(store, tracking_uri) == said
+    assert Place(name="s", store=store, tracking_uri=tracking_uri).again == said
     words = subprocess.run(
         ["sh", "-c", f"printf '%s\\n'{said}"], capture_output=True, text=True, check=True
     ).stdout.split("\n")
