@@ -242,7 +242,7 @@ def _model_in(folder: Path, config: TrialConfig) -> ModelConfig:
 
 def _evaluate(policy: Policy, config: TrialConfig) -> Evaluation:
     task = build_task(config.task)
-    return evaluate(policy, task, task.held_out(config.eval.split, config.eval.questions), config)
+    return evaluate(policy, task, task.held_out(config.eval.split, config.eval.questions, config.eval.draw), config)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ of it, and calling it again goes on where it stopped.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.execution import View
@@ -68,8 +70,8 @@ def planned_confirmation(
     candidate = candidate_of(parent, read_arms(parent), arm)
     best, control = candidate.arm, candidate.control
     arms = [
-        Arm(name=control.name, origin="control", config=_on_confirm_questions(control.config)),
-        Arm(name=best.name, origin="winner", config=_on_confirm_questions(best.config)),
+        Arm(name=control.name, origin="control", config=_on_confirm_questions(control.config, parent.id)),
+        Arm(name=best.name, origin="winner", config=_on_confirm_questions(best.config, parent.id)),
     ]
     config = parent.model_copy(
         update={
@@ -163,15 +165,30 @@ def _cautions(parent: StudyConfig, state: Confirmation) -> list[str]:
         if now != state.winner:
             again = "" if now == "none" else f": rin confirm {parent.name} --arm {now}"
             cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}{again}")
-    others = [
-        name for name in sweeps(parent.store) if name.startswith(f"{parent.name}-confirm") and name != state.config.name
-    ]
-    if others:
+    if others := _same_questions(state.config):
         cautions.append(
-            f"{', '.join(others)} asks the same questions: "
-            "the error level holds for each alone and not for all together"
+            f"the same questions have been asked by {len(others)} other confirmation{'s' * (len(others) > 1)} "
+            f"({', '.join(others)}): the error level holds for each alone and not for all together"
         )
     return cautions
+
+
+def _same_questions(config: StudyConfig) -> list[str]:
+    """Other confirmations of the store that ask what this one asks: of the same sweep, or of the same data set."""
+
+    def asked(study: StudyConfig) -> tuple[Any, ...]:
+        asks = read_arms(study)[0].config
+        return asks.task.name, asks.task.path, asks.task.digits, asks.task.options, asks.eval.split, asks.eval.draw
+
+    def others() -> Iterator[str]:
+        mine = asked(config)
+        for name in sweeps(config.store):
+            with suppress(ConfigError, IndexError):  # one that cannot be read, or has not begun, asks nothing
+                other = load_study_config(config.store, name)
+                if other.kind == "confirm" and name != config.name and asked(other) == mine:
+                    yield name
+
+    return list(others())
 
 
 def _collapsed_in(parent: StudyConfig) -> float | None:
@@ -218,8 +235,10 @@ def judge(
     )
 
 
-def _on_confirm_questions(config: TrialConfig) -> TrialConfig:
-    return config.model_copy(update={"eval": config.eval.model_copy(update={"split": "confirm"})})
+def _on_confirm_questions(config: TrialConfig, sweep: str) -> TrialConfig:
+    """Those of this sweep alone, where they are drawn; a data set has one list for all."""
+    draw = sweep if config.task.endless else ""
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"split": "confirm", "draw": draw})})
 
 
 def _name_of(parent: StudyConfig, arm: str | None) -> str:

@@ -70,7 +70,7 @@ def _mean(accuracies: Sequence[float]) -> str:
 
 OF_THIS_MACHINE = (
     *("threads", "hang_seconds", "model.attention", "grpo.micro_batch_size", "eval.batch_size", "eval.split"),
-    *("rollout.backend", "rollout.batch_size", "collapse."),
+    *("eval.draw", "rollout.backend", "rollout.batch_size", "collapse."),
 )
 """Beginnings of keys that say how much at once, how long to wait and when to give up."""
 

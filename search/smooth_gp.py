@@ -24,6 +24,17 @@ class SmoothGP(optuna.samplers.GPSampler):  # type: ignore[misc]
         super().__init__(seed=seed, n_startup_trials=0)
         self._log_prior = log_prior
 
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        """On one thread: it computes beside trials that have the cores, and its numbers do not depend on how many."""
+        import torch  # as late as Optuna does: a sweep is read without it
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return super().sample_relative(study, trial, search_space)
+        finally:
+            torch.set_num_threads(threads)
+
     def _optimize_acqf(self, acqf: Any, best_params: Any) -> Any:
         """[dimensions]: the best of CANDIDATES points of the unit cube."""
         # [CANDIDATES, dimensions]

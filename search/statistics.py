@@ -117,8 +117,8 @@ def compare(
     `correct`: the answers behind them, treated and control, each [replicates, questions], the same questions in the
     same order. `questions`: their number, where the answers are not kept.
 
-    Raises ValueError for unequal or empty lists, for accuracies that are not finite (a NaN is never averaged away) and
-    for answers that do not add up to the accuracies.
+    Raises ValueError for unequal or empty lists, for accuracies that are not finite (a NaN is never averaged away) or
+    no shares, and for answers that do not add up to the accuracies.
     """
     return compare_pairs(pair(treated, control, correct, questions), margin=margin, level=level_of(confidence))
 
@@ -370,6 +370,10 @@ def _accuracies(values: Sequence[float]) -> Array:
     array = np.asarray(values, dtype=np.float64)
     if not np.isfinite(array).all():
         raise ValueError("an accuracy is not finite; a failed run has no accuracy and must be run again")
+    if array.size and (array.min() < -NO_SPREAD or array.max() > 1 + NO_SPREAD):
+        raise ValueError(
+            f"an accuracy is a share from 0 to 1 (0.72, not 72), but got {array.min():g} to {array.max():g}"
+        )
     return array
 
 

@@ -482,6 +482,11 @@ class TaskConfig(Record):
             )
         return self
 
+    @property
+    def endless(self) -> bool:
+        """Whether questions are drawn; else they are a list that has an end."""
+        return self.name != "gsm8k"
+
 
 class EvalConfig(Record):
     questions: Whole = Field(2048, ge=1)
@@ -490,6 +495,9 @@ class EvalConfig(Record):
     """Evaluate after every so many steps; 0 = only before the first and after the last, which always happens."""
     split: Literal["selection", "confirm"] = "selection"
     """`selection` is for choosing; `confirm` holds other questions, never used for choosing."""
+    draw: str = ""
+    """Which list of the confirmation questions is asked, where a task has endlessly many: a confirmation writes the id
+    of its sweep here, so that no two sweeps are judged by the same questions. Empty = the first list."""
     batch_size: Whole = Field(1024, ge=1)
     """Questions answered at once."""
 
@@ -587,5 +595,10 @@ class TrialConfig(Record):
             raise ValueError(
                 "task.name=addition speaks the embedded model's characters; "
                 f"model.name={self.model.name} needs another task"
+            )
+        if self.eval.draw and (self.eval.split != "confirm" or not self.task.endless):
+            raise ValueError(
+                f"eval.draw={self.eval.draw} has no use with eval.split={self.eval.split} and "
+                f"task.name={self.task.name}: it chooses among confirmation questions that are drawn; remove it"
             )
         return self

@@ -111,6 +111,29 @@ def test_the_winner_and_its_control_run_on_other_questions_with_seeds_that_no_ar
         asked, before = arm.config, arms[arm.name].config
         assert (before.eval.split, asked.eval.split) == ("selection", "confirm")
         assert asked.model_copy(update={"eval": before.eval}) == before, "nothing else is changed"
+        assert asked.eval.draw == parent.id, "of this sweep alone"
+
+
+def test_a_data_set_has_one_list_of_questions_for_all_and_it_is_counted_who_asked_them(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirmed(parent, monkeypatch, Sweeps(strong), looks=LOOKS)
+    finite = ("model.name=folder", "model.recipe=null", "task.name=gsm8k", "task.path=rows.jsonl")
+    for name in ("a", "b"):
+        config = study(Path(parent.store), name=name, trials=2, replicates=3)
+        arms = [make_arm(config, "control", *finite), make_arm(config, "c02", *finite)]
+        write_sweep(config, arms, {"control": [280, 281, 282], "c02": [310, 330, 290]})
+        state = confirmed(config, monkeypatch, Sweeps(strong), looks=LOOKS)
+        assert read_arms(state.config)[0].config.eval.draw == ""
+        said = [note for note in state.notes if "the same questions" in note]
+        assert said == (
+            []
+            if name == "a"
+            else [
+                "the same questions have been asked by 1 other confirmation (a-confirm): "
+                "the error level holds for each alone and not for all together"
+            ]
+        )
 
 
 def test_seeds_are_fresh_however_many_the_sweep_had(tmp_path: Path) -> None:

@@ -39,7 +39,11 @@ OTHER: dict[str, Any] = {
     "task.chat_date": "2025-01-01",
     "threads": 2,
 }
-ALONE = {"model.recipe": ["model.recipe.depth=4"], "task.digits": ["task.digits=2"]}
+ALONE = {
+    "model.recipe": ["model.recipe.depth=4"],
+    "task.digits": ["task.digits=2"],
+    "eval.draw": ["eval={split: confirm, draw: a}"],
+}
 """Settings of the embedded model."""
 TOGETHER = {
     "model.adapter": ["model.adapter=full"],

@@ -379,6 +379,14 @@ def test_the_embedded_base_loads(tiny: Tiny) -> None:
     assert not policy.model.training
 
 
+def test_a_blind_guess_is_among_the_tokens_that_the_model_can_say(tiny: Tiny) -> None:
+    """Two special tokens, ten digits, + - =. Loading gives the tokenizer one more that the model has no row for."""
+    config = tiny()
+    policy = load_policy(config.model, config.quant, seed=0)
+    assert policy.vocabulary == 15
+    assert policy.network.get_output_embeddings().weight.shape[0] == 15
+
+
 def broken(place: Path, damage: str) -> str:
     match damage:
         case "missing":

@@ -22,7 +22,15 @@ from spaces.config import Format as FormatName
 from spaces.config import ScaleRule
 from spaces.formats import FORMATS
 from trainable import quantization
-from trainable.quantization import SCALE_RULES, Arithmetic, QuantLinear, element_step, fake_quantize, ste_quantize
+from trainable.quantization import (
+    SCALE_RULES,
+    Arithmetic,
+    QuantLinear,
+    element_step,
+    fake_quantize,
+    fake_quantize_eager,
+    ste_quantize,
+)
 
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -595,3 +603,13 @@ def test_nvfp4_weights_have_one_outer_scale_and_activations_one_per_token() -> N
     assert not torch.equal(layer.quantized_weight(), fake_quantize(layer.weight, "nvfp4"))
     xq = torch.stack([fake_quantize(row, "nvfp4") for row in x.detach().reshape(-1, 64)]).reshape(x.shape)
     assert torch.equal(layer(x), F.linear(xq, layer.quantized_weight(), layer.bias))
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (0, 32), (3, 0), (2, 0, 64)])
+def test_nothing_quantises_to_nothing(fmt: str, per_tensor: bool, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape)
+    assert fake_quantize_eager(x, fmt, per_tensor=per_tensor).shape == shape
+    assert fake_quantize(x, fmt).shape == shape
+    assert element_step(x, fmt, per_tensor=per_tensor).shape == shape

@@ -75,3 +75,20 @@ def test_the_prior_is_log_normal_around_half_the_range() -> None:
     assert max(values, key=lambda length: values[length]) == 0.5
     for length in (0.25, 1.0):
         assert values[0.5] - values[length] == pytest.approx((2 * math.log(length / 0.5)) ** 2 / 2, rel=1e-4)
+
+
+def test_it_computes_on_one_thread_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def prior(model: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return log_prior(model)
+
+    monkeypatch.setattr(smooth_gp, "log_prior", prior)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        asked(SmoothGP(1))
+        assert (set(seen), torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)

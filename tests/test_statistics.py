@@ -101,6 +101,14 @@ def test_arrays_are_taken_and_plain_floats_given_back() -> None:
     assert {type(value) for value in (result.difference, result.low, result.high)} == {float}
 
 
+@pytest.mark.parametrize("bad", [72.0, 1.001, -0.01])
+def test_an_accuracy_that_is_no_share_is_an_error(bad: float) -> None:
+    for treated, control in (([0.5, bad], [0.5, 0.6]), ([0.5, 0.6], [bad, 0.6])):
+        with pytest.raises(ValueError, match=r"a share from 0 to 1 \(0\.72, not 72\)"):
+            compare(treated, control)
+    assert compare([0.0, 1.0], [1.0, 0.0]).difference == 0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_an_accuracy_that_is_not_finite_is_an_error(bad: float, place: int) -> None:

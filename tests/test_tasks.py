@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from spaces.config import ConfigError, TaskConfig
+from spaces.reading import read_config
 from trainable.tasks.addition import addition_question
 from trainable.tasks.gsm8k import (
     Problem,
@@ -239,6 +240,25 @@ def test_held_out_sets_are_the_same_for_ever() -> None:
     task = build_task(TaskConfig())
     assert prompts(task.held_out("selection", 3)) == ["67+634=", "590+487=", "688+970="]
     assert prompts(task.held_out("confirm", 3)) == ["448+703=", "712+855=", "331+119="]
+
+
+def test_each_draw_is_another_list_of_the_same_share() -> None:
+    task = build_task(TaskConfig())
+    lists = [prompts(task.held_out("confirm", 200, draw)) for draw in ("", "a", "b", "a")]
+    assert lists[1] == lists[3]
+    assert len({tuple(sorted(asked)) for asked in lists}) == 3
+    assert len(set(lists[1]) & set(lists[2])) < 20
+    chosen = set(prompts(task.held_out("selection", 2000)))
+    assert all(chosen.isdisjoint(asked) for asked in lists)
+
+
+def test_a_draw_where_there_is_one_list_is_an_error() -> None:
+    for settings in (
+        {"eval": {"draw": "x"}},
+        {"eval": {"draw": "x", "split": "confirm"}, "task": {"name": "gsm8k"}, "model": {"name": "folder"}},
+    ):
+        with pytest.raises(ConfigError, match=r"eval\.draw=x has no use"):
+            read_config(settings)
 
 
 def test_held_out_sums_differ_while_the_share_lasts_and_repeat_in_order_after() -> None:

@@ -174,6 +174,8 @@ def _scales(amax: Tensor, form: Format, scale_rule: str, per_tensor: bool) -> tu
 
 def _two_level_scales(amax: Tensor, element: Element, grid: Element, per_tensor: bool) -> tuple[Tensor, Tensor]:
     """NVFP4: an outer fp32 scale brings the block scales amax / 6 into the range of E4M3, to which they are rounded."""
+    if amax.numel() == 0:
+        return amax, amax  # of no block
     top = amax.amax() if per_tensor else amax.amax(-2, keepdim=True)
     outer = (top / (grid.largest * element.largest)).masked_fill_(top < _NVFP4_MIN_AMAX, 1.0)
     inner = amax.div(element.largest).div_(outer)

@@ -5,8 +5,8 @@ Every signal is a field of one record; rules read the field, everyone else the n
 broke, is kept, and makes the collapse rule `nonfinite` fire.
 
 Entropy and log-probs are those of the policy that sampled, noise included. Gibberish is judged by the clean policy: the
-share of sampled tokens that it finds less likely than exp(-2) / V, that is, clearly worse than a blind guess
-(prime-rl's rule without its vocabulary order).
+share of sampled tokens that it finds less likely than exp(-2) / V, V being the tokens that it can say: clearly worse
+than a blind guess (prime-rl's rule without its vocabulary order).
 """
 
 import math

@@ -110,7 +110,7 @@ class Trial:
         self.config = config.model_copy(update={"threads": torch.get_num_threads()})
         self.on_phase = on_phase
         self.task = build_task(config.task)
-        self.questions = self.task.held_out(config.eval.split, config.eval.questions)
+        self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
         self.policy = load_policy(config.model, config.quant, config.seed, progress)
         self.left_out = LeftOut()
         self._measure_questions()
@@ -250,7 +250,7 @@ class Trial:
         config, limit = self.config, self.config.rollout.max_prompt_tokens
         if config.task.too_long == "leave_out":
             self.task = without_too_long(self.policy, self.task, config.task, limit, self.left_out)
-            self.questions = self.task.held_out(config.eval.split, config.eval.questions)
+            self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
             return
         for questions in self._may_ask():
             encode_prompts(self.policy, questions, config.task, limit)
@@ -394,7 +394,7 @@ class Trial:
             filtered,
             sigma=sigma,
             gen_batches=batches,
-            vocabulary=len(self.policy.tokenizer),
+            vocabulary=self.policy.vocabulary,
             correction=batch.correction(config.rollout),
             update=learned,
         )

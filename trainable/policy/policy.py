@@ -59,6 +59,13 @@ class Policy:
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens among which a blind guess would choose: those that the tokenizer names and the model can say. Loading
+        gives some tokenizers a token that their model has no row for, and models are padded with rows of no token."""
+        rows: int = self.network.config.get_text_config().vocab_size
+        return min(len(self.tokenizer), rows)
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -85,8 +85,9 @@ class Task(ABC):
         """Training questions. They depend on the arguments alone, so that a resumed trial draws the same ones."""
 
     @abstractmethod
-    def held_out(self, split: HeldOut, count: int) -> list[Question]:
-        """The first `count` questions of a fixed set, the same for every seed and process."""
+    def held_out(self, split: HeldOut, count: int, draw: str = "") -> list[Question]:
+        """The first `count` questions of a fixed set, the same for every seed and process. `draw`: another list of the
+        same share, where questions are endless; a finite set has one list."""
 
     def score(self, question: Question, completion: str) -> Score:
         """Raises what a reward function raises, and ValueError when one returns nan or infinity."""
@@ -107,8 +108,8 @@ class ProceduralTask(Task):
     def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
         return self._distinct(count, "train", Random(f"{self.name} train {seed} {step} {batch}"))
 
-    def held_out(self, split: HeldOut, count: int) -> list[Question]:
-        return self._distinct(count, split, Random(f"{self.name} {split}"))
+    def held_out(self, split: HeldOut, count: int, draw: str = "") -> list[Question]:
+        return self._distinct(count, split, Random(f"{self.name} {split} {draw}".rstrip()))
 
     def _distinct(self, count: int, split: Split, rng: Random) -> list[Question]:
         draws, found, idle = self.draws(rng, split), dict[str, Question](), 0
@@ -134,7 +135,7 @@ class FiniteTask(Task):
         self._check_enough("train", count, "grpo.prompts")
         return Random(f"{self.name} train {seed} {step} {batch}").sample(self.questions["train"], count)
 
-    def held_out(self, split: HeldOut, count: int) -> list[Question]:
+    def held_out(self, split: HeldOut, count: int, draw: str = "") -> list[Question]:
         self._check_enough(split, count, "eval.questions")
         return list(self.questions[split][:count])
 
