@@ -56,11 +56,13 @@ def sweep(
     study = study_config(options)
     server = None if submit is None else given.destination(submit, options)
     from search.ablation import ablation
-    from search.lineup import fixed_arms
+    from search.lineup import fixed_arms, overridden
     from search.study import evidence_of, run_study
 
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
+        for line in overridden(study):
+            print(line)
     else:
         winner_of = Place(name=ablate, store=options.store, tracking_uri=options.tracking_uri)
         parts = ablation(winner_of.sweep(), study, named=options.name is not None)

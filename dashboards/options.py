@@ -167,20 +167,26 @@ def refuse_scheduler(name: str | None) -> None:
 def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
     from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
-    from spaces.library import SPACES, load_space
+    from spaces.library import SPACES, load_space, named_spaces
+    from spaces.narrowing import refuse_settings_of_the_run, searched
     from spaces.paths import anchored, home
     from spaces.reading import merge, parse_overrides, read_config
+    from spaces.uses import leaves
     from spaces.workloads import WORKLOADS
 
     if options.space not in SPACES and not _is_file(options.space):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
+    workload = WORKLOADS[options.workload].settings
+    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
     chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
-    read_config(
-        merge(merge(WORKLOADS[options.workload].settings, chosen.settings), settings)
-    )  # the commonest mistakes, at once
+    refuse_settings_of_the_run(settings, "--set ")
+    base = read_config(merge(merge(workload, chosen.settings), settings))
+    if options.space in SPACES:
+        modules = base.noise.modules if "noise.modules" in leaves(settings) else None
+        chosen = named_spaces(base.quant.mode, modules)[options.space]
+    chosen = searched(chosen, workload, settings)
 
     # Seconds from here on: torch and ray.
     from search.lineup import fixed_arms
@@ -250,10 +256,11 @@ def destination(address: str, options: SweepOptions, *, begun: bool = False) -> 
 
 
 def trial_config(point: str | None, config: Path | None, workload: str | None, overrides: list[str]) -> "TrialConfig":
-    """A point of the plan on a workload, or a file. Raises ConfigError."""
+    """A point of the plan on a workload, or a file. Raises ConfigError, also for a setting that would do nothing."""
     from spaces.paths import anchored, load_settings
     from spaces.points import POINTS
     from spaces.reading import merge, parse_overrides, read_config
+    from spaces.uses import is_record, refuse_idle
     from spaces.workloads import WORKLOADS
 
     changes = anchored(parse_overrides(overrides), Path.cwd())
@@ -264,13 +271,23 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
             raise ConfigError(
                 f"--workload {workload}: has no use with --config, which holds a whole trial; change it by --set"
             )
-        return read_config(merge(load_settings(config), changes), origin=str(config))
-    assert point is not None
-    _known("POINT", point, POINTS)
-    _known("--workload", workload or "embedded", WORKLOADS)
-    return read_config(
-        merge(merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), changes), origin=point
-    )
+        tree, origin = load_settings(config), str(config)
+        asked = {} if is_record(tree) else tree
+    else:
+        assert point is not None
+        _known("POINT", point, POINTS)
+        _known("--workload", workload or "embedded", WORKLOADS)
+        tree, origin = merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), point
+        asked = {}
+    made = read_config(merge(tree, changes), origin=origin)
+    for given, who in ((asked, f"{origin}: "), (changes, "--set ")):
+        refuse_idle(given, [made], who)
+        if "hang_seconds" in given:
+            raise ConfigError(
+                f"{who}hang_seconds={made.hang_seconds:g}: does nothing here, as nobody watches a single trial; "
+                "leave it out"
+            )
+    return made
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

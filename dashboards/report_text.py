@@ -12,6 +12,7 @@ from dashboards.tables import describe_noise, duration, empty_table, fields_of, 
 from search.confirm import Confirmation
 from search.finding import Finding
 from search.importance import Importance
+from search.lineup import overridden
 from search.plan import StudyPlan, recorded_collapse
 from search.power import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
@@ -113,7 +114,7 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
 
 def plan_lines(plan: StudyPlan) -> list[str]:
     study, config = plan.study, plan.config
-    lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}"]
+    lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}", *overridden(study)]
     for number, arm in enumerate(plan.arms):
         step = recorded_collapse(arm)
         recorded = "" if step is None else f"   recorded: collapsed at step {step}"
@@ -123,7 +124,9 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         for dimension in study.space.dimensions:
             domain = dimension.domain
             values = " | ".join(domain.options) if domain.kind == "choice" else f"{domain.low:g} .. {domain.high:g}"
-            condition = f"   where {dimension.when.parent} = {dimension.when.value}" if dimension.when else ""
+            condition = (
+                f"   where {dimension.when.parent} = {' | '.join(dimension.when.labels)}" if dimension.when else ""
+            )
             lines.append(f"        {dimension.key:22s} {values}{condition}")
     last = study.seed_of(study.replicates - 1)
     lines += [

@@ -161,7 +161,7 @@ def _params_of(config: TrialConfig, space: Space, origin: str) -> Params:
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
         when, domain, value = dimension.when, dimension.domain, settings[dimension.key]
-        if when is not None and labels.get(when.parent) != when.value:
+        if when is not None and labels.get(when.parent) not in when.labels:
             continue
         if isinstance(domain, Choice):
             matching = [label for label, option in domain.options.items() if option == value]

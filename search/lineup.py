@@ -11,11 +11,13 @@ from typing import Any
 
 from search.arms import Arm, filter_policy
 from search.store import StudyConfig
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice
+from spaces.narrowing import refuse_settings_of_the_run, searched, tried
 from spaces.paths import home, load_settings
 from spaces.points import POINTS
 from spaces.reading import merge, read_config
+from spaces.uses import given_twice, is_record, refuse_idle
 from spaces.workloads import WORKLOADS
 
 
@@ -28,21 +30,32 @@ def base_tree(config: StudyConfig) -> dict[str, Any]:
 
 def fixed_arms(config: StudyConfig) -> list[Arm]:
     """The controls, then the points. Raises ConfigError for an unknown point and for settings that contradict each
-    other."""
+    other, that the sweep would override, or that change nothing in any of its trials."""
+    workload = WORKLOADS[config.workload].settings
+    left = searched(config.space, workload, config.settings).dimensions
+    for dimension in config.space.dimensions:
+        if dimension not in left:
+            raise ConfigError(
+                f"space {config.space.name}: {dimension.key} is searched and changes nothing under these settings; "
+                "remove it"
+            )
     base = base_tree(config)
-    if read_config(base).eval.split != "selection":
-        raise ConfigError(
-            "--set eval.split=confirm: those questions are for rin confirm, "
-            "and lose their worth by choosing; leave it out"
-        )
-    points = []
+    drawn = tried(config.space, base).configs
+    points, files = [], []
     for given in config.points:
-        name, settings = _point(given)
+        name, settings = _point(config, given)
         if name != "control":
             # A point says what it changes; what the user sets himself wins.
             tree = merge(merge(base, settings), config.settings)
             points.append(Arm(name=name, origin="point", config=read_config(tree, origin=name)))
+            files.append({} if name in POINTS or is_record(settings) else settings)
     arms = [*_controls(config, base, points), *points]
+    _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
+    treated = [*drawn, *(point.config for point in points)]
+    refuse_idle(config.settings, treated, "--set ")
+    refuse_idle(config.space.settings, treated, f"space {config.space.name}: settings: ")
+    for point, settings in zip(points, files, strict=True):
+        refuse_idle(settings, [point.config], f"{point.name}: ")
     names = [arm.name for arm in arms]
     for name in names:
         if names.count(name) > 1:
@@ -53,6 +66,28 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             "raise --trials to that"
         )
     return arms
+
+
+def overridden(config: StudyConfig) -> list[str]:
+    """A line for each setting of a point that the user sets otherwise, and of the space that a point sets otherwise."""
+    lines = []
+    space = (f"space {config.space.name}", config.space.settings)
+    named = [_point(config, given) for given in config.points]
+    for (under, lower), (over, upper) in [
+        (space, ("--set", config.settings)),
+        *((space, point) for point in named),
+        *((point, ("--set", config.settings)) for point in named),
+    ]:
+        for key, below, above in given_twice(lower, upper):
+            lines.append(f"{under}: {key}={above} by {over}, in place of its own {below}")
+    return lines
+
+
+def _refuse_confirm_questions(trials: Sequence[TrialConfig]) -> None:
+    if any(trial.eval.split != "selection" for trial in trials):
+        raise ConfigError(
+            "eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out"
+        )
 
 
 def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
@@ -74,7 +109,7 @@ def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm
     return list(controls.values())
 
 
-def _point(named: str) -> tuple[str, Mapping[str, Any]]:
+def _point(config: StudyConfig, named: str) -> tuple[str, Mapping[str, Any]]:
     """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such
     files)."""
     path = home(named)
@@ -92,4 +127,12 @@ def _point(named: str) -> tuple[str, Mapping[str, Any]]:
             "rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
         )
     settings = load_settings(path)
-    return path.stem, {key: value for key, value in settings.items() if key not in ("seed", "threads", "hang_seconds")}
+    return path.stem, _of_every_replicate(config, settings, named)
+
+
+def _of_every_replicate(config: StudyConfig, settings: Mapping[str, Any], named: str) -> dict[str, Any]:
+    """Without the seed and the threads that the sweep gives its trials anyway. Raises ConfigError for others."""
+    run = {"seed": config.seed, "threads": base_tree(config)["threads"]}
+    others = {key: settings[key] for key in run if key in settings and settings[key] not in (run[key], None)}
+    refuse_settings_of_the_run(others, f"{named}: ")
+    return {key: value for key, value in settings.items() if key not in run}

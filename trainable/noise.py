@@ -15,7 +15,7 @@ Layer zones are the plan's, at relative depth: a block belongs to the zone of it
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,10 @@ import torch
 from torch import nn
 
 from spaces.config import ConfigError, NoiseConfig, ZoneSigma
+from spaces.schedules import SCHEDULES as SCHEDULES
+from spaces.schedules import sigma_at as sigma_at
+from spaces.schedules import sigma_of
+from spaces.schedules import stage_at as stage_at
 from trainable.outcome import Effect
 from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import QuantLinear
@@ -32,67 +36,6 @@ from trainable.seeds import generator
 # The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
 ZONES = {"first": (0, 4), "early_mid": (4, 10), "middle": (10, 20), "late_mid": (20, 26), "last": (26, 28)}
 _PLAN_DEPTH = 28
-
-
-# --- when: the schedule -----------------------------------------------------------------------------------------------
-
-
-def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
-    """Sigma of the global pair at a step (0-based); steps beyond the end keep the last stage's. Always finite.
-
-    Stage 0 is quiet unless there is only one stage. sigma_start = 0 is the control: 0 throughout.
-    """
-    return _sigma(noise, noise.sigma_start, noise.sigma_end, step, total_steps)
-
-
-def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
-    """Index of the stage, 0..K-1.
-
-    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule
-    follows QeRL's code (`get_sigma_by_step`): stages of M / K steps.
-    """
-    stages = noise.num_stages
-    if noise.schedule == "qerl_paper":
-        return min(step // max(1, total_steps // stages), stages - 1)
-    return min(step * stages // total_steps, stages - 1)
-
-
-def _sigma(noise: NoiseConfig, start: float, end: float, step: int, total_steps: int) -> float:
-    stage = stage_at(noise, step, total_steps)
-    if start == 0:
-        return 0.0
-    if noise.num_stages == 1:
-        return start
-    if stage == 0:
-        return 0.0
-    if noise.num_stages == 2:
-        return start
-    return SCHEDULES[noise.schedule](start, end, stage - 1, noise.num_stages)
-
-
-def _qerl_code(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 * math.pow(s1 / s0, j / (stages - 2))
-
-
-def _qerl_paper(s0: float, s1: float, j: int, stages: int) -> float:
-    """Eq. 8 divides by K - 1: its last stage does not reach s1."""
-    return s0 * math.pow(s1 / s0, j / (stages - 1))
-
-
-def _linear(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 + (s1 - s0) * (j / (stages - 2))
-
-
-def _cosine(s0: float, s1: float, j: int, stages: int) -> float:
-    return s1 + (s0 - s1) * (1 + math.cos(math.pi * j / (stages - 2))) / 2
-
-
-def _log(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 + (s1 - s0) * math.log(1 + j) / math.log(stages - 1)
-
-
-def _constant(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0
 
 
 # --- where: the targets -----------------------------------------------------------------------------------------------
@@ -254,7 +197,7 @@ def injected(
 
 def target_sigma(noise: NoiseConfig, target: NoiseTarget, step: int, total_steps: int) -> float:
     """Nominal sigma of one weight, in units of noise.scale."""
-    return target.multiplier * _sigma(noise, target.sigma_start, target.sigma_end, step, total_steps)
+    return target.multiplier * sigma_of(noise, target.sigma_start, target.sigma_end, step, total_steps)
 
 
 def noised_weight(noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step: int, seed: int) -> torch.Tensor:
@@ -335,13 +278,3 @@ def effect_warnings(effects: tuple[Effect, ...]) -> tuple[str, ...]:
                 f"their sigma (worst {worst.name}: nominal {worst.nominal:.3g}, applied {worst.applied:.3g})"
             )
     return tuple(lines)
-
-
-SCHEDULES: dict[str, Callable[[float, float, int, int], float]] = {
-    "qerl_code": _qerl_code,
-    "qerl_paper": _qerl_paper,
-    "linear": _linear,
-    "cosine": _cosine,
-    "log": _log,
-    "constant": _constant,
-}

@@ -1,0 +1,80 @@
+"""When there is how much noise: sigma decays over K stages of the run, stage 0 being quiet.
+
+Six shapes. `qerl_code` and `qerl_paper` are QeRL's own (arXiv 2510.11696), which differ in how they count stages and in
+whether the last one reaches sigma_end. Pure arithmetic on the configuration, so that a setting which changes no sigma
+can be found without torch (`spaces/uses.py`).
+"""
+
+import math
+from collections.abc import Callable
+
+from spaces.config import NoiseConfig
+
+
+def sigma_at(noise: NoiseConfig, step: int, total_steps: int) -> float:
+    """Sigma of the global pair at a step (0-based); steps beyond the end keep the last stage's. Always finite.
+
+    Stage 0 is quiet unless there is only one stage. sigma_start = 0 is the control: 0 throughout.
+    """
+    return sigma_of(noise, noise.sigma_start, noise.sigma_end, step, total_steps)
+
+
+def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
+    """Index of the stage, 0..K-1.
+
+    qerl_paper (arXiv 2510.11696, Eq. 8) makes stages of floor(M / K) steps and stays in its last; every other schedule
+    follows QeRL's code (`get_sigma_by_step`): stages of M / K steps.
+    """
+    stages = noise.num_stages
+    if noise.schedule == "qerl_paper":
+        return min(step // max(1, total_steps // stages), stages - 1)
+    return min(step * stages // total_steps, stages - 1)
+
+
+def sigma_of(noise: NoiseConfig, start: float, end: float, step: int, total_steps: int) -> float:
+    """Sigma at a step of one pair: the global one, or a zone's."""
+    stage = stage_at(noise, step, total_steps)
+    if start == 0:
+        return 0.0
+    if noise.num_stages == 1:
+        return start
+    if stage == 0:
+        return 0.0
+    if noise.num_stages == 2:
+        return start
+    return SCHEDULES[noise.schedule](start, end, stage - 1, noise.num_stages)
+
+
+def _qerl_code(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 * math.pow(s1 / s0, j / (stages - 2))
+
+
+def _qerl_paper(s0: float, s1: float, j: int, stages: int) -> float:
+    """Eq. 8 divides by K - 1: its last stage does not reach s1."""
+    return s0 * math.pow(s1 / s0, j / (stages - 1))
+
+
+def _linear(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 + (s1 - s0) * (j / (stages - 2))
+
+
+def _cosine(s0: float, s1: float, j: int, stages: int) -> float:
+    return s1 + (s0 - s1) * (1 + math.cos(math.pi * j / (stages - 2))) / 2
+
+
+def _log(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0 + (s1 - s0) * math.log(1 + j) / math.log(stages - 1)
+
+
+def _constant(s0: float, s1: float, j: int, stages: int) -> float:
+    return s0
+
+
+SCHEDULES: dict[str, Callable[[float, float, int, int], float]] = {
+    "qerl_code": _qerl_code,
+    "qerl_paper": _qerl_paper,
+    "linear": _linear,
+    "cosine": _cosine,
+    "log": _log,
+    "constant": _constant,
+}
