@@ -211,6 +211,7 @@ USES: dict[str, Use] = {
     ),
     "task.prompt": _TEXT,
     "task.chat": _TEXT,
+    "task.chat_date": Use(holds=lambda c: c.task.chat, needs="task.chat=true"),
     "eval.every": Use(holds=lambda c: c.eval.every < c.grpo.steps, needs="to be below grpo.steps (0 = not in between)"),
     "collapse.patience": Use(holds=_judged, needs="collapse.mode enforce or monitor"),
     **{

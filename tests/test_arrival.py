@@ -114,6 +114,8 @@ TEXTS: dict[str, Any] = {
     "model.lora_alpha": 7.0,
     "task.prompt": "{question}!",
     "task.chat": True,
+    "task.chat_date": "2025-01-02",
+    "task.too_long": "leave_out",
     "rollout.backend": "vllm",
     "rollout.engine": "process",
     "rollout.kv_cache_gib": 2.5,

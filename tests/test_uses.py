@@ -99,7 +99,18 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
 ]
 # What does not change numbers (memory, time, where things are), or in ways that nothing here shows.
 ELSEWHERE = {
-    *("model.name", "task.name", "threads", "hang_seconds", "task.path", "task.options", "task.prompt", "task.chat"),
+    *(
+        "model.name",
+        "task.name",
+        "threads",
+        "hang_seconds",
+        "task.path",
+        "task.options",
+        "task.prompt",
+        "task.chat",
+        "task.chat_date",
+        "task.too_long",
+    ),
     *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens", "grpo.micro_batch_size"),
     *("rollout.backend", "rollout.engine", "rollout.kv_cache_gib", "rollout.start_seconds", "rollout.answer_seconds"),
     *(key for key in keys() if key.startswith("model.recipe.")),  # any other recipe is another base, by its hash
@@ -111,7 +122,7 @@ ELSEWHERE = {
 UNWRITABLE = [
     *("model.lora_rank=3", "model.lora_alpha=3.0", "rollout.engine=process", "rollout.kv_cache_gib=2.0"),
     *("rollout.start_seconds=3.0", "rollout.answer_seconds=3.0", "task.path=x.jsonl", "task.options={a: 1}"),
-    *("task.prompt=x", "task.chat=true"),
+    *("task.prompt=x", "task.chat=true", "task.chat_date=2025-01-02"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")
 
