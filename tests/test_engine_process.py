@@ -90,6 +90,27 @@ def test_a_silent_child_is_killed_after_its_time() -> None:
     assert child.end() == "killed by SIGKILL"
 
 
+def test_a_ctrl_c_at_any_moment_of_a_call_leaves_no_clock_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter waits at its end for threads: 30 minutes for the clock of an answer. The moment that was missed
+    was that in which the clock itself is started."""
+    start = threading.Timer.start
+
+    def interrupted(clock: threading.Timer) -> None:
+        start(clock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    child = peer("time.sleep(60)")
+    before = threading.enumerate()
+    with pytest.raises(KeyboardInterrupt):
+        child.ask("start", 600)
+    for clock in set(threading.enumerate()) - {*before}:
+        assert clock.daemon
+        clock.join(5)
+        assert not clock.is_alive()
+    child.end()
+
+
 def test_a_child_that_does_not_listen_is_killed_after_its_time() -> None:
     """More than a pipe holds: not the answer is waited for, but that the call is read."""
     child = peer("os.kill(os.getpid(), signal.SIGSTOP)")

@@ -93,8 +93,9 @@ class Child:
             self._process.kill()
 
         clock = threading.Timer(seconds, give_up)
-        clock.start()
+        clock.daemon = True  # a Ctrl-C that comes in here does not wait for it
         try:
+            clock.start()
             send(self._channel, {"call": call, "arguments": arguments}, tensors)
             answer, more = receive(self._channel)
         except (EOFError, OSError):
