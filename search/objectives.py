@@ -7,21 +7,38 @@ A failed run (a bug, the machine, an accuracy that is not a number) teaches noth
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Literal
+from typing import Any, Literal
 
 from search.arms import Arm
-from search.proposals import Told
 from trainable.outcome import Outcome
+
+Params = Mapping[str, Any]
+"""Dimension name -> number, or label of a choice; dimensions that do not exist in this configuration are left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a finished configuration came to.
+
+    Example: Told(params={"noise.num_stages": 4}, state="complete", values=(0.74,), collapses=0)
+    """
+
+    params: Params
+    state: Literal["complete", "failed"]
+    values: tuple[float, ...] | None = None
+    """One per objective; None = nobody knows."""
+    collapses: int = 0
+    """Replicates that collapsed; the constraint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """A number that a configuration is judged by."""
 
-    better: Literal["more", "less"]
+    direction: Literal["maximize", "minimize"]
     value: Callable[[Sequence[Outcome], float], float]
     """(outcomes of the replicates that ended, share of collapsed replicates) -> the number."""
 
@@ -54,7 +71,7 @@ def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int
         result = told(arm, objectives, replicates) if len(arm.results) == replicates else None
         if result is None or result.values is None or (result.collapses and "collapses" not in objectives):
             continue
-        signs = [-1 if OBJECTIVES[name].better == "more" else 1 for name in objectives]
+        signs = [-1 if OBJECTIVES[name].direction == "maximize" else 1 for name in objectives]
         judged.append((arm, [sign * value for sign, value in zip(signs, result.values, strict=True)]))
 
     def beaten(costs: list[float]) -> bool:
@@ -64,7 +81,7 @@ def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "accuracy": Objective(better="more", value=lambda outcomes, share: median(o.eval.accuracy for o in outcomes)),
-    "collapses": Objective(better="less", value=lambda outcomes, share: share),
-    "hours": Objective(better="less", value=lambda outcomes, share: fmean(o.seconds / 3600 for o in outcomes)),
+    "accuracy": Objective(direction="maximize", value=lambda runs, share: median(run.eval.accuracy for run in runs)),
+    "collapses": Objective(direction="minimize", value=lambda runs, share: share),
+    "hours": Objective(direction="minimize", value=lambda runs, share: fmean(run.seconds / 3600 for run in runs)),
 }

@@ -25,17 +25,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, product
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import optuna
 
+from search.objectives import OBJECTIVES, Params, Told
 from search.smooth_gp import SmoothGP
 from spaces.library import Choice, Dimension, Float, Int, Space
 from trainable.hashing import stable_hash
 
-Params = Mapping[str, Any]
-"""Dimension name -> number, or label of a choice; dimensions that do not exist in this configuration are left out."""
 Point = dict[str, Any]
 """Coordinate name -> label, or place in the range (0 = low end, 1 = high end)."""
 
@@ -46,22 +45,6 @@ GRID_LEVELS = 5
 _MODEL_DRAWS = 3  # a model that proposes what was run already is asked again this often; then chance decides
 _RANDOM_DRAWS = 100
 _CHUNK = 256
-_DIRECTIONS = {"accuracy": "maximize", "collapses": "minimize", "hours": "minimize"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What a finished configuration came to.
-
-    Example: Told(params={"noise.num_stages": 4}, state="complete", values=(0.74,), collapses=0)
-    """
-
-    params: Params
-    state: Literal["complete", "failed"]
-    values: tuple[float, ...] | None = None
-    """One per objective; None = nobody knows."""
-    collapses: int = 0
-    """Replicates that collapsed; the constraint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +53,7 @@ class Known:
 
     space: Space
     objectives: tuple[str, ...]
-    """Of accuracy (more is better), collapses, hours (less is better)."""
+    """Names of `OBJECTIVES`."""
     seed: int
     number: int
     """Configurations that were proposed before this one."""
@@ -286,7 +269,7 @@ def optuna_study(known: Known, sampler: Any = None) -> Any:
     study = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(),
         sampler=sampler,
-        directions=[_DIRECTIONS[name] for name in known.objectives],
+        directions=[OBJECTIVES[name].direction for name in known.objectives],
     )
     distributions = _distributions(known)
     unknown = _medians(known)

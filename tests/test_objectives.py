@@ -68,8 +68,8 @@ def test_the_pareto_front_agrees_with_optunas() -> None:
 
 
 def test_objectives_have_a_direction() -> None:
-    assert {name: o.better for name, o in OBJECTIVES.items()} == {
-        "accuracy": "more",
-        "collapses": "less",
-        "hours": "less",
+    assert {name: o.direction for name, o in OBJECTIVES.items()} == {
+        "accuracy": "maximize",
+        "collapses": "minimize",
+        "hours": "minimize",
     }
