@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
@@ -204,7 +205,9 @@ def judge(
     rule = SequentialRule(looks=config.looks)
     control, winner = read_arms(config)
     treated, plain = replicates_of(config, winner), replicates_of(config, control)
-    seeds = _in_order(config, {run.seed for run in treated} & {run.seed for run in plain})
+    both = {run.seed for run in treated} & {run.seed for run in plain}
+    # As they were planned, up to the first that is missing: which one failed must not choose what is looked at.
+    seeds = list(takewhile(both.__contains__, map(config.seed_of, range(config.replicates))))
     by_seed = {run.seed: run for run in treated}, {run.seed: run for run in plain}
     a, b = ([runs[seed] for seed in seeds] for runs in by_seed)
     if not seeds:
@@ -243,13 +246,3 @@ def _on_confirm_questions(config: TrialConfig, sweep: str) -> TrialConfig:
 
 def _name_of(parent: StudyConfig, arm: str | None) -> str:
     return f"{parent.name}-confirm" if arm is None else f"{parent.name}-confirm-{arm}"
-
-
-def _in_order(config: StudyConfig, seeds: set[int]) -> list[int]:
-    """As they were planned, up to the first that is missing: which one failed must not choose what is looked at."""
-    ordered = []
-    for seed in range(config.seed, config.seed + config.replicates):
-        if seed not in seeds:
-            break
-        ordered.append(seed)
-    return ordered

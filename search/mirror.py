@@ -21,16 +21,14 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
             folder = trial_folder(study, arm.name, replicate)
             state = read_trial(folder, driven=False)
             heard = known.get(trial_key(study.name, arm.name, replicate))
+            if heard is None and state.status == "waiting":
+                continue  # it never began
             told = heard is not None and heard.standing == standing(state)
-            if told and state.status in ("completed", "collapsed"):
-                continue
-            if heard is not None:
+            if heard is not None and not (told and state.status in ("completed", "collapsed")):
                 tracker.heard_before(arm, replicate, heard)
-            never_began = state.status == "waiting" and heard is None
-            if told or never_began:
-                continue
-            tracker.begin(arm, number, replicate)
-            tracker.end(arm, replicate)
+            if not told:
+                tracker.begin(arm, number, replicate)
+                tracker.end(arm, replicate)
 
 
 def tell_endings(study: StudyConfig, tracker: Tracker) -> None:

@@ -312,8 +312,7 @@ class Delivery:
         pause = 0.0
         while True:
             with self._changed:
-                while not self._queue and not self._closing.is_set():
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._queue or self._closing.is_set())
                 records = list(self._queue)
             last = self._closing.is_set()
             left, trouble = self._send(records, self._note_delivery)
