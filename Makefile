@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
-NAME ?= $(notdir $(patsubst %/,%,$(dir $(lastword $(sort $(wildcard runs/*/study.json))))))
+NAME ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev

@@ -90,6 +90,8 @@ def resume(
     submit: Annotated[str | None, typer.Option(help="Go on as a job of the Ray cluster with this dashboard.")] = None,
 ) -> None:
     """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
+    if place.name is None:
+        raise ConfigError("NAME: say which sweep goes on; rin list shows them")
     if submit is not None:
         from search.submission import submit_resume
 
@@ -195,13 +197,13 @@ def trial(
 @given.takes(SweepOptions, without=given.NO_USE_IN_A_PLAN)
 def plan(options: SweepOptions) -> None:
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
-    options = replace(options, name="plan", tracking_uri="sqlite:///:memory:")
+    study = study_config(replace(options, name="plan", tracking_uri="sqlite:///:memory:"))
     import torch
 
     from dashboards.report_text import plan_lines
     from search.plan import plan_study
 
-    for line in plan_lines(plan_study(study_config(options), os.cpu_count() or 1, torch.cuda.device_count())):
+    for line in plan_lines(plan_study(study, os.cpu_count() or 1, torch.cuda.device_count())):
         print(line)
 
 
@@ -209,9 +211,11 @@ def plan(options: SweepOptions) -> None:
 def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = False) -> None:
     """Sweeps in the store."""
     from dashboards.listing import sweep_line, sweep_row
-    from search.store import absolute_store, sweeps
+    from search.store import absolute_store, check_store, sweeps
 
     folder = absolute_store(store)
+    if store != DEFAULT_STORE:
+        check_store(folder)
     rows = [sweep_row(folder, name) for name in sweeps(folder)]
     lines = [sweep_line(row) for row in rows] or [f"no sweeps in {store}; start one with: rin sweep"]
     print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
@@ -282,14 +286,14 @@ def confirm(
 ) -> None:
     """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or
     undecided."""
-    study = place.sweep()
+    planned = given.planned_looks(looks)
+    study = place.sweep(confirmations=False)
     from dashboards.live import build_progress, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
     from search.sequential import CONFIRM
 
-    planned = given.numbers("--looks", looks) if looks is not None else None
     console = terminal(stderr=as_json)
     with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[-1]) as view:
         cluster = given.ray_address(address, study.address)
@@ -313,7 +317,7 @@ def export(
     ] = None,
 ) -> None:
     """The candidate of a sweep: its configuration, or its model."""
-    study = place.sweep()
+    study = place.sweep(confirmations=False)
     from search.arms import candidate_of, read_arms
     from search.export import EXPORTS
 
@@ -326,7 +330,7 @@ def export(
         from search.checkpoint_export import export_checkpoint
 
         with build_progress(terminal()) as progress:
-            export_checkpoint(candidate, output or Path(f"{place.name}-checkpoint"), progress=progress)
+            export_checkpoint(candidate, output or Path(f"{study.name}-checkpoint"), progress=progress)
         return
     text = EXPORTS[to](candidate)
     if output is None:

@@ -6,12 +6,13 @@ line.
 
 import inspect
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -26,7 +27,18 @@ Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Def
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="dotted.key=value (YAML), any setting of a trial; repeatable.")
 ]
-Budget = Annotated[float | None, typer.Option(min=0, help="Trial-slot hours (GPU hours) after which all is stopped.")]
+
+
+def usable_budget(hours: float | None) -> float | None:
+    """Raises ConfigError for hours in which nothing could run."""
+    if hours is not None and not 0 < hours < float("inf"):
+        raise ConfigError(f"--budget {hours:g}: nothing could run; give hours above 0, or leave it out")
+    return hours
+
+
+Budget = Annotated[
+    float | None, typer.Option(callback=usable_budget, help="Trial-slot hours (GPU hours) after which all is stopped.")
+]
 Store = Annotated[
     str,
     typer.Option(
@@ -99,16 +111,22 @@ class SweepOptions:
 class Place:
     """Which sweep, and where it lies: what every command about one asks for."""
 
-    name: Annotated[str, typer.Argument(help="Name of a sweep (rin list).")]
+    name: Annotated[str | None, typer.Argument(help="Name of a sweep (rin list). Default: the newest.")] = None
     store: Store = DEFAULT_STORE
     tracking_uri: TrackingUri = None
 
-    def sweep(self) -> "StudyConfig":
-        """With its tracking where it now is. Raises ConfigError."""
+    def sweep(self, *, confirmations: bool = True) -> "StudyConfig":
+        """With its tracking where it now is; without a name the newest, which is said. `confirmations`: that may be
+        one. Raises ConfigError."""
         from search.mlflow_client import absolute_uri
-        from search.store import absolute_store, load_study_config
+        from search.store import absolute_store, check_store, load_study_config, newest_study
 
-        study = load_study_config(absolute_store(self.store), self.name)
+        store = absolute_store(self.store)
+        if self.store != DEFAULT_STORE:
+            check_store(store)
+        study = load_study_config(store, self.name) if self.name else newest_study(store, confirmations=confirmations)
+        if not self.name:
+            print(f"{study.name}, the newest in {self.store}:", file=sys.stderr)
         moved = {} if self.tracking_uri is None else {"tracking_uri": absolute_uri(self.tracking_uri)}
         return study.model_copy(update=moved)
 
@@ -166,10 +184,19 @@ def refuse_scheduler(name: str | None) -> None:
 
 def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
-    from search.store import StudyConfig, absolute_store, check_name, default_tracking_uri
+    from search.mlflow_client import absolute_uri
+    from search.store import (
+        ObjectiveName,
+        SearcherName,
+        StudyConfig,
+        absolute_store,
+        check_name,
+        default_tracking_uri,
+    )
     from spaces.library import SPACES, load_space, named_spaces
     from spaces.narrowing import refuse_settings_of_the_run, searched
     from spaces.paths import anchored, home
+    from spaces.points import read_point
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.uses import leaves
     from spaces.workloads import WORKLOADS
@@ -188,18 +215,17 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         chosen = named_spaces(base.quant.mode, modules)[options.space]
     chosen = searched(chosen, workload, settings)
 
+    for point in _names(options.points):
+        read_point(point)
+    _known("--searcher", options.searcher, get_args(SearcherName))
+    for objective in options.objectives or []:
+        _known("--objective", objective, get_args(ObjectiveName))
+    usable_budget(options.budget)
+    store = absolute_store(options.store)
+
     # Seconds from here on: torch and ray.
     from search.lineup import fixed_arms
-    from search.mlflow_client import absolute_uri
-    from search.objectives import OBJECTIVES
-    from search.proposals import SEARCHERS
 
-    _known("--searcher", options.searcher, SEARCHERS)
-    for objective in options.objectives or []:
-        _known("--objective", objective, OBJECTIVES)
-    if options.budget == 0:
-        raise ConfigError("--budget 0: nothing could run; give hours above 0, or leave it out")
-    store = absolute_store(options.store)
     same = {
         field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields
     }
@@ -296,6 +322,18 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in _names(text))
     except ValueError:
         raise ConfigError(f"{option} {text}: give whole numbers separated by commas, for example 5,8,12") from None
+
+
+def planned_looks(text: str | None) -> tuple[int, ...] | None:
+    """Of a confirmation. Raises ConfigError."""
+    if text is None:
+        return None
+    from search.sequential import SequentialRule
+
+    try:
+        return SequentialRule(looks=numbers("--looks", text)).looks
+    except ConfigError as error:
+        raise ConfigError(f"--{str(error).removeprefix('--')}") from None
 
 
 def ray_address(address: str | None, before: str | None) -> str | None:

@@ -5,7 +5,6 @@ A control is a configuration without noise on the same code path. One is not eno
 the filter alone moves an accuracy by points, so every policy that a point or the space brings has a control of its own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,7 @@ from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
-from spaces.paths import home, load_settings
-from spaces.points import POINTS
+from spaces.points import POINTS, read_point
 from spaces.reading import merge, read_config
 from spaces.uses import given_twice, is_record, refuse_idle
 from spaces.workloads import WORKLOADS
@@ -110,24 +108,9 @@ def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm
 
 
 def _point(config: StudyConfig, named: str) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such
-    files)."""
-    path = home(named)
-    if path.suffix not in (".yaml", ".yml"):
-        if named not in POINTS:
-            raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
-        return named, POINTS[named].settings
-    if (
-        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem)
-        or path.stem in POINTS
-        or re.fullmatch(r"c\d+|control.*", path.stem)
-    ):
-        raise ConfigError(
-            f"--points {named}: {path.stem} would name an arm; "
-            "rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
-        )
-    settings = load_settings(path)
-    return path.stem, _of_every_replicate(config, settings, named)
+    """Name and settings of an arm beside the control."""
+    name, settings = read_point(named)
+    return name, settings if name in POINTS else _of_every_replicate(config, settings, named)
 
 
 def _of_every_replicate(config: StudyConfig, settings: Mapping[str, Any], named: str) -> dict[str, Any]:

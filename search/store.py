@@ -17,12 +17,15 @@ both. The store may be a folder, an NFS mount or an object store. Light on purpo
 importing ray or torch.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,6 +213,47 @@ def load_study_config(store: str, name: str) -> StudyConfig:
     if config.tracking_uri == default_tracking_uri(config.store):
         moved["tracking_uri"] = default_tracking_uri(store)
     return config.model_copy(update=moved)
+
+
+def newest_study(store: str, *, confirmations: bool = True) -> StudyConfig:
+    """The one that was begun, or gone on with, last. Raises ConfigError where there is none."""
+    place = Folder(store)
+    for name in sorted(sweeps(store), key=lambda name: (place / name).changed(STUDY_FILE), reverse=True):
+        study = load_study_config(store, name)
+        if confirmations or study.kind != "confirm":
+            return study
+    raise ConfigError(f"NAME: no sweeps in {store}; start one with: rin sweep")
+
+
+def check_store(store: str) -> None:
+    """Raises ConfigError for a folder that is not there, or that cannot be read."""
+    place = Folder(store).local
+    if place is None or (place.is_dir() and os.access(place, os.R_OK | os.X_OK)):
+        return
+    why = "it may not be read" if place.is_dir() else "is no folder" if place.exists() else "there is no such folder"
+    raise ConfigError(f"--store {store}: {why}; give the folder in which sweeps lie")
+
+
+def check_writable(store: str) -> None:
+    """Raises ConfigError where nothing can be written. Leaves nothing behind."""
+    place = Folder(store).local
+    if place is None:
+        return
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"--store {store}: nothing can be written there ({error.strerror}); give a folder of yours"
+        ) from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def default_tracking_uri(store: str) -> str:

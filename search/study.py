@@ -27,7 +27,15 @@ from search.export import to_yaml
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
-from search.store import BEST_FILE, STUDY_FILE, StudyConfig, load_study_config, only_driver, save_study_config
+from search.store import (
+    BEST_FILE,
+    STUDY_FILE,
+    StudyConfig,
+    check_writable,
+    load_study_config,
+    only_driver,
+    save_study_config,
+)
 from search.tracking import Tracker
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
@@ -74,6 +82,7 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
             f"rin resume {config.name}, or choose another name"
         )
     evidence = evidence_of(config)
+    check_writable(config.store)
     check_tracking(config.tracking_uri, config.name, config.owner)
     _preflight(arms, progress)
     with only_driver(config):
@@ -90,6 +99,7 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
     """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it."""
+    check_writable(config.store)
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         _preflight(read_arms(config), progress)

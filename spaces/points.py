@@ -7,9 +7,13 @@ known against them: single seeds (two runs of one configuration differed by 4.3 
 settings that never arrived. A point whose experiment had two meanings stands here twice.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from spaces.errors import ConfigError
+from spaces.paths import home, load_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,3 +183,23 @@ POINTS: dict[str, Point] = {
         ),
     )
 }
+
+
+def read_point(named: str) -> tuple[str, Mapping[str, Any]]:
+    """Name and settings of a point of the plan, or of a YAML file with settings of a trial (`rin export` writes such
+    files). Raises ConfigError."""
+    path = home(named)
+    if path.suffix not in (".yaml", ".yml"):
+        if named not in POINTS:
+            raise ConfigError(f"--points {named}: unknown point; choose from {', '.join(POINTS)}, or give a YAML file")
+        return named, POINTS[named].settings
+    if (
+        not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", path.stem)
+        or path.stem in POINTS
+        or re.fullmatch(r"c\d+|control.*", path.stem)
+    ):
+        raise ConfigError(
+            f"--points {named}: {path.stem} would name an arm; "
+            "rename the file (letters, digits, '.', '_', '-'; no name of another arm)"
+        )
+    return path.stem, load_settings(path)

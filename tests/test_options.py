@@ -351,14 +351,60 @@ def test_options_import_nothing_heavy() -> None:
     )
 
 
+EARLY = """
+import sys
+from dashboards.options import Place, SweepOptions, planned_looks, study_config, usable_budget
+from spaces.errors import ConfigError
+
+for wrong in [
+    lambda: study_config(SweepOptions(overrides=["noise.sigma_strat=0.1"])),
+    lambda: study_config(SweepOptions(points="e99")),
+    lambda: study_config(SweepOptions(points="missing.yaml")),
+    lambda: study_config(SweepOptions(searcher="magic")),
+    lambda: study_config(SweepOptions(objectives=["fun"])),
+    lambda: study_config(SweepOptions(budget=float("nan"))),
+    lambda: usable_budget(-1.0),
+    lambda: planned_looks("five"),
+    lambda: planned_looks("8,5"),
+    lambda: Place(name="s", store="/nowhere").sweep(),
+]:
+    try:
+        wrong()
+    except ConfigError as error:
+        print(error, [m for m in ("torch", "ray", "mlflow", "optuna") if m in sys.modules])
+"""
+
+
 @pytest.mark.slow
-def test_a_mistake_in_the_settings_is_told_before_the_slow_imports() -> None:
-    code = (
-        "import sys\nfrom dashboards.options import SweepOptions, study_config\n"
-        "from spaces.errors import ConfigError\n"
-        "try:\n    study_config(SweepOptions(overrides=['noise.sigma_strat=0.1']))\n"
-        "except ConfigError as error:\n"
-        "    print(error, [m for m in ('torch', 'ray', 'mlflow', 'optuna') if m in sys.modules])"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said == "config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start? []\n"
+def test_a_mistake_in_an_option_is_told_before_the_slow_imports() -> None:
+    said = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=True).stdout.splitlines()
+    begins = [
+        *("config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start?", "--points e99: unknown point"),
+        *("missing.yaml: cannot be read", "--searcher magic: unknown", "--objective fun: unknown"),
+        *("--budget nan: nothing could run", "--budget -1: nothing could run", "--looks five: give whole numbers"),
+        *("--looks 8,5: name growing numbers", "--store /nowhere: there is no such folder"),
+    ]
+    assert [(line, begin) for line, begin in zip(said, begins, strict=True) if not line.startswith(begin)] == []
+    assert all(line.endswith(" []") for line in said)
+
+
+def test_commands_about_a_sweep_take_the_newest_without_a_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_study_config(study(tmp_path, name="zz"))
+    save_study_config(study(tmp_path, name="aa"))
+    os.utime(tmp_path / "zz" / "study.json", (1, 1))
+    assert Place(store=str(tmp_path)).sweep().name == "aa"
+    assert capsys.readouterr().err == f"aa, the newest in {tmp_path}:\n"
+    group: Any = typer.main.get_command(cli.app)
+    for command in ("status", "report", "confirm", "export", "ui"):
+        (name,) = (p for p in group.commands[command].params if p.name == "name")
+        assert not name.required, command
+    with pytest.raises(ConfigError, match="NAME: say which sweep goes on"):
+        group(["resume"], standalone_mode=False)
+
+
+def test_a_list_of_nowhere_is_an_error(tmp_path: Path) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    with pytest.raises(ConfigError, match=r"--store .*/nowhere: there is no such folder"):
+        group(["list", "--store", str(tmp_path / "nowhere")], standalone_mode=False)

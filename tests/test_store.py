@@ -17,14 +17,18 @@ from search.store import (
     VERSION,
     absolute_store,
     check_name,
+    check_store,
+    check_writable,
     default_tracking_uri,
     is_driven,
     load_study_config,
+    newest_study,
     only_driver,
     refuse_second_driver,
     save_study_config,
     sweeps,
 )
+from search.study import begin_study
 from spaces.config import ConfigError
 from tests.written_sweeps import study
 
@@ -262,3 +266,44 @@ def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(
 def test_two_sweeps_of_a_store_are_driven_side_by_side(tmp_path: Path) -> None:
     with only_driver(study(tmp_path, name="a")), only_driver(study(tmp_path, name="b")):
         pass
+
+
+# Which one, and whether there is a place for it
+
+
+def test_the_newest_study_is_the_one_that_was_begun_or_gone_on_with_last(tmp_path: Path) -> None:
+    for age, (name, kind) in enumerate([("b", "sweep"), ("a-confirm", "confirm"), ("a", "sweep"), ("z", "sweep")]):
+        config = study(tmp_path, name=name, kind=kind)
+        save_study_config(config)
+        os.utime(tmp_path / name / STUDY_FILE, (1e9 - age, 1e9 - age))
+    assert newest_study(str(tmp_path)).name == "b"
+    os.utime(tmp_path / "a-confirm" / STUDY_FILE)
+    assert newest_study(str(tmp_path)).name == "a-confirm"
+    assert newest_study(str(tmp_path), confirmations=False).name == "b"
+    with pytest.raises(ConfigError, match=r"no sweeps in .*; start one with: rin sweep"):
+        newest_study(str(tmp_path / "empty"))
+
+
+def test_a_store_that_is_no_folder_is_told_as_that(tmp_path: Path) -> None:
+    """Under root nothing is forbidden: a file in the way stands for missing rights."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--store .*/nowhere: there is no such folder"):
+        check_store(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"--store .*/file: is no folder"):
+        check_store(str(tmp_path / "file"))
+    for place in ("file", "file/below"):
+        with pytest.raises(
+            ConfigError, match=rf"--store .*/{place}: nothing can be written there \(.*\); give a folder"
+        ):
+            check_writable(str(tmp_path / place))
+
+
+def test_a_sweep_without_a_place_is_told_of_the_place_and_not_of_its_tracking(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--store .*: nothing can be written there"):
+        begin_study(study(tmp_path / "file" / "runs"))
+
+
+def test_whether_a_place_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    check_writable(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []

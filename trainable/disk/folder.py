@@ -52,6 +52,15 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def changed(self, name: str) -> float:
+        """When a file was last written, in Unix seconds; 0 where there is none."""
+        if self.local is not None:
+            path = self.local / _checked(name)
+            return path.stat().st_mtime if path.is_file() else 0.0
+        store, root = _store(self.uri)
+        nanoseconds = store.get_file_info(f"{root}/{_checked(name)}").mtime_ns
+        return (nanoseconds or 0) / 1e9
+
     def write(self, name: str, data: bytes | str) -> None:
         """Put the whole content in place, making the folder where it is missing. Raises OSError."""
         data = data.encode() if isinstance(data, str) else data
