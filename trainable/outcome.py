@@ -63,13 +63,7 @@ class StepReport:
 
     def as_tree(self) -> dict[str, Any]:
         """Of `rin trial --json`."""
-        return {
-            "step": self.step,
-            "sigma": self.sigma,
-            "signals": dict(self.signals),
-            "verdict": asdict(self.verdict),
-            "seconds": self.seconds,
-        }
+        return {name: value for name, value in asdict(self).items() if name not in ("samples", "time_ms")}
 
     def as_record(self) -> dict[str, Any]:
         """Flat, as it is written down and handed to Tune: metrics by tracked name, and what belongs to the step."""

@@ -178,9 +178,7 @@ class TrialWorker:
         """In the writer's thread."""
         try:
             save_checkpoint(self.folder, step, state)
-        except (
-            OSError
-        ) as error:  # a full disk: training is worth more than its insurance, and the last checkpoint is still there
+        except OSError as error:  # a full disk: training is worth more than its insurance; the last one is still there
             log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, step, error)
         else:
             self.saved_step = step

@@ -112,9 +112,14 @@ def _read_ending(trial: Folder, name: str, parse: Callable[[Any], Parsed]) -> Pa
 
 
 def checkpoints(trial: Folder) -> list[str]:
-    """Names, newest first: digits sort as numbers, not as text."""
-    found = [name for name in trial.names() if _CHECKPOINT.fullmatch(name)]
-    return sorted(found, key=lambda name: int(name.split("-")[1]), reverse=True)
+    """Names, newest first."""
+    return _numbered(trial, _CHECKPOINT)[::-1]
+
+
+def _numbered(trial: Folder, names: re.Pattern[str]) -> list[str]:
+    """Those that match, in order: digits sort as numbers, not as text."""
+    found = [match for name in trial.names() if (match := names.fullmatch(name))]
+    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
 
 
 def progress_text(head: Mapping[str, Any], values: str) -> str:
@@ -160,7 +165,7 @@ class AttemptLog:
 
     def __init__(self, trial: Folder) -> None:
         self._trial = trial
-        number = len(_attempts(trial)) + 1
+        number = len(_numbered(trial, _ATTEMPT_FILE)) + 1
         self._name = f"attempt-{number:03d}.json"
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
         self.step = 0
@@ -195,7 +200,7 @@ class AttemptLog:
 def read_attempts(trial: Folder) -> list[Attempt]:
     """In order. A file that cannot be read counts as no time."""
     attempts = []
-    for name in _attempts(trial):
+    for name in _numbered(trial, _ATTEMPT_FILE):
         with suppress(ValueError):
             attempts.append(_ATTEMPT.validate_json(trial.read(name) or b""))
     return attempts
@@ -204,16 +209,10 @@ def read_attempts(trial: Folder) -> list[Attempt]:
 def end_attempt(trial: Folder, reason: str) -> None:
     """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an
     ending."""
-    names = _attempts(trial)
+    names = _numbered(trial, _ATTEMPT_FILE)
     tree: dict[str, Any] = json.loads(trial.read(names[-1]) or b"{}") if names else {}
     if tree and not tree["ended"]:
         trial.write(names[-1], json.dumps({**tree, "ended": DIED, "reason": reason}))
-
-
-def _attempts(trial: Folder) -> list[str]:
-    """Names, in order: digits sort as numbers, not as text."""
-    found = [match for name in trial.names() if (match := _ATTEMPT_FILE.fullmatch(name))]
-    return [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
 
 
 # --- all of it together -----------------------------------------------------------------------------------------------
@@ -223,20 +222,24 @@ def _attempts(trial: Folder) -> list[str]:
 class TrialState:
     """Where a trial stands.
 
-    Example: TrialState(status="failed", rule="hang", reason="step 3: phase rollout took over 900 s (3 attempts)",
-    step=3, ...)
+    Example: TrialState(status="failed", rule="hang", reason="step 3: phase rollout took over 900 s (3 attempts)", ...)
     """
 
     status: Status
-    rule: str
+    rule: str = ""
     """Of the collapse, or of the failure."""
-    reason: str
+    reason: str = ""
     """Of a failure, in one line."""
-    step: int
-    """Steps done."""
-    outcome: Outcome | None
+    outcome: Outcome | None = None
     """Final; of a stopped trial its evaluation at the stop."""
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        if self.outcome is not None:
+            return self.outcome.step
+        return self.attempts[-1].step if self.attempts else 0
 
     @property
     def hours(self) -> float:
@@ -249,22 +252,16 @@ def read_trial(trial: Folder, *, driven: bool) -> TrialState:
     attempts = tuple(read_attempts(trial))
     outcome = read_outcome(trial)
     if outcome is not None:
-        return _state(outcome.outcome, attempts, rule=outcome.rule, outcome=outcome)
+        return TrialState(status=outcome.outcome, rule=outcome.rule, outcome=outcome, attempts=attempts)
     if not attempts:
-        return _state("waiting", attempts)
+        return TrialState(status="waiting")
     last = attempts[-1]
     if last.ended == "stopped":
-        return _state("stopped", attempts, outcome=read_stopped(trial))
+        return TrialState(status="stopped", outcome=read_stopped(trial), attempts=attempts)
+    if not last.ended and driven:
+        return TrialState(status="running", attempts=attempts)
     if not last.ended:
-        return _state("running" if driven else "stopped", attempts, reason="" if driven else "its process was killed")
+        return TrialState(status="stopped", reason="its process was killed", attempts=attempts)
     again = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
-    return _state(
-        "failed", attempts, rule=last.ended if last.ended in FAILURE_RULES else "", reason=f"{last.reason}{again}"
-    )
-
-
-def _state(
-    status: Status, attempts: tuple[Attempt, ...], *, rule: str = "", reason: str = "", outcome: Outcome | None = None
-) -> TrialState:
-    step = outcome.step if outcome is not None else attempts[-1].step if attempts else 0
-    return TrialState(status=status, rule=rule, reason=reason, step=step, outcome=outcome, attempts=attempts)
+    rule = last.ended if last.ended in FAILURE_RULES else ""
+    return TrialState(status="failed", rule=rule, reason=f"{last.reason}{again}", attempts=attempts)

@@ -151,9 +151,7 @@ def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
 
     try:
         return VllmEngine(settings)
-    except (
-        Exception
-    ) as error:  # whatever a foreign engine raises when it cannot start on this machine, or with this model
+    except Exception as error:  # whatever a foreign engine raises that cannot start here, or with this model
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise TrialFailed("engine", f"it does not start: {type(error).__name__}: {reason}") from error
 

@@ -50,6 +50,7 @@ _VECTORS = {
 """The macros choose among the vector functions in torch's headers, as they did when torch was built."""
 # Contraction of a * b + c would skip a rounding on which the kernel rests.
 _FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+_LIBRARIES = ("-ltorch_cpu", "-ltorch_python", "-lc10")
 
 Kernel = Callable[[Tensor, int, int, bool], Tensor]
 """(x, code of the format, addend of the scale rule, one outer scale for all of x) -> x on the grid, without gradient.
@@ -159,19 +160,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
         made = Path(folder) / library.name
         headers = [*include_paths(), sysconfig.get_path("include")]
         places = [*(f"-I{path}" for path in headers), *(f"-L{path}" for path in library_paths())]
-        _run(
-            [
-                compiler,
-                *flags,
-                *places,
-                str(SOURCES / "module.cpp"),
-                "-o",
-                str(made),
-                "-ltorch_cpu",
-                "-ltorch_python",
-                "-lc10",
-            ]
-        )
+        _run([compiler, *flags, *places, str(SOURCES / "module.cpp"), "-o", str(made), *_LIBRARIES])
         made.replace(library)  # whole or not at all
 
 
