@@ -417,9 +417,7 @@ def test_the_packed_folder_in_transformers_scores_what_the_table_says_of_it(
     exported = make(*overrides)
     model = packed_model(exported)
     logits(model)  # unpacks
-    policy = Policy(
-        model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2
-    )
+    policy = replace(exported.trial.policy, model=model, linears={}, norms={}, final_norm={})
     correct = answers(policy, exported.config)
     rule = "even" if exported.config.quant.activations == "mxfp4" else "none"
     row = next(row for row in measure_rules(exported.folder, exported.config) if row.rule == rule)
@@ -431,9 +429,7 @@ def test_a_rule_in_the_table_concerns_the_inputs_of_packed_layers_alone(make: Ma
     """Also where q and k read the same norm, and one of them is not packed."""
     exported = make("quant.activations=none", "quant.exclude=[lm_head, k_proj]")
     model = hooked(exported, rule)
-    policy = Policy(
-        model=model, tokenizer=exported.trial.policy.tokenizer, linears={}, norms={}, final_norm={}, depth=2
-    )
+    policy = replace(exported.trial.policy, model=model, linears={}, norms={}, final_norm={})
     correct = answers(policy, exported.config)
     row = next(row for row in measure_rules(exported.folder, exported.config) if row.rule == rule)
     assert row.by_dtype["bfloat16"] == sum(correct) / len(correct)

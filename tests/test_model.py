@@ -1,5 +1,6 @@
 """The policy: which layers compute in 4 bits, what LoRA sees, and that nothing temporary is left behind."""
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,19 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import trainable.policy.loading
-from spaces.config import ConfigError, ModelConfig, QuantConfig
-from tests.conftest import ModelFolder, Tiny
+from spaces.config import ConfigError, ModelConfig, QuantConfig, TaskConfig
+from tests.conftest import ModelFolder, Tiny, byte_tokenizer
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, block_of, deployed, matches, unquantized
 from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear, fake_quantize
+from trainable.rollout import encode_prompts
+from trainable.tasks.task import Question
 
 PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]
-W16A16 = QuantConfig(weights="none", activations="none")
+NONE: Any = {"weights": "none", "activations": "none"}
+W16A16 = QuantConfig(**NONE)
 W4A16 = QuantConfig(activations="none")
 W4A4 = QuantConfig()
 
@@ -420,6 +425,56 @@ def test_a_model_that_cannot_be_loaded_is_explained_in_one_line(
     assert text.startswith(f"model.name={name}: ")
     assert text.endswith("give a folder with a transformers model")
     assert "\n" not in text
+
+
+def folder_of(place: Path, kind: str, **settings: Any) -> str:
+    """A tiny model of another architecture, with the byte-level tokenizer."""
+    tree = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **settings}
+    config = AutoConfig.for_model(kind, eos_token_id=1, pad_token_id=0, **tree)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(place)
+    byte_tokenizer().save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "bitnet"])
+def test_a_folder_that_somebody_quantised_is_refused_before_it_is_loaded(
+    model_folder: ModelFolder, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")  # some would end the process
+    with pytest.raises(ConfigError, match=rf"its weights are quantised already \({method}\); give the model that they"):
+        load_policy(ModelConfig(name=str(folder)), W4A4, seed=0)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("bloom", {}), ("gpt_oss", {"num_local_experts": 4, "head_dim": 16})])
+def test_an_architecture_without_fused_attention_is_told_to_take_the_eager_one(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    folder = folder_of(tmp_path, kind, **settings)
+    with pytest.raises(ConfigError, match=r"^model\.attention=sdpa: .* does not have it; set model\.attention=eager$"):
+        load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    load_policy(ModelConfig(name=folder, attention="eager"), QuantConfig(**NONE, exclude=()), seed=0)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "qwen2", num_key_value_heads=2, intermediate_size=64)
+    load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"])  # which the model has no embedding of, nor any use
+    tokenizer.save_pretrained(folder)
+    policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
+    question = Question(prompt="an <image>", answer="")
+    with pytest.raises(
+        ConfigError, match=r"a prompt has <image> \(token 260\), and the model embeddings for 260 tokens"
+    ):
+        encode_prompts(policy, [question], TaskConfig(name="reasoning_gym:chain_sum"), 64)
+    small = folder_of(tmp_path / "small", "qwen2", num_key_value_heads=2, intermediate_size=64, vocab_size=100)
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer has 26\d tokens, the model embeddings for 100; give the token"
+    ):
+        load_policy(ModelConfig(name=small), W16A16, seed=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

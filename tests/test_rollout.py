@@ -6,6 +6,9 @@ would be possible the test asks that (nearly) all tokens agree, or compares comp
 for bit.
 """
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from trainable.episode import Completion
 from trainable.forward.logps import completion_logps, make_batch
 from trainable.forward.transformer import left_padded, positions
 from trainable.noise import injected, noise_targets
+from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed, unquantized
 from trainable.rollout import _completions, encode_prompts, generate, judge, sample
@@ -298,15 +302,48 @@ def test_the_generator_alone_decides_what_is_sampled(model_folder: ModelFolder) 
         ([5, 6, 7, 1], (5, 6, 7, 1), True),
         ([5, 6, 7, 8], (5, 6, 7, 8), False),
         ([0, 0, 1, 0], (0, 0, 1), True),
+        ([5, 9, 1, 1], (5, 9), True),
     ],
 )
 def test_completions_are_cut_behind_the_end_token(row: list[int], ids: tuple[int, ...], finished: bool) -> None:
     logps, entropies = torch.tensor([[-1.0, -2.0, -4.0, -8.0]]), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    ((completion,),) = _completions(torch.tensor([row]), logps, entropies, 1, 1)
+    ((completion,),) = _completions(torch.tensor([row]), logps, entropies, torch.tensor([1, 9]), 1)
     assert completion.ids == ids
     assert completion.logps == (-1.0, -2.0, -4.0, -8.0)[: len(ids)]
     assert completion.entropy == pytest.approx(sum((1.0, 2.0, 3.0, 6.0)[: len(ids)]) / len(ids))
     assert completion.finished is finished
+
+
+def test_whatever_generation_config_lists_ends_a_completion(model_folder: ModelFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    prompts, options = ragged_prompts(1), {"group_size": 1, "temperature": 0.0, "max_new_tokens": 16}
+    ((before,),) = sampled_groups(load_policy(ModelConfig(name=str(folder)), W16A16, seed=0), prompts, **options)
+    first = before.completion.ids[0]
+    assert len(before.completion.ids) > 1
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first]}))
+    policy = load_policy(ModelConfig(name=str(folder)), W16A16, seed=0)
+    assert policy.ends == tuple(sorted({1, first}))
+    ((after,),) = sampled_groups(policy, prompts, **options)
+    assert (after.completion.ids, after.completion.finished) == ((first,), True)
+
+
+@pytest.mark.parametrize("listed", [[3], None], ids=["listed", "none"])
+def test_a_tokenizer_without_end_and_pad(model_folder: ModelFolder, tmp_path: Path, listed: list[int] | None) -> None:
+    """Takes those of generation_config.json, or is refused; an end that is an architecture's default is none."""
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    if listed is None:
+        with pytest.raises(
+            ConfigError, match=r"no token ends a completion; name one as eos_token in its tokenizer_con"
+        ):
+            load_policy(ModelConfig(name=str(folder)), W16A16, seed=0)
+        return
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    policy = load_policy(ModelConfig(name=str(folder)), W16A16, seed=0)
+    assert (policy.ends, policy.tokenizer.pad_token_id) == ((3,), 3)
 
 
 @pytest.mark.parametrize("limit", [1, 5, 30])
@@ -374,6 +411,23 @@ def test_a_chat_without_a_template_is_an_error(model_folder: ModelFolder) -> Non
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}",
+        "{{ messages[1].content }}{{ messages[1]['x'] + 1 }}",
+    ],
+)
+def test_a_template_that_refuses_a_user_s_message_is_told_in_one_line(model_folder: ModelFolder, template: str) -> None:
+    policy = load_policy(ModelConfig(name=model_folder(text=True)), W16A16, seed=0)
+    policy.tokenizer.chat_template = template
+    with pytest.raises(
+        ConfigError, match=r"task\.chat=true: .* refuses a user's message alone \(.*\); set task\.chat=f"
+    ):
+        encode_prompts(policy, questions("1+1="), TaskConfig(name="reasoning_gym:chain_sum", chat=True), 64)
 
 
 def completion(text: str, policy: Policy) -> Completion:

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from spaces.config import ConfigError, TaskConfig
 from trainable.engines.engine import Request
@@ -76,23 +77,42 @@ def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int,
 
 
 def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> list[list[int]]:
-    """In the chat template where the task wants it. Templates that print a date get that of the task."""
+    """In the chat template where the task wants it. Templates that print a date get that of the task.
+
+    Raises ConfigError for a token that the model has no embedding of.
+    """
     texts = [question.prompt for question in questions]
     tokenizer: Any = policy.tokenizer
     if task.chat:
         if tokenizer.chat_template is None:
             raise ConfigError("task.chat=true: the model's tokenizer has no chat template; set task.chat=false")
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                add_generation_prompt=True,
-                tokenize=False,
-                strftime_now=task.chat_date.strftime,  # in the place of transformers' own
-            )
-            for text in texts
-        ]
+        texts = [_in_template(tokenizer, text, task) for text in texts]
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not task.chat)["input_ids"]
+    known, last = policy.network.get_input_embeddings().num_embeddings, max(max(ids, default=0) for ids in encoded)
+    if last >= known:
+        raise ConfigError(
+            f"task.chat={str(task.chat).lower()}: a prompt has {tokenizer.convert_ids_to_tokens(last)} (token {last}), "
+            f"and the model embeddings for {known} tokens; give the tokenizer of this model"
+        )
     return encoded
+
+
+def _in_template(tokenizer: Any, text: str, task: TaskConfig) -> str:
+    """As the one message of a user. Raises ConfigError for a template that refuses it."""
+    try:
+        prompt: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=False,
+            strftime_now=task.chat_date.strftime,  # in the place of transformers' own
+        )
+    except (TemplateError, TypeError) as error:  # what a template raises, and what it computes with what is not there
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"task.chat=true: the tokenizer's chat template refuses a user's message alone ({reason}); "
+            "set task.chat=false, with task.prompt for what should stand around a question"
+        ) from error
+    return prompt
 
 
 @torch.no_grad()
@@ -110,19 +130,18 @@ def _generate_chunk(
     policy: Policy, request: Request, prompts: Sequence[Sequence[int]], source: torch.Generator | None
 ) -> list[list[Completion]]:
     longest = request.max_new_tokens
-    tokenizer = policy.tokenizer
-    end: int = tokenizer.eos_token_id
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id, policy.device)  # [P, L]
+    ends = torch.tensor(policy.ends, device=policy.device)
+    ids, mask = left_padded(prompts, policy.tokenizer.pad_token_id, policy.device)  # [P, L]
     forward = decoder(policy, longest)
     logits = forward.prefill(ids, mask, request.group_size)  # [B, V]
     rows = torch.arange(len(logits), device=policy.device)  # the completions in work
-    tokens = torch.full((len(logits), longest), end, device=policy.device)  # [B, T] each
+    tokens = torch.full((len(logits), longest), policy.ends[0], device=policy.device)  # [B, T] each
     logps, entropies = torch.zeros_like(tokens, dtype=torch.float32), torch.zeros_like(tokens, dtype=torch.float32)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     for column in range(longest):
         token, logp, entropy = sample(logits, request.temperature, source)
         tokens[rows, column], logps[rows, column], entropies[rows, column] = token, logp, entropy
-        ended |= token == end
+        ended |= torch.isin(token, ends)
         going = (~ended).nonzero()[:, 0]
         if len(going) == 0 or column + 1 == longest:
             break
@@ -130,7 +149,7 @@ def _generate_chunk(
             forward.keep(going)
             rows, token, ended = rows[going], token[going], ended[going]
         logits = forward.step(token)
-    return _completions(tokens, logps, entropies, end, request.group_size)
+    return _completions(tokens, logps, entropies, ends, request.group_size)
 
 
 def sample(
@@ -152,10 +171,10 @@ def sample(
 
 
 def _completions(
-    tokens: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, end: int, group_size: int
+    tokens: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, ends: torch.Tensor, group_size: int
 ) -> list[list[Completion]]:
     """Cut rows [B, T] behind their first end token and gather them in groups."""
-    is_end = tokens == end
+    is_end = torch.isin(tokens, ends)
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1]).tolist()
     finished = is_end.any(1).tolist()
     rows = zip(tokens.tolist(), logps.tolist(), entropies.tolist(), lengths, finished, strict=True)

@@ -137,7 +137,7 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
         max_tokens=tokens,
         sequences=config.rollout.batch_size,
         kv_cache_gib=config.rollout.kv_cache_gib,
-        end_token=policy.tokenizer.eos_token_id,
+        end_tokens=policy.ends,
     )
 
 

@@ -73,7 +73,7 @@ class EngineSettings:
     sequences: int
     """Generated at once."""
     kv_cache_gib: float
-    end_token: int
+    end_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

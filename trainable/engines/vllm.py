@@ -244,10 +244,8 @@ class VllmEngine:
 
     def generate(self, request: Request) -> list[list[Completion]]:
         greedy = request.temperature == 0
-        end = self.settings.end_token
-        stops = (
-            [end] if end < self.settings.model["vocab_size"] else []
-        )  # of some tokenizers it is none that the model can say
+        # Of some tokenizers an end is none that the model can say.
+        stops = [end for end in self.settings.end_tokens if end < self.settings.model["vocab_size"]]
         params = [
             SamplingParams(
                 n=request.group_size,

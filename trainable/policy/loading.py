@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
@@ -35,7 +36,14 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
 
     Raises ConfigError for a model that cannot be found and a layer that cannot be quantised.
     """
-    network, tokenizer = load_network(model, progress)
+    return wrapped(*load_network(model, progress), model, quant, seed)
+
+
+def wrapped(
+    network: Any, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, quant: QuantConfig, seed: int
+) -> Policy:
+    """The policy on the very parameters of a model that was just loaded. Raises ConfigError."""
+    ends = tuple(network.generation_config.eos_token_id)
     found = find_norms(network)
     _own_experts(network)
     modules = _projections(network)
@@ -65,7 +73,6 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
     _freeze_other_towers(network)
     if model.adapter == "lora":
         network = _with_adapters(network, linears, model, seed)
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
     cpu.load()  # compiled here, where a process may take its time, and not within its first step
     # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one
     # function.
@@ -80,6 +87,7 @@ def load_policy(model: ModelConfig, quant: QuantConfig, seed: int, progress: Pro
         norm_kinds=dict(Counter(str(norm) for norm in found.values())),
         depth=depth,
         coverage=coverage,
+        ends=ends,
     )
 
 
@@ -90,7 +98,7 @@ def _projections(network: Any) -> dict[str, nn.Linear | Conv1D]:
     return {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and (name.startswith(prefix) or module is head)
+        if (isinstance(module, Conv1D) or _is_linear(module)) and (name.startswith(prefix) or module is head)
     }
 
 
@@ -106,6 +114,20 @@ def _freeze_other_towers(network: Any) -> None:
     for parameter in network.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad_(False)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """By what it computes: a router, or a layer of somebody else's 4 or 8 bits, is an nn.Linear too, and does more."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=module.weight.device).view(2, -1).to(module.weight.dtype)
+    try:
+        y = module(x)
+    except Exception:  # whatever its code raises when it is fed as a linear layer is
+        return False
+    return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias))
 
 
 def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:

@@ -45,12 +45,16 @@ class Policy:
     """The norm before the head, as a dict of one (or none: it is no RMSNorm)."""
     depth: int
     """Decoder blocks."""
+    ends: tuple[int, ...]
+    """Tokens that end a completion: the tokenizer's, and those of the folder's generation_config.json."""
     coverage: Coverage = field(default_factory=Coverage)
     """What became of the blocks' weights."""
     gain_offsets: dict[str, float] = field(default_factory=dict)
     """Of norms by name: 1 where the gain is 1 + w, as in Gemma; else 0."""
     norm_kinds: dict[str, int] = field(default_factory=dict)
     """What the model has in norms, and how often, e.g. {"rmsnorm, gain w, residual": 16}."""
+    packs: bool = False
+    """Completions of a prompt were shown to be equal side by side in transformers' forward (`trainable/parity.py`)."""
 
     @property
     def network(self) -> Any:

@@ -2,12 +2,20 @@
 is refused."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from spaces.config import ConfigError, ModelConfig
@@ -28,11 +36,13 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
         options["gguf_file"] = SMOLLM2_FILE
     else:
         source = model.name
-    tokenizer_options = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, padding_side="left", trust_remote_code=False, **tokenizer_options
-        )
+    gguf = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
+    if not gguf:
+        with _told(model):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_config(model, config)
+    with _told(model):
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **gguf)
         network, loaded = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=False,  # runs no code of a folder
@@ -40,16 +50,74 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
             ignore_mismatched_sizes=True,  # told below
             **options,
         )
+    _check_loaded(model, loaded)
+    ends = _ends(model, tokenizer, _listed_ends(source))
+    network.generation_config.eos_token_id = ends
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(ends[0])
+    _check_vocabulary(model, network, tokenizer)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return network, tokenizer
+
+
+@contextmanager
+def _told(model: ModelConfig) -> Iterator[None]:
+    """Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
-        # Outside world: a hub that cannot be reached, a folder that is not a model, a file that was cut off.
+        if "scaled_dot_product_attention" in str(error):
+            raise ConfigError(
+                f"model.attention={model.attention}: this architecture does not have it; set model.attention=eager"
+            ) from error
         raise ConfigError(
             f"model.name={model.name}: cannot be loaded ({str(error).splitlines()[0]}); "
             "give a folder with a transformers model"
         ) from error
-    _check_loaded(model, loaded)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return network, tokenizer
+
+
+def _listed_ends(source: str) -> set[int]:
+    """By generation_config.json. What transformers makes up in its place, from an architecture's defaults, is none."""
+    try:
+        listed = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # there is no such file
+        return set()
+    return set(listed if isinstance(listed, list) else [listed]) - {None}
+
+
+def _ends(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, listed: set[int]) -> list[int]:
+    """Tokens that end a completion. Raises ConfigError where there is none."""
+    own = tokenizer.eos_token_id
+    ends = sorted(listed if own is None else listed | {own})
+    if not ends:
+        raise ConfigError(
+            f"model.name={model.name}: no token ends a completion; name one as eos_token in its "
+            "tokenizer_config.json, or as eos_token_id in its generation_config.json"
+        )
+    return ends
+
+
+def _check_config(model: ModelConfig, config: Any) -> None:
+    """What transformers would crash on, or advise wrongly about, while it loads."""
+    for part in (config, config.get_text_config()):
+        told = getattr(part, "quantization_config", None)
+        if told:
+            method = told.get("quant_method", "another program") if isinstance(told, dict) else type(told).__name__
+            raise ConfigError(
+                f"model.name={model.name}: its weights are quantised already ({method}); give the model that they were "
+                "made from, or load it, dequantise it and save that first"
+            )
+
+
+def _check_vocabulary(model: ModelConfig, network: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A token without an embedding would be an index error, on a GPU the end of the process. Tokens that were added
+    for images and the like may have none: `rollout.encode_prompts` looks at what is asked."""
+    known: int = network.get_input_embeddings().num_embeddings
+    if max(tokenizer.vocab_size, tokenizer.pad_token_id + 1) > known:
+        raise ConfigError(
+            f"model.name={model.name}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {known}; "
+            "give the tokenizer of this model, or resize_token_embeddings and save it first"
+        )
 
 
 def _check_loaded(model: ModelConfig, loaded: dict[str, Any]) -> None:
