@@ -369,7 +369,7 @@ def every_setting(policy: Policy) -> Iterator[None]:
         computing(policy, Arithmetic(activations="mxfp8", scale_rule="even")),
         first_blocks(policy, 2) as part,
         deployed(part),
-        attention(part, "eager"),
+        attention(part.network, "eager"),
     ):
         assert forward_of(part) is None
         yield
@@ -412,7 +412,7 @@ def test_a_floor_that_fails_half_way_leaves_the_attention_as_it_was(
 def test_an_attention_that_does_not_exist_is_one_line(model_folder: ModelFolder) -> None:
     policy = policy_of(model_folder(), QuantConfig())
     before = settings_of(policy)
-    with pytest.raises(ConfigError, match=r"model\.attention=magic: ") as error, attention(policy, "magic"):
+    with pytest.raises(ConfigError, match=r"model\.attention=magic: ") as error, attention(policy.network, "magic"):
         pass
     assert "\n" not in str(error.value)
     assert settings_of(policy) == before
@@ -423,7 +423,7 @@ def test_an_architecture_that_only_warns_that_it_cannot_switch_is_refused(
 ) -> None:
     policy = policy_of(model_folder(), QuantConfig())
     monkeypatch.setattr(type(policy.model), "_can_set_attn_implementation_cached_value", False, raising=False)
-    with pytest.raises(ConfigError, match="Qwen2ForCausalLM cannot switch to it"), attention(policy, "eager"):
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM cannot switch to it"), attention(policy.network, "eager"):
         pass
 
 

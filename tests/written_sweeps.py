@@ -99,6 +99,7 @@ def receipt(dose: float | None = None) -> EffectReceipt:
         moved={},
         effects=effects,
         warnings=(),
+        forward={},
     )
 
 

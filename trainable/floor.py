@@ -164,7 +164,7 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
-    with attention(policy, "sdpa" if attention_of(policy) == "eager" else "eager"):
+    with attention(policy.network, "sdpa" if attention_of(policy) == "eager" else "eager"):
         return clean_logps(policy, batch, temperature, micro_batch)
 
 

@@ -186,6 +186,9 @@ class EffectReceipt:
     `vectors` (gains, biases); of large tensors evenly spaced ones are looked at."""
     effects: tuple[Effect, ...]
     warnings: tuple[str, ...]
+    forward: Mapping[str, Any]
+    """How far training and sampling are from transformers' own forward, unquantised, as fields of `parity.Agreement`.
+    """
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "coverage": self.coverage.as_tree()}

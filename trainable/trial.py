@@ -1,5 +1,6 @@
 """One trial: GRPO with 4-bit linear layers and noise in the rollouts. Read this first.
 
+    at load         prove that training and sampling compute the model that transformers computes
     before step 0   evaluate; sample a noise-free rollout as baseline of the collapse rules (not trained on);
                     prove that an engine which generates computes what training computes (again after every restore)
     every step      sigma = schedule(step)
@@ -55,8 +56,8 @@ from trainable.outcome import (
     Scores,
     StepReport,
 )
+from trainable.parity import load_checked
 from trainable.policy.embedded import Progress
-from trainable.policy.loading import load_policy
 from trainable.policy.policy import deployed, unquantized
 from trainable.rollout import LeftOut, encode_prompts, judge, without_too_long
 from trainable.seeds import generator
@@ -111,7 +112,7 @@ class Trial:
         self.on_phase = on_phase
         self.task = build_task(config.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
-        self.policy = load_policy(config.model, config.quant, config.seed, progress)
+        self.policy, self.agreement = load_checked(config, progress)
         self.left_out = LeftOut()
         self._measure_questions()
         self.targets = noise_targets(self.policy, config.noise)
@@ -214,6 +215,7 @@ class Trial:
             moved=moved_shares(self.start_weights, self.policy.trainable()),
             effects=effects,
             warnings=(*self.so_far.warnings, *effect_warnings(effects)),
+            forward=asdict(self.agreement),
         )
 
     def state_dict(self) -> dict[str, Any]:

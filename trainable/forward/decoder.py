@@ -54,7 +54,7 @@ class _Transformers:
     def prefill(self, ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
         logits = self._forward(ids, mask, positions(mask))
         if group_size > 1:
-            self.cache.batch_repeat_interleave(group_size)
+            self.cache.reorder_cache(torch.arange(len(ids), device=ids.device).repeat_interleave(group_size))
         self.mask = mask.repeat_interleave(group_size, 0)  # [B, L + tokens so far]
         self.position = self.mask.sum(-1, keepdim=True)  # [B, 1], of the next token
         return logits.repeat_interleave(group_size, 0)
@@ -66,7 +66,7 @@ class _Transformers:
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # the one way that all of transformers' caches have
         self.mask, self.position = self.mask[rows], self.position[rows]
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:

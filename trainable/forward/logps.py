@@ -112,36 +112,41 @@ def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[
 
     A prompt is computed once for several of its completions: they follow it in one row and do not see each other.
     The longer the row, the more of its attention is masked away, so there is a limit to it; from there on each
-    completion has a row of its own.
+    completion has a row of its own. So it has in an architecture of which nobody has shown that packing is equal.
     """
     length, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
+    if not packs(policy):
+        return _logps_packed(policy, batch, temperature, 1)
     even = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0]
     fitting = [k for k in even if length + k * tokens <= _PACKED_TOKENS]
     return _logps_packed(policy, batch, temperature, max(fitting, default=1))
 
 
+def packs(policy: Policy) -> bool:
+    """Whether completions of a prompt may share a row."""
+    return policy.packs or forward_of(policy) is not None
+
+
 def _logps_packed(
     policy: Policy, batch: Batch, temperature: float, side_by_side: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T."""
+    """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T.
+
+    In rows of their own transformers makes the mask: it knows of windows, chunks and biases by distance.
+    """
     (_, tokens), device = batch.completion_ids.shape, batch.mask.device
     prompt_mask = batch.prompt_mask[::side_by_side]  # [R, L]
-    rows, length = prompt_mask.shape
+    rows = len(prompt_mask)
     completions = batch.completion_ids.view(rows, -1)  # [R, K * T]
     ids = torch.cat([batch.prompt_ids[::side_by_side], completions], 1)  # [R, S]
     step = torch.arange(tokens, device=device).repeat(side_by_side)  # [K * T]: 0, 1, .., T - 1, 0, 1, ..
     position_ids = torch.cat([positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + step], 1)  # [R, S]
-    numbers = 1 + torch.arange(side_by_side, device=device)
-    owner = torch.cat([torch.zeros(length, device=device), numbers.repeat_interleave(tokens)])  # [S]
-    related = (owner[:, None] == owner) | (owner == 0)  # [S, S]: the same completion, or the prompt
     real = torch.cat([prompt_mask, batch.mask.view(rows, -1)], 1) > 0  # [R, S]
-    visible = related.tril() & real[:, None]  # [R, S, S]
-    # Padding sees itself: a row that sees nothing would become NaN.
-    visible |= torch.eye(len(owner), dtype=torch.bool, device=device)
-    dtype = next(policy.model.parameters()).dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    mask = mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]  # [R, 1, S, S]
-    logits = _logits(policy, ids, position_ids, mask, keep=side_by_side * tokens + 1)
+    if side_by_side == 1 and forward_of(policy) is None:
+        logits = _logits(policy, ids, position_ids, real.long(), keep=tokens + 1)
+    else:
+        mask = _mask_of_packed(policy, real, tokens, side_by_side)
+        logits = _logits(policy, ids, position_ids, mask, keep=side_by_side * tokens + 1)
     distribution = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, 1 + K * T, V]
     # A completion's first token follows the prompt's last one, which comes first here; others follow the one before.
     before = torch.arange(side_by_side * tokens, device=device).where(step > 0, 0)  # [K * T]
@@ -149,10 +154,25 @@ def _logps_packed(
     return logps.view(-1, tokens), _entropies(distribution)[:, before].view(-1, tokens)
 
 
+def _mask_of_packed(policy: Policy, real: torch.Tensor, tokens: int, side_by_side: int) -> torch.Tensor:
+    """Additive, [R, 1, S, S]: a token sees its prompt and its own completion; real [R, S] is false on padding."""
+    device, length = real.device, real.shape[1] - side_by_side * tokens
+    numbers = 1 + torch.arange(side_by_side, device=device)
+    owner = torch.cat([torch.zeros(length, device=device), numbers.repeat_interleave(tokens)])  # [S]
+    related = (owner[:, None] == owner) | (owner == 0)  # [S, S]: the same completion, or the prompt
+    visible = related.tril() & real[:, None]  # [R, S, S]
+    # Padding sees itself: a row that sees nothing would become NaN.
+    visible |= torch.eye(len(owner), dtype=torch.bool, device=device)
+    dtype = next(policy.model.parameters()).dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
 def _logits(
     policy: Policy, ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, keep: int
 ) -> torch.Tensor:
-    """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S]."""
+    """Of the last `keep` tokens of each row, [R, keep, V]; ids and position ids [R, S], additive mask [R, 1, S, S] or
+    for transformers also [R, S]."""
     forward = forward_of(policy)
     if forward is not None:
         return forward.logits(forward.hidden(ids, forward.angles(position_ids), forward.masked(mask))[:, -keep:])

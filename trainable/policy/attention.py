@@ -3,6 +3,7 @@ they keep it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from spaces.config import ConfigError
 from trainable.policy.policy import Policy
@@ -15,10 +16,9 @@ def attention_of(policy: Policy) -> str:
 
 
 @contextmanager
-def attention(policy: Policy, implementation: str) -> Iterator[None]:
-    """Another attention implementation, of transformers' names. Raises ConfigError where the architecture has no
-    choice."""
-    network = policy.network
+def attention(network: Any, implementation: str) -> Iterator[None]:
+    """Another attention implementation of a transformers model, by transformers' names. Raises ConfigError where the
+    architecture has no choice."""
     before = network.config._attn_implementation
     try:
         try:
@@ -31,4 +31,4 @@ def attention(policy: Policy, implementation: str) -> Iterator[None]:
             )
         yield
     finally:
-        network.config._attn_implementation = before
+        network.set_attn_implementation(before)  # a model's parts have configurations of their own
