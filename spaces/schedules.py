@@ -45,36 +45,13 @@ def sigma_of(noise: NoiseConfig, start: float, end: float, step: int, total_step
     return SCHEDULES[noise.schedule](start, end, stage - 1, noise.num_stages)
 
 
-def _qerl_code(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 * math.pow(s1 / s0, j / (stages - 2))
-
-
-def _qerl_paper(s0: float, s1: float, j: int, stages: int) -> float:
-    """Eq. 8 divides by K - 1: its last stage does not reach s1."""
-    return s0 * math.pow(s1 / s0, j / (stages - 1))
-
-
-def _linear(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 + (s1 - s0) * (j / (stages - 2))
-
-
-def _cosine(s0: float, s1: float, j: int, stages: int) -> float:
-    return s1 + (s0 - s1) * (1 + math.cos(math.pi * j / (stages - 2))) / 2
-
-
-def _log(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0 + (s1 - s0) * math.log(1 + j) / math.log(stages - 1)
-
-
-def _constant(s0: float, s1: float, j: int, stages: int) -> float:
-    return s0
-
-
 SCHEDULES: dict[str, Callable[[float, float, int, int], float]] = {
-    "qerl_code": _qerl_code,
-    "qerl_paper": _qerl_paper,
-    "linear": _linear,
-    "cosine": _cosine,
-    "log": _log,
-    "constant": _constant,
+    # From s0 to s1; j counts the stages behind the quiet one.
+    "qerl_code": lambda s0, s1, j, stages: s0 * math.pow(s1 / s0, j / (stages - 2)),
+    # Eq. 8 divides by K - 1: its last stage does not reach s1.
+    "qerl_paper": lambda s0, s1, j, stages: s0 * math.pow(s1 / s0, j / (stages - 1)),
+    "linear": lambda s0, s1, j, stages: s0 + (s1 - s0) * (j / (stages - 2)),
+    "cosine": lambda s0, s1, j, stages: s1 + (s0 - s1) * (1 + math.cos(math.pi * j / (stages - 2))) / 2,
+    "log": lambda s0, s1, j, stages: s0 + (s1 - s0) * math.log(1 + j) / math.log(stages - 1),
+    "constant": lambda s0, s1, j, stages: s0,
 }
