@@ -183,13 +183,12 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
     results = []
     for packed in (batch, replace(batch, group_size=1)):
         monkeypatch.setattr(trainable.forward.logps, "_PACKED_TOKENS", longest)
-        logps, entropies = completion_logps(policy, packed, 0.7)
+        logps = completion_logps(policy, packed, 0.7)
         inside = batch.mask > 0
         loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()
-        results.append((logps[inside], entropies[inside], torch.autograd.grad(loss, list(policy.trainable().values()))))
-    (logps, entropies, gradients), (their_logps, their_entropies, theirs) = results
+        results.append((logps[inside], torch.autograd.grad(loss, list(policy.trainable().values()))))
+    (logps, gradients), (their_logps, theirs) = results
     torch.testing.assert_close(logps, their_logps, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropies, their_entropies, rtol=1e-5, atol=1e-5)
     for mine, other in zip(gradients, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -199,8 +198,8 @@ def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     batch = sampled_batch(policy)
     changed = batch.completion_ids.clone()
     changed[::6] = 2 + (changed[::6] + 3) % 13
-    before, _ = completion_logps(policy, batch, 1.0)
-    after, _ = completion_logps(policy, replace(batch, completion_ids=changed), 1.0)
+    before = completion_logps(policy, batch, 1.0)
+    after = completion_logps(policy, replace(batch, completion_ids=changed), 1.0)
     others = torch.arange(len(batch)) % 6 != 0
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[~others], after[~others])
@@ -443,8 +442,8 @@ def test_attention_to_very_unequal_tokens_and_to_nan() -> None:
 def test_without_kernels_everything_is_computed_by_torch(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(ModelConfig(name=folder), QuantConfig(), seed=0)
     batch = sampled_batch(policy)
-    fused, _ = completion_logps(policy, batch, 1.0)
+    fused = completion_logps(policy, batch, 1.0)
     monkeypatch.setattr(cpu, "load", lambda: None)
-    plain, _ = completion_logps(policy, batch, 1.0)
+    plain = completion_logps(policy, batch, 1.0)
     assert ((fused - plain).abs() > 1e-4).float().mean() < 0.1, "but for flipped roundings"
     assert type(decoding.decoder(policy, 4)) is _Ours

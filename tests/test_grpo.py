@@ -235,7 +235,7 @@ def test_the_gradient_of_every_parameter_is_that_of_trl(
     """From token ids to gradients, at temperature 0.7, with left- and right-padding."""
     groups = sampled_groups(policy, ragged_prompts(3), temperature=0.7)
     batch = make_batch(policy, groups, group_advantages(torch.rand(3, 4, generator=generator("rewards"))))
-    logps, _ = completion_logps(policy, batch, 0.7)
+    logps = completion_logps(policy, batch, 0.7)
     shift = 0.2 * torch.randn(logps.shape, generator=generator("old"))
     batch = replace(batch, old_logps=logps.detach() + shift, reference_logps=logps.detach() - shift)
     normalizer = loss_normalizer(loss, batch, batch, 1, MAX_NEW_TOKENS)
@@ -426,7 +426,7 @@ class Recorder(torch.optim.SGD):
 def ready_batch(policy: Policy, prompts: int = 3, rewards: Sequence[float] = (1.0, 0.0, 0.0, 0.5)) -> Batch:
     groups = sampled_groups(policy, ragged_prompts(prompts))
     batch = make_batch(policy, groups, group_advantages(torch.tensor([rewards] * prompts)))
-    logps = completion_logps(policy, batch, 1.0)[0].detach()
+    logps = completion_logps(policy, batch, 1.0).detach()
     return replace(batch, old_logps=logps + 0.1 * torch.randn(logps.shape, generator=generator("old")))
 
 
@@ -476,7 +476,7 @@ def test_micro_batches_add_up(model_folder: ModelFolder, loss: Loss, updates: in
 def test_an_update_descends_the_gradient_of_the_loss(policy: Policy, loss: Loss, correction: Any) -> None:
     batch = ready_batch(policy)
     batch = replace(batch, reference_logps=batch.old_logps)
-    logps, _ = completion_logps(policy, batch, 1.0)
+    logps = completion_logps(policy, batch, 1.0)
     weights = importance_weights(correction, batch.old_logps, batch.rollout_logps, batch.mask, 2.0).weights
     value, _ = our_loss(
         logps,
@@ -538,7 +538,7 @@ def test_every_epoch_sees_every_completion_once(
     batch = replace(batch, advantages=torch.arange(1.0, completions + 1))  # names of the rows
     seen: list[list[float]] = []
 
-    def spy(policy: Policy, rows: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(policy: Policy, rows: Batch, temperature: float) -> torch.Tensor:
         seen.append(rows.advantages.tolist())
         return completion_logps(policy, rows, temperature)
 

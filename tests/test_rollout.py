@@ -49,7 +49,7 @@ def gaps(policy: Policy, prompts: list[list[int]], temperature: float, **options
     """|log-prob in training - log-prob at sampling| of every sampled token."""
     groups = sampled_groups(policy, prompts, temperature=temperature, **options)
     batch = make_batch(policy, groups, torch.zeros(len(groups), 4))
-    logps, _ = completion_logps(policy, batch, temperature)
+    logps = completion_logps(policy, batch, temperature)
     return (logps.detach() - batch.rollout_logps).abs()[batch.mask > 0]
 
 
@@ -106,8 +106,8 @@ def test_the_noisy_policy_reports_its_own_log_probs(tiny: Tiny) -> None:
     batch = make_batch(policy, groups, torch.zeros(2, 4))
     inside = batch.mask > 0
     with noisy():
-        again, _ = completion_logps(policy, batch, 1.0)
-    clean, _ = completion_logps(policy, batch, 1.0)
+        again = completion_logps(policy, batch, 1.0)
+    clean = completion_logps(policy, batch, 1.0)
     assert (again - batch.rollout_logps).abs()[inside].max() < 1e-4
     assert (clean - batch.rollout_logps).abs()[inside].max() > 0.01, "the noise was there"
 
@@ -124,9 +124,8 @@ def test_padding_gives_finite_log_probs_and_gradients(
     batch = make_batch(policy, sampled_groups(policy, ragged_prompts(4)), torch.zeros(4, 4))
     assert batch.mask.min() == 0
     assert batch.prompt_mask.min() == 0
-    logps, entropies = completion_logps(policy, batch, 1.0)
+    logps = completion_logps(policy, batch, 1.0)
     assert logps.isfinite().all()
-    assert entropies.isfinite().all()
     gradients = torch.autograd.grad((logps * batch.mask).sum(), list(policy.trainable().values()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -136,7 +135,7 @@ def test_log_probs_and_entropies_are_those_of_the_bare_completion(model_folder: 
     policy = load_policy(ModelConfig(name=model_folder("llama")), W16A16, seed=0)
     groups = sampled_groups(policy, ragged_prompts(4), temperature=0.7)
     batch = make_batch(policy, groups, torch.zeros(4, 4))
-    logps, entropies = completion_logps(policy, batch, 0.7)
+    logps = completion_logps(policy, batch, 0.7)
     for row, e in enumerate(e for group in groups for e in group):
         ids = torch.tensor([[*e.prompt_ids, *e.completion.ids]])
         length = len(e.completion.ids)
@@ -144,7 +143,6 @@ def test_log_probs_and_entropies_are_those_of_the_bare_completion(model_folder: 
             logits=policy.model(input_ids=ids).logits[0, -length - 1 : -1] / 0.7
         )
         torch.testing.assert_close(logps[row, :length], distribution.log_prob(ids[0, -length:]), atol=1e-4, rtol=0)
-        torch.testing.assert_close(entropies[row, :length], distribution.entropy(), atol=1e-4, rtol=0)
         assert e.completion.entropy == pytest.approx(distribution.entropy().mean().item(), abs=1e-4)
 
 

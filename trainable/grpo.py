@@ -180,7 +180,7 @@ def update(
         total = 0.0
         for rows in mini.slices(grpo.micro_batch_size):
             micro = mini.part(rows)
-            logps, _ = completion_logps(policy, micro, rollout.temperature)
+            logps = completion_logps(policy, micro, rollout.temperature)
             loss, metrics = grpo_loss(
                 logps,
                 micro.old_logps,

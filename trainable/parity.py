@@ -246,7 +246,7 @@ def _ways(policy: Policy, batch: Batch, micro: int) -> dict[str, Callable[[], Te
 
     def trained(policy: Policy, batch: Batch) -> Tensor:
         with torch.enable_grad():
-            parts = (completion_logps(policy, batch.part(rows), 1.0)[0].detach() for rows in batch.slices(micro))
+            parts = (completion_logps(policy, batch.part(rows), 1.0).detach() for rows in batch.slices(micro))
             return torch.cat(list(parts))
 
     def sampled() -> Tensor:

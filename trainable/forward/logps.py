@@ -107,8 +107,8 @@ def make_batch(policy: Policy, groups: Sequence[Group], advantages: torch.Tensor
 # --- training's forward pass -----------------------------------------------------------------------------------------
 
 
-def completion_logps(policy: Policy, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [B, T] of the completions' tokens and entropies [B, T] (no gradient), at the sampling temperature.
+def completion_logps(policy: Policy, batch: Batch, temperature: float) -> torch.Tensor:
+    """Log-probs [B, T] of the completions' tokens at the sampling temperature.
 
     A prompt is computed once for several of its completions: they follow it in one row and do not see each other.
     The longer the row, the more of its attention is masked away, so there is a limit to it; from there on each
@@ -127,9 +127,7 @@ def packs(policy: Policy) -> bool:
     return policy.packs or forward_of(policy) is not None
 
 
-def _logps_packed(
-    policy: Policy, batch: Batch, temperature: float, side_by_side: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side: int) -> torch.Tensor:
     """R = rows of a prompt and K = `side_by_side` of its completions, S = L + K * T.
 
     In rows of their own transformers makes the mask: it knows of windows, chunks and biases by distance.
@@ -151,7 +149,7 @@ def _logps_packed(
     # A completion's first token follows the prompt's last one, which comes first here; others follow the one before.
     before = torch.arange(side_by_side * tokens, device=device).where(step > 0, 0)  # [K * T]
     logps = distribution[torch.arange(rows, device=device)[:, None], before, completions]  # [R, K * T]
-    return logps.view(-1, tokens), _entropies(distribution)[:, before].view(-1, tokens)
+    return logps.view(-1, tokens)
 
 
 def _mask_of_packed(policy: Policy, real: torch.Tensor, tokens: int, side_by_side: int) -> torch.Tensor:
@@ -183,16 +181,10 @@ def _logits(
     return logits
 
 
-def _entropies(distribution: torch.Tensor) -> torch.Tensor:
-    """In nats, without gradient, from log-probs on the last axis; a token of probability 0 counts nothing."""
-    detached = distribution.detach()
-    return -(detached.exp() * detached.clamp(min=-1e30)).sum(-1)
-
-
 @torch.no_grad()
 def clean_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> torch.Tensor:
     """Log-probs [B, T] without gradient, some rows at a time."""
-    return torch.cat([completion_logps(policy, batch.part(rows), temperature)[0] for rows in batch.slices(micro_batch)])
+    return torch.cat([completion_logps(policy, batch.part(rows), temperature) for rows in batch.slices(micro_batch)])
 
 
 # --- two passes over the same tokens ---------------------------------------------------------------------------------
