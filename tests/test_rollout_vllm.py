@@ -596,3 +596,14 @@ def test_a_tied_head_in_few_bits_is_refused() -> None:
         ValueError, match="lm_head is quantised, its embedding is not; set tie_word_embeddings to false"
     ):
         head.tie_weights(layer, torch.nn.Embedding(64, 32))
+
+
+def test_experts_that_are_quantised_are_refused_and_not_served_as_they_are() -> None:
+    """vLLM computes them as a whole, and asks for no linear layer."""
+    from trainable.engines.vllm import RinQuantization
+
+    layers = {f"model.layers.0.mlp.experts.down_proj.{expert}": asdict(Arithmetic()) for expert in (0, 1)}
+    rin = RinQuantization({"version": 2, "layers": layers})
+    assert rin.get_quant_method(torch.nn.Module(), "model.layers.0.self_attn.attn") is None
+    with pytest.raises(ValueError, match=r"experts\.down_proj\.0 is quantised, and vLLM computes all of model"):
+        rin.get_quant_method(torch.nn.Module(), "model.layers.0.mlp.experts")

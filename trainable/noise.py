@@ -29,6 +29,7 @@ from spaces.schedules import sigma_at as sigma_at
 from spaces.schedules import sigma_of
 from spaces.schedules import stage_at as stage_at
 from trainable.outcome import Effect
+from trainable.policy.coverage import check_reach
 from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import QuantLinear
 from trainable.seeds import generator
@@ -119,6 +120,8 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
 
     found: list[NoiseTarget] = []
     for kind in noise.modules:
+        if kind == "linear":
+            check_reach(policy.coverage, "noise.modules=linear:")
         modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
         matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
         if not matching:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainable.seeds import generator
+
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 """Of the largest output: sums in another order, in the dtype."""
 _PROBES = 16
@@ -49,7 +51,7 @@ def as_linears(origin: Any) -> Experts | None:
     """None for what is no experts' module of transformers' interface, or computes something else with its weights."""
     if not all(hasattr(origin, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate")):
         return None
-    weights = dict(origin.named_parameters())
+    weights = dict([*origin.named_parameters(), *origin.named_buffers()])
     wanted = {"gate_up_proj" if origin.has_gate else "up_proj", "down_proj"}
     wanted |= {f"{name}_bias" for name in wanted} if origin.has_bias else set()
     if set(weights) != wanted or any(weights[name].dim() != 3 for name in wanted if not name.endswith("_bias")):
@@ -76,9 +78,9 @@ def _linears(weight: Tensor, bias: Tensor | None, transposed: bool) -> list[nn.L
 
 def _same(origin: Any, ours: Experts) -> bool:
     layers: Any = ours.get_submodule(ours.up)
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBES, layers[0].in_features, generator=draw).to(layers[0].weight.dtype)
-    scores = torch.rand(_PROBES, len(layers), generator=draw)
+    draw = generator("experts")
+    x = torch.randn(_PROBES, layers[0].in_features, generator=draw).to(layers[0].weight)  # its dtype and device
+    scores = torch.rand(_PROBES, len(layers), generator=draw).to(x.device)
     shares, chosen = scores.topk(min(2, len(layers)), dim=-1)
     with torch.no_grad():
         wanted, found = (module(x, chosen, shares.to(x.dtype)) for module in (origin, ours))

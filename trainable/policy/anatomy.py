@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainable.hashing import stable_hash
 from trainable.policy.policy import after_block, block_of
+from trainable.seeds import generator
 
 _TOLERANCE = 1e-3
 """Of the largest output: epsilon and roundings are far below, another kind of norm is far above."""
@@ -30,6 +30,7 @@ _PROBES = 4
 _LARGEST = 1 << 16
 """Numbers of a gain; what is larger is a matrix."""
 
+Kind = Literal["rmsnorm", "layernorm", "unknown"]
 Place = Literal["residual", "inside", "final", "beside"]
 
 
@@ -37,13 +38,16 @@ Place = Literal["residual", "inside", "final", "beside"]
 class Norm:
     """Example: Norm(kind="rmsnorm", offset=1.0, place="residual") is the input norm of a block of Gemma."""
 
-    kind: Literal["rmsnorm", "layernorm"]
+    kind: Kind
+    """unknown: it has a gain, or whatever else it does with a vector."""
     offset: float | None
-    """What is added to its weight to make the gain: 0 or 1; None: it has no weight."""
+    """What is added to its weight to make the gain: 0 or 1; None: it has no weight, or is unknown."""
     place: Place
     """residual: a block's own child; inside: deeper in a block; final: before the head; beside: anywhere else."""
 
     def __str__(self) -> str:
+        if self.kind == "unknown":
+            return f"unknown, {self.place}"
         gain = {None: "no gain", 0.0: "gain w", 1.0: "gain 1 + w"}[self.offset]
         return f"{self.kind}, {gain}, {self.place}"
 
@@ -57,61 +61,62 @@ def text_model(network: Any) -> tuple[str, nn.Module]:
 
 def find_norms(network: Any) -> dict[str, Norm]:
     """Every norm of the text model by name, in model order."""
-    prefix, body = text_model(network)
+    prefix, _ = text_model(network)
     width = network.get_input_embeddings().weight.shape[-1]
-    kinds = {name: kind for name, module in body.named_modules() if (kind := _kind(module, width)) is not None}
-    children = [name for name, _ in body.named_children()]
-    stack = next((name for name in children if block_of(f"{prefix}{name}.0.") == 0), None)
-    behind = children[children.index(stack) + 1 :] if stack else []
-    final = next((name for name in behind if name in kinds), None)
+    modules = {name: module for name, module in network.named_modules() if name.startswith(prefix)}
+    kinds = {name: kind for name, module in modules.items() if (kind := _kind(module, width)) is not None}
+    final = next((name for name in _behind_the_blocks(network, modules) if name in kinds), None)
 
     def place(name: str) -> Place:
-        if block_of(f"{prefix}{name}.") is None:
+        if block_of(f"{name}.") is None:
             return "final" if name == final else "beside"
-        return "inside" if "." in after_block(f"{prefix}{name}") else "residual"
+        return "inside" if "." in after_block(name) else "residual"
 
-    return {
-        f"{prefix}{name}": Norm(kind=kind, offset=offset, place=place(name)) for name, (kind, offset) in kinds.items()
-    }
+    return {name: Norm(kind=kind, offset=offset, place=place(name)) for name, (kind, offset) in kinds.items()}
 
 
-def _kind(module: nn.Module, width: int) -> tuple[Literal["rmsnorm", "layernorm"], float | None] | None:
+def _behind_the_blocks(network: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules that stand beside the list of blocks and follow it."""
+    stack = next((n for n, m in modules.items() if isinstance(m, nn.ModuleList) and block_of(f"{n}.0.") == 0), "")
+    parent, _, last = stack.rpartition(".")
+    children = [name for name, _ in network.get_submodule(parent).named_children()]
+    return [f"{parent}.{name}".lstrip(".") for name in children[children.index(last) + 1 :]] if stack else []
+
+
+def _kind(module: nn.Module, width: int) -> tuple[Kind, float | None] | None:
     """None for what is no norm; a module without weights is asked with an input of this width."""
     own = dict(module.named_parameters())
-    if set(own) - {"weight", "bias"} or any(True for _ in module.children()) or isinstance(module, nn.Dropout):
-        return None
-    weight, bias = own.get("weight"), own.get("bias")
-    if isinstance(module, nn.Linear | nn.Embedding) or (weight is None and bias is not None):
+    weight = own.get("weight")
+    if set(own) not in ({"weight", "bias"}, {"weight"}, set()) or len({p.shape for p in own.values()}) > 1:
         return None
     shape = (width,) if weight is None else tuple(weight.shape)
-    if len(shape) > 2 or math.prod(shape) > _LARGEST:
+    if any(True for _ in module.children()) or len(shape) > 2 or math.prod(shape) > _LARGEST:
         return None
-    draw = torch.Generator().manual_seed(stable_hash("norm", *shape) % 2**31)
+    draw = generator("norm", *shape)
     x = 3 + 4 * torch.randn(_PROBES, *shape, generator=draw)  # [P, .., n], of a mean that LayerNorm takes away
-    chosen = {name: torch.randn(parameter.shape, generator=draw) for name, parameter in own.items()}
+    chosen = {name: torch.randn(shape, generator=draw) for name in own}
     y = _answer(module, x, chosen)
-    if y is None or y.shape != x.shape:
-        return None
-    normal = {
+    normal: dict[Kind, Tensor] = {
         "rmsnorm": x * x.square().mean(-1, keepdim=True).rsqrt(),
         "layernorm": (x - x.mean(-1, keepdim=True)) * x.var(-1, keepdim=True, correction=0).rsqrt(),
     }
     for kind, z in normal.items():
         for offset in (0.0, 1.0) if weight is not None else (None,):
             wanted = (z if offset is None else (offset + chosen["weight"]) * z) + chosen.get("bias", torch.zeros(()))
-            if (y - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
-                return kind, offset  # type: ignore[return-value]  # a key of `normal`
-    return None
+            if y is not None and (y - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
+                return kind, offset
+    return ("unknown", None) if weight is not None and len(shape) == 1 else None
 
 
 def _answer(module: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor | None:
-    """What a module makes of x with other weights, in fp32; None where it does not take a tensor and give one."""
-    with torch.no_grad(), _standing_in(module, weights):
+    """What a module makes of x with other weights, in fp32; None where it does not make one tensor of another."""
+    device = next((parameter.device for parameter in module.parameters()), x.device)
+    with torch.no_grad(), _standing_in(module, {name: weight.to(device) for name, weight in weights.items()}):
         try:
-            y = module(x)
+            y = module(x.to(device))
         except Exception:  # whatever a foreign module raises when it wants more than x
             return None
-    return y.float() if isinstance(y, Tensor) and y.is_floating_point() else None
+    return y.float().cpu() if isinstance(y, Tensor) and y.is_floating_point() and y.shape == x.shape else None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 A model of which 6 % is quantised is no W4A4, whatever the configuration says; architectures hold weights in more than
 linear layers, and a list of those that were found does not show what was not. So what is counted are all matrices of
 the decoder blocks (what has two axes or more; gains and biases are no operands), and the three sums make up all of
-them. Where more than a twentieth would be left out that nobody named, the trial does not start.
+them. What is left out because no layer of ours holds it gets neither few bits nor noise nor an adapter. Where that is
+more than a twentieth and nobody named it, a trial that quantises, or puts noise on linear layers, does not start.
 
 A weight is named by `quant.exclude` or `quant.skip_layers`. Entries of one kind in all blocks are one line, whose name
 is a pattern for `quant.exclude`.
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from spaces.config import ConfigError, QuantConfig
+from spaces.config import ConfigError
 from trainable.outcome import Coverage, LeftOut
 from trainable.policy.anatomy import text_model
 from trainable.policy.policy import any_number, block_of
@@ -25,6 +26,7 @@ LARGEST_UNNAMED = 0.05
 state-space models are below, the experts of a mixture are far above."""
 
 _OTHER_TOWER = "not of the text model"
+_NOTHING = "nothing is quantised"
 
 
 def block_matrices(network: Any, norms: Collection[str]) -> dict[str, int]:
@@ -60,23 +62,24 @@ def cover(
     )
 
 
-def check_coverage(coverage: Coverage, quant: QuantConfig) -> None:
-    """Raises ConfigError where much of a quantised model would not be, unnamed."""
+def check_reach(coverage: Coverage, setting: str) -> None:
+    """Raises ConfigError where much of the blocks is out of reach, unnamed, for a `setting` that means all of it."""
     ours = [entry for entry in coverage.left_out if entry.reason != _OTHER_TOWER]
-    left, whole = sum(e.weights for e in ours), coverage.weights - (coverage.left - sum(e.weights for e in ours))
-    if quant.weights == quant.activations == "none" or left <= LARGEST_UNNAMED * whole:
-        return
-    largest = max(ours, key=lambda entry: entry.weights)
-    raise ConfigError(
-        f"quant.exclude={list(quant.exclude)}: {quant.mode} would leave out {100 * left / whole:.0f} % of the blocks' "
-        f"weights, most of it {largest.name} ({largest.reason}); name {', '.join(entry.name for entry in ours[:4])} "
-        "there to train like that, or take another model"
-    )
+    out = [entry for entry in ours if entry.reason != _NOTHING]
+    whole = coverage.weights - coverage.left + sum(entry.weights for entry in ours)
+    share = sum(entry.weights for entry in out) / max(whole, 1)
+    if share > LARGEST_UNNAMED:
+        largest = max(out, key=lambda entry: entry.weights)
+        raise ConfigError(
+            f"{setting} would leave out {100 * share:.0f} % of the blocks' weights, most of it {largest.name} "
+            f"({largest.reason}); name {', '.join(entry.name for entry in out[:4])} in quant.exclude to train like "
+            "that, or take another model"
+        )
 
 
 def _reason(owner: nn.Module) -> str:
     if isinstance(owner, QuantLinear):
-        return "nothing is quantised"
+        return _NOTHING
     if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "a convolution"
     if isinstance(owner, nn.Embedding):

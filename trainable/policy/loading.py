@@ -17,7 +17,7 @@ from trainable.layers.experts import as_linears
 from trainable.layers.mlp import GatedMLP
 from trainable.layers.norm import RMSNorm
 from trainable.policy.anatomy import find_norms, text_model
-from trainable.policy.coverage import block_matrices, check_coverage, cover
+from trainable.policy.coverage import block_matrices, check_reach, cover
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import KNOWN_BLOCKS, Policy, bare_name, block_of, matches, share_inputs
 from trainable.policy.sources import load_network
@@ -63,7 +63,8 @@ def wrapped(
         if block_of(name) is not None or not excluded(name)
     }
     coverage = cover(network, linears, matrices, excluded)
-    check_coverage(coverage, quant)
+    if Arithmetic.of(quant).quantizes:
+        check_reach(coverage, f"quant.exclude={list(quant.exclude)}: {quant.mode}")
     _own_norms(network, linears)
     _own_mlps(network)
     gains = {name: norm for name, norm in found.items() if norm.kind == "rmsnorm" and norm.offset is not None}
