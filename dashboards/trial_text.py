@@ -37,8 +37,10 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
         *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
-        f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights",
+        f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights"
+        + (f", adapters beside {len(receipt.adapted)} layers" if receipt.adapted else ""),
         *_coverage_lines(receipt.coverage),
+        "of the trained weights moved: " + ", ".join(f"{100 * x:.1f} % of {kind}" for kind, x in receipt.moved.items()),
         *(f"warning: {warning}" for warning in receipt.warnings),
         *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
     ]

@@ -180,7 +180,7 @@ class QuantConfig(Record):
     (high_precision: dx = dy W, dW = dy^T x). Adapters are not quantised, and have their own gradient either way."""
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part).
-    """
+    Also names what no layer here holds, when that is much of a model; `lm_head` is the head, whatever it is called."""
     skip_layers: tuple[Whole, ...] = ()
     """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1)."""
 

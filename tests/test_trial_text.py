@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dashboards.trial_text import outcome_lines, step_line
-from trainable.outcome import Alarm, Coverage
+from trainable.outcome import Alarm, Coverage, LeftOut
 
 SIGNALS = {"grpo/reward": 0.4123, "gen/entropy": 0.31, "gen/length": 4.12, "filter/kept_groups": 21.0}
 
@@ -15,7 +15,14 @@ def report(collapsed: bool = False, **signals: float) -> Any:
 
 
 def touched(*warnings: str) -> Any:
-    return SimpleNamespace(quantized=("a", "b"), coverage=Coverage(), noised=("n",), warnings=warnings)
+    return SimpleNamespace(
+        quantized=("a", "b"),
+        coverage=Coverage(),
+        adapted=(),
+        noised=("n",),
+        moved={"matrices": 0.4812, "vectors": 1.0},
+        warnings=warnings,
+    )
 
 
 def outcome(parts: dict[str, float] | None = None, **changes: Any) -> Any:
@@ -39,6 +46,7 @@ def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() 
         "completed after 29 steps, 12.3 s",
         "accuracy 0.1800 -> 0.4300 (W4A4), 0.2000 -> 0.5000 (unquantised), 2048 questions",
         "quantised 2 layers, noised 1 weights",
+        "of the trained weights moved: 48.1 % of matrices, 100.0 % of vectors",
     ]
     alarms = [Alarm(step=number, rule="mismatch", evidence=f"kl {number}") for number in range(9)]
     receipt = touched("sigma below the grid")
@@ -46,11 +54,23 @@ def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() 
         outcome(outcome="collapsed", rule="nonfinite", step=4, alarms=alarms, receipt=receipt), "W16A16"
     )
     assert lines[0] == "collapsed by rule nonfinite after 4 steps, 12.3 s"
-    assert lines[3:5] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
-    assert len(lines) == 3 + 1 + 5, "the first alarms are enough"
+    assert lines[4:6] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
+    assert len(lines) == 4 + 1 + 5, "the first alarms are enough"
 
 
 def test_marks_of_a_task_that_differ_are_told() -> None:
     lines = outcome_lines(outcome(parts={"strict": 0.12, "flexible": 0.63}), "W4A4")
     assert lines[2].startswith("of them strict 12.0 %, flexible 63.0 %; the first is the accuracy")
     assert outcome_lines(outcome(parts={"strict": 0.62, "flexible": 0.625}), "W4A4") == outcome_lines(outcome(), "W4A4")
+
+
+def test_what_is_not_quantised_is_said_with_its_reason() -> None:
+    router = LeftOut(name="layers.*.gate", weights=50, reason="Router computes with it itself")
+    receipt = touched()
+    receipt.coverage, receipt.adapted = Coverage(weights=1000, quantized=850, excluded=100, left_out=(router,)), ("a",)
+    lines = outcome_lines(outcome(receipt=receipt), "W4A4")
+    assert lines[2:4] == [
+        "quantised 2 layers, noised 1 weights, adapters beside 1 layers",
+        "of the blocks' 1,000 weights 85.0 % quantised, 10.0 % excluded by name, 5.0 % left out "
+        "(layers.*.gate: Router computes with it itself)",
+    ]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, PretrainedConfig
 
+from search.checkpoint_export import _only_here, _write_plain
 from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig
 from trainable.engines.backend import _check_parts
 from trainable.noise import injected, measure_effects, noise_targets
@@ -237,6 +238,24 @@ def test_a_rearranged_model_computes_what_transformers_does_and_is_saved_as_tran
     torch.testing.assert_close(logits(policy.model), wanted, rtol=1e-4, atol=1e-4)
     policy.network.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "mixtral"])
+def test_its_export_holds_the_merged_adapters_and_says_that_nobody_else_computes_with_it(
+    kind: str, tmp_path: Path
+) -> None:
+    policy = load(kind, W16A16, adapter="lora", lora_rank=4)
+    torch.manual_seed(0)
+    for name, parameter in policy.trainable().items():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.3)
+    wanted = logits(policy.model)
+    assert not torch.allclose(wanted, logits(network_of(kind)), atol=0.1)
+    _write_plain(policy, tmp_path, {})
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert _only_here(load(kind)).endswith("lies otherwise in files than where it is quantised")
+    assert _only_here(load("qwen3")) == ""
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "mixtral"])
