@@ -29,10 +29,11 @@ from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
 from trainable.outcome import Status, StepReport
-from trainable.ray_trainable import RinTrainable
+from trainable.ray_trainable import REFUSED, RinTrainable
 
 RETRIES = 2
-"""Times that a trial is started again from its checkpoint after its process died, hung or raised."""
+"""Times that a trial is started again from its checkpoint after its process died, hung or raised. What the user has to
+mend is no such end: it would come again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,9 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Tune brings the last result here too, before on_trial_complete."""
+        if REFUSED in result:
+            self._failed(trial)
+            return
         report = StepReport.from_record(result)
         self.budget.reported(report.seconds)
         _, arm, replicate = self._trial(trial)
@@ -155,8 +159,13 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         _write_death(folder, trial.error_file, began)
         if not began:
             self.tracker.begin(arm, number, replicate)
+        self._failed(trial)
+
+    def _failed(self, trial: Any) -> None:
+        """As its folder says."""
+        _, arm, replicate = self._trial(trial)
         self.tracker.end(arm, replicate)
-        state = read_trial(folder, driven=False)
+        state = read_trial(trial_folder(self.study, arm.name, replicate), driven=False)
         self._tell(trial, state.status, step=state.step, rule=state.rule)
 
     def _trial(self, trial: Any) -> tuple[int, Arm, int]:

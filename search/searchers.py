@@ -24,6 +24,7 @@ from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.uses import SCHEDULE, idle, timetable
 from trainable.disk.trial_folder import read_outcome
 from trainable.outcome import Outcome
+from trainable.ray_trainable import REFUSED
 
 _ENUMERABLE = 20_000  # configurations of a finite space that are tried one by one to find out whether all have been run
 
@@ -82,7 +83,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
         outcome = self.outcome(arm, replicate)
         if outcome is not None:
             arm.results[replicate] = outcome
-        elif error:
+        elif error or REFUSED in (result or {}):
             arm.failed.add(replicate)
 
     def save(self, checkpoint_path: str) -> None:

@@ -18,6 +18,7 @@ The sweep reports what happens to a view (a live table, plain lines, or nothing)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, unfinished, write_arm
 from search.budget import Budget
@@ -37,11 +38,13 @@ from search.store import (
     save_study_config,
 )
 from search.tracking import Tracker
-from spaces.config import ConfigError
+from spaces.config import ConfigError, ModelConfig
 from spaces.errors import NoCandidate
-from trainable.noise import noise_targets
+from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
-from trainable.policy.loading import load_policy
+from trainable.policy.loading import load_policy, skipped_layers
+from trainable.policy.sources import depth_of
+from trainable.tasks.table import build_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
         )
     evidence = evidence_of(config)
     check_writable(config.store)
+    _check_sources(config, arms)
     check_tracking(config.tracking_uri, config.name, config.owner)
     _preflight(arms, progress)
     with only_driver(config):
@@ -102,7 +106,9 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_writable(config.store)
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
-        _preflight(read_arms(config), progress)
+        arms = read_arms(config)
+        _check_sources(config, arms)
+        _preflight(arms, progress)
         save_study_config(config)  # a new budget holds for the next resume, too
         return _advance(config, view)
 
@@ -164,6 +170,32 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
         arms = read_arms(earlier)
         evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
     return evidence
+
+
+def _check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
+    """Raises ConfigError for a model, data, questions or blocks that are not there: every trial would fail by it.
+
+    What a cluster's nodes share need not be on this machine.
+    """
+    depths: dict[ModelConfig, int] = {}
+    asked = set()
+    for trial in (arm.config for arm in arms):
+        data = trial.task.path
+        if trial.task.name != "gsm8k" or config.address is None or (data is not None and Path(data).exists()):
+            judged = (trial.eval.split, trial.eval.questions, trial.eval.draw)
+            questions = (trial.task, trial.grpo.batch_prompts, judged)
+            if questions not in asked:
+                asked.add(questions)
+                task = build_task(trial.task)
+                task.held_out(*judged)
+                task.sample(trial.grpo.batch_prompts, seed=0, step=0, batch=0)
+        if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):
+            if trial.model not in depths:
+                depths[trial.model] = depth_of(trial.model)
+            depth = depths[trial.model]
+            skipped_layers(trial.quant, depth)
+            if trial.noise.sigma_start > 0:
+                chosen_layers(trial.noise, depth)
 
 
 def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:

@@ -212,6 +212,10 @@ USES: dict[str, Use] = {
     "task.prompt": _TEXT,
     "task.chat": _TEXT,
     "task.chat_date": Use(holds=lambda c: c.task.chat, needs="task.chat=true"),
+    "eval.draw": Use(
+        holds=lambda c: c.eval.split == "confirm" and c.task.endless,
+        needs="eval.split=confirm and a task whose questions are endless",
+    ),
     "eval.every": Use(holds=lambda c: c.eval.every < c.grpo.steps, needs="to be below grpo.steps (0 = not in between)"),
     "collapse.patience": Use(holds=_judged, needs="collapse.mode enforce or monitor"),
     **{

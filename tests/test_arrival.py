@@ -135,7 +135,7 @@ TRIALS = {
 BY_OPTION = {"seed": "--seed 5", "threads": "--cpus 2"}
 """What a sweep sets itself, by an option that the refusal names."""
 ALL_POINTS = ",".join(POINTS)
-REFUSED = {"eval.split"}
+REFUSED = {"eval.split", "eval.draw"}
 """What no sweep takes."""
 
 

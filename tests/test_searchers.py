@@ -21,6 +21,7 @@ from tests.searches import STOPPED, Search, choices, cliff, control, drive, outc
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import write_outcome
 from trainable.outcome import Outcome
+from trainable.ray_trainable import REFUSED
 
 WITHOUT_A_MODEL = ["random", "grid", "qmc"]
 
@@ -146,6 +147,13 @@ def test_how_a_trial_ended_is_read_from_its_folder(tmp_path: Path) -> None:
     search.on_trial_complete("t0", {"whatever": "Tune hands over"}, error=True)
     assert search.arms[0].results == {0: outcome(0.25, "collapsed", seconds=7.0)}
     assert search.arms[0].results == read_arms(study)[0].results
+
+
+def test_a_trial_that_was_refused_has_failed(tmp_path: Path) -> None:
+    search = RinSearch(searcher(store=str(tmp_path), trials=2).study, [])
+    search.suggest("t0")
+    search.on_trial_complete("t0", {REFUSED: "model.name=/nope: cannot be loaded"})
+    assert (search.arms[0].results, search.arms[0].failed) == ({}, {0})
 
 
 def test_a_trial_that_was_stopped_has_neither_ended_nor_failed() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+import search.study
 from search.arms import Arm, read_trials, replicates_of, trial_folder
 from search.budget import Budget
 from search.execution import SweepCallback, TrialEvent
@@ -23,14 +25,16 @@ from search.lineup import fixed_arms
 from search.plan import plan_study
 from search.report import report_study
 from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
-from search.study import StudyResult, resume_study, run_study
+from search.study import StudyResult, _check_sources, begin_study, resume_study, run_study
 from search.tracking import Tracker
-from spaces.config import ConfigError
+from spaces.config import ConfigError, ModelConfig
 from spaces.library import SPACES
-from spaces.reading import load_yaml, parse_yaml, read_config
+from spaces.reading import load_yaml, merge, parse_yaml, read_config
+from tests.conftest import ModelFolder
 from tests.real_mlflow import points, runs, text
 from tests.written_sweeps import attempt
 from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
+from trainable.policy.sources import depth_of, load_network
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -263,15 +267,69 @@ def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_e
     assert events[-1].status == "failed"
 
 
+# What every trial would fail by is said before Ray starts
+
+GSM8K = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
+ABSENT: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"name": "/nope"}}, "model.name=/nope: cannot be loaded (there is no such folder)"),
+    ({"task": {"path": "/nope.jsonl"}}, "task.path: /nope.jsonl cannot be read"),
+    ({"task": {"name": "gsmk8", "path": None}}, "task.name=gsmk8: no such task; did you mean gsm8k?"),
+    ({"eval": {"questions": 5000}}, "eval.questions=5000: gsm8k has"),
+    ({"grpo": {"prompts": 5000}}, "gsm8k has"),
+    ({"noise": {"layers": [7]}}, "noise.layers=7: the model has blocks 0 to 1"),
+    ({"quant": {"skip_layers": [-3]}}, "quant.skip_layers=-3: the model has blocks 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), ABSENT, ids=[said.partition(":")[0] for _, said in ABSENT])
+def test_what_is_not_there_is_refused_before_anything_starts(
+    wrong: dict[str, Any], said: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    settings = {
+        "model": {"name": model_folder("llama", layers=2, text=True), "recipe": None},
+        "task": {"name": "gsm8k", "path": str(GSM8K)},
+        "eval": {"questions": 4},
+        "grpo": {"prompts": 4},
+    }
+    place = tmp_path / "store"
+    config = study(place, workload="embedded", points=("e13i-v3",), settings=merge(settings, wrong))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        _check_sources(config, fixed_arms(config))
+
+
+def test_a_sweep_looks_for_its_model_before_its_tracking(tmp_path: Path) -> None:
+    settings = {"model": {"name": "/nope", "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
+    with pytest.raises(ConfigError, match=r"model\.name=/nope"):
+        begin_study(study(tmp_path, workload="embedded", settings=settings, tracking_uri="http://127.0.0.1:9"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_adapters_is_no_model(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """transformers would load the model that they belong to with them inside."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model_folder("llama")}))
+    adapters = ModelConfig(name=str(tmp_path))
+    for load in (lambda: load_network(adapters, None), lambda: depth_of(adapters)):
+        with pytest.raises(ConfigError, match=r"holds adapters \(adapter_config.json\) and no model; merge them"):
+            load()
+
+
+def test_a_cluster_may_have_what_this_machine_lacks(tmp_path: Path) -> None:
+    settings = {"model": {"name": "/nope", "recipe": None}, "task": {"name": "gsm8k", "path": "/nope.jsonl"}}
+    config = study(tmp_path, workload="embedded", settings=settings, address="HEAD:6379")
+    _check_sources(config, fixed_arms(config))
+
+
 @pytest.mark.slow
-def test_a_trial_that_fails_is_a_failure_and_not_a_finding(tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_a_failure_and_not_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the user's mistake, which only shows there: it is not tried again."""
+    monkeypatch.setattr(search.study, "_check_sources", lambda config, arms: None)
     missing = tmp_path / "no-such-model"
     settings = {"model": {"name": str(missing), "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
     events: list[TrialEvent] = []
     result = run_study(study(tmp_path, workload="embedded", trials=1, settings=settings), events.append)
     (control,) = result.arms
     (state,) = read_trials(result.config, control, driven=False)
-    assert (control.results, state.status) == ({}, "failed")
+    assert (control.results, state.status, len(state.attempts)) == ({}, "failed", 1)
     assert "no-such-model" in state.reason
     assert events[-1].status == "failed"
     (run,) = runs(result.config.tracking_uri, "s")

@@ -95,6 +95,7 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
     (("grpo.filter_groups=drop",), ["grpo.generation_prompts=9"]),
     (("grpo.filter_groups=resample",), ["grpo.max_gen_batches=1"]),
     (("grpo.overlong_buffer=3",), ["grpo.overlong_penalty=0.2"]),
+    (("eval.split=confirm",), ["eval.draw=another"]),
     ((*WRECKED, "collapse.patience=1"), ["collapse.mode=monitor", "collapse.patience=2"]),
 ]
 # What does not change numbers (memory, time, where things are), or in ways that nothing here shows.
@@ -122,7 +123,7 @@ ELSEWHERE = {
 UNWRITABLE = [
     *("model.lora_rank=3", "model.lora_alpha=3.0", "rollout.engine=process", "rollout.kv_cache_gib=2.0"),
     *("rollout.start_seconds=3.0", "rollout.answer_seconds=3.0", "task.path=x.jsonl", "task.options={a: 1}"),
-    *("task.prompt=x", "task.chat=true", "task.chat_date=2025-01-02"),
+    *("task.prompt=x", "task.chat=true", "task.chat_date=2025-01-02", "eval.draw=another"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")
 

@@ -96,7 +96,7 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
     """
     if noise.sigma_start == 0:
         return ()
-    chosen = _chosen_layers(noise, policy.depth)
+    chosen = chosen_layers(noise, policy.depth)
     sources = _sigma_sources(noise, policy.depth)
     for unused in (zone for zone in noise.zones if not any(sources[i] is zone for i in chosen)):
         raise ConfigError(
@@ -152,7 +152,8 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
     return tuple(found)
 
 
-def _chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:
+def chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:
+    """Blocks that may get noise. Raises ConfigError for one that the model does not have."""
     if noise.layers == "all":
         return set(range(depth))
     if isinstance(noise.layers, str):

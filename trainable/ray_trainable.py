@@ -21,7 +21,7 @@ from typing import Any
 
 from ray import tune
 
-from spaces.config import TrialConfig
+from spaces.config import ConfigError, TrialConfig
 from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import (
@@ -39,6 +39,8 @@ from trainable.trial import Trial
 
 log = logging.getLogger(__name__)
 
+REFUSED = "refused"
+"""Key of the result of a trial that cannot run as it is configured: with the reason, and without a report."""
 CHECKPOINT_SHARE = 0.02  # of a trial's time
 
 
@@ -59,7 +61,10 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
             if outcome is not None:  # by a process that died before Tune heard of it
                 return last_result(read_reports(self.folder)[-1], outcome)
             self.work = TrialWorker(self.folder, self.settings)
-        return self.work.step()
+        try:
+            return self.work.step()
+        except ConfigError as mistake:  # the user's, which another attempt would meet again
+            return {REFUSED: str(mistake), "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in this process, which saves it the imports. It is built from its configuration alone, like

@@ -49,7 +49,7 @@ def wrapped(
     modules = _projections(network)
     matrices = block_matrices(network, found)
     depth = max((index for name in modules if (index := block_of(name)) is not None), default=-1) + 1
-    skipped = {index % depth for index in _existing(quant.skip_layers, depth)}
+    skipped = skipped_layers(quant, depth)
     head = _name_of(network, network.get_output_embeddings())
 
     def excluded(name: str) -> bool:
@@ -131,11 +131,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias))
 
 
-def _existing(indices: Sequence[int], depth: int) -> Sequence[int]:
-    for index in indices:
+def skipped_layers(quant: QuantConfig, depth: int) -> set[int]:
+    """Blocks that stay unquantised. Raises ConfigError for one that the model does not have."""
+    for index in quant.skip_layers:
         if not -depth <= index < depth:
             raise ConfigError(f"quant.skip_layers={index}: the model has blocks 0 to {depth - 1}")
-    return indices
+    return {index % depth for index in quant.skip_layers}
 
 
 def _check_patterns(quant: QuantConfig, names: Sequence[str]) -> None:

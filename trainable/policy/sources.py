@@ -25,6 +25,7 @@ from trainable.policy.embedded import Progress, ensure_base
 hf_logging.disable_progress_bar()
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_DEPTH = 30  # of that file, which takes seconds to read
 
 
 def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -38,9 +39,7 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
         source = model.name
     gguf = {"gguf_file": SMOLLM2_FILE} if "gguf_file" in options else {}
     if not gguf:
-        with _told(model):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_config(model, config)
+        _read_config(model, source)
     with _told(model):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False, **gguf)
         network, loaded = AutoModelForCausalLM.from_pretrained(
@@ -58,6 +57,36 @@ def load_network(model: ModelConfig, progress: Progress | None) -> tuple[Any, Pr
     _check_vocabulary(model, network, tokenizer)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     return network, tokenizer
+
+
+def depth_of(model: ModelConfig) -> int:
+    """Decoder blocks of a model that is not the embedded one; no weight is read. Raises ConfigError for a model that is
+    not there, or that cannot be loaded as it is."""
+    if model.name == "smollm2-135m":
+        smollm2_folder()
+        return _SMOLLM2_DEPTH
+    depth: int = _read_config(model, model.name).get_text_config().num_hidden_layers
+    return depth
+
+
+def _read_config(model: ModelConfig, source: str) -> Any:
+    """A model's config.json. Raises ConfigError, also for what could not be computed with."""
+    folder = Path(source)
+    if folder.is_absolute() and not folder.is_dir():
+        raise ConfigError(
+            f"model.name={model.name}: cannot be loaded (there is no such folder); "
+            "give a folder with a transformers model"
+        )
+    # transformers would put adapters into their model, where they would be quantised and trained as a part of it.
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model.name={model.name}: holds adapters (adapter_config.json) and no model; merge them into theirs first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
+    with _told(model):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    _check_config(model, config)
+    return config
 
 
 @contextmanager
