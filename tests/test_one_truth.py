@@ -1,13 +1,10 @@
 """Wherever a candidate is named, it is the same one, and nobody has to ask MLflow."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dashboards import cli
 from search.ablation import ablation
 from search.arms import candidate_of, read_arms
 from search.confirm import planned_confirmation
@@ -16,28 +13,8 @@ from search.store import StudyConfig, only_driver, refuse_second_driver, save_st
 from search.study import resume_study
 from spaces.config import ConfigError
 from spaces.reading import load_yaml
+from tests.processes import rin
 from tests.written_sweeps import make_arm, study, write_sweep
-
-Say = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    """`rin ARGUMENTS` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
 
 def ended(tmp_path: Path, **right: list[object]) -> StudyConfig:
     """A sweep with all its outcomes, whose driver comes once more and writes best.yaml; then its tracking is gone."""
@@ -54,13 +31,13 @@ def ended(tmp_path: Path, **right: list[object]) -> StudyConfig:
 
 
 def test_with_the_control_best_everyone_names_the_same_candidate_and_says_that_it_is_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ended(tmp_path, control=[390, 392], c01=[300, 310], c02=[330, 340], c03=[("collapsed", 399), 398])
     monkeypatch.chdir(tmp_path)
-    status = json.loads(say("status", "s", "--json")[1])
-    report = json.loads(say("report", "s", "--json")[1])
-    code, exported, _ = say("export", "s")
+    status = json.loads(rin("status", "s", "--json").out)
+    report = json.loads(rin("report", "s", "--json").out)
+    exported = rin("export", "s")
     best = load_yaml(Path("runs/s/best.yaml"))
     _, arms = planned_confirmation(config, (5,))
     named = {
@@ -73,24 +50,24 @@ def test_with_the_control_best_everyone_names_the_same_candidate_and_says_that_i
         "rule": [candidate_of(config, read_arms(config)).arm.name],
     }
     assert all(names == ["c02"] for names in named.values()), named
-    assert code == 0
+    assert exported.code == 0
     assert best["noise"]["sigma_start"] == 0.03, "of c02"
-    assert exported == Path("runs/s/best.yaml").read_text(), "export says what the sweep wrote down"
-    assert "paired difference -14.00 points" in exported
+    assert exported.out == Path("runs/s/best.yaml").read_text(), "export says what the sweep wrote down"
+    assert "paired difference -14.00 points" in exported.out
     differences = {row["arm"]: row["difference"] for row in status}
     assert differences["c02"] == pytest.approx(-0.14) == report_study(config).arms[2].difference
 
 
 def test_where_every_noisy_arm_collapsed_there_is_nothing_to_take_home_and_that_is_no_mistake_of_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(tmp_path, control=[390, 392], c01=[("collapsed", 300), ("collapsed", 310)])
     monkeypatch.chdir(tmp_path)
     assert not Path("runs/s/best.yaml").exists()
     for command in (["export", "s"], ["confirm", "s"], ["export", "s", "--to", "verl"]):
-        code, out, err = say(*command)
-        assert (code, out.strip()) == (1, "")
-        (line,) = err.splitlines()
+        done = rin(*command)
+        assert (done.code, done.out.strip()) == (1, "")
+        (line,) = done.err.splitlines()
         assert line.startswith("rin: NAME=s: no configuration with noise completed all its replicates")
 
 
@@ -120,18 +97,18 @@ def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_fro
     assert "best.yaml" not in config.folder.names()
 
 
-def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended(tmp_path, control=[290, 292], c01=[300, 310], c02=[330, 340])
     monkeypatch.chdir(tmp_path)
-    code, out, _ = say("export", "s", "--arm", "c01")
-    assert code == 0
-    assert out.startswith("# candidate of sweep s: c01\n")
-    code, _, err = say("export", "s", "--arm", "control")
-    assert (code, "--arm control: no such arm in s; it has c01, c02" in err) == (2, True)
+    taken = rin("export", "s", "--arm", "c01")
+    assert taken.code == 0
+    assert taken.out.startswith("# candidate of sweep s: c01\n")
+    refused = rin("export", "s", "--arm", "control")
+    assert (refused.code, "--arm control: no such arm in s; it has c01, c02" in refused.err) == (2, True)
 
 
 def test_of_a_confirmation_everyone_names_the_command_that_goes_on_with_it_and_no_candidate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "runs"
     write_sweep(study(place), [], {})
@@ -140,25 +117,25 @@ def test_of_a_confirmation_everyone_names_the_command_that_goes_on_with_it_and_n
         config = study(place, name=name, kind="confirm", parent="s", looks=(3, 5), trials=2, replicates=5)
         write_sweep(config, arms, {"control": [280, 281, 282], "c01": [300, 301, 302]})
         monkeypatch.chdir(tmp_path)
-        assert f"go on: {command}\n" in say("status", name)[1]
-        assert f"go on: {command}\n" in say("report", name)[1]
-        assert say("resume", name)[2].endswith(f"go on with it by: {command}\n")
+        assert f"go on: {command}\n" in rin("status", name).out
+        assert f"go on: {command}\n" in rin("report", name).out
+        assert rin("resume", name).err.endswith(f"go on with it by: {command}\n")
         with only_driver(config), pytest.raises(ConfigError, match=f"stop it and then: {command}$"):
             refuse_second_driver(config)
-        assert [row["candidate"] for row in json.loads(say("status", name, "--json")[1])] == [False, False]
-    text = say("export", "s-confirm", "--arm", "c01")[1]
+        assert [row["candidate"] for row in json.loads(rin("status", name, "--json").out)] == [False, False]
+    text = rin("export", "s-confirm", "--arm", "c01").out
     assert "# judged on questions that chose nothing: what that found says rin report s-confirm\n" in text
     assert "not a finding" not in text
 
 
-def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = study(tmp_path / "runs", trials=3, replicates=2, tracking_uri="http://127.0.0.1:9")
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": [280, 281], "c01": [("collapsed", 10), None]})
     monkeypatch.chdir(tmp_path)
-    (row,) = json.loads(say("list", "--json")[1])
+    (row,) = json.loads(rin("list", "--json").out)
     assert (row["runs"], row["of"], row["status"]) == (4, 6, {"completed": 2, "collapsed": 1, "stopped": 1})
-    said = say("status", "s")[1]
+    said = rin("status", "s").out
     for part in (
         "4 of 6 trials begun",
         "1 collapsed, 1 stopped",
