@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from spaces.config import TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
+from tests.real_mlflow import Server, mlflow_server
 from trainable.engines.engine import Request
 from trainable.episode import Completion, Episode, Group
 from trainable.policy.embedded import character_tokenizer
@@ -204,6 +205,13 @@ def s3_store() -> Iterator[Callable[[str], str]]:
         urllib.request.urlopen(urllib.request.Request(f"http://{address}/bucket", method="PUT")).close()
         yield lambda folder: f"s3://bucket/{folder}?scheme=http&endpoint_override={address}"
         server.stop()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """MLflow's, of this test alone, which may kill it and start it again."""
+    with mlflow_server(tmp_path) as running:
+        yield running
 
 
 def require(found: object, what: str) -> None:

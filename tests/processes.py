@@ -9,6 +9,7 @@ itself, for ever.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,3 +63,11 @@ def program(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
                 else:
                     running.kill()
             raise
+
+
+def free_port() -> int:
+    """Above the range that Ray gives to its workers (10002 to 19999)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    return port if port > 20000 else free_port()

@@ -2,19 +2,18 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from search.mlflow_client import client
+from tests.processes import free_port
 
 BIGGEST = sys.float_info.max  # what MLflow keeps of an infinity
 
@@ -68,60 +67,54 @@ def eventually(claim: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Server:
-    """`mlflow server` in a process group of its own, to be killed whole."""
+    """`mlflow server` in a process group of its own, to be killed whole and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, backend: str) -> None:
+        self.folder, self.backend, self.port = folder, backend, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
-        stores = [
-            "--backend-store-uri",
-            f"sqlite:///{self.folder}/server.db",
-            "--artifacts-destination",
-            str(self.folder / "artifacts"),
-        ]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.folder / "server.log").open("ab") as out:
+        """The database's URI, which may hold a password, comes by the environment: a command line is for all to see."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--artifacts-destination", str(self.folder / "artifacts")]
+        switches = {
+            "MLFLOW_BACKEND_STORE_URI": self.backend,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        log = self.folder / "server.log"
+        with log.open("ab") as out:
             self.process = subprocess.Popen(
-                command + stores,
-                env=os.environ | quiet,
-                stdout=out,
-                stderr=out,
-                cwd=self.folder,
-                start_new_session=True,
+                command, env=os.environ | switches, stdout=out, stderr=out, cwd=self.folder, start_new_session=True
             )
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.5)
-        pytest.fail((self.folder / "server.log").read_text())
+        deadline = time.monotonic() + 120
+        while not self._answers():
+            assert self.process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def kill(self) -> None:
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+@contextmanager
+def mlflow_server(folder: Path, backend: str | None = None) -> Iterator[Server]:
+    """A running server; its database lies in the folder too, unless told otherwise."""
+    server = Server(folder, backend or f"sqlite:///{folder}/mlflow.db")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()

@@ -2,7 +2,6 @@
 all."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,14 +253,6 @@ def sweep_of(store: Path, uri: str) -> StudyConfig:
 
 def accuracies(result: StudyResult) -> dict[str, float]:
     return {arm.name: arm.results[0].eval.accuracy for arm in result.arms}
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.mark.slow

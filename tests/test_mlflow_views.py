@@ -32,8 +32,7 @@ from search.tracking import Tracker
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import flatten_fields
 from tests.conftest import require
-from tests.processes import program
-from tests.real_mlflow import free_port
+from tests.processes import free_port, program
 from tests.real_mlflow import runs as shown_runs
 from tests.written_sweeps import outcome, scores, study, write_trial
 from trainable.outcome import HEALTHY, CollapseVerdict, Ending, StepReport

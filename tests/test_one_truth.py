@@ -16,6 +16,7 @@ from spaces.reading import load_yaml
 from tests.processes import rin
 from tests.written_sweeps import make_arm, study, write_sweep
 
+
 def ended(tmp_path: Path, **right: list[object]) -> StudyConfig:
     """A sweep with all its outcomes, whose driver comes once more and writes best.yaml; then its tracking is gone."""
     config = study(tmp_path / "runs", trials=len(right), replicates=2)

@@ -8,9 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +18,8 @@ import pytest
 
 from spaces.reading import parse_yaml, read_config
 from tests.conftest import require
-from tests.processes import program, rin
-from tests.ray_nodes import free_port
+from tests.processes import free_port, program, rin
+from tests.real_mlflow import mlflow_server
 
 PASSWORD = "canary-4711-postgres"
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
@@ -102,33 +100,6 @@ def postgres() -> Iterator[Postgres]:
             running.wait(30)
 
 
-@contextmanager
-def mlflow_server(store: Postgres, folder: Path) -> Iterator[str]:
-    """Its address. The database's URI reaches it by the environment: a command line is for all to see."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    switches = {"MLFLOW_BACKEND_STORE_URI": store.uri_with_password, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    switches |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    with (folder / "mlflow.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **switches}, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "mlflow.log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 def watched(folder: Path, *arguments: str) -> str:
     """What `rin` prints; libpq finds the password in its environment, as the documentation advises, and no command line
     shows it."""
@@ -198,8 +169,8 @@ def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postg
 
 @pytest.mark.slow
 def test_a_sweep_is_tracked_by_mlflow_s_server_over_postgresql(postgres: Postgres, tmp_path: Path) -> None:
-    with mlflow_server(postgres, tmp_path) as address:
-        said_here(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", address)
+    with mlflow_server(tmp_path, postgres.uri_with_password) as server:
+        said_here(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", server.uri)
         assert "2 of 2" in said_here(tmp_path, "status", "served")  # study.json knows where
         assert read_config(parse_yaml(said_here(tmp_path, "export", "served"), "export")).grpo.steps == 3
     check_sweep(postgres, "served")

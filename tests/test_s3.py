@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import FileSelector, FileSystem
 
-from tests.processes import program, rin
-from tests.ray_nodes import free_port
+from tests.processes import free_port, program, rin
 from tests.real_mlflow import runs
 
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]

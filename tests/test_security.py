@@ -5,13 +5,9 @@ import ast
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ from spaces.errors import ConfigError
 from spaces.library import SPACES, load_space
 from spaces.reading import load_yaml, parse_overrides, parse_yaml
 from tests.processes import program, rin
-from tests.ray_nodes import free_port
+from tests.real_mlflow import mlflow_server
 from tests.test_architecture import MODULES, relative
 
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
@@ -119,38 +115,6 @@ def test_a_password_is_cut_out_of_whatever_is_shown(text: str, shown: str) -> No
 # A real sweep with secrets in its reach
 
 
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    switches = {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/mlflow.db",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    server = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **switches, "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        yield port
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A sweep whose tracking URI and environment hold canaries; what its processes said, listened to and were called
@@ -160,11 +124,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("swept")
     with (
         tempfile.TemporaryDirectory(prefix="rin-ray-", dir="/tmp", ignore_cleanup_errors=True) as ray,
-        mlflow_server(folder) as port,
+        mlflow_server(folder) as server,
     ):
         secrets = {"AWS_SECRET_ACCESS_KEY": IN_ENVIRONMENT, "HF_TOKEN": IN_ENVIRONMENT, "PGPASSWORD": IN_ENVIRONMENT}
         environment = {**os.environ, **secrets, "RAY_TMPDIR": ray}
-        tracking = ["--tracking-uri", f"http://me:{IN_URI}@127.0.0.1:{port}"]
+        tracking = ["--tracking-uri", server.uri.replace("://", f"://me:{IN_URI}@")]
         listening: set[str] = set()
         called: set[str] = set()
         with program(

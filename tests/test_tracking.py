@@ -29,7 +29,8 @@ from search.store import StudyConfig, default_tracking_uri, save_study_config
 from search.tracking import Delivery, MlflowWriter, Tracker, known_trials
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
-from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, free_port, points, runs, text
+from tests.processes import free_port
+from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, points, runs, text
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
 from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome
 from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
@@ -798,14 +799,6 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
         assert (again["bad-step"].info.status, again["bad-step"].data.tags["error"]) == ("FINISHED", "")
     finally:
         ray.shutdown()
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.mark.slow

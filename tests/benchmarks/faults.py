@@ -16,12 +16,9 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,7 +31,7 @@ from search.arms import Arm, read_arms, trial_config
 from search.mirror import send_missing
 from search.store import StudyConfig, load_study_config
 from tests.benchmarks.bench import DOCS, RIN
-from tests.real_mlflow import runs
+from tests.real_mlflow import mlflow_server, runs
 from trainable.trial import Trial
 
 SETTINGS = ("grpo.steps=12", "eval.questions=32", "eval.every=4", "task.digits=1", "noise.num_stages=4")
@@ -294,19 +291,19 @@ def second_driver(sweep: Sweep) -> None:
 
 def kill_mlflow(sweep: Sweep) -> None:
     """The tracking server dies and comes back, several times in one run."""
-    server = _serve_mlflow(sweep)
-    running = sweep.start()
-    for _ in range(sweep.strikes):
-        time.sleep(sweep.draw.uniform(1, 6))
-        if running.poll() is None:
-            sweep.tally.faults += 1
-        _kill_group(server)
-        time.sleep(sweep.draw.uniform(1, 4))
-        server = _serve_mlflow(sweep)
-    running.wait(DEADLINE)
-    sweep.finish()
-    check(sweep)
-    _kill_group(server)
+    with mlflow_server(sweep.store) as server:
+        sweep.tracking = server.uri
+        running = sweep.start()
+        for _ in range(sweep.strikes):
+            time.sleep(sweep.draw.uniform(1, 6))
+            if running.poll() is None:
+                sweep.tally.faults += 1
+            server.kill()
+            time.sleep(sweep.draw.uniform(1, 4))
+            server.start()
+        running.wait(DEADLINE)
+        sweep.finish()
+        check(sweep)
 
 
 def kill_node(sweep: Sweep) -> None:
@@ -400,33 +397,6 @@ def _plain(report: Mapping[str, Any]) -> dict[str, float]:
 # --- the harness ------------------------------------------------------------------------------------------------------
 
 
-def _serve_mlflow(sweep: Sweep) -> subprocess.Popen[bytes]:
-    assert sweep.tracking is not None
-    port = sweep.tracking.rsplit(":", 1)[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{sweep.store}/server.db",
-        "--default-artifact-root",
-        str(sweep.store / "artifacts"),
-    ]
-    log = (sweep.store / "server.log").open("ab")
-    server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            urllib.request.urlopen(f"{sweep.tracking}/health", timeout=1)
-            return server
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError("the MLflow server does not come up")
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def _wait_until_gone(session: int) -> None:
     """A trial's process ends when it sees that its driver is gone; Ray's own helpers take a minute, and work on
     nothing."""
@@ -497,8 +467,6 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
         with new_store(name) as store:
             draw = random.Random(f"{seed} {name} {number}")
             sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=min(FAULTS_PER_SWEEP, moments - tally.faults))
-            if name == "mlflow":
-                sweep.tracking = f"http://127.0.0.1:{_free_port()}"
             if name == "second":
                 sweep.more = ("--set", "grpo.steps=60")  # long enough for a second program to start beside it
                 sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
@@ -512,12 +480,6 @@ def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> 
                 check(sweep)
         number += 1
     return tally
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def table(results: dict[str, Tally]) -> list[str]:
