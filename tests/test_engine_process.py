@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing import Pipe
 from pathlib import Path
@@ -238,24 +240,22 @@ def shared_memory() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "torch_", "sem.", "vllm"))}
 
 
+@contextmanager
+def long_trial(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`rin trial` with an engine in a child, its first step behind it and its end far away."""
+    command = [str(Path(sys.executable).with_name("rin")), "trial", "control", "--workload", "tiny", "--json"]
+    command += [part for override in ("task.digits=1", *CHILD, "grpo.steps=500") for part in ("--set", override)]
+    with program(command, stdout=subprocess.PIPE, text=True, cwd=folder, start_new_session=True) as trial:
+        assert trial.stdout is not None
+        assert trial.stdout.readline().startswith('{"step": 0')
+        yield trial
+
+
 @pytest.mark.slow
 def test_a_killed_trial_leaves_no_engine_and_no_shared_memory(tmp_path: Path) -> None:
     """SIGKILL of the process that owns the engine, in the middle of its work."""
     shared = shared_memory()
-    command = [
-        str(Path(sys.executable).with_name("rin")),
-        "trial",
-        "control",
-        "--workload",
-        "tiny",
-        "--json",
-        "--set",
-        "task.digits=1",
-    ]
-    command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
-    with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
-        assert trial.stdout is not None
-        assert trial.stdout.readline().startswith('{"step": 0')
+    with long_trial(tmp_path) as trial:
         (engine,) = [p for p in psutil.Process(trial.pid).children(recursive=True) if is_engine(p)]
         assert os.getpgid(engine.pid) == os.getpgid(trial.pid)
         trial.kill()
@@ -309,20 +309,7 @@ def test_a_trial_whose_engine_dies_twice_failed_by_that_rule(tiny: Tiny, tmp_pat
 
 @pytest.mark.slow
 def test_ctrl_c_ends_trial_and_engine(tmp_path: Path) -> None:
-    command = [
-        str(Path(sys.executable).with_name("rin")),
-        "trial",
-        "control",
-        "--workload",
-        "tiny",
-        "--json",
-        "--set",
-        "task.digits=1",
-    ]
-    command += [part for override in (*CHILD, "grpo.steps=500") for part in ("--set", override)]
-    with program(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True) as trial:
-        assert trial.stdout is not None
-        assert trial.stdout.readline().startswith('{"step": 0')
+    with long_trial(tmp_path) as trial:
         family = psutil.Process(trial.pid).children(recursive=True)
         os.killpg(trial.pid, signal.SIGINT)  # as a terminal does
         assert trial.wait(30) != 0
