@@ -6,10 +6,11 @@ whatever was killed in between is found here by the next start: an arm without a
 folder without an outcome has a checkpoint. MLflow is told all of it and is never asked.
 
 One rule names the candidate, for the table at the end, `best.yaml`, status, report, export, confirmation and ablation
-alike: among configurations with noise of which every replicate completed, the one with the highest mean difference to
-its own control, paired by seed. Controls do not count, so that "the control is best" is said by a candidate whose
-difference is below zero. The control of an arm is the one with its filter policy, which alone moves an accuracy by
-points.
+alike: among configurations with noise of which every replicate completed, the one with the most to expect of another
+run, against its own control: the posterior mean of its accuracy times the probability that it holds
+(`search/surrogate.py`). The highest difference seen would name the luckiest run, and one near the edge at which runs
+break. Controls do not count, so that "the control is best" is said by a candidate whose difference is below zero. The
+control of an arm is the one with its filter policy, which alone moves an accuracy by points.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from search.statistics import Replicate
 from search.store import StudyConfig
+from search.surrogate import Seen, expected
 from spaces.config import ConfigError, TrialConfig
 from spaces.errors import NoCandidate
 from spaces.reading import as_tree, read_config
@@ -227,4 +229,32 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
             f"NAME={study.name}: no configuration with noise completed all its replicates beside its control, "
             f"so there is no candidate; rin report {study.name} shows why (rin resume {study.name}, or smaller sigmas)"
         )
-    return max(found, key=lambda candidate: candidate.difference if candidate.difference is not None else -math.inf)
+    if len(found) == 1:
+        return found[0]
+    promise = _promises(study, arms)
+    return max(found, key=lambda candidate: (promise[candidate.arm.name], candidate.difference))
+
+
+def _promises(study: StudyConfig, arms: Sequence[Arm]) -> dict[str, float]:
+    """What another run of each arm would gain on its control, by all that has been run: a collapsed one is worth
+    nothing, so it loses what the control has."""
+    seen, levels = {}, {}
+    for arm in arms:
+        control = control_for(arm, arms)
+        runs = replicates_of(study, arm)
+        plain = [] if control is None else replicates_of(study, control)
+        if not runs or not plain:
+            continue
+        held = [run for run in runs if not run.collapsed]
+        gains = paired_differences(held, plain)
+        if not gains and len(held) == len(runs):
+            continue  # no seed of its control's, and no collapse: it says nothing
+        levels[arm.name] = fmean(run.accuracy for run in plain)
+        seen[arm.name] = Seen(
+            params=arm.params,
+            gain=fmean(gains) if gains else None,
+            held=len(gains),
+            collapsed=len(runs) - len(held),
+        )
+    both = zip(levels.items(), expected(study.space, list(seen.values())), strict=True)
+    return {name: what.holds * (level + what.gain) - level for (name, level), what in both}

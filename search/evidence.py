@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from search.arms import Arm
-from search.objectives import Params, Told, told
+from search.coordinates import Params
+from search.objectives import Told, told
 from search.proposals import Known
 from search.store import EVIDENCE_FILE, StudyConfig
 from spaces.config import ConfigError, TrialConfig

@@ -7,16 +7,14 @@ A failed run (a bug, the machine, an accuracy that is not a number) teaches noth
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 from search.arms import Arm
+from search.coordinates import Params
 from trainable.outcome import Outcome
-
-Params = Mapping[str, Any]
-"""Dimension name -> number, or label of a choice; dimensions that do not exist in this configuration are left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,8 @@ state to save, to lose or to unpickle. Each number of a configuration has its ow
 search never repeats the random draws of the first session. A method yields candidates, best first: the caller takes the
 first that is valid and new.
 
-Conditional spaces. Optuna's samplers model the dimensions that all trials have in common and draw the rest at random;
-in a space where sigma has one range per module kind, sigma itself would be drawn at random. So dimensions of one key
-share a *coordinate*: their relative place between low and high, which every configuration has. Where no dimension of a
-coordinate exists, it rests in the middle.
+Conditional spaces. Optuna's samplers model the dimensions that all trials have in common and draw the rest at random,
+so they are given coordinates, which every configuration has (`search/coordinates.py`).
 
 Collapses. The number of collapsed replicates is a constraint: c - 1/2 is told, violated when positive. The half is a
 margin: a surrogate that has seen only 0 and 1 would otherwise call a configuration that never collapsed feasible with
@@ -21,7 +19,7 @@ Non-finite values are not told at all: such a trial is failed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, product
 from statistics import median
@@ -30,13 +28,11 @@ from typing import Any
 import numpy as np
 import optuna
 
-from search.objectives import OBJECTIVES, Params, Told
+from search.coordinates import Coordinate, Params, Point, coordinates, decode, encode
+from search.objectives import OBJECTIVES, Told
 from search.smooth_gp import SmoothGP
-from spaces.library import Choice, Dimension, Float, Int, Space
+from spaces.library import Float, Int, Space
 from trainable.hashing import stable_hash
-
-Point = dict[str, Any]
-"""Coordinate name -> label, or place in the range (0 = low end, 1 = high end)."""
 
 STARTUP = 5
 """Finished configurations before a model is asked; until then the points of `sobol`."""
@@ -63,96 +59,6 @@ class Known:
 
 
 Proposer = Callable[[Known], Iterator[Params]]
-
-
-# --- coordinates ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coordinate:
-    """One axis of a space as a method sees it."""
-
-    name: str
-    dimensions: tuple[Dimension, ...]
-    """Of one key; their conditions differ."""
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """Of a choice."""
-        domain = self.dimensions[0].domain
-        return tuple(domain.options) if isinstance(domain, Choice) else None
-
-    @property
-    def middle(self) -> Any:
-        return self.labels[0] if self.labels else 0.5
-
-
-def coordinates(space: Space) -> tuple[Coordinate, ...]:
-    """Numeric dimensions of one key share a coordinate; a choice is its own."""
-    grouped: dict[str, list[Dimension]] = {}
-    for dimension in space.dimensions:
-        group = dimension.name if isinstance(dimension.domain, Choice) else f"{dimension.key}/number"
-        grouped.setdefault(group, []).append(dimension)
-    groups = grouped.values()
-    return tuple(Coordinate(name=", ".join(d.name for d in found), dimensions=tuple(found)) for found in groups)
-
-
-def decode(space: Space, point: Mapping[str, Any]) -> Params:
-    """The configuration at a point; numbers beyond a range (the place of a known result) are moved to its end."""
-    axis = {dimension.name: coordinate.name for coordinate in coordinates(space) for dimension in coordinate.dimensions}
-    labels: dict[str, str] = {}
-    params: dict[str, Any] = {}
-    for dimension in space.dimensions:
-        when = dimension.when
-        if when is not None and labels.get(when.parent) not in when.labels:
-            continue
-        place = point[axis[dimension.name]]
-        if isinstance(dimension.domain, Choice):
-            labels[dimension.key] = place
-            params[dimension.name] = place
-        else:
-            params[dimension.name] = value_at(dimension.domain, min(max(place, 0.0), 1.0))
-    return params
-
-
-def encode(space: Space, params: Params) -> Point:
-    """The inverse of `decode`; coordinates without a dimension in this configuration rest in the middle."""
-    point: Point = {}
-    for coordinate in coordinates(space):
-        point[coordinate.name] = coordinate.middle
-        for dimension in coordinate.dimensions:
-            if dimension.name in params:
-                value, domain = params[dimension.name], dimension.domain
-                point[coordinate.name] = value if isinstance(domain, Choice) else place_of(domain, value)
-    return point
-
-
-def value_at(domain: Float | Int, place: float) -> float | int:
-    if isinstance(domain, Int):
-        size = domain.high - domain.low + 1
-        return domain.low + min(int(place * size), size - 1)
-    low, high = domain.low, domain.high
-    value = low * (high / low) ** place if domain.log else low + place * (high - low)
-    return min(max(value, low), high)  # rounding
-
-
-def place_of(domain: Float | Int, value: float) -> float:
-    """0 to 1 inside the range, beyond it outside."""
-    if isinstance(domain, Int):
-        return (value - domain.low + 0.5) / (domain.high - domain.low + 1)
-    if domain.log:
-        return math.log(value / domain.low) / math.log(domain.high / domain.low)
-    return (value - domain.low) / (domain.high - domain.low)
-
-
-def settings_of(space: Space, params: Params) -> dict[str, Any]:
-    """Dotted settings of a configuration."""
-    drawn = {}
-    for dimension in space.dimensions:
-        if dimension.name in params:
-            value, domain = params[dimension.name], dimension.domain
-            drawn[dimension.key] = domain.options[value] if isinstance(domain, Choice) else value
-    return drawn
 
 
 def _from_unit(space: Space, unit: Sequence[float]) -> Params:

@@ -14,10 +14,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from search.arms import Arm, trial_config, trial_folder, write_arm
+from search.coordinates import Params, settings_of
 from search.evidence import Evidence, known_of
 from search.lineup import base_tree
-from search.objectives import Params
-from search.proposals import SEARCHERS, every, settings_of
+from search.proposals import SEARCHERS, every
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten

@@ -5,7 +5,7 @@
     the arms                       control first (one per filter policy), then named points, then the searcher's own
     run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are
                                    results
-    choose                         the arm that is furthest ahead of its control -> STORE/NAME/best.yaml
+    choose                         the arm with the most to expect of another run -> STORE/NAME/best.yaml
                                    (`arms.candidate_of`)
 
 A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from dashboards.options import SweepOptions, study_config
+from search.coordinates import settings_of
 from search.lineup import fixed_arms, overridden
-from search.proposals import lattice, settings_of
+from search.proposals import lattice
 from search.searchers import _identity
 from search.store import StudyConfig
 from spaces.config import ConfigError

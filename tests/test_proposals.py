@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 from scipy.stats import qmc
 
-from search.proposals import GRID_LEVELS, SEARCHERS, coordinates, decode, encode, every, lattice
+from search.coordinates import coordinates, decode, encode
+from search.proposals import GRID_LEVELS, SEARCHERS, every, lattice
 from spaces.library import SPACES, Choice, Dimension, Float, Int, Space, When
 from tests.searches import choices, cliff, drive, outcome, searcher, trees
 

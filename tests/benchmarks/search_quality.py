@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean, quantiles, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +46,10 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from search.arms import Arm
 from search.proposals import SEARCHERS
-from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA
+from search.surrogate import Seen, expected
+from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA, SPACES
 from tests.searches import outcome, searcher
 from trainable.hashing import stable_hash
 from trainable.outcome import Ending
@@ -57,6 +59,7 @@ COMMAND = "python -m tests.benchmarks.search_quality"
 STEPS = 29
 COLLAPSE_STEPS = 3
 NOISE = 0.012
+COLLAPSED = 0.66
 OPTIMUM = 0.75
 RANGES = {"rmsnorm": RMSNORM_SIGMA["W4A4"], "linear": LINEAR_SIGMA["W4A4"]}
 SIGMA_END = (0.0001, 0.002)
@@ -80,6 +83,8 @@ class Landscape:
     limit: Mapping[str, float]
     gain: Mapping[str, float]
     end: float
+    noise: float = NOISE
+    """From run to run, a share."""
 
     def accuracy(self, setting: Setting) -> float:
         """The true one, of a run that does not collapse."""
@@ -89,12 +94,25 @@ class Landscape:
     def collapse_probability(self, setting: Setting) -> float:
         return 1 / (1 + math.exp(-math.log(setting.sigma / self.limit[setting.module]) / 0.1))
 
-    def run(self, setting: Setting) -> "Run":
+    def worth(self, setting: Setting) -> float:
+        """What a run of it comes to in the mean, collapses included."""
+        chance = self.collapse_probability(setting)
+        return (1 - chance) * self.accuracy(setting) + chance * COLLAPSED
+
+    def best_worth(self) -> float:
+        """Over a fine grid of sigmas, with the best end."""
+        return max(
+            self.worth(Setting(module=module, sigma=float(sigma), sigma_end=self.end))
+            for module, (low, high) in RANGES.items()
+            for sigma in np.geomspace(low, high, 400)
+        )
+
+    def run(self, setting: Setting, replicate: int = 0) -> "Run":
         """The same configuration gives the same trial, whoever proposed it."""
-        rng = np.random.default_rng(stable_hash("run", self.seed, setting))
+        rng = np.random.default_rng(stable_hash("run", self.seed, setting, *([replicate] if replicate else [])))
         collapsed = bool(rng.random() < self.collapse_probability(setting))
         truth = self.accuracy(setting)
-        measured = (0.66 if collapsed else truth) + NOISE * float(rng.standard_normal())
+        measured = (COLLAPSED if collapsed else truth) + self.noise * float(rng.standard_normal())
         steps = COLLAPSE_STEPS if collapsed else STEPS
         pace = 6 / (1 + setting.sigma / self.limit[setting.module])
         return Run(truth=truth, collapsed=collapsed, accuracy=measured, steps=steps, pace=pace)
@@ -116,6 +134,42 @@ def landscape(seed: int) -> Landscape:
         gain={module: 0.05 if module == winner else 0.03 for module in RANGES},
         end=inside(*SIGMA_END),
     )
+
+
+HARDER_NOISE = 0.017
+
+
+def hill(seed: int) -> Landscape:
+    """That of the table of methods, with runs that differ by 1.7 points."""
+    return replace(landscape(seed), noise=HARDER_NOISE)
+
+
+def at_the_boundary(seed: int) -> Landscape:
+    """Accuracy grows up to where half the runs collapse."""
+    plain = hill(seed)
+    return replace(plain, limit=plain.best)
+
+
+def very_low(seed: int) -> Landscape:
+    """Nine tenths of each range collapse; the hill lies in the rest."""
+    plain = hill(seed)
+    limit = {module: low * (high / low) ** 0.12 for module, (low, high) in RANGES.items()}
+    return replace(plain, limit=limit, best={module: sigma / 1.35 for module, sigma in limit.items()})
+
+
+def flat(seed: int) -> Landscape:
+    """Noise changes nothing until it breaks the run."""
+    return replace(hill(seed), gain=dict.fromkeys(RANGES, 0.0))
+
+
+CONTROL = 0.70
+RUNS = (24, 30, 48)
+LANDSCAPES: dict[str, Callable[[int], Landscape]] = {
+    "hill": hill,
+    "best at the collapse boundary": at_the_boundary,
+    "boundary at very low sigma": very_low,
+    "flat": flat,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,11 +337,80 @@ def quartiles(values: list[float]) -> list[str]:
     return ["never" if v > cap / 10 else f"{v:.3g}" for v in found]
 
 
+# --- who is put forward ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One configuration of a search."""
+
+    seen: Seen
+    difference: float
+    """Mean over its runs, as if its control were known; below all others where one collapsed."""
+    worth: float
+    """What another run would come to in the mean."""
+
+
+def tried(truth: Landscape, runs: int, replicates: int) -> list[Tried]:
+    """By `gp`, so many runs in all."""
+    search = searcher(known=(), trials=runs // replicates, seed=truth.seed, searcher="gp", replicates=replicates)
+    for number in range(runs // replicates * replicates):
+        suggestion = search.suggest(f"t{number}")
+        assert isinstance(suggestion, dict)
+        noise = suggestion["config"]["noise"]
+        setting = Setting(module=noise["modules"][0], sigma=noise["sigma_start"], sigma_end=noise["sigma_end"])
+        done = truth.run(setting, suggestion["replicate"])
+        how: Ending = "collapsed" if done.collapsed else "completed"
+        search.ended[suggestion["arm"], suggestion["replicate"]] = outcome(done.accuracy, how)
+        search.on_trial_complete(f"t{number}")
+    return [_tried(truth, arm) for arm in search.arms]
+
+
+def _tried(truth: Landscape, arm: Arm) -> Tried:
+    noise = arm.config.noise
+    gains = [ended.eval.accuracy - CONTROL for ended in arm.results.values() if not ended.collapsed]
+    collapsed = len(arm.results) - len(gains)
+    seen = Seen(params=arm.params, gain=mean(gains) if gains else None, held=len(gains), collapsed=collapsed)
+    setting = Setting(module=noise.modules[0], sigma=noise.sigma_start, sigma_end=noise.sigma_end)
+    return Tried(seen=seen, difference=-1.0 if collapsed else mean(gains), worth=truth.worth(setting))
+
+
+def regrets(truth: Landscape, arms: list[Tried]) -> tuple[float, float] | None:
+    """Of the arm with the highest difference, and of the one with the most to expect; None without an arm that held."""
+    if all(arm.difference == -1.0 for arm in arms):
+        return None
+    promise = [what.holds * (CONTROL + what.gain) for what in expected(SPACES["sigma"], [arm.seen for arm in arms])]
+    before = max(arms, key=lambda arm: arm.difference)
+    after = max(zip(promise, arms, strict=True), key=lambda both: (both[1].difference > -1.0, both[0]))[1]
+    best = truth.best_worth()
+    return best - before.worth, best - after.worth
+
+
+def candidates(seeds: int) -> Iterator[str]:
+    """Rows of the table: landscape, replicates, and before and after for each number of runs."""
+    for name, make in LANDSCAPES.items():
+        for replicates in (1, 3):
+            arms = {seed: tried(make(seed), RUNS[-1], replicates) for seed in range(seeds)}
+            yield candidate_row(name, replicates, {seed: (make(seed), found) for seed, found in arms.items()})
+
+
+def candidate_row(name: str, replicates: int, searched: Mapping[int, tuple[Landscape, list[Tried]]]) -> str:
+    cells = []
+    for runs in RUNS:
+        both = [regrets(truth, arms[: runs // replicates]) for truth, arms in searched.values()]
+        before, after = zip(*[pair for pair in both if pair is not None], strict=True)
+        won = [b - a for b, a in zip(before, after, strict=True)]
+        error = 100 * stdev(won) / math.sqrt(len(won))
+        cells.append(f"{100 * mean(before):.2f} -> {100 * mean(after):.2f} (± {error:.2f})")
+    return f"| {name} | {replicates} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="first seed; anything but 0 prints and writes nothing")
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--candidates", type=int, default=30, help="seeds of the second table; 0 = not that one")
     parser.add_argument("--only", default="", help="methods whose name contains this; prints, writes nothing")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -301,9 +424,19 @@ def main() -> None:
         ]
         rows.append(row(name, scores, (time.process_time() - started) / sum(s.trials for s in scores)))
         print(rows[-1], flush=True)
+    found = []
+    for line in [] if arguments.only else candidates(arguments.candidates) if arguments.candidates else []:
+        found.append(line)
+        print(line, flush=True)
     if not arguments.only and not arguments.first:
         text = PAGE.format(
-            command=COMMAND, trials=arguments.trials, seeds=arguments.seeds, rows="\n".join(rows), machine=machine()
+            command=COMMAND,
+            trials=arguments.trials,
+            seeds=arguments.seeds,
+            rows="\n".join(rows),
+            machine=machine(),
+            candidates="\n".join(found),
+            candidate_seeds=arguments.candidates,
         )
         (DOCS / "search-quality.md").write_text(text, encoding="utf-8")
 
@@ -337,6 +470,21 @@ replicate, one trial at a time. "Never" in a quartile: that search did not get t
 Twenty seeds are too few to rank these methods: two runs of random search with other seeds differ by as much as the
 methods do (the rows `random` and "stock random search" are the same method). ASHA's trials are cut short where faster
 learning looks better: it needs more trials, which cost less each.
+
+## Who is put forward
+
+How far the candidate's own mean (a collapse counts {100 * COLLAPSED:g} %) lies below the best possible one, in points:
+of the arm with the highest difference (before) -> of the one with the most to expect of another run
+(`search/surrogate.py`); ± one standard error of what that wins. `gp`, {{candidate_seeds}} seeds per landscape,
+runs that differ by {100 * HARDER_NOISE:g} points, the same number of runs spent on one replicate each or on three.
+The landscapes: `LANDSCAPES` in the benchmark.
+
+| landscape | replicates | {" | ".join(f"{runs} runs" for runs in RUNS)} |
+|{"---|" * (2 + len(RUNS))}
+{{candidates}}
+
+With one replicate each there are three times the candidates to choose from, and the model lends each the runs of its
+neighbours: at equal runs that is better everywhere but on the flat landscape, where three replicates see who breaks.
 """
 
 if __name__ == "__main__":
