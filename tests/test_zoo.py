@@ -10,14 +10,18 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, PretrainedConfig
 
+import trainable.trial
 from search.checkpoint_export import _only_here, _write_plain
 from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig
+from spaces.reading import read_config
+from tests.conftest import byte_tokenizer
 from trainable.engines.backend import _check_parts
 from trainable.noise import injected, measure_effects, noise_targets
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import wrapped
 from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import fake_quantize
+from trainable.trial import Trial
 
 W16A16 = QuantConfig(weights="none", activations="none")
 W4A16 = QuantConfig(activations="none")
@@ -309,3 +313,36 @@ def test_a_norm_is_told_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(load("qwen3").norms) == set(), "that was LayerNorm"
     monkeypatch.setattr(Qwen3RMSNorm, "forward", lambda self, x: nn.functional.silu(original(self, x)))
     assert load("qwen3").norm_kinds == {"unknown, inside": 4, "unknown, residual": 4, "unknown, final": 1}
+
+
+def test_a_trial_on_a_mixture_learns_and_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no token went to an expert, which then has no moments."""
+    tokenizer = byte_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "num_experts": 32, "num_local_experts": 32}
+    config = CONFIG_MAPPING["mixtral"](**{**COMMON, **EXPERTS, **sizes, "eos_token_id": tokenizer.eos_token_id})
+    network: Any = AutoModelForCausalLM.from_config(config)
+    network.model.layers[0].mlp.gate.weight.data[0] = 0.0  # never among the two best of 32
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {
+        "model": {"name": str(tmp_path)},
+        "task": {"name": "gsm8k", "path": str(Path(__file__).parent / "data" / "gsm8k_small.jsonl")},
+        "noise": {"num_stages": 1, "modules": ["linear"]},
+        "grpo": {"steps": 2, "prompts": 2, "group_size": 2, "updates_per_step": 1},
+        "rollout": {"max_prompt_tokens": 240, "max_new_tokens": 2},
+        "eval": {"questions": 2, "every": 0},
+    }
+    draw = torch.Generator()
+    monkeypatch.setattr(
+        trainable.trial, "shaped_rewards", lambda groups, *_: torch.rand(2, 2, generator=draw.manual_seed(0))
+    )
+    trial, again = Trial(read_config(settings)), Trial(read_config(settings))
+    trial.step()
+    state = trial.state_dict()
+    trained = {key.split("/")[0] for key in state["optimizer"]}
+    assert len(trained) <= len(trial.policy.trainable()) - 2, "one expert is idle"
+    again.load_state_dict(state)
+    trial.step()
+    again.step()
+    assert all(torch.equal(p, again.policy.trainable()[name]) for name, p in trial.policy.trainable().items())
+    assert 0.5 < trial.receipt().moved["matrices"] < 1
