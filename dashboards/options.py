@@ -223,8 +223,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     usable_budget(options.budget)
     store = absolute_store(options.store)
 
-    # Seconds from here on: torch and ray.
-    from search.lineup import fixed_arms
+    from search.lineup import fixed_arms  # a second, and the last imports without torch and ray
 
     same = {
         field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields
@@ -243,7 +242,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         "address": ray_address(options.address, None),
     }
     study = StudyConfig(**same | changed)
-    return study.model_copy(update={"trials": options.trials or (len(fixed_arms(study)) if options.points else 8)})
+    arms = fixed_arms(study)  # a setting that the sweep would not take is told here
+    return study.model_copy(update={"trials": options.trials or (len(arms) if options.points else 8)})
 
 
 def refuse_with_ablate(options: SweepOptions) -> None:

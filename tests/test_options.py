@@ -359,6 +359,7 @@ from spaces.errors import ConfigError
 for wrong in [
     lambda: study_config(SweepOptions(overrides=["noise.sigma_strat=0.1"])),
     lambda: study_config(SweepOptions(points="e99")),
+    lambda: study_config(SweepOptions(overrides=["noise.num_stages=2", "noise.schedule=log"])),
     lambda: study_config(SweepOptions(points="missing.yaml")),
     lambda: study_config(SweepOptions(searcher="magic")),
     lambda: study_config(SweepOptions(objectives=["fun"])),
@@ -380,6 +381,7 @@ def test_a_mistake_in_an_option_is_told_before_the_slow_imports() -> None:
     said = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=True).stdout.splitlines()
     begins = [
         *("config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start?", "--points e99: unknown point"),
+        "--set noise.schedule=log: does nothing here",
         *("missing.yaml: cannot be read", "--searcher magic: unknown", "--objective fun: unknown"),
         *("--budget nan: nothing could run", "--budget -1: nothing could run", "--looks five: give whole numbers"),
         *("--looks 8,5: name growing numbers", "--store /nowhere: there is no such folder"),

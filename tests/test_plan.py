@@ -109,7 +109,7 @@ def test_times_of_the_same_workload_in_this_store_replace_the_workload_s_figure(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model": {"name": "/my/model", "recipe": None}, "task": {"name": "reasoning_gym:gcd", "digits": 3}},
+        {"model": {"name": "/my/model", "recipe": None}, "task": {"name": "reasoning_gym:gcd"}},
         {"grpo": {"steps": 500}},
         {"rollout": {"max_new_tokens": 512}},
     ],
