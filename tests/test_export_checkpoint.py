@@ -23,6 +23,7 @@ from search.store import StudyConfig, save_study_config
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from spaces.reading import as_tree, load_yaml, merge, read_config
 from tests.conftest import require
+from tests.plain_sweeps import without_ray
 from tests.processes import rin
 from tests.written_sweeps import make_arm, outcome, study, write_sweep, write_trial
 from trainable.disk.checkpoint import load_final, save_final
@@ -749,7 +750,8 @@ def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained
     tmp_path: Path,
 ) -> None:
     asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x")
-    swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
+    with without_ray():
+        swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
     assert swept.code == 0, swept.err
     done = rin("export", "x", "--to", "checkpoint", cwd=tmp_path)
     assert done.code == 0, done.err
@@ -775,7 +777,8 @@ def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)
     assert f"{trial}/{FINAL_FILE}: is not there" in refused.err
     (trial / "outcome.json").unlink()
-    resumed = rin("resume", "x", cwd=tmp_path)
+    with without_ray():
+        resumed = rin("resume", "x", cwd=tmp_path)
     assert resumed.code == 0, resumed.err
     assert rin("export", "x", "--to", "checkpoint", "--output", "y", cwd=tmp_path).code == 0
     assert (tmp_path / "y" / "model.safetensors").read_bytes() == weights

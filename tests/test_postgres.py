@@ -18,6 +18,7 @@ import pytest
 
 from spaces.reading import parse_yaml, read_config
 from tests.conftest import require
+from tests.plain_sweeps import without_ray
 from tests.processes import free_port, program, rin
 from tests.real_mlflow import mlflow_server
 
@@ -170,7 +171,8 @@ def test_a_sweep_is_tracked_in_postgresql_and_its_password_appears_nowhere(postg
 @pytest.mark.slow
 def test_a_sweep_is_tracked_by_mlflow_s_server_over_postgresql(postgres: Postgres, tmp_path: Path) -> None:
     with mlflow_server(tmp_path, postgres.uri_with_password) as server:
-        said_here(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", server.uri)
+        with without_ray():
+            said_here(tmp_path, "sweep", *SHORT, "--name", "served", "--tracking-uri", server.uri)
         assert "2 of 2" in said_here(tmp_path, "status", "served")  # study.json knows where
         assert read_config(parse_yaml(said_here(tmp_path, "export", "served"), "export")).grpo.steps == 3
     check_sweep(postgres, "served")
