@@ -38,7 +38,6 @@ def rin(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     [
         (["trial", "e99"], "POINT=e99: unknown; choose one of control"),
         (["sweep", "--workload", "tiny", "--tracking-uri", "http://u:secret@127.0.0.1:9"], "127.0.0.1:9"),
-        (["export", "nobody"], "NAME=nobody: no sweep of that name"),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(
@@ -124,6 +123,7 @@ def test_every_command_explains_itself_and_its_options(
         (["sweep", "--searcher", "magic"], "--searcher magic: unknown"),
         (["sweep", "--points", "e99"], "--points e99: unknown point"),
         (["status", "nobody"], "NAME=nobody: no sweep of that name"),
+        (["export", "nobody"], "NAME=nobody: no sweep of that name"),
         (["plan", "--trials", "1", "--points", "e12"], "--trials 1: the control and the points are 3"),
         (["resume", "nobody"], "NAME=nobody: no sweep of that name"),
         (["report", "nobody"], "NAME=nobody: no sweep of that name"),
@@ -352,8 +352,8 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert exported.code == 0, exported.err
     tree = parse_yaml((tmp_path / "best.yaml").read_text(), "best.yaml")
     assert TrialConfig.model_validate(tree).threads == 1
-    repeated = rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
-    outcome = json.loads(repeated.stdout.splitlines()[-1])
+    repeated = processes.rin("trial", "--config", "best.yaml", "--json", cwd=tmp_path)
+    outcome = json.loads(repeated.out.splitlines()[-1])
     arms = {arm.name: arm for arm in read_arms(load_study_config(str(tmp_path / "runs"), "first"))}
     candidate = next(row["arm"] for row in rows if row["candidate"])
     assert outcome["eval"]["correct"] == list(arms[candidate].results[0].eval.correct)

@@ -623,12 +623,12 @@ def test_every_accepted_data_set_makes_the_same_questions_in_every_process() -> 
         "from itertools import islice; from random import Random; from reasoning_gym.factory import DATASETS\n"
         "from trainable.tasks.gym import REFUSED, open_gym\n"
         "for name in sorted(DATASETS.keys() - REFUSED.keys()):\n"
-        "    count = 3 if name in ('futoshiki', 'zebra_puzzles', 'puzzle24') else 30\n"
+        "    count = 3 if name in ('futoshiki', 'zebra_puzzles', 'puzzle24') else 10\n"
         "    for entry in islice(open_gym(name, {}).entries(Random(1)), count):\n"
         "        print(name, repr(entry['question']), repr(entry['answer']))\n"
     )
     runs = [output_of(code, salt).splitlines() for salt in ("1", "2")]
-    assert len(runs[0]) > 2000
+    assert len(runs[0]) > 800
     for first, second in zip(*runs, strict=True):
         assert first == second
 
