@@ -98,6 +98,9 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     ]
     if state.finding is not None and (said := state.finding.risk_words()):
         lines.append(f"  {said}")
+        needed = state.finding.runs + (state.finding.needs or 0)
+        if state.finding.verdict == "better where it holds" and state.looks[-1] < needed and not state.unfinished:
+            lines.append(f"  to find out: {config.go_on}{where} --looks {','.join(map(str, (*state.looks, needed)))}")
     if state.arms is not None:
         risks = state.arms
         lines.append(

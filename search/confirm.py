@@ -105,17 +105,22 @@ def confirm(
     """Run until decided, or until the replicates or the budget end.
 
     `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were
-    planned, since the error level is spent by that plan. Raises ConfigError for what the user can mend.
+    planned, since the error level is spent by that plan. One that has found a gain may have more after them, to exclude
+    a collapse risk: whatever is called better then was called so by the first plan, and each look of a longer one has
+    less of the level. Raises ConfigError for what the user can mend.
     """
     place = parent.model_copy(update={"name": _name_of(parent, arm)})
     begun = STUDY_FILE in place.folder.names()
     if begun:
         config, arms = load_study_config(parent.store, place.name), None
-        if looks is not None and tuple(looks) != config.looks:
+        if looks is not None and _may_follow(config, looks, _collapsed_in(parent)):
+            config = config.model_copy(update={"looks": SequentialRule(looks=tuple(looks)).looks})
+            save_study_config(config)
+        elif looks is not None and tuple(looks) != config.looks:
             given, planned = (",".join(map(str, numbers)) for numbers in (looks, config.looks))
             raise ConfigError(
                 f"--looks {given}: this confirmation began with {planned}, which its error level hangs on; "
-                "leave --looks out"
+                "leave --looks out (one that has found a gain where it holds takes more looks after these)"
             )
     else:
         config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
@@ -190,6 +195,13 @@ def _same_questions(config: StudyConfig) -> list[str]:
                     yield name
 
     return list(others())
+
+
+def _may_follow(config: StudyConfig, looks: Sequence[int], worth: float | None) -> bool:
+    """More looks after those planned, of a confirmation that has found a gain and not what a collapse would undo."""
+    longer = len(looks) > len(config.looks) and tuple(looks[: len(config.looks)]) == config.looks
+    finding = judge(config, collapsed_elsewhere=worth).finding if longer else None
+    return finding is not None and finding.verdict == "better where it holds"
 
 
 def _collapsed_in(parent: StudyConfig) -> float | None:

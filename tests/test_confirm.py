@@ -280,6 +280,33 @@ def test_replicates_go_on_where_a_planned_look_could_exclude_the_collapse_risk(
     assert read_confirmation(state.config) == state
 
 
+def test_a_gain_may_have_more_looks_to_exclude_a_collapse_risk_and_nothing_else_may(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweeps = Sweeps(strong)
+    state = confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
+    assert state.finding is not None
+    assert state.finding.needs is not None
+    needed = 3 + state.finding.needs
+    assert f"  to find out: rin confirm s --looks 3,5,8,{needed}" in confirmation_lines(state)
+    for looks in ((3, 5), (3, 6, 30), (4, 5, 8, 30)):
+        with pytest.raises(ConfigError, match="this confirmation began with 3,5,8"):
+            confirmed(parent, monkeypatch, sweeps, looks=looks)
+    longer = confirmed(parent, monkeypatch, sweeps, looks=(*LOOKS, needed))
+    assert longer.finding is not None
+    assert (longer.finding.verdict, longer.finding.runs) == ("better", needed)
+    assert longer.finding.risk_high < 0.15
+    assert load_study_config(parent.store, "s-confirm").looks == (*LOOKS, needed)
+    assert confirmed(parent, monkeypatch, sweeps).finding == longer.finding
+
+
+def test_an_undecided_confirmation_has_no_more_looks(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeps = Sweeps(nothing)
+    confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
+    with pytest.raises(ConfigError, match=r"--looks 3,5,8,20: this confirmation began with 3,5,8"):
+        confirmed(parent, monkeypatch, sweeps, looks=(*LOOKS, 20))
+
+
 # Interrupted
 
 
