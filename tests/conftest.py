@@ -54,22 +54,30 @@ Tiny = Callable[..., TrialConfig]
 LONGEST = (
     "test_rollout_vllm.py",
     "test_survival.py",
-    "test_claims.py",
     "test_study.py",
     "test_engine_process.py",
+    "test_claims.py",
+    "test_mirror.py",
+    "test_cli.py",
     "test_submission.py",
     "test_cluster.py",
     "test_security.py",
+    "test_mlflow_views.py",
+    "test_tasks.py",
+    "test_cuda_kernels.py",
+    "test_s3.py",
+    "test_tracking.py",
+    "test_floor.py",
     "test_kernels.py",
     "test_postgres.py",
-    "test_tracking.py",
     "test_export_checkpoint.py",
-    "test_s3.py",
-    "test_cli.py",
-    "test_mlflow_views.py",
+    "test_ray_trainable.py",
     "test_trial.py",
+    "test_statistics.py",
+    "test_one_truth.py",
+    "test_embedded.py",
 )
-"""Files whose tests take half a minute or more, the longest first: what is left for the end is small, and all workers
+"""Files whose tests take some twenty seconds or more, the longest first: what is left for the end is small, and all workers
 end together."""
 
 
