@@ -205,7 +205,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
     _known("--workload", options.workload, WORKLOADS)
     workload = WORKLOADS[options.workload].settings
-    settings = anchored(parse_overrides(options.overrides or []), Path.cwd())
+    settings = anchored(parse_overrides(_once(options.overrides or [])), Path.cwd())
     chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
     refuse_settings_of_the_run(settings, "--set ")
@@ -289,7 +289,7 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
     from spaces.uses import is_record, refuse_idle
     from spaces.workloads import WORKLOADS
 
-    changes = anchored(parse_overrides(overrides), Path.cwd())
+    changes = anchored(parse_overrides(_once(overrides)), Path.cwd())
     if (point is None) == (config is None):
         raise ConfigError("POINT or --config: give one of the two, for example: rin trial control")
     if config is not None:
@@ -339,6 +339,16 @@ def planned_looks(text: str | None) -> tuple[int, ...] | None:
 def ray_address(address: str | None, before: str | None) -> str | None:
     """Where a study goes on: where it ran before, unless another address is given; `local` is a Ray of its own."""
     return before if address is None else None if address == "local" else address
+
+
+def _once(overrides: Sequence[str]) -> Sequence[str]:
+    """Raises ConfigError for a key that is set twice: one of the two would be without effect."""
+    given: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if given.setdefault(key, override) != override:
+            raise ConfigError(f"--set {override}: {given[key]} is given, too; keep one of the two")
+    return overrides
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -245,7 +245,7 @@ def sweep_of(store: Path, uri: str) -> StudyConfig:
     settings = {
         "eval": {"questions": 64},
         "grpo": {"steps": 4},
-        "noise": {"num_stages": 2},
+        "noise": {"num_stages": 3},
         "collapse": {"mode": "off"},
     }
     return study(store, trials=3, searcher="random", tracking_uri=uri, settings=settings)

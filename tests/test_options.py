@@ -102,6 +102,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"name": ".hidden"}, "--name .hidden: use letters"),
         ({"budget": 0.0}, "--budget 0: nothing could run"),
         ({"overrides": ["noise"]}, "--set noise: expected dotted.key=value"),
+        ({"overrides": ["grpo.steps=3", "grpo.steps=4"]}, "--set grpo.steps=4: grpo.steps=3 is given, too; keep one"),
         ({"store": "s3://bucket/runs"}, "--store s3://bucket/runs: a database cannot lie there; give --tracking-uri"),
     ],
 )

@@ -125,7 +125,9 @@ class Sweep:
                 "--name",
                 self.name,
             ]
-            command += [*self.options(), *(part for setting in SETTINGS for part in ("--set", setting)), *self.more]
+            own = {word.partition("=")[0] for word in self.more}
+            settings = (setting for setting in SETTINGS if setting.partition("=")[0] not in own)
+            command += [*self.options(), *(part for setting in settings for part in ("--set", setting)), *self.more]
         log = (self.store / f"{self.name}.log").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         return subprocess.Popen(
