@@ -77,7 +77,7 @@ LONGEST = (
     "test_one_truth.py",
     "test_embedded.py",
 )
-"""Files whose tests take some twenty seconds or more, the longest first: what is left for the end is small, and all workers
+"""Files whose tests take some twenty seconds or more, the longest first: what is left for the end is small, and workers
 end together."""
 
 
