@@ -182,7 +182,7 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
     batch = sampled_batch(policy)
     results = []
     for packed in (batch, replace(batch, group_size=1)):
-        monkeypatch.setattr(trainable.forward.logps, "_PACKED_TOKENS", longest)
+        monkeypatch.setattr(trainable.forward.logps, "PACKED_TOKENS", longest)
         logps = completion_logps(policy, packed, 0.7)
         inside = batch.mask > 0
         loss = (logps * batch.advantages[:, None])[inside].sum() / inside.sum()

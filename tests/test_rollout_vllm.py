@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
-from tests.conftest import ModelFolder, Tiny, ragged_prompts, require
+from tests.conftest import ModelFolder, Tiny, byte_tokenizer, ragged_prompts, require
 from trainable.engines import gate
 from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engines.engine import Request, TrialFailed, deployed_weights, digest
@@ -429,6 +430,37 @@ def test_single_flips_pass_where_the_floor_has_none(flipped: int, passes: bool) 
     else:
         with pytest.raises(TrialFailed, match=r"log-probs: .* tokens of (38|100) % of the prompts differ"):
             gate.check_logps(batch, floor)
+
+
+def test_healthy_engines_in_bf16_pass(tiny: Tiny) -> None:
+    """Where the floor of a single rollout of 8 prompts refuses one in ten."""
+    trial = Trial(tiny(*VLLM, "model.dtype=bfloat16"))
+    try:
+        for seed in range(24):
+            trial.config, trial.agreed = trial.config.model_copy(update={"seed": seed}), False
+            trial._agree(trial._generate(-1, 0, 8))
+            assert trial.agreed
+    finally:
+        trial.close()
+
+
+def test_windows_are_those_of_training(engine_of: Engines, tmp_path: Path) -> None:
+    """A window of 16 in rows of up to 26, nothing quantised."""
+    tokenizer = byte_tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"num_key_value_heads": 1, "vocab_size": 260, "initializer_range": 0.3, "sliding_window": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = MistralForCausalLM(MistralConfig(**sizes, **settings, pad_token_id=0, eos_token_id=1, head_dim=32))
+    network.generation_config.eos_token_id = [1, *range(100, 130)]
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, backend, _ = engine_of(with_model(str(tmp_path), quant=QuantConfig(weights="none", activations="none")))
+    assert policy.ends == (1, *range(100, 130))
+    with deployed(policy):
+        batch = rollout(policy, backend, ragged_prompts(12, vocabulary=200))
+        assert gaps(batch).max() <= SUMS
+    assert batch.prompt_mask.sum(1).max() > 16
 
 
 # --- a trial ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from spaces.config import ConfigError, ModelConfig, TrialConfig
 from trainable.floor import cached_logps
-from trainable.forward.logps import Batch, completion_logps
+from trainable.forward.logps import PACKED_TOKENS, Batch, completion_logps
 from trainable.forward.transformer import forward_of, left_padded
 from trainable.policy.attention import attention
 from trainable.policy.embedded import Progress
@@ -47,11 +47,11 @@ LIMIT = 1e-3
 NARROW_LIMIT = 0.1
 """Mean distance in 16 bits, in nats: rounding alone makes 0.01 to 0.03."""
 _GROUP, _TOKENS = 2, 8
-"""Completions of each of three prompts, and their length."""
+"""Completions of each of two prompts, and their length."""
 _LONGEST_REASON = 200
 """Characters of what an architecture says about itself."""
-_PACKED = 256
-"""At this length completions share rows (up to `logps._PACKED_TOKENS`), and eager attention is cheap."""
+_PACKED = PACKED_TOKENS - _TOKENS
+"""The longest rows whose completions share one; asked too where a trial's rows are longer."""
 _EAGER = 1024
 """Longest row of which transformers' own attention is the eager one, which holds a number per pair of tokens."""
 _TURNS = (
@@ -172,7 +172,7 @@ def probes(network: Any, tokenizer: Any, longest: int) -> list[Batch]:
     """Groups of completions on left-padded prompts from one token to the length that a trial can have, and across what
     the configuration names below that."""
     turns = {turn for turn in _turns(network.config.to_dict()) if _TOKENS < turn < longest}
-    ends = {longest, min(longest, _PACKED), min(turns, default=longest)}
+    ends = {longest, _PACKED if longest > PACKED_TOKENS else longest, min(turns, default=longest)}
     ends |= {min(longest, turn + _TOKENS // 2) for turn in turns}
     return [_probe(network, tokenizer, end) for end in sorted(ends)]
 
@@ -198,7 +198,7 @@ def _probe(network: Any, tokenizer: Any, longest: int) -> Batch:
         return torch.tensor(plain)[torch.randint(len(plain), (rows, length), generator=source)]
 
     device = network.device
-    prompts = [text(1, length)[0].tolist() for length in (width, (width + 1) // 2, 1)]
+    prompts = [text(1, length)[0].tolist() for length in (width, 1 + width // 8)]
     prompt_ids, prompt_mask = left_padded(
         [prompt for prompt in prompts for _ in range(_GROUP)], tokenizer.pad_token_id, device
     )

@@ -146,7 +146,7 @@ class Trial:
         started, step = time.perf_counter(), self.so_far.next_step
         metrics = self._begin() if self.so_far.start is None else {}
         if not self.agreed:
-            metrics |= self._agree(self._batch(self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)))
+            metrics |= self._agree(self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts))
         self.so_far.end = None  # an outcome that was asked for in between is of other weights
         begun = time.perf_counter()
         sigma = sigma_at(self.config.noise, step, self.config.grpo.steps)
@@ -284,15 +284,25 @@ class Trial:
                 f"rollout.max_new_tokens={limit}: what is rewarded at the end of an answer is never seen; raise it"
             )
         start = {f"{name}_start": value for name, value in _metrics(deployed_eval, plain_eval).items()}
-        return start | ({} if self.agreed else self._agree(batch))
+        return start | ({} if self.agreed else self._agree(groups))
 
-    def _agree(self, batch: Batch) -> dict[str, float]:
-        """The gate, on a noise-free rollout that was just made."""
-        assert self.backend.engine is not None
-        with deployed(self.policy):
-            metrics = gate.check(
-                self.backend.engine, self.policy, batch, self.config.rollout, self.config.grpo.micro_batch_size
-            )
+    def _agree(self, groups: list[Group]) -> dict[str, float]:
+        """The gate, on a noise-free rollout that was just made, and on more where that one does not agree by itself."""
+        config, engine = self.config, self.backend.engine
+        assert engine is not None
+        for number in range(1, gate.BATCHES + 1):
+            batch = self._batch(groups)
+            try:
+                with deployed(self.policy):
+                    metrics = gate.check(engine, self.policy, batch, config.rollout, config.grpo.micro_batch_size)
+                break
+            except gate.LogpsApart:
+                if number == gate.BATCHES:
+                    raise
+                groups = groups + self._generate(_BASELINE_STEP, number, config.grpo.prompts)
+        with unquantized(self.policy):
+            plain = self._batch(self._generate(_BASELINE_STEP, 0, gate.UNQUANTIZED_PROMPTS))
+        gate.check_unquantized(plain, config.model.dtype)
         self.agreed = True
         return metrics
 

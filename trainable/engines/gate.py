@@ -2,7 +2,7 @@
 
 Public trainers mix precisions between rollout and training, and the mismatch looks like a collapse. Log-probs alone
 cannot tell: in W4A4 two exact forwards of one model already differ, because rounding flips amplify the order of sums
-(`trainable/floor.py`). So the question is asked in three parts, of which the first two are exact:
+(`trainable/floor.py`). So the question is asked in four parts, of which the first two are exact:
 
     a  weights   the hash of every tensor that the engine holds is that of the tensor training would use
     b  layers    each linear layer, fed the same captured input on both sides, gives the same output
@@ -11,7 +11,10 @@ cannot tell: in W4A4 two exact forwards of one model already differ, because rou
                  their mean distance: a few large flips carry the KL and could hide that every token is a little off. Or
                  the tokens of three prompts in four agree: on a small model flips are so rare that a rollout may have
                  one, which moves all completions of its prompt, where the floor has none; an error in attention, norms
-                 or sampling spares no prompt
+                 or sampling spares no prompt. A rollout that does not agree is joined by others, up to four, before it
+                 counts
+    d  plain     with nothing quantised, the log-probs of a small rollout agree by an absolute limit, that of
+                 `trainable/parity.py`: a floor in 4 bits may be wide enough for an error
 
 A failure is neither a collapse nor a finding: the trial has `failed`, by rule `rollout_mismatch`.
 """
@@ -26,6 +29,7 @@ from trainable.engines.engine import Engine, TrialFailed, deployed_weights, dige
 from trainable.floor import APART, Floor, gap, measure_floor
 from trainable.forward.logps import Batch, completion_logps
 from trainable.metrics import FLOOR_KL, GATE_KL
+from trainable.parity import LIMIT, NARROW_LIMIT
 from trainable.policy.policy import Policy, bare_name, unshared
 
 RULE = "rollout_mismatch"
@@ -34,13 +38,22 @@ LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 
 FLOOR_FACTOR = 3.0
 FLIPPED_PROMPTS = 0.25
 """Share of the prompts that may have tokens whose log-probs are apart (by `floor.APART`), whatever the floor."""
+BATCHES = 4
+"""Rollouts that part c is decided by, at most: the floor of one is a few tokens' and varies threefold. vLLM in bf16 on
+`tiny`: one of 8 prompts refuses one healthy engine in ten, four together none of 400."""
+UNQUANTIZED_PROMPTS = 4
+"""Of the rollout of part d."""
 _CAPTURED_ROWS = 64
+
+
+class LogpsApart(TrialFailed):
+    """Part c, which may be the floor of too few tokens."""
 
 
 def check(
     engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int
 ) -> dict[str, float]:
-    """All three parts, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises
+    """Parts a to c, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises
     TrialFailed."""
     check_weights(engine, policy)
     check_layers(engine, policy, batch, rollout)
@@ -90,13 +103,25 @@ def check_logps(batch: Batch, floor: Floor) -> dict[str, float]:
     near = ((batch.rollout_logps - batch.old_logps).abs() <= APART) | (batch.mask == 0)  # [B, T]; NaN is not near
     flipped = 1.0 - near.all(1).view(-1, batch.group_size).all(1).double().mean().item()
     if not (within or flipped <= FLIPPED_PROMPTS):
-        raise TrialFailed(
+        raise LogpsApart(
             RULE,
             f"log-probs: engine and training are apart by KL {found.kl:.3g} and {found.mean_abs:.3g} on average, in "
             f"nats per token, training from itself by {floor.kl:.3g} and {usual:.3g}; tokens of {100 * flipped:.0f} % "
             "of the prompts differ. Weights and single layers are equal, so attention, norms or sampling differ",
         )
     return {FLOOR_KL: floor.kl, GATE_KL: found.kl}
+
+
+def check_unquantized(batch: Batch, dtype: str) -> None:
+    """Part d; the batch has the engine's log-probs and training's, both unquantised."""
+    limit = LIMIT if dtype == "float32" else NARROW_LIMIT
+    found = gap(batch.rollout_logps, batch.old_logps, batch.mask)
+    if not found.mean_abs <= limit:
+        raise TrialFailed(
+            RULE,
+            f"log-probs: with nothing quantised engine and training are apart by {found.mean_abs:.3g} nats per token "
+            f"on average (allowed {limit:g}), so attention, norms or sampling differ; set rollout.backend=torch",
+        )
 
 
 def _captured_inputs(policy: Policy, batch: Batch, rollout: RolloutConfig) -> dict[str, Tensor]:

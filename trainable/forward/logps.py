@@ -23,7 +23,7 @@ from trainable.episode import Group
 from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.policy.policy import Policy
 
-_PACKED_TOKENS = 512
+PACKED_TOKENS = 512
 """Longest row of a prompt with several completions. Up to here attention is little of the work, also what is masked."""
 LARGEST_NATS = 20.0
 """Differences of log-probs above it count as it where they become a ratio (verl's limit, too). In single precision
@@ -118,7 +118,7 @@ def completion_logps(policy: Policy, batch: Batch, temperature: float) -> torch.
     if not packs(policy):
         return _logps_packed(policy, batch, temperature, 1)
     even = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0]
-    fitting = [k for k in even if length + k * tokens <= _PACKED_TOKENS]
+    fitting = [k for k in even if length + k * tokens <= PACKED_TOKENS]
     return _logps_packed(policy, batch, temperature, max(fitting, default=1))
 
 
