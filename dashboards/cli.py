@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -86,6 +86,8 @@ def resume(
     place: Place,
     budget: given.Budget = None,
     concurrent: given.Concurrent = None,
+    cpus: given.Cpus = None,
+    gpus: given.Gpus = None,
     address: given.Address = None,
     submit: Annotated[str | None, typer.Option(help="Go on as a job of the Ray cluster with this dashboard.")] = None,
 ) -> None:
@@ -97,10 +99,10 @@ def resume(
 
         options = SweepOptions(store=place.store, tracking_uri=place.tracking_uri, address=address)
         server = given.destination(submit, options, begun=True)
-        job = submit_resume(
-            server, place.name, place.store, tracking_uri=place.tracking_uri, budget=budget, concurrent=concurrent
+        changes = {"--budget": budget, "--concurrent": concurrent, "--cpus": cpus, "--gpus": gpus}
+        _follow(
+            server, submit_resume(server, place.name, place.store, tracking_uri=place.tracking_uri, changes=changes)
         )
-        _follow(server, job)
         return
     study = place.sweep()
     if study.kind == "confirm":
@@ -111,7 +113,8 @@ def resume(
     from search.arms import read_arms, unfinished
     from search.study import resume_study
 
-    changed = {key: value for key, value in (("budget_hours", budget), ("concurrent", concurrent)) if value is not None}
+    given_now = {"budget_hours": budget, "concurrent": concurrent, "cpus": cpus, "gpus": gpus}
+    changed = {key: value for key, value in given_now.items() if value is not None}
     study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
     to_go = unfinished(study, read_arms(study))
     _run(study, place, lambda view, progress: resume_study(study, view, progress), to_go)
@@ -201,9 +204,10 @@ def plan(options: SweepOptions) -> None:
     import torch
 
     from dashboards.report_text import plan_lines
+    from search.cluster import usable_cpus
     from search.plan import plan_study
 
-    for line in plan_lines(plan_study(study, os.cpu_count() or 1, torch.cuda.device_count())):
+    for line in plan_lines(plan_study(study, usable_cpus(), torch.cuda.device_count())):
         print(line)
 
 
@@ -425,9 +429,50 @@ def main() -> None:
     # transformers imports torchao where it is installed; it warns about itself.
     for talkative in ("torchao", "torch.utils._pytree"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    with exit_codes():
+    with exit_codes(), lasting_output():
         _with_allocator_settings()
         app()
+
+
+class LastingStream:
+    """A stream into which one may print when nobody reads any more, as after `rin sweep | head` or from a terminal that
+    is gone: what a sweep says is not worth a trial."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._surviving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._surviving():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager

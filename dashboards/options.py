@@ -39,6 +39,10 @@ def usable_budget(hours: float | None) -> float | None:
 Budget = Annotated[
     float | None, typer.Option(callback=usable_budget, help="Trial-slot hours (GPU hours) after which all is stopped.")
 ]
+Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
+Gpus = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")
+]
 Store = Annotated[
     str,
     typer.Option(
@@ -97,10 +101,8 @@ class SweepOptions:
         typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
     ] = None
     budget: Budget = None
-    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")] = None
-    gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")
-    ] = None
+    cpus: Cpus = None
+    gpus: Gpus = None
     name: Annotated[str | None, typer.Option(help="Default: the space and the time.")] = None
     store: Store = DEFAULT_STORE
     tracking_uri: TrackingUri = None

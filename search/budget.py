@@ -41,6 +41,11 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         if since is not None:
             self._ended_hours += self.slots * (time.monotonic() - since) / 3600
 
+    @property
+    def running(self) -> int:
+        """Trials."""
+        return len(self._since)
+
     def reported(self, seconds: float) -> None:
         self._longest = max(self._longest, seconds)
 

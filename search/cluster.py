@@ -13,13 +13,14 @@ import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.exceptions import AuthenticationError
 
-from search.ray_internals import keep_cloud_keys, on_localhost
+from search.ray_internals import in_a_session_of_its_own, keep_cloud_keys, on_localhost
 from search.secrets import strip_password
 from spaces.errors import ConfigError
 from spaces.workloads import Workload
@@ -47,6 +48,39 @@ def resources(workload: Workload, cpus: int | None = None, gpus: float | None = 
     if not 0 <= gpus <= 1:
         raise ConfigError(f"--gpus {gpus:g}: a trial computes on one GPU; give 0, 1, or a fraction such as 0.5")
     return tune.PlacementGroupFactory([{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})}])
+
+
+def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use: those that it may be put on (taskset, Slurm), and no more than its control
+    groups' quota pays for (containers)."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(1, int(min([cores, *_quotas(cgroups, own)])))
+
+
+def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
+    """Cores by the quota of each group that this process is in, of both versions of control groups."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, place in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = cgroups / controllers if controllers else cgroups
+        for folder in (root / place.lstrip("/"), *(root / place.lstrip("/")).parents):
+            if not folder.is_relative_to(root):
+                break
+            limit = _numbers(folder / "cpu.max") or [
+                *_numbers(folder / "cpu.cfs_quota_us"),
+                *_numbers(folder / "cpu.cfs_period_us"),
+            ]
+            if len(limit) == 2 and min(limit) > 0:
+                yield limit[0] / limit[1]
+
+
+def _numbers(file: Path) -> list[int]:
+    """`150000 100000`; none for a file that is not there, or that says max."""
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError):
+        return []
 
 
 def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str, Any]]) -> None:
@@ -77,8 +111,9 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     keep_cloud_keys()
     quiet: dict[str, Any] = {"runtime_env": dict(runtime_env), "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        with on_localhost():
-            ray.init(num_cpus=os.cpu_count(), include_dashboard=False, configure_logging=True, **quiet)
+        with on_localhost(), in_a_session_of_its_own():
+            # `local`: neither another Ray of this machine, nor what RAY_ADDRESS names.
+            ray.init("local", num_cpus=usable_cpus(), include_dashboard=False, configure_logging=True, **quiet)
     else:
         refuse_secrets(sys.argv[1:])  # Ray keeps the command line of every driver
         try:

@@ -1,4 +1,4 @@
-"""Running a sweep's trials: Ray, Tune, its signals, and what is heard from trials on the way.
+"""Running a sweep's trials: Ray, Tune, and what is heard from trials on the way.
 
 Tune is the executor only: nothing is read back from its files, and a new Tuner is made each time. What happens to a
 trial goes from one callback to the budget, to MLflow and to the view.
@@ -7,9 +7,10 @@ trial goes from one callback to the budget, to MLflow and to the view.
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from search.arms import Arm, trial_folder
 from search.budget import Budget
 from search.cluster import check_fits, connected, resources
 from search.evidence import read_evidence
+from search.interruption import Interruption
 from search.searchers import RinSearch
-from search.store import StudyConfig
+from search.store import StudyConfig, gpus_of
 from search.tracking import Tracker
 from spaces.config import TrialConfig
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
@@ -60,38 +62,64 @@ class TrialEvent:
 View = Callable[[TrialEvent], None]
 
 
-def run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View) -> bool:
-    """Run what has no outcome. Whether the space came to its end before the configurations that were asked for.
+def run_trials(
+    study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View, interruption: Interruption
+) -> bool:
+    """Run what has no outcome, on the Ray of `sweep_ray`. Whether the space came to its end before the configurations
+    that were asked for.
 
-    Raises ConfigError for what no node can hold, KeyboardInterrupt for a second Ctrl-C.
+    Raises KeyboardInterrupt for a second Ctrl-C.
     """
-    with _ray(study):
-        searcher = RinSearch(study, arms, read_evidence(study))
-        workload = WORKLOADS[study.workload]
-        tuner = tune.Tuner(
-            tune.with_resources(RinTrainable, resources(workload, study.cpus, study.gpus)),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=study.runs,
-                max_concurrent_trials=study.concurrent or _in_flight(study),
-                reuse_actors=True,  # imports take longer than many a trial
-                trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=study.folder.uri,
-                stop=budget,
-                # A trial saves itself.
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
-                callbacks=[SweepCallback(study, searcher.arms, budget, tracker, view)],
-                verbose=0,
-                log_to_file=True,
-            ),
-        )
-        with _sigterm_is_a_first_ctrl_c():
-            tuner.fit()
-        return searcher.exhausted
+    searcher = RinSearch(study, arms, read_evidence(study))
+    workload = WORKLOADS[study.workload]
+    tuner = tune.Tuner(
+        tune.with_resources(RinTrainable, resources(workload, study.cpus, study.gpus)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=study.runs,
+            max_concurrent_trials=study.concurrent or _in_flight(study),
+            reuse_actors=True,  # imports take longer than many a trial
+            trial_dirname_creator=lambda trial: f"{trial.config['arm']}-{trial.config['replicate']}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=study.folder.uri,
+            stop=budget,
+            # A trial saves itself.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[SweepCallback(study, searcher.arms, budget, tracker, view)],
+            verbose=0,
+            log_to_file=True,
+        ),
+    )
+    with _tune_ends_early(), interruption.passed_on(lambda: _end_early(budget.running)):
+        tuner.fit()
+    return searcher.exhausted
+
+
+def _end_early(running: int) -> None:
+    """In a signal's handler. Tune takes SIGUSR1 for a first Ctrl-C, however often it comes."""
+    with suppress(OSError):  # of a terminal that is gone
+        os.write(2, f"saving {running} trial{'s'[: running != 1]}; Ctrl-C again does not wait for them\n".encode())
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@contextmanager
+def _tune_ends_early() -> Iterator[None]:
+    """SIGUSR1 ends the run, also before Tune is ready for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
 
 
 def _in_flight(config: StudyConfig) -> int:
@@ -201,32 +229,11 @@ def _last_line(error_file: str | None) -> str:
 
 
 @contextmanager
-def _sigterm_is_a_first_ctrl_c() -> Iterator[None]:
-    """A batch system that ends a job sends SIGTERM and waits a little: every trial saves itself, as after Ctrl-C. Tune
-    takes SIGUSR1 for that, however often it comes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def sweep_ray(config: StudyConfig) -> Iterator[None]:
+    """A local Ray for this sweep, or the cluster at `address`. Raises ConfigError when there is none, and for a trial
+    that no node of this machine can hold.
 
-    def leave(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    ctrl_c = signal.getsignal(signal.SIGINT)  # Tune puts its own in place, and leaves it there
-    early = signal.signal(signal.SIGUSR1, leave)  # until Tune is ready for it
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c or signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-        signal.signal(signal.SIGUSR1, early or signal.SIG_DFL)
-
-
-@contextmanager
-def _ray(config: StudyConfig) -> Iterator[None]:
-    """A local Ray for this sweep, or the cluster at `address`.
-
-    Workers get a small working folder of our own: Ray would put the driver's current folder ahead of site-packages.
+    Workers get an empty working folder: Ray would put the driver's current folder ahead of site-packages.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when it is told to be silent
@@ -234,19 +241,18 @@ def _ray(config: StudyConfig) -> Iterator[None]:
     # Only the last result has an accuracy.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    work = config.scratch / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    runtime_env = {"working_dir": str(work), "env_vars": {**TRIAL_ENVIRONMENT, **_cache_environment(config)}}
-    with connected(config.address, runtime_env):
-        if config.address is None:  # a cluster may grow when it is asked to
-            check_fits(resources(WORKLOADS[config.workload], config.cpus, config.gpus), ray.nodes())
-        yield
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals come by way of `interruption`
+    with tempfile.TemporaryDirectory(prefix="rin-work-") as work:
+        runtime_env = {"working_dir": work, "env_vars": trial_environment(config)}
+        with connected(config.address, runtime_env):
+            if config.address is None:  # a cluster may grow when it is asked to
+                check_fits(resources(WORKLOADS[config.workload], config.cpus, config.gpus), ray.nodes())
+            yield
 
 
-def _cache_environment(config: StudyConfig) -> dict[str, str]:
-    """On this machine workers look for the base model where this process does."""
-    return {
-        name: os.environ[name]
-        for name in ("RIN_CACHE", "XDG_CACHE_HOME")
-        if name in os.environ and config.address is None
-    }
+def trial_environment(config: StudyConfig) -> dict[str, str]:
+    """Of every trial's process. A trial that asked for no GPU sees none, also on a machine that has one; on this
+    machine it looks for the base model where this process does."""
+    hidden = {} if gpus_of(config) else dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
+    here = () if config.address is not None else ("RIN_CACHE", "XDG_CACHE_HOME")
+    return {**TRIAL_ENVIRONMENT, **hidden, **{name: os.environ[name] for name in here if name in os.environ}}

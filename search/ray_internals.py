@@ -1,15 +1,16 @@
-"""What is taken from inside Ray, where it has no public way: three private names, pinned by Ray's version and named by
+"""What is taken from inside Ray, where it has no public way: five private names, pinned by Ray's version and named by
 a test.
 
-Two of them are written to, because Ray reads them as module globals. Each function says what would happen without it.
+Four of them are written to, because Ray reads them as module globals. Each function says what would happen without it.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from ray._private import ray_constants
+from ray._private import ray_constants, services, utils
 from ray.tune.execution import class_cache
 
 CLOUD_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
@@ -41,6 +42,22 @@ def on_localhost() -> Iterator[None]:
             del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         else:
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = variable
+
+
+@contextmanager
+def in_a_session_of_its_own() -> Iterator[None]:
+    """`ray.init` within this starts Ray's processes where signals to this process's group do not reach them.
+
+    A batch system ends a job, and a terminal its window, by a signal to the whole group: Ray and the trials would be
+    gone before the trials could save themselves. Ray also takes SIGTERM of this process for itself, and exits.
+    """
+    popen, take = services.ConsolePopen, utils.set_sigterm_handler
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        services.ConsolePopen, utils.set_sigterm_handler = popen, take
 
 
 def host_names(client: Any) -> list[str]:

@@ -10,7 +10,7 @@
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from
                                           them
     STORE/NAME/best.yaml                  the candidate, as the last driver left it; none while one runs trials
-    STORE/NAME/driver.lock, work/         of the process that runs it (driver.json in an object store); not of the sweep
+    STORE/NAME/driver.lock                of the process that runs it (driver.json in an object store); not of the sweep
 
 So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from
 both. The store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without
@@ -139,7 +139,7 @@ class StudyConfig(BaseModel):
 
     @property
     def scratch(self) -> Path:
-        """A folder on this machine for what belongs to one driver: Ray's working folder, the lock."""
+        """A folder on this machine for what belongs to one driver: the lock."""
         local = self.folder.local
         if local is not None:
             return local

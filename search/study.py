@@ -17,14 +17,16 @@ The sweep reports what happens to a view (a live table, plain lines, or nothing)
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, unfinished, write_arm
 from search.budget import Budget
 from search.evidence import Evidence, evidence_from_arms, evidence_from_points, write_evidence
-from search.execution import View, run_trials
+from search.execution import View, run_trials, sweep_ray
 from search.export import to_yaml
+from search.interruption import Interruption, interruptible
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
@@ -68,16 +70,27 @@ def run_study(
     """Run a sweep to its end. `fixed`: its arms, where they are known already or chosen elsewhere; else those of
     `fixed_arms`.
 
-    Raises ConfigError before any training for whatever the user can mend.
+    Raises ConfigError for whatever the user can mend, before anything is written down.
     """
-    begin_study(config, progress, fixed)
-    with only_driver(config):
-        return _advance(config, view)
+    start = _checked(config, progress, fixed)
+    with interruptible() as interruption, sweep_ray(config):
+        interruption.listen()
+        interruption.refuse()
+        _write_down(config, start)
+        with only_driver(config):
+            return _advance(config, view, interruption)
 
 
 def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
     """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another
     process."""
+    _write_down(config, _checked(config, progress, fixed))
+
+
+def _checked(
+    config: StudyConfig, progress: Progress | None, fixed: Sequence[Arm] | None
+) -> tuple[Sequence[Arm], Sequence[Evidence]]:
+    """What it begins with. Raises ConfigError."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
     if STUDY_FILE in config.folder.names():
         raise ConfigError(
@@ -89,8 +102,13 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
     _check_sources(config, arms)
     check_tracking(config.tracking_uri, config.name, config.owner)
     _preflight(arms, progress)
+    return arms, evidence
+
+
+def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Evidence]]) -> None:
+    arms, evidence = start
     with only_driver(config):
-        if STUDY_FILE in config.folder.names():  # since then
+        if STUDY_FILE in config.folder.names():  # since it was checked
             raise ConfigError(
                 f"--name {config.name}: another process has begun a sweep of that name; choose another name"
             )
@@ -102,18 +120,22 @@ def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Se
 
 
 def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
-    """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it."""
+    """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it, and
+    leaves it as it was."""
     check_writable(config.store)
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         arms = read_arms(config)
         _check_sources(config, arms)
         _preflight(arms, progress)
-        save_study_config(config)  # a new budget holds for the next resume, too
-        return _advance(config, view)
+        runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent
+        with interruptible() as interruption, sweep_ray(config) if runs else nullcontext():
+            interruption.listen()
+            save_study_config(config)  # a new budget or another place holds for the next resume, too
+            return _advance(config, view, interruption)
 
 
-def _advance(config: StudyConfig, view: View) -> StudyResult:
+def _advance(config: StudyConfig, view: View, interruption: Interruption) -> StudyResult:
     """Everything that has no outcome yet, then the candidate."""
     claim(config.tracking_uri, config.name, config.owner)
     arms = read_arms(config)
@@ -123,12 +145,12 @@ def _advance(config: StudyConfig, view: View) -> StudyResult:
         catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
             config.folder.remove(BEST_FILE)  # of the state that it goes on from: whoever is killed leaves none behind
-            exhausted = run_trials(config, arms, budget, tracker, view)
+            exhausted = run_trials(config, arms, budget, tracker, view, interruption)
             if exhausted:  # a finite space: what there is has been run
                 config = config.model_copy(update={"trials": len(read_arms(config))})
                 save_study_config(config)
     except KeyboardInterrupt:
-        pass  # twice Ctrl-C; what is missing says the rest
+        pass  # twice Ctrl-C, or once before the first trial; what is missing says the rest
     finally:
         tell_endings(config, tracker)
         untold = tracker.close()

@@ -28,7 +28,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -202,15 +202,16 @@ def submit_sweep(server: JobServer, study: StudyConfig, arms: Sequence[Arm]) -> 
 
 
 def submit_resume(
-    server: JobServer, name: str, store: str, *, tracking_uri: str | None, budget: float | None, concurrent: int | None
+    server: JobServer, name: str, store: str, *, tracking_uri: str | None, changes: Mapping[str, float | None]
 ) -> Submission:
-    """A sweep that lies in `store` already, wherever that is. Raises ConfigError before anything is sent."""
+    """A sweep that lies in `store` already, wherever that is; `changes`: options of `rin resume` that are numbers.
+
+    Raises ConfigError before anything is sent."""
     places = ["--store", absolute_store(store)] + (
         [] if tracking_uri is None else ["--tracking-uri", absolute_uri(tracking_uri)]
     )
-    changes = [] if budget is None else ["--budget", f"{budget:g}"]
-    changes += [] if concurrent is None else ["--concurrent", str(concurrent)]
-    return _send(server, check_name(name), places, changes)
+    words = [word for option, value in changes.items() if value is not None for word in (option, f"{value:g}")]
+    return _send(server, check_name(name), places, words)
 
 
 def _send(

@@ -20,13 +20,16 @@ import typer
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
-from search.cluster import check_fits, connected, resources
+from search.cluster import check_fits, connected, resources, usable_cpus
+from search.execution import trial_environment
+from search.study import resume_study, run_study
 from spaces.errors import ConfigError
 from spaces.reading import parse_yaml
 from spaces.workloads import WORKLOADS
 from tests.processes import program
 from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
 from tests.real_mlflow import runs
+from tests.written_sweeps import make_arm, study, write_sweep
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import read_outcome
 from trainable.trial import run_trial
@@ -88,6 +91,57 @@ def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wai
     request = resources(WORKLOADS["tiny"], 2, 0.5)
     with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=re.escape("2 CPU and 0.5 GPU")):
         check_fits(request, nodes)
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, "0::/", 1.5),
+        ({"cpu.max": "max 100000"}, "0::/", None),
+        ({"cpu.max": "max 100000", "job/cpu.max": "200000 100000", "job/x/cpu.max": "max 100000"}, "0::/job/x", 2),
+        ({"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000"}, "4:cpu:/job", 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/\n3:memory:/", None),
+        ({}, "", None),
+    ],
+)
+def test_as_many_cores_as_the_affinity_and_the_control_groups_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], own: str, cores: float | None
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text)
+    for here in ({0}, {0, 1, 2}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, here=here: here)
+        expected = max(1, int(min(len(here), cores or 99)))
+        assert usable_cpus(tmp_path / "cgroup", tmp_path / "own") == expected
+
+
+def test_a_trial_without_gpus_sees_none_also_on_a_machine_that_has_one(tmp_path: Path) -> None:
+    plain = trial_environment(study(tmp_path))
+    assert (plain["CUDA_VISIBLE_DEVICES"], plain["HIP_VISIBLE_DEVICES"]) == ("", "")
+    assert "CUDA_VISIBLE_DEVICES" not in trial_environment(study(tmp_path, gpus=0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"gpus": 1.0}, "1 CPU and 1 GPU, which no node has"), ({"address": "127.0.0.1:1"}, "no Ray")]
+)
+def test_a_place_that_cannot_run_a_trial_leaves_nothing_and_the_name_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    """Neither a folder nor a claim in the tracking; a resume leaves the sweep as it was."""
+    monkeypatch.setattr("search.study._preflight", lambda arms, progress: None)
+    monkeypatch.setattr("search.cluster.ray.init", lambda *args, **named: None)
+    monkeypatch.setattr("search.execution.ray.nodes", lambda: [node(CPU=2)])
+    with pytest.raises(ConfigError, match=said):
+        run_study(study(tmp_path, **changes), lambda event: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    begun = study(tmp_path, trials=3, replicates=1)
+    write_sweep(begun, [make_arm(begun, "control")], {})
+    before = (tmp_path / "s" / "study.json").read_text()
+    with pytest.raises(ConfigError, match=said):
+        resume_study(begun.model_copy(update=changes), lambda event: None)
+    assert (tmp_path / "s" / "study.json").read_text() == before
 
 
 # Who is let in

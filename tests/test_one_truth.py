@@ -1,6 +1,7 @@
 """Wherever a candidate is named, it is the same one, and nobody has to ask MLflow."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,7 @@ def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_fro
     def killed(*_: object) -> bool:
         raise MemoryError
 
+    monkeypatch.setattr("search.study.sweep_ray", lambda config: nullcontext())
     monkeypatch.setattr("search.study.run_trials", killed)
     with pytest.raises(MemoryError):
         resume_study(config, lambda event: None)

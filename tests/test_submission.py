@@ -107,9 +107,7 @@ def test_a_password_does_not_travel_in_a_job(changes: dict[str, Any], tmp_path: 
         submit_sweep(server(head), study("/shared/runs").model_copy(update=changes), [])
     assert "canary-4711" not in str(caught.value)
     with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        submit_resume(
-            server(head), "s", "s3://b/r?secret_key=canary-4711", tracking_uri=None, budget=None, concurrent=None
-        )
+        submit_resume(server(head), "s", "s3://b/r?secret_key=canary-4711", tracking_uri=None, changes={})
     assert "canary-4711" not in str(caught.value)
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
         job_server("http://me:canary-4711@head:8265")
