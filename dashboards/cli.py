@@ -6,6 +6,7 @@ result), 2 the user's mistake (one line that names the key, the value and the re
 
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -430,8 +431,22 @@ def main() -> None:
     for talkative in ("torchao", "torch.utils._pytree"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     with exit_codes(), lasting_output():
+        _refuse_namesakes()
         _with_allocator_settings()
         app()
+
+
+def _refuse_namesakes() -> None:
+    """Raises ConfigError for another package of one of our names that is found before ours."""
+    ours = Path(__file__).resolve().parents[1]
+    for name in ("spaces", "trainable", "search"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
+        if origin != ours / name / "__init__.py":
+            raise ConfigError(
+                f"PYTHONPATH: another package named {name} hides ours ({origin or 'a folder without __init__.py'}); "
+                "take its folder off PYTHONPATH, or start rin elsewhere"
+            )
 
 
 class LastingStream:

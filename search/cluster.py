@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from ray import tune
 from ray.exceptions import AuthenticationError
 
 from search.ray_internals import in_a_session_of_its_own, keep_cloud_keys, on_localhost
-from search.secrets import strip_password
+from search.secrets import first_line, strip_password
 from spaces.errors import ConfigError
 from spaces.workloads import Workload
 
@@ -112,8 +113,14 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     quiet: dict[str, Any] = {"runtime_env": dict(runtime_env), "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         with on_localhost(), in_a_session_of_its_own():
-            # `local`: neither another Ray of this machine, nor what RAY_ADDRESS names.
-            ray.init("local", num_cpus=usable_cpus(), include_dashboard=False, configure_logging=True, **quiet)
+            try:  # `local`: neither another Ray of this machine, nor what RAY_ADDRESS names
+                ray.init("local", num_cpus=usable_cpus(), include_dashboard=False, configure_logging=True, **quiet)
+            except OSError as error:  # its sockets' paths have 107 bytes at most
+                ray.shutdown()
+                raise ConfigError(
+                    f"TMPDIR={tempfile.gettempdir()}: Ray cannot start there ({first_line(error)}); set TMPDIR to a "
+                    "short path that you may write to, for example TMPDIR=/tmp"
+                ) from None
     else:
         refuse_secrets(sys.argv[1:])  # Ray keeps the command line of every driver
         try:

@@ -5,13 +5,17 @@ nothing answers, it makes an empty database where one is only looked for, and it
 raises. It takes 1.5 s to import and reads its switches then, so whoever needs it calls `client` first.
 """
 
+import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from search.secrets import first_line, strip_password
 from spaces.config import ConfigError
@@ -82,9 +86,21 @@ def client(uri: str, create: bool = False) -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it prints a page for each error that it then raises
     uri = absolute_uri(uri)
-    if _is_sql(uri):
+    if not _is_sql(uri):
+        return MlflowClient(tracking_uri=uri)
+    with _first_opening(uri) if create else nullcontext():
         _check_reachable(uri, create)
-    return MlflowClient(tracking_uri=uri)
+        made = MlflowClient(tracking_uri=uri)
+        if create:
+            made.search_experiments(max_results=1)  # which makes what is not there
+    return made
+
+
+def _first_opening(uri: str) -> FileLock:
+    """MLflow makes or migrates the tables of a database when it is first opened; of two processes that do it at once
+    one fails. By this machine's processes alone: a database of many machines has been opened by its server."""
+    name = hashlib.blake2b(f"{os.getuid()} {uri}".encode(), digest_size=8).hexdigest()
+    return FileLock(Path(tempfile.gettempdir()) / f"rin-mlflow-{name}.lock")
 
 
 def _check_reachable(uri: str, create: bool) -> None:

@@ -18,6 +18,7 @@ importing ray or torch.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -166,7 +167,15 @@ def absolute_store(store: str) -> str:
             f"--store {strip_password(store)}: holds a secret key, and a sweep writes its store's name into many "
             "files; leave it out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    return store if "://" in store else str(home(store).absolute())
+    if "://" in store:
+        return store
+    place = str(home(store).absolute())
+    if special := sorted(set(place) & set("%?#")):
+        raise ConfigError(
+            f"--store {store}: {special[0]} means something in the address of a database, which would lie elsewhere; "
+            "choose a folder without %, ? and # in its path"
+        )
+    return place
 
 
 def save_study_config(config: StudyConfig) -> None:
@@ -302,6 +311,7 @@ def only_driver(config: StudyConfig) -> Iterator[None]:
 
 def refuse_second_driver(config: StudyConfig) -> None:
     """Raises what `only_driver` would raise now: at once, where it comes after the imports of torch and ray."""
+    check_writable(config.store)
     if config.folder.local is not None:
         with only_driver(config):
             pass
@@ -319,11 +329,14 @@ def is_driven(config: StudyConfig) -> bool:
     """Whether a process runs this sweep now."""
     if config.folder.local is None:
         return bool(holder(config.folder))
-    path = config.scratch / "driver.lock"
-    if not path.exists():
+    try:  # as FileLock does it, but for readers too, who may not write here
+        file = os.open(config.scratch / "driver.lock", os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
-        with FileLock(path, thread_local=False).acquire(timeout=0):
-            return False
-    except Timeout:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(file)
+    return False

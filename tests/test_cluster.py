@@ -23,6 +23,7 @@ from ray.scripts.scripts import start, symmetric_run
 from search.cluster import check_fits, connected, resources, usable_cpus
 from search.execution import trial_environment
 from search.study import resume_study, run_study
+from spaces.config import BaseRecipe
 from spaces.errors import ConfigError
 from spaces.reading import parse_yaml
 from spaces.workloads import WORKLOADS
@@ -32,6 +33,7 @@ from tests.real_mlflow import runs
 from tests.written_sweeps import make_arm, study, write_sweep
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import read_outcome
+from trainable.policy.embedded import ensure_base
 from trainable.trial import run_trial
 
 ROOT = Path(__file__).parents[1]
@@ -350,3 +352,34 @@ def test_every_ray_option_of_the_examples_is_one_that_ray_knows() -> None:
             )
     assert {"--address", "--min-nodes", "--num-cpus", "--head", "--dashboard-host"} <= used
     assert used <= known
+
+
+# A machine that is not as it should be
+
+
+def test_a_temporary_folder_too_long_for_ray_s_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **named: object) -> None:
+        assert args == ("local",)
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes: /tmp/...")
+
+    monkeypatch.setattr("search.cluster.ray.init", refuse)
+    with pytest.raises(ConfigError, match=r"TMPDIR=.*AF_UNIX path length .*; set TMPDIR"), connected(None, {}):
+        pass
+
+
+def test_a_home_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"RIN_CACHE=.*/file/cache: cannot be made \(Not a directory\)"):
+        ensure_base(BaseRecipe(depth=1))
+
+
+def test_a_package_of_one_of_our_names_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "__init__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([*RIN, "list"], cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"rin: PYTHONPATH: another package named search hides ours ({tmp_path}/search/__init__.py)")

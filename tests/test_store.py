@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
 
+from search import mlflow_client
 from search.arms import trial_folder
+from search.mlflow_client import absolute_uri
 from search.store import (
     STUDY_FILE,
     VERSION,
@@ -28,7 +32,7 @@ from search.store import (
     save_study_config,
     sweeps,
 )
-from search.study import begin_study
+from search.study import begin_study, resume_study
 from spaces.config import ConfigError
 from tests.written_sweeps import study
 
@@ -307,3 +311,63 @@ def test_a_sweep_without_a_place_is_told_of_the_place_and_not_of_its_tracking(tm
 def test_whether_a_place_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
     check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
+
+
+# Places that cannot be
+
+
+@pytest.mark.parametrize("sign", ["%", "?", "#"])
+def test_a_folder_whose_path_means_something_in_a_database_s_address_is_refused(tmp_path: Path, sign: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--store {tmp_path}/a{sign}20b: {sign} means something")):
+        absolute_store(f"{tmp_path}/a{sign}20b")
+    assert absolute_store(f"s3://b/r{sign}x=1") == f"s3://b/r{sign}x=1"
+
+
+def test_a_tilde_is_the_home_in_a_store_and_in_a_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_store("~/runs") == f"{tmp_path}/runs"
+    assert absolute_uri("sqlite:///~/x.db") == f"sqlite:///{tmp_path}/x.db"
+
+
+@pytest.mark.parametrize("uri", ["", "http://127.0.0.1:9"])
+def test_a_store_that_cannot_be_written_to_is_one_line_whoever_tracks(tmp_path: Path, uri: str) -> None:
+    """A file stands where the folder should be: root may write everywhere else."""
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "store"
+    config = study(place, **({"tracking_uri": uri} if uri else {}))
+    for begin in (lambda: begin_study(config), lambda: resume_study(config, lambda event: None)):
+        with pytest.raises(
+            ConfigError, match=r"--store .*/file/store: nothing can be written there"
+        ):
+            begin()
+
+
+def test_who_only_looks_needs_no_rights_on_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study(tmp_path)
+    with only_driver(config):
+        opened: list[int] = []
+        original = os.open
+        monkeypatch.setattr(os, "open", lambda path, flags, *more: opened.append(flags) or original(path, flags, *more))
+        assert is_driven(config)
+        assert opened == [os.O_RDONLY]
+    assert not is_driven(config)
+
+
+def test_a_new_database_is_made_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow makes the tables when it first opens a database; of two sweeps that began at once one failed."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    made: list[str] = []
+
+    class Opened:
+        def __init__(self, tracking_uri: str) -> None:
+            with pytest.raises(Timeout):
+                mlflow_client._first_opening(tracking_uri).acquire(timeout=0)
+
+        def search_experiments(self, max_results: int) -> None:
+            self.__init__(uri)  # type: ignore[misc]
+            made.append("tables")
+
+    monkeypatch.setattr("mlflow.MlflowClient", Opened)
+    mlflow_client.client(uri, create=True)
+    assert made == ["tables"]
+    mlflow_client._first_opening(uri).acquire(timeout=0).lock.release()

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as hf_logging
 
 from spaces.cache import cache_folder
-from spaces.config import BaseRecipe
+from spaces.config import BaseRecipe, ConfigError
 from trainable.hashing import stable_hash
 from trainable.tasks.addition import addition_question
 
@@ -53,7 +53,13 @@ def ensure_base(recipe: BaseRecipe, progress: Progress | None = None) -> Path:
     """The folder with model and tokenizer; built first if nobody has, while other processes wait for it."""
     folder = base_folder(recipe)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"RIN_CACHE={folder.parent}: cannot be made ({error.strerror}), and the base model has no place; "
+                "set RIN_CACHE to a folder that you may write to"
+            ) from None
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 _build_into(folder, recipe, progress or (lambda done, total, what: None))
