@@ -15,6 +15,7 @@ from rich.table import Table
 from dashboards.tables import COLORS, describe_noise, empty_table, points, say
 from search.execution import TrialEvent, View
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
+from trainable.outcome import in_step
 
 _NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
@@ -38,7 +39,7 @@ def sweep_view(console: Console, runs: int) -> Iterator[View]:
 
 def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
     ended = sum(event.status != "running" for event in events.values())
-    numbers = ("step", "sigma", "reward", "entropy", "gibberish", "accuracy")
+    numbers = ("steps done", "sigma", "reward", "entropy", "gibberish", "accuracy")
     table = empty_table(f"{ended} of {runs} trials ended", ("trial", "noise", "status"), numbers)
     for event in events.values():
         status = f"{event.status} ({event.rule})" if event.rule else event.status
@@ -59,15 +60,16 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
 
 def _plain_line(console: Console, runs: int, ended: Iterator[int], event: TrialEvent) -> None:
     """When a trial starts, evaluates or ends; `ended` counts the last."""
-    accuracy = points(event.metrics.get(ACCURACY))
+    accuracy, steps = points(event.metrics.get(ACCURACY)), event.config.grpo.steps
     if event.status != "running":
         rule = f", rule {event.rule}" if event.rule else ""
-        told = f"{event.status} after {event.step} steps{rule}, accuracy {accuracy}"
+        when = in_step(event.step - 1, steps) if event.status == "collapsed" else f"after {event.step} steps"
+        told = f"{event.status} {when}{rule}, accuracy {accuracy}"
         say(console, [f"[{next(ended)}/{runs}] {event.trial}: {told}"])
     elif event.step == 0:
         say(console, [f"{event.trial}: starts, noise {describe_noise(event.config)}"])
     elif ACCURACY in event.metrics:
-        say(console, [f"{event.trial}: step {event.step}/{event.config.grpo.steps}, accuracy {accuracy}"])
+        say(console, [f"{event.trial}: after {event.step} of {steps} steps, accuracy {accuracy}"])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from search.power import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.reading import as_tree as config_tree
+from trainable.outcome import in_step
 
 NOT_A_FINDING = (
     "ahead, behind: on the selection questions, by which arms were also chosen; "
@@ -35,7 +36,7 @@ def report_table(report: StudyReport) -> Table:
             row.arm + mark,
             describe_noise(row.config),
             _runs(row),
-            "" if not row.collapsed else f"{row.collapsed}: {', '.join(row.rules)}",
+            _collapsed(row),
             points(row.accuracy),
             "" if row.difference is None else f"{100 * row.difference:+.1f}",
             "" if row.corrected is None else escape(interval(row.corrected)),
@@ -120,7 +121,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
     lines = [f"space {study.space.name} ({study.space.description}) on workload {study.workload}", *overridden(study)]
     for number, arm in enumerate(plan.arms):
         step = recorded_collapse(arm)
-        recorded = "" if step is None else f"   recorded: collapsed at step {step}"
+        recorded = "" if step is None else f"   recorded: collapsed {in_step(step, arm.config.grpo.steps)}"
         lines.append(f"  {number:2d}  {arm.name:28s} {describe_noise(arm.config)}{recorded}")
     if plan.searched:
         lines.append(f"  {len(plan.arms):2d}+ {plan.searched} configurations chosen by {study.searcher} from:")
@@ -184,6 +185,13 @@ def interval(comparison: Comparison) -> str:
 def _dose(share: float) -> str:
     """`0.21 %`, `163 %`"""
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
+def _collapsed(row: ArmReport) -> str:
+    """`2: entropy_high, in steps 4 and 6`; steps count from 0."""
+    steps = sorted({trial.step - 1 for trial in row.trials if trial.status == "collapsed"})
+    told = " and ".join(map(str, steps))
+    return f"{row.collapsed}: {', '.join(row.rules)}, in step{'s'[: len(steps) > 1]} {told}" if row.collapsed else ""
 
 
 def _runs(row: ArmReport) -> str:

@@ -62,7 +62,7 @@ def finite(value: Any) -> Any:
 
 def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
     """The table at the end of a sweep and of `rin status`."""
-    numbers = ("steps", "start", "accuracy", "vs control", "runs", "time")
+    numbers = ("steps done", "start", "accuracy", "vs control", "runs", "time")
     table = empty_table(title, ("configuration", "noise", "status", "rule"), numbers)
     for row in rows:
         color = COLORS.get(row.status, "")

@@ -3,7 +3,7 @@ out."""
 
 from dashboards.tables import marks_apart
 from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
-from trainable.outcome import Coverage, Outcome, StepReport
+from trainable.outcome import Coverage, Outcome, StepReport, in_step
 
 ALARMS_SHOWN = 5
 
@@ -31,9 +31,10 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
     """How it ended, from where to where, what was touched, and what must be known; `mode`: W4A4, ..."""
     scores, receipt = outcome.eval, outcome.receipt
     rule = f" by rule {outcome.rule}" if outcome.rule else ""
-    marks = marks_apart(scores.parts)
+    marks, steps = marks_apart(scores.parts), outcome.config.grpo.steps
+    when = in_step(outcome.step - 1, steps) if outcome.outcome == "collapsed" else f"after {outcome.step} steps"
     return [
-        f"{outcome.outcome}{rule} after {outcome.step} steps, {outcome.seconds:.1f} s",
+        f"{outcome.outcome}{rule} {when}, {outcome.seconds:.1f} s",
         f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
         *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
@@ -42,7 +43,10 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         *_coverage_lines(receipt.coverage),
         "of the trained weights moved: " + ", ".join(f"{100 * x:.1f} % of {kind}" for kind, x in receipt.moved.items()),
         *(f"warning: {warning}" for warning in receipt.warnings),
-        *(f"alarm at step {alarm.step}: {alarm.rule}: {alarm.evidence}" for alarm in outcome.alarms[:ALARMS_SHOWN]),
+        *(
+            f"alarm {in_step(alarm.step, steps)}: {alarm.rule}: {alarm.evidence}"
+            for alarm in outcome.alarms[:ALARMS_SHOWN]
+        ),
     ]
 
 

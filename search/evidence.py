@@ -99,7 +99,7 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
                 params=params,
                 accuracy=None,
                 collapses=1,
-                source=f"{name} of the plan: collapsed at step {POINTS[name].collapsed_at_step}"
+                source=f"{name} of the plan: collapsed in step {POINTS[name].collapsed_at_step}"
                 + (f"; different there: {other}" if other else ""),
             )
         )

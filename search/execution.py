@@ -211,7 +211,7 @@ def _write_death(folder: Folder, error_file: str | None, began: bool) -> None:
     earlier run of the sweep says of its end is not how this one ended."""
     attempts = read_attempts(folder)
     if began and attempts and attempts[-1].ended != "stopped":
-        end_attempt(folder, "its process was killed")
+        end_attempt(folder, DIED)
         return
     attempt = AttemptLog(folder)
     attempt.step = attempts[-1].step if attempts else 0

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.arms import Arm, Candidate, candidate_of, read_arms, unfinished, write_arm
+from search.arms import Arm, Candidate, candidate_of, read_arms, trial_folder, unfinished, write_arm
 from search.budget import Budget
 from search.evidence import Evidence, evidence_from_arms, evidence_from_points, write_evidence
 from search.execution import View, run_trials, sweep_ray
@@ -42,6 +42,7 @@ from search.store import (
 from search.tracking import Tracker
 from spaces.config import ConfigError, ModelConfig
 from spaces.errors import NoCandidate
+from trainable.disk.trial_folder import KILLED, end_attempt
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
 from trainable.policy.loading import load_policy, skipped_layers
@@ -144,6 +145,8 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
     try:
         catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
+            for folder in (trial_folder(config, arm.name, n) for arm in arms for n in range(config.replicates)):
+                end_attempt(folder, KILLED)  # with an earlier driver: it waits, and does not run
             config.folder.remove(BEST_FILE)  # of the state that it goes on from: whoever is killed leaves none behind
             exhausted = run_trials(config, arms, budget, tracker, view, interruption)
             if exhausted:  # a finite space: what there is has been run

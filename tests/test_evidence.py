@@ -16,7 +16,7 @@ def test_the_plans_collapses_are_told_without_spending_a_trial() -> None:
     evidence = evidence_from_points(["e13i-baseline", "e13i-v2"], SPACES["sigma"], {})
     assert [e.params["noise.sigma_start|linear"] for e in evidence] == [0.05, 0.01]
     assert all(e.accuracy is None and e.collapses == 1 for e in evidence)
-    assert "collapsed at step 3; different there: grpo.filter_groups=resample (here off)" in evidence[0].source
+    assert "collapsed in step 3; different there: grpo.filter_groups=resample (here off)" in evidence[0].source
     search = searcher(searcher="gp", evidence=evidence, trials=3)
     drive(search, cliff)
     assert [t.state.name for t in search.optuna().trials] == ["COMPLETE"] * 4

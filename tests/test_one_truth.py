@@ -9,7 +9,7 @@ import pytest
 from search.ablation import ablation
 from search.arms import candidate_of, read_arms
 from search.confirm import planned_confirmation
-from search.report import report_study
+from search.report import arm_reports, report_study
 from search.store import StudyConfig, only_driver, refuse_second_driver, save_study_config
 from search.study import resume_study
 from spaces.config import ConfigError
@@ -145,3 +145,20 @@ def test_list_and_status_count_trials_by_their_files(tmp_path: Path, monkeypatch
         "3 trials are not finished and nobody is running them",
     ):
         assert part in said
+
+
+def test_a_trial_that_was_killed_with_the_last_driver_waits_while_the_next_one_runs_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study(tmp_path, trials=2, replicates=1)
+    write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [280], "c01": [None]})
+    monkeypatch.setattr("search.study.sweep_ray", lambda config: nullcontext())
+
+    def looked_at(*_: object) -> bool:
+        rows = arm_reports(config, read_arms(config))
+        assert [row.status for row in rows] == ["completed", "waiting"]
+        return False
+
+    monkeypatch.setattr("search.study.run_trials", looked_at)
+    assert [row.status for row in arm_reports(config, read_arms(config))] == ["completed", "stopped"]
+    assert resume_study(config, lambda event: None).unfinished == 1

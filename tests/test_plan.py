@@ -75,7 +75,7 @@ def test_a_recorded_collapse_of_the_plan_shortens_the_expected_time_and_not_the_
     collapsed = POINTS["e13i-baseline"].collapsed_at_step
     assert collapsed is not None
     assert plan.adjusted_share == pytest.approx((1 + 1 + (collapsed + 1) / plan.config.grpo.steps) / 3)
-    assert f"recorded: collapsed at step {collapsed}" in text(plan)
+    assert f"recorded: collapsed in step {collapsed}, the {collapsed + 1}th of 29" in text(plan)
     assert "with the collapses that are to be expected" in text(plan)
     calm = planned(tmp_path, workload="embedded", settings={}, trials=3)
     assert (calm.adjusted_share, calm.wall_seconds) == (1.0, plan.wall_seconds)

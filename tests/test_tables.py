@@ -113,8 +113,8 @@ def test_outside_a_terminal_each_start_evaluation_and_end_is_one_plain_line() ->
     tell(Console(file=text, width=200))
     assert text.getvalue().splitlines() == [
         "c01/0: starts, noise linear 0.05 -> 0.0005",
-        "c01/0: step 3/29, accuracy 37.5 %",
-        "[1/1] c01/0: collapsed after 4 steps, rule filter_rejection, accuracy -",
+        "c01/0: after 3 of 29 steps, accuracy 37.5 %",
+        "[1/1] c01/0: collapsed in step 3, the 4th of 29, rule filter_rejection, accuracy -",
     ]
 
 

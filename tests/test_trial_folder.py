@@ -126,6 +126,8 @@ def test_an_attempt_that_cannot_be_read_counts_as_no_time(trial: Folder) -> None
         ([], True, "waiting", "", ""),
         ([attempt(ended="")], True, "running", "", ""),
         ([attempt(ended="")], False, "stopped", "", "its process was killed"),
+        ([attempt(ended="killed")], True, "waiting", "", ""),
+        ([attempt(ended="killed")], False, "stopped", "", "its process was killed"),
         ([attempt(ended="stopped")], False, "stopped", "", ""),
         ([attempt(ended="hang", reason="step 3: too long")], False, "failed", "hang", "step 3: too long"),
         (

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from dashboards.trial_text import outcome_lines, step_line
-from trainable.outcome import Alarm, Coverage, LeftOut
+from spaces.config import TrialConfig
+from trainable.outcome import Alarm, Coverage, LeftOut, in_step
 
 SIGNALS = {"grpo/reward": 0.4123, "gen/entropy": 0.31, "gen/length": 4.12, "filter/kept_groups": 21.0}
 
@@ -31,6 +32,7 @@ def outcome(parts: dict[str, float] | None = None, **changes: Any) -> Any:
         parts=parts or {},
     )
     base = {"outcome": "completed", "rule": "", "step": 29, "seconds": 12.34, "eval": scores, "alarms": []}
+    base["config"] = TrialConfig()
     return SimpleNamespace(**{**base, "receipt": touched(), **changes})
 
 
@@ -53,9 +55,15 @@ def test_an_outcome_says_how_it_ended_what_was_touched_and_what_must_be_known() 
     lines = outcome_lines(
         outcome(outcome="collapsed", rule="nonfinite", step=4, alarms=alarms, receipt=receipt), "W16A16"
     )
-    assert lines[0] == "collapsed by rule nonfinite after 4 steps, 12.3 s"
-    assert lines[4:6] == ["warning: sigma below the grid", "alarm at step 0: mismatch: kl 0"]
+    assert lines[0] == "collapsed by rule nonfinite in step 3, the 4th of 29, 12.3 s"
+    assert lines[4:6] == ["warning: sigma below the grid", "alarm in step 0, the 1st of 29: mismatch: kl 0"]
     assert len(lines) == 4 + 1 + 5, "the first alarms are enough"
+
+
+def test_steps_count_from_0_and_people_from_1() -> None:
+    told = [in_step(step, 130).split(", the ")[1].split()[0] for step in (0, 1, 2, 3, 10, 11, 12, 20, 110, 122)]
+    assert told == ["1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "111th", "123rd"]
+    assert in_step(3, 29) == "in step 3, the 4th of 29"
 
 
 def test_marks_of_a_task_that_differ_are_told() -> None:

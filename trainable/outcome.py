@@ -22,6 +22,13 @@ Status = Literal["waiting", "running", "completed", "collapsed", "stopped", "fai
 """Of a trial of a sweep, whether or not it has an outcome. failed: an error or the machine, and never a finding."""
 
 
+def in_step(step: int, steps: int) -> str:
+    """`in step 3, the 4th of 29`: steps count from 0, and people from 1."""
+    number = step + 1
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"in step {step}, the {number}{ending} of {steps}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollapseVerdict:
     """Example: CollapseVerdict(collapsed=True, rule="entropy_high", evidence="entropy 2.56 nats, baseline 0.31, 3 steps

@@ -36,9 +36,9 @@ FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
 FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
 """What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes
 something else."""
-DIED = "died"
-"""How an attempt ended that could not say so itself: its process was killed, and the sweep did not start the trial
-again."""
+DIED, KILLED = "died", "killed"
+"""How an attempt ended that could not say so itself. died: its process was killed, and the sweep did not start the
+trial again; killed: with the driver before this one."""
 Parsed = TypeVar("Parsed")
 _ATTEMPT_FILE = re.compile(r"attempt-(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
@@ -147,7 +147,7 @@ class Attempt:
     step: int
     """Steps done at its last sign of life."""
     ended: str
-    """outcome | stopped | error | died | hang | engine | rollout_mismatch, or empty: it was killed, or runs."""
+    """outcome | stopped | error | died | killed | hang | engine | rollout_mismatch, or empty: killed, or it runs."""
     reason: str = ""
     loading_seconds: float = 0.0
     """Until it was ready for its first step."""
@@ -206,13 +206,13 @@ def read_attempts(trial: Folder) -> list[Attempt]:
     return attempts
 
 
-def end_attempt(trial: Folder, reason: str) -> None:
-    """Write down, for a process that is gone and could not, that the last attempt died. Nothing happens when it has an
+def end_attempt(trial: Folder, how: str) -> None:
+    """Write down, for a process that is gone and could not, how the last attempt ended. Nothing happens when it has an
     ending."""
     names = _numbered(trial, _ATTEMPT_FILE)
     tree: dict[str, Any] = json.loads(trial.read(names[-1]) or b"{}") if names else {}
     if tree and not tree["ended"]:
-        trial.write(names[-1], json.dumps({**tree, "ended": DIED, "reason": reason}))
+        trial.write(names[-1], json.dumps({**tree, "ended": how, "reason": "its process was killed"}))
 
 
 # --- all of it together -----------------------------------------------------------------------------------------------
@@ -258,9 +258,9 @@ def read_trial(trial: Folder, *, driven: bool) -> TrialState:
     last = attempts[-1]
     if last.ended == "stopped":
         return TrialState(status="stopped", outcome=read_stopped(trial), attempts=attempts)
-    if not last.ended and driven:
-        return TrialState(status="running", attempts=attempts)
-    if not last.ended:
+    if last.ended in ("", KILLED):
+        if driven:
+            return TrialState(status="waiting" if last.ended else "running", attempts=attempts)
         return TrialState(status="stopped", reason="its process was killed", attempts=attempts)
     again = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
     rule = last.ended if last.ended in FAILURE_RULES else ""
