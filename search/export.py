@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from search.arms import Candidate
-from spaces.config import NoiseConfig, TrialConfig
+from spaces.config import TrialConfig
 from spaces.reading import as_tree, dump_yaml
+from spaces.uses import idle
 
 
 def to_yaml(candidate: Candidate) -> str:
@@ -47,15 +48,15 @@ def to_verl(candidate: Candidate) -> str:
 
 def _settings(config: TrialConfig) -> Iterator[tuple[str, Any]]:
     """Every setting that has an effect here, by its dotted key; those of this machine only where somebody set them."""
-    plain = TrialConfig()
+    plain, nothing = TrialConfig(), idle(config) - {"noise.sigma_start"}  # which says whether there is noise at all
+    nothing |= {"model.recipe"} if config.model.recipe is None else set()
+    nothing |= {"rollout.correction_cap"} if config.rollout.correction == "none" else set()
     for name in TrialConfig.model_fields:
         part = getattr(config, name)
         for key in type(part).model_fields if isinstance(part, BaseModel) else [""]:
             value, usual = (getattr(getattr(of, name), key) if key else getattr(of, name) for of in (config, plain))
             dotted = f"{name}.{key}" if key else name
-            if not any(idle(config) for keys, idle in IDLE.items() if dotted in keys) and not (
-                value == usual and dotted.startswith(OF_THIS_MACHINE)
-            ):
+            if dotted not in nothing and not (value == usual and dotted.startswith(OF_THIS_MACHINE)):
                 yield dotted, as_tree(value) if isinstance(value, BaseModel) else value
 
 
@@ -73,23 +74,6 @@ OF_THIS_MACHINE = (
     *("eval.draw", "rollout.backend", "rollout.batch_size", "collapse."),
 )
 """Beginnings of keys that say how much at once, how long to wait and when to give up."""
-
-IDLE: dict[frozenset[str], Callable[[TrialConfig], bool]] = {
-    frozenset(f"noise.{key}" for key in NoiseConfig.model_fields if key != "sigma_start"): (
-        lambda config: config.noise.sigma_start == 0
-    ),
-    frozenset({"model.recipe", "task.digits"}): lambda config: config.model.recipe is None,
-    frozenset({"model.lora_rank", "model.lora_alpha"}): lambda config: config.model.adapter == "full",
-    frozenset({"grpo.generation_prompts"}): lambda config: config.grpo.filter_groups == "off",
-    frozenset({"grpo.max_gen_batches"}): lambda config: config.grpo.filter_groups != "resample",
-    frozenset({"grpo.overlong_penalty"}): lambda config: config.grpo.overlong_buffer == 0,
-    frozenset({"rollout.correction_cap"}): lambda config: config.rollout.correction == "none",
-    frozenset({"rollout.engine", "rollout.kv_cache_gib"}): lambda config: config.rollout.backend == "torch",
-    frozenset({"rollout.start_seconds", "rollout.answer_seconds"}): lambda config: config.rollout.engine == "inside",
-    frozenset({"task.path", "task.prompt", "task.options"}): lambda config: config.task.name == "addition",
-    frozenset({"task.chat_date"}): lambda config: not config.task.chat,
-}
-"""Settings that do nothing, each with the condition."""
 
 _ACTOR, _NOISE = "actor_rollout_ref.actor", "++trainer.noise_injection"
 _AVERAGES = {

@@ -336,9 +336,7 @@ def test_a_store_that_cannot_be_written_to_is_one_line_whoever_tracks(tmp_path: 
     place = tmp_path / "file" / "store"
     config = study(place, **({"tracking_uri": uri} if uri else {}))
     for begin in (lambda: begin_study(config), lambda: resume_study(config, lambda event: None)):
-        with pytest.raises(
-            ConfigError, match=r"--store .*/file/store: nothing can be written there"
-        ):
+        with pytest.raises(ConfigError, match=r"--store .*/file/store: nothing can be written there"):
             begin()
 
 
