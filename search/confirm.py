@@ -16,20 +16,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
-from search.execution import View
 from search.finding import Finding, find, lowest_collapsed
 from search.power import MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import ArmComparison, Comparison, compare_arms
 from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
-from search.study import resume_study, run_study
 from spaces.config import ConfigError, TrialConfig
 from spaces.errors import NoCandidate
-from trainable.policy.embedded import Progress
+
+if TYPE_CHECKING:
+    from search.execution import View
+    from trainable.policy.embedded import Progress
 
 FRESH = 1000
 """Distance between the sweep's seeds and the confirmation's."""
@@ -94,8 +95,8 @@ def planned_confirmation(
 
 def confirm(
     parent: StudyConfig,
-    view: View,
-    progress: Progress | None = None,
+    view: "View",
+    progress: "Progress | None" = None,
     *,
     looks: Sequence[int] | None = None,
     arm: str | None = None,
@@ -109,6 +110,8 @@ def confirm(
     a collapse risk: whatever is called better then was called so by the first plan, and each look of a longer one has
     less of the level. Raises ConfigError for what the user can mend.
     """
+    from search.study import resume_study, run_study  # torch and Ray: who reads a confirmation does without
+
     place = parent.model_copy(update={"name": _name_of(parent, arm)})
     begun = STUDY_FILE in place.folder.names()
     if begun:

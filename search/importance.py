@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
 MIN_TRIALS = 20
 MIN_BEST = 5
@@ -110,6 +109,7 @@ def _assess(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of these dimensions in these trials, and the highest of each under DEALS random deals of the results, as a
     share of the same whole: among dealt results shares would say nothing, since they add up to 1 there too."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # and scikit-learn with it
 
     def raw(values: Sequence[float]) -> dict[str, float]:
         """Before it is made a share; from a study in memory that holds these trials and dimensions with these

@@ -212,10 +212,10 @@ def test_records_of_a_rollout_are_read_without_torch() -> None:
 
 @pytest.mark.slow
 def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
-    modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential"
+    modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential", "confirm"
     code = (
-        f"import sys, {', '.join(f'search.{name}' for name in modules)}; "
-        "print({'torch', 'ray', 'mlflow'} & set(sys.modules))"
+        f"import sys, dashboards.report_text, {', '.join(f'search.{name}' for name in modules)}; "
+        "print({'torch', 'ray', 'mlflow', 'sklearn'} & set(sys.modules))"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dashboards.report_text import confirmation_lines, confirmation_tree
-from search import confirm as module
 from search.arms import Arm, read_arms, trial_folder, unfinished, write_arm
 from search.confirm import Confirmation, confirm, judge, planned_confirmation, read_confirmation
 from search.sequential import SequentialRule, sequential_compare
@@ -86,8 +85,8 @@ def parent(tmp_path: Path) -> StudyConfig:
 
 
 def confirmed(parent: StudyConfig, monkeypatch: pytest.MonkeyPatch, sweeps: Sweeps, **options: Any) -> Confirmation:
-    monkeypatch.setattr(module, "run_study", sweeps.run)
-    monkeypatch.setattr(module, "resume_study", sweeps.resume)
+    monkeypatch.setattr("search.study.run_study", sweeps.run)
+    monkeypatch.setattr("search.study.resume_study", sweeps.resume)
     return confirm(parent, lambda event: None, **options)
 
 
