@@ -21,7 +21,7 @@ import ray
 from ray import tune
 from ray.exceptions import AuthenticationError
 
-from search.ray_internals import in_a_session_of_its_own, keep_cloud_keys, on_localhost
+from search.ray_internals import in_a_group_of_its_own, keep_cloud_keys, on_localhost
 from search.secrets import first_line, strip_password
 from spaces.errors import ConfigError
 from spaces.workloads import Workload
@@ -112,7 +112,7 @@ def connected(address: str | None, runtime_env: Mapping[str, Any]) -> Iterator[N
     keep_cloud_keys()
     quiet: dict[str, Any] = {"runtime_env": dict(runtime_env), "log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        with on_localhost(), in_a_session_of_its_own():
+        with on_localhost(), in_a_group_of_its_own():
             try:  # `local`: neither another Ray of this machine, nor what RAY_ADDRESS names
                 ray.init("local", num_cpus=usable_cpus(), include_dashboard=False, configure_logging=True, **quiet)
             except OSError as error:  # its sockets' paths have 107 bytes at most

@@ -45,14 +45,14 @@ def on_localhost() -> Iterator[None]:
 
 
 @contextmanager
-def in_a_session_of_its_own() -> Iterator[None]:
+def in_a_group_of_its_own() -> Iterator[None]:
     """`ray.init` within this starts Ray's processes where signals to this process's group do not reach them.
 
     A batch system ends a job, and a terminal its window, by a signal to the whole group: Ray and the trials would be
     gone before the trials could save themselves. Ray also takes SIGTERM of this process for itself, and exits.
     """
     popen, take = services.ConsolePopen, utils.set_sigterm_handler
-    services.ConsolePopen = partial(popen, start_new_session=True)
+    services.ConsolePopen = partial(popen, process_group=0)
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield

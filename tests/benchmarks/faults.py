@@ -108,8 +108,8 @@ class Sweep:
         given = {"--store": str(self.store), "--tracking-uri": self.tracking, "--address": self.address}
         return [part for option, value in given.items() if value for part in (option, value)]
 
-    def start(self) -> subprocess.Popen[str]:
-        """A new sweep, or its continuation."""
+    def start(self, read: bool = False) -> subprocess.Popen[str]:
+        """A new sweep, or its continuation; `read`: what it says is to be read."""
         if (self.folder / "study.json").exists():
             self.tally.resumes += 1
             command = ["resume", self.name, *self.options()]
@@ -131,7 +131,12 @@ class Sweep:
         log = (self.store / f"{self.name}.log").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         return subprocess.Popen(
-            [str(RIN), *command], stdout=log, stderr=log, text=True, start_new_session=True, env=environment
+            [str(RIN), *command],
+            stdout=subprocess.PIPE if read else log,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env=environment,
         )
 
     def outcomes(self) -> int:
@@ -189,6 +194,47 @@ def _interrupt(*signals: int) -> Callable[[Sweep], None]:
         sweep.tally.seconds.append(time.monotonic() - started)
 
     return strike
+
+
+def group(number: int) -> Callable[[Sweep], None]:
+    """To all processes of the sweep's group, as a batch system or a terminal that closes does it."""
+
+    def strike(sweep: Sweep) -> None:
+        running = sweep.start()
+        sweep.wait_for_life(running)
+        time.sleep(sweep.draw.uniform(0, 5))
+        if running.poll() is None:
+            sweep.tally.faults += 1
+            os.killpg(running.pid, number)
+        started = time.monotonic()
+        running.wait(DEADLINE)
+        sweep.tally.seconds.append(time.monotonic() - started)
+
+    return strike
+
+
+def interrupt_start(sweep: Sweep) -> None:
+    """While Ray starts: its first process is there, and no trial."""
+    running = sweep.start()
+    until = time.monotonic() + DEADLINE
+    while running.poll() is None and not psutil.Process(running.pid).children():
+        assert time.monotonic() < until, "nothing happens"
+        time.sleep(0.01)
+    time.sleep(sweep.draw.uniform(0, 3))
+    if running.poll() is None:
+        sweep.tally.faults += 1
+        os.killpg(running.pid, signal.SIGINT)
+    running.wait(DEADLINE)
+
+
+def close_pipe(sweep: Sweep) -> None:
+    """`rin sweep | head -1`."""
+    running = sweep.start(read=True)
+    assert running.stdout is not None
+    running.stdout.readline()
+    running.stdout.close()
+    sweep.tally.faults += 1
+    assert running.wait(DEADLINE) == 0, "a closed pipe does no harm"
 
 
 def kill_actors(sweep: Sweep) -> None:
@@ -451,6 +497,12 @@ FAULTS: dict[str, Fault] = {
         what="Ctrl-C, twice", strike=_interrupt(signal.SIGINT, signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP
     ),
     "sigterm": Fault(what="SIGTERM", strike=_interrupt(signal.SIGTERM), moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "group": Fault(
+        what="SIGTERM to the process group", strike=group(signal.SIGTERM), moments=5, per_sweep=FAULTS_PER_SWEEP
+    ),
+    "hangup": Fault(what="SIGHUP", strike=group(signal.SIGHUP), moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "starting": Fault(what="Ctrl-C while Ray starts", strike=interrupt_start, moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "pipe": Fault(what="a closed pipe", strike=close_pipe, moments=5, per_sweep=1),
     "checkpoint": Fault(
         what="SIGKILL and a damaged newest checkpoint", strike=damage_checkpoint, moments=5, per_sweep=FAULTS_PER_SWEEP
     ),
