@@ -33,9 +33,9 @@ def hangs(sweep: Sweep) -> int:
 
 
 def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_with_the_undisturbed_numbers() -> None:
-    """By SIGKILL, by SIGTERM, and by SIGKILL with a damaged newest checkpoint: what one leaves behind meets the next
+    """By SIGKILL, SIGTERM to its group, and SIGKILL with a damaged newest checkpoint: what one leaves meets the next
     one."""
-    waiting = ["driver", "sigterm", "checkpoint"]
+    waiting = ["driver", "group", "checkpoint"]
     for number in range(3):  # a sweep may have ended before all of them have struck
         with faults.new_store("driver") as store:
             sweep = Sweep(f"driver{number}", store, random.Random(f"1 {number}"), Tally(), more=LONGER)
