@@ -24,18 +24,8 @@ from tests.real_mlflow import mlflow_server
 
 PASSWORD = "canary-4711-postgres"
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
-SHORT = [
-    "--workload",
-    "tiny",
-    "--trials",
-    "2",
-    "--set",
-    "grpo.steps=3",
-    "--set",
-    "noise.num_stages=2",
-    "--set",
-    "eval.questions=32",
-]
+SHORT = ["--workload", "tiny", "--trials", "2", "--concurrent", "1"]  # one process imports for both
+SHORT += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

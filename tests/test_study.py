@@ -427,6 +427,7 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
         tmp_path,
         trials=3,
         searcher="random",
+        concurrent=1,
         settings={"eval": {"questions": 16}, "grpo": {"steps": 12}},
         budget_hours=1e-5,
     )
