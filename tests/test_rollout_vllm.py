@@ -444,8 +444,8 @@ def test_healthy_engines_in_bf16_pass(tiny: Tiny) -> None:
         trial.close()
 
 
-def test_windows_are_those_of_training(engine_of: Engines, tmp_path: Path) -> None:
-    """A window of 16 in rows of up to 26, nothing quantised."""
+def test_windows_and_several_ends_are_those_of_training(engine_of: Engines, tmp_path: Path) -> None:
+    """A window of 16 in rows of up to 32, nothing quantised; what generation_config.json lists ends a completion."""
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     settings = {"num_key_value_heads": 1, "vocab_size": 260, "initializer_range": 0.3, "sliding_window": 16}
@@ -460,7 +460,16 @@ def test_windows_are_those_of_training(engine_of: Engines, tmp_path: Path) -> No
     with deployed(policy):
         batch = rollout(policy, backend, ragged_prompts(12, vocabulary=200))
         assert gaps(batch).max() <= SUMS
+        sampled = backend.generate(
+            policy, request_of(ragged_prompts(12, vocabulary=200), max_new_tokens=12, group_size=4, temperature=1.0)
+        )
     assert batch.prompt_mask.sum(1).max() > 16
+    completions = [one for group in sampled for one in group]
+    ended = [one for one in completions if any(token in policy.ends for token in one.ids)]
+    assert len(ended) > 0
+    assert all(
+        one.finished and one.ids[-1] in policy.ends and not set(one.ids[:-1]) & set(policy.ends) for one in ended
+    )
 
 
 # --- a trial ----------------------------------------------------------------------------------------------------------
