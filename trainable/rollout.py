@@ -44,7 +44,7 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
 
 
 @dataclass(slots=True)
-class LeftOut:
+class TooLong:
     """How many questions were left out since it was last asked."""
 
     count: int = 0
@@ -54,7 +54,7 @@ class LeftOut:
         return count
 
 
-def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int, left_out: LeftOut) -> Task:
+def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int, left_out: TooLong) -> Task:
     """The task without questions whose prompts are longer than `limit` tokens: of a data set they go now, of an endless
     one as they are drawn."""
 

@@ -59,7 +59,7 @@ from trainable.outcome import (
 from trainable.parity import load_checked
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import deployed, unquantized
-from trainable.rollout import LeftOut, encode_prompts, judge, without_too_long
+from trainable.rollout import TooLong, encode_prompts, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks.table import build_task
@@ -113,7 +113,7 @@ class Trial:
         self.task = build_task(config.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
         self.policy, self.agreement = load_checked(config, progress)
-        self.left_out = LeftOut()
+        self.left_out = TooLong()
         self._measure_questions()
         self.targets = noise_targets(self.policy, config.noise)
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
