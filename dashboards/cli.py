@@ -437,14 +437,14 @@ def main() -> None:
 
 
 def _refuse_namesakes() -> None:
-    """Raises ConfigError for another package of one of our names that is found before ours."""
-    ours = Path(__file__).resolve().parents[1]
-    for name in ("spaces", "trainable", "search"):
+    """Raises ConfigError for another package of one of our names that is found before ours: one without the module that
+    ours is known by. (A job's packages come in a folder each.)"""
+    for name, module in {"spaces": "config", "trainable": "trial", "search": "study"}.items():
         spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
-        if origin != ours / name / "__init__.py":
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or () if spec is not None else ())]
+        if not any((folder / f"{module}.py").is_file() for folder in folders):
             raise ConfigError(
-                f"PYTHONPATH: another package named {name} hides ours ({origin or 'a folder without __init__.py'}); "
+                f"PYTHONPATH: another package named {name} hides ours ({', '.join(map(str, folders)) or 'a module'}); "
                 "take its folder off PYTHONPATH, or start rin elsewhere"
             )
 

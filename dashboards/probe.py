@@ -184,11 +184,6 @@ def settings(depth: int) -> list[tuple[str, str, int]]:
 
 
 def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
-    if not policy.quantized:
-        raise ConfigError(
-            f"MODEL={plan.model}: has no linear layer that could be quantised; "
-            "choose a model of the Llama or Qwen2 kind"
-        )
     tokenizer: Any = policy.tokenizer
     prompts = encode_prompts(policy, questions, plan.config.task, plan.config.rollout.max_prompt_tokens)
     unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}

@@ -7,7 +7,7 @@ test_study.py and test_survival.py are about.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,7 @@ from search.arms import Arm
 from search.budget import Budget
 from search.evidence import read_evidence
 from search.execution import SweepCallback, View
+from search.interruption import Interruption
 from search.searchers import RinSearch
 from search.store import StudyConfig
 from search.tracking import Tracker
@@ -29,12 +30,15 @@ def without_ray() -> Iterator[None]:
     """Of every sweep that begins or goes on within it."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("search.study.sweep_ray", lambda study: nullcontext())
         patch.setattr("search.study.run_trials", _run_trials)
         yield
     torch.set_num_threads(threads)
 
 
-def _run_trials(study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View) -> bool:
+def _run_trials(
+    study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View, interruption: Interruption
+) -> bool:
     searcher = RinSearch(study, arms, read_evidence(study))
     callback = SweepCallback(study, searcher.arms, budget, tracker, view)
     for number in range(study.runs):

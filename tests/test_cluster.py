@@ -179,7 +179,7 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
     instead."""
     trials = tmp_path / "s" / "trials"
     arguments = ["--workload", "tiny", "--trials", "2", "--name", "s", "--store", str(tmp_path)]
-    arguments += ["--set", "grpo.steps=80", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
+    arguments += ["--set", "grpo.steps=150", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
     with head_node(short, cpus=0) as running, worker_node(running, short, cpus=1) as first:
         with program(
             [*RIN, "sweep", *arguments, "--address", running.address],
@@ -382,4 +382,4 @@ def test_a_package_of_one_of_our_names_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run([*RIN, "list"], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"rin: PYTHONPATH: another package named search hides ours ({tmp_path}/search/__init__.py)")
+    assert line.startswith(f"rin: PYTHONPATH: another package named search hides ours ({tmp_path}/search)")

@@ -476,14 +476,17 @@ def test_a_tokenizer_that_cannot_spell_the_questions_is_refused(rin: Any, model_
     assert "its tokenizer cannot spell" in err
 
 
-def test_a_model_without_a_layer_to_quantise_is_refused(rin: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_model_whose_projections_are_no_linear_layers_has_a_floor(
+    rin: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     place, tokenizer = tmp_path_factory.mktemp("gpt2"), byte_tokenizer()
     config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
-    code, _, err = rin("probe", str(place), "--dtype", "float32")
-    assert code == 2
-    assert "has no linear layer that could be quantised" in err.splitlines()[-1]
+    code, out, err = rin("probe", str(place), "--dtype", "float32", "--json")
+    assert code == 0, err
+    kl = {row["mode"]: row["kl"] for row in json.loads(out)["rows"]}
+    assert kl["W4A4"] > kl["W16A16"]
 
 
 def test_without_matplotlib_the_plot_is_refused_before_anything_is_measured(

@@ -188,7 +188,8 @@ def test_a_store_remembers_its_sweeps(finished: tuple[StudyResult, list[TrialEve
         load_study_config(store, "other")
     with pytest.raises(ConfigError, match=r"--name s: .*exists already"):
         run_study(result.config, lambda event: None)
-    planned = plan_study(study(Path(store), name="next", trials=5, replicates=3), cpus=2)
+    same_work = {"eval": {"questions": 64}}
+    planned = plan_study(study(Path(store), name="next", trials=5, replicates=3, settings=same_work), cpus=2)
     assert (planned.study.runs, planned.searched, planned.slots) == (15, 4, 2)
     assert "median" in planned.seconds_source
 
