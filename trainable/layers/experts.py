@@ -91,7 +91,8 @@ def _as_files_have_it(module: Experts, state: dict[str, Any], prefix: str, _: An
     """A state dict with one tensor for all experts."""
     for name in (module.up, module.down):
         for kind, stored in (("weight", name), ("bias", f"{name}_bias")):
-            keys = [f"{prefix}{name}.{expert}.{kind}" for expert in range(len(module.get_submodule(name)))]  # type: ignore[arg-type]
+            layers: Any = module.get_submodule(name)
+            keys = [f"{prefix}{name}.{expert}.{kind}" for expert in range(len(layers))]
             if keys[0] in state:
                 stack = torch.stack([state.pop(key) for key in keys])
                 turned = kind == "weight" and module.origin[0].is_transposed
