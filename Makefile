@@ -17,10 +17,11 @@ sweep: $(READY)
 ui: $(READY)
 	$(BIN)/rin ui $(NAME) $(ARGS)
 
-# Every claim. The limit of coverage is one of the whole run: vLLM's half of the code counts, and where there is no vLLM its tests are skipped.
+# Every claim. CI counts coverage besides, which makes Python a third slower; its limit is one of the whole run: vLLM's half of the
+# code counts, and where there is no vLLM its tests are skipped.
 test: $(READY_DEV) $(READY_VLLM)
-	$(PYTEST) --durations=20 --cov --cov-report=term \
-	  $(if $(ARGS),$(ARGS),$$($(BIN)/python -c 'import importlib.util as i; print("--cov-fail-under=90" if i.find_spec("vllm") else "")'))
+	$(PYTEST) --durations=20 $(if $(CI),--cov --cov-report=term) \
+	  $(if $(ARGS),$(ARGS),$(if $(CI),$$($(BIN)/python -c 'import importlib.util as i; print("--cov-fail-under=90" if i.find_spec("vllm") else "")')))
 
 # The inner loop: what starts neither Ray nor a server nor vLLM (--quick refuses them); no coverage.
 quick: $(READY_DEV)
