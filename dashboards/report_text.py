@@ -73,7 +73,9 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
         if (marks := marks_apart(row.marks))
     ]
     lines += [
-        f"{row.arm}: {len(row.warnings)} warnings, the first: {row.warnings[0]}" for row in report.arms if row.warnings
+        f"{row.arm}: warning: {row.warnings[0]}" + (f" (and {more} more)" if (more := len(row.warnings) - 1) else "")
+        for row in report.arms
+        if row.warnings
     ]
     lines += [f"{boundary.mode}, noise on {boundary.kind}: {boundary.words()}" for boundary in report.tolerance]
     lines += [_importance(item) for item in report.importance if item.importance is not None]

@@ -503,5 +503,5 @@ def test_warnings_of_receipts_are_told_by_the_report(tmp_path: Path) -> None:
     ended = outcome(arms[0], 0, 160)
     write_trial(config, arms[0], 0, replace(ended, receipt=replace(ended.receipt, warnings=("cut off", "off"))))
     report = report_study(config)
-    assert "control: 2 warnings, the first: cut off" in text_of(report)
+    assert "control: warning: cut off (and 1 more)" in text_of(report)
     assert strict(report)["arms"][0]["warnings"] == ["cut off", "off"]
