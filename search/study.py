@@ -10,8 +10,8 @@
 
 A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a
 sweep can be killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are
-at first says `lineup.py`, how trials run `execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time
-drives a sweep.
+at first says `lineup.py`, what is asked before anything starts `preflight.py`, how trials run `execution.py`, what
+MLflow has yet to hear `mirror.py`. One process at a time drives a sweep.
 
 The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
@@ -19,7 +19,6 @@ The sweep reports what happens to a view (a live table, plain lines, or nothing)
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, trial_folder, unfinished, write_arm
 from search.budget import Budget
@@ -30,6 +29,7 @@ from search.interruption import Interruption, interruptible
 from search.lineup import base_tree, fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
+from search.preflight import build_once, check_sources
 from search.store import (
     BEST_FILE,
     STUDY_FILE,
@@ -40,14 +40,10 @@ from search.store import (
     save_study_config,
 )
 from search.tracking import Tracker
-from spaces.config import ConfigError, ModelConfig
+from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from trainable.disk.trial_folder import KILLED, end_attempt
-from trainable.noise import chosen_layers, noise_targets
-from trainable.policy.embedded import Progress, ensure_base
-from trainable.policy.loading import load_policy, skipped_layers
-from trainable.policy.sources import depth_of
-from trainable.tasks.table import build_task
+from trainable.policy.embedded import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +96,9 @@ def _checked(
         )
     evidence = evidence_of(config)
     check_writable(config.store)
-    _check_sources(config, arms)
+    check_sources(config, arms)
     check_tracking(config.tracking_uri, config.name, config.owner)
-    _preflight(arms, progress)
+    build_once(arms, progress)
     return arms, evidence
 
 
@@ -127,8 +123,8 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         arms = read_arms(config)
-        _check_sources(config, arms)
-        _preflight(arms, progress)
+        check_sources(config, arms)
+        build_once(arms, progress)
         runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent
         with interruptible() as interruption, sweep_ray(config) if runs else nullcontext():
             interruption.listen()
@@ -195,39 +191,3 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
         arms = read_arms(earlier)
         evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
     return evidence
-
-
-def _check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
-    """Raises ConfigError for a model, data, questions or blocks that are not there: every trial would fail by it.
-
-    What a cluster's nodes share need not be on this machine.
-    """
-    depths: dict[ModelConfig, int] = {}
-    asked = set()
-    for trial in (arm.config for arm in arms):
-        data = trial.task.path
-        if trial.task.name != "gsm8k" or config.address is None or (data is not None and Path(data).exists()):
-            judged = (trial.eval.split, trial.eval.questions, trial.eval.draw)
-            questions = (trial.task, trial.grpo.batch_prompts, judged)
-            if questions not in asked:
-                asked.add(questions)
-                task = build_task(trial.task)
-                task.held_out(*judged)
-                task.sample(trial.grpo.batch_prompts, seed=0, step=0, batch=0)
-        if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):
-            if trial.model not in depths:
-                depths[trial.model] = depth_of(trial.model)
-            depth = depths[trial.model]
-            skipped_layers(trial.quant, depth)
-            if trial.noise.sigma_start > 0:
-                chosen_layers(trial.noise, depth)
-
-
-def _preflight(arms: Sequence[Arm], progress: Progress | None) -> None:
-    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
-    and not in each trial."""
-    for arm in arms:
-        trial = arm.config
-        if trial.model.recipe is not None:
-            ensure_base(trial.model.recipe, progress)
-            noise_targets(load_policy(trial.model, trial.quant, trial.seed), trial.noise)

@@ -290,3 +290,8 @@ def test_every_package_is_in_the_distribution() -> None:
     folders = {relative(path.parent).replace("/", ".") for path in MODULES if path.name == "__init__.py"}
     assert sorted(listed) == sorted(folders)
     assert all((ROOT / folder.replace(".", "/") / "py.typed").exists() for folder in folders)
+
+
+def test_a_sweep_is_told_on_one_page() -> None:
+    """It is what everybody reads first, and what every change would like to add a few lines to."""
+    assert len((ROOT / "search" / "study.py").read_text().splitlines()) < 200

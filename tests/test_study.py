@@ -23,9 +23,10 @@ from search.execution import SweepCallback, TrialEvent
 from search.export import to_verl, to_yaml
 from search.lineup import fixed_arms
 from search.plan import plan_study
+from search.preflight import check_sources
 from search.report import report_study
 from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
-from search.study import StudyResult, _check_sources, begin_study, resume_study, run_study
+from search.study import StudyResult, begin_study, resume_study, run_study
 from search.tracking import Tracker
 from spaces.config import ConfigError, ModelConfig
 from spaces.library import SPACES
@@ -295,7 +296,7 @@ def test_what_is_not_there_is_refused_before_anything_starts(
     place = tmp_path / "store"
     config = study(place, workload="embedded", points=("e13i-v3",), settings=merge(settings, wrong))
     with pytest.raises(ConfigError, match=re.escape(said)):
-        _check_sources(config, fixed_arms(config))
+        check_sources(config, fixed_arms(config))
 
 
 def test_a_sweep_looks_for_its_model_before_its_tracking(tmp_path: Path) -> None:
@@ -317,13 +318,13 @@ def test_a_folder_of_adapters_is_no_model(tmp_path: Path, model_folder: ModelFol
 def test_a_cluster_may_have_what_this_machine_lacks(tmp_path: Path) -> None:
     settings = {"model": {"name": "/nope", "recipe": None}, "task": {"name": "gsm8k", "path": "/nope.jsonl"}}
     config = study(tmp_path, workload="embedded", settings=settings, address="HEAD:6379")
-    _check_sources(config, fixed_arms(config))
+    check_sources(config, fixed_arms(config))
 
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_a_failure_and_not_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the user's mistake, which only shows there: it is not tried again."""
-    monkeypatch.setattr(search.study, "_check_sources", lambda config, arms: None)
+    monkeypatch.setattr(search.study, "check_sources", lambda config, arms: None)
     missing = tmp_path / "no-such-model"
     settings = {"model": {"name": str(missing), "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
     events: list[TrialEvent] = []

@@ -1,0 +1,54 @@
+"""What every trial of a sweep will need, asked before any of them starts.
+
+A model that is not there, a data set without enough questions or a block that does not exist fails every trial alike,
+each after it has loaded, and leaves the name of the sweep taken. So it is asked once, here, before Ray starts: what can
+be seen from files and configurations of every arm, and the whole model where that is quick to build.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.arms import Arm
+from search.store import StudyConfig
+from spaces.config import ModelConfig
+from trainable.noise import chosen_layers, noise_targets
+from trainable.policy.embedded import Progress, ensure_base
+from trainable.policy.loading import load_policy, skipped_layers
+from trainable.policy.sources import depth_of
+from trainable.tasks.table import build_task
+
+
+def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
+    """Raises ConfigError for a model, data, questions or blocks that are not there: every trial would fail by it.
+
+    What a cluster's nodes share need not be on this machine.
+    """
+    depths: dict[ModelConfig, int] = {}
+    asked = set()
+    for trial in (arm.config for arm in arms):
+        data = trial.task.path
+        if trial.task.name != "gsm8k" or config.address is None or (data is not None and Path(data).exists()):
+            judged = (trial.eval.split, trial.eval.questions, trial.eval.draw)
+            questions = (trial.task, trial.grpo.batch_prompts, judged)
+            if questions not in asked:
+                asked.add(questions)
+                task = build_task(trial.task)
+                task.held_out(*judged)
+                task.sample(trial.grpo.batch_prompts, seed=0, step=0, batch=0)
+        if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):
+            if trial.model not in depths:
+                depths[trial.model] = depth_of(trial.model)
+            depth = depths[trial.model]
+            skipped_layers(trial.quant, depth)
+            if trial.noise.sigma_start > 0:
+                chosen_layers(trial.noise, depth)
+
+
+def build_once(arms: Sequence[Arm], progress: Progress | None) -> None:
+    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
+    and not in each trial."""
+    for arm in arms:
+        trial = arm.config
+        if trial.model.recipe is not None:
+            ensure_base(trial.model.recipe, progress)
+            noise_targets(load_policy(trial.model, trial.quant, trial.seed), trial.noise)
