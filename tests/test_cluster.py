@@ -374,6 +374,7 @@ def test_a_home_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytes
         ensure_base(BaseRecipe(depth=1))
 
 
+@pytest.mark.slow
 def test_a_package_of_one_of_our_names_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "__init__.py").write_text("")

@@ -27,6 +27,8 @@ from trainable.policy.policy import Policy, computing, deployed
 from trainable.quantization import Arithmetic, InputSource
 from trainable.seeds import generator
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 W16A16 = QuantConfig(weights="none", activations="none")
 PLAIN = QuantConfig(weights="none", activations="none", exclude=())
 """The same, for models whose head has another name."""

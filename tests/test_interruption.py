@@ -64,6 +64,7 @@ def test_a_signal_waits_while_ray_starts_and_then_no_trial_does(number: int) -> 
                 enter()
 
 
+@pytest.mark.slow
 def test_a_third_ctrl_c_ends_what_hangs() -> None:
     code = (
         "import os, signal\nfrom search.interruption import interruptible\n"

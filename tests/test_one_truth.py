@@ -17,6 +17,8 @@ from spaces.reading import load_yaml
 from tests.processes import rin
 from tests.written_sweeps import make_arm, study, write_sweep
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 
 def ended(tmp_path: Path, **right: list[object]) -> StudyConfig:
     """A sweep with all its outcomes, whose driver comes once more and writes best.yaml; then its tracking is gone."""

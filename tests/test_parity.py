@@ -23,6 +23,8 @@ from trainable.policy import loading
 from trainable.policy.policy import Policy, bare_name
 from trainable.trial import Trial
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 SIZES = {
     "vocab_size": 260,
     "hidden_size": 64,

@@ -101,6 +101,7 @@ def test_the_candidate_of_a_sweep_is_the_one_with_the_most_to_expect(tmp_path: P
     assert candidate.difference < 0.05
 
 
+@pytest.mark.slow
 def test_reading_a_sweep_imports_neither_ray_nor_torch_nor_optuna() -> None:
     code = "import search.arms, sys; print(sorted({'ray', 'torch', 'optuna'} & sys.modules.keys()))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -19,6 +19,8 @@ from tests.test_trial import checksum, comparable, finish, weights_of
 from trainable.metrics import SIGMA
 from trainable.trial import Trial
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 SHORT = ("grpo.steps=3", "eval.questions=8", "eval.every=0", "noise.sigma_start=0.05", "noise.sigma_end=0.02")
 # Settings under which keys are idle, with another value for each.
 IDLE: list[tuple[tuple[str, ...], list[str]]] = [

@@ -23,6 +23,8 @@ from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import fake_quantize
 from trainable.trial import Trial
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 W16A16 = QuantConfig(weights="none", activations="none")
 W4A16 = QuantConfig(activations="none")
 
