@@ -21,6 +21,8 @@ from spaces.points import POINTS
 from spaces.reading import dump_yaml, merge, parts, read_config, unflatten
 from spaces.workloads import WORKLOADS
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 
 def keys(model: type[Record] = TrialConfig, prefix: str = "") -> Iterator[str]:
     """Dotted keys of all settings; a list of records is one."""

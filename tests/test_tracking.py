@@ -35,6 +35,8 @@ from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
 from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome
 from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
 
+pytestmark = pytest.mark.slow  # many seconds of computing
+
 SAMPLE = Sample(step=0, prompt="1+2=", completion="3", answer="3", reward=1.0)
 SOMEBODY = Owner(id="0" * 32, store="/somewhere")
 
