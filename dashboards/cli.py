@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dashboards import options as given
+from dashboards.lasting import lasting_output
 from dashboards.options import DEFAULT_STORE, Place, SweepOptions, study_config, trial_config
 from spaces.errors import ConfigError, NoCandidate
 
@@ -447,47 +448,6 @@ def _refuse_namesakes() -> None:
                 f"PYTHONPATH: another package named {name} hides ours ({', '.join(map(str, folders)) or 'a module'}); "
                 "take its folder off PYTHONPATH, or start rin elsewhere"
             )
-
-
-class LastingStream:
-    """A stream into which one may print when nobody reads any more, as after `rin sweep | head` or from a terminal that
-    is gone: what a sweep says is not worth a trial."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._surviving():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._surviving():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream)) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager

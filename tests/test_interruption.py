@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from dashboards.cli import lasting_output
+from dashboards.lasting import lasting_output
 from search.interruption import SIGNALS, interruptible
 
 
