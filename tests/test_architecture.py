@@ -295,3 +295,21 @@ def test_every_package_is_in_the_distribution() -> None:
 def test_a_sweep_is_told_on_one_page() -> None:
     """It is what everybody reads first, and what every change would like to add a few lines to."""
     assert len((ROOT / "search" / "study.py").read_text().splitlines()) < 200
+
+
+def programs_as_text() -> Iterator[tuple[str, str]]:
+    """What tests give to another Python: texts at the top of a file that begin with an import."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
+                    if text.lstrip().startswith(("import ", "from ")):
+                        yield f"{relative(path)}:{name}", text
+
+
+@pytest.mark.parametrize(("name", "program"), programs_as_text())
+def test_programs_kept_as_text_know_every_name_they_use(name: str, program: str) -> None:
+    """No linter looks into a string: a line that an editor's replacement put there is found here, before it is run."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821", "-"]
+    found = subprocess.run(ruff, input=program, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, f"{name}: {found.stdout}"

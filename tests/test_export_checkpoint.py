@@ -604,8 +604,6 @@ from trainable.engines.vllm import LLM, SamplingParams, cleanup_dist_env_and_mem
 from vllm.model_executor.kernels.linear import MxFp4LinearKernel, register_linear_kernel
 from vllm.platforms.interface import PlatformEnum
 
-pytestmark = pytest.mark.slow  # many seconds of computing
-
 inputs = set()
 
 # vLLM has no MXFP4 kernel for CPUs: this one is for what comes before it, the loading

@@ -587,8 +587,6 @@ import json, sys, time
 from pathlib import Path
 import trainable.ray_trainable as module
 
-pytestmark = pytest.mark.slow  # many seconds of computing
-
 config = json.loads(sys.argv[1])
 running = module.RinTrainable(config=config)
 running.train()
