@@ -13,7 +13,7 @@ Left out: defaults that depend on the machine. `threads` alone names the machine
 This module imports neither torch nor ray: `rin --help` and a login node without either can read a configuration.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -63,8 +63,21 @@ def _one_or_many(value: Any) -> Any:
 
 
 def _pairs(value: Any) -> Any:
-    """A mapping becomes a sorted tuple of pairs, so that a configuration that holds it stays hashable."""
-    return tuple(sorted(value.items(), key=lambda item: str(item[0]))) if isinstance(value, Mapping) else value
+    """A mapping becomes a sorted tuple of pairs, so that a configuration that holds it stays hashable; what lies deeper
+    has its way as its key: {a: {b: 1}} -> (("a.b", 1),)."""
+    return tuple(sorted(_deep(value), key=lambda item: str(item[0]))) if isinstance(value, Mapping) else value
+
+
+def _deep(tree: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in _deep(value))
+        else:
+            yield key, value
+
+
+def _none_one_or_many(value: Any) -> Any:
+    return () if value is None else _one_or_many(value)
 
 
 Options = Annotated[
@@ -72,6 +85,8 @@ Options = Annotated[
     BeforeValidator(_pairs),
     PlainSerializer(lambda pairs: dict(pairs), return_type=dict),
 ]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_none_one_or_many)]
+"""None, one or several."""
 
 
 class Record(BaseModel):
@@ -456,6 +471,8 @@ class TaskConfig(Record):
     """For text tasks: template with {question}; null = the task's own."""
     chat: Flag = False
     """Wrap prompts in the tokenizer's chat template."""
+    chat_options: Options = ()
+    """What else the chat template is told, e.g. {enable_thinking: false}."""
     chat_date: date = date(2024, 7, 26)
     """What a chat template that prints today's date takes for today: another day would be another prompt."""
     too_long: Literal["error", "leave_out"] = "error"
@@ -463,18 +480,17 @@ class TaskConfig(Record):
     (task/too_long)."""
 
     @model_validator(mode="after")
-    def _options_have_a_use(self) -> Self:
-        if self.options and not self.name.startswith("reasoning_gym:"):
-            raise ValueError(
-                f"options={dict(self.options)} has no use with name={self.name}; "
-                "remove it or choose a reasoning_gym data set"
-            )
-        if self.path is not None and self.name != "gsm8k":
-            raise ValueError(f"path={self.path} has no use with name={self.name}; remove it or set name=gsm8k")
-        if self.chat_date != type(self).model_fields["chat_date"].default and not self.chat:
-            raise ValueError(
-                f"chat_date={self.chat_date} has no use without a chat template; set chat=true or remove it"
-            )
+    def _settings_have_a_use(self) -> Self:
+        for field, kinds in TAKEN_BY.items():
+            if (value := getattr(self, field)) and self.kind not in kinds:
+                value = dict(value) if field == "options" else value
+                raise ValueError(
+                    f"{field}={value} has no use with name={self.name}; remove it or choose {' or '.join(kinds)}"
+                )
+        for field in ("chat_date", "chat_options"):
+            if (value := getattr(self, field)) != type(self).model_fields[field].default and not self.in_template:
+                value = dict(value) if field == "chat_options" else value
+                raise ValueError(f"{field}={value} has no use without a chat template; set chat=true or remove it")
         if self.name == "addition" and (self.prompt is not None or self.chat):
             raise ValueError(
                 f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, "
@@ -482,10 +498,37 @@ class TaskConfig(Record):
             )
         return self
 
+    @field_validator("chat_options")
+    @classmethod
+    def _options_are_the_templates(cls, options: tuple[tuple[str, Scalar], ...]) -> tuple[tuple[str, Scalar], ...]:
+        if ours := _SET_BY_US & dict(options).keys():
+            raise ValueError(f"{min(ours)} is set for every prompt alike; remove it")
+        return options
+
+    @property
+    def kind(self) -> str:
+        """The task without its data set: reasoning_gym."""
+        return self.name.partition(":")[0]
+
+    @property
+    def in_template(self) -> bool:
+        """Whether prompts may go through a chat template."""
+        return self.chat
+
     @property
     def endless(self) -> bool:
         """Whether questions are drawn; else they are a list that has an end."""
-        return self.name != "gsm8k"
+        return self.kind in ("addition", "reasoning_gym")
+
+
+TAKEN_BY: dict[str, tuple[str, ...]] = {"path": ("gsm8k",), "options": ("reasoning_gym",)}
+"""Setting of a task -> the kinds of task that it has a use for."""
+_SET_BY_US = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "continue_final_message"),
+    *("tokenizer_kwargs", "strftime_now", "return_assistant_tokens_mask"),
+}
+"""Arguments of `apply_chat_template` that are no option of a template."""
 
 
 class EvalConfig(Record):

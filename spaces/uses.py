@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from spaces.config import CollapseConfig, ConfigError, NoiseConfig, Schedule, TrialConfig, Zone, ZoneSigma
+from spaces.config import TAKEN_BY, CollapseConfig, ConfigError, NoiseConfig, Schedule, TrialConfig, Zone, ZoneSigma
 from spaces.reading import flatten_fields
 from spaces.schedules import sigma_of, stage_at
 
@@ -128,6 +128,10 @@ def _recipe(of: Callable[[Any], bool]) -> Callable[[TrialConfig], bool]:
     return lambda config: config.model.recipe is None or of(config.model.recipe)
 
 
+def _of_kinds(kinds: Sequence[str]) -> Use:
+    return Use(holds=lambda config: config.task.kind in kinds, needs=f"task.name={' or '.join(kinds)}")
+
+
 _NOISE = Use(holds=_noisy, needs="noise.sigma_start above 0")
 _LORA = Use(holds=lambda c: c.model.adapter == "lora", needs="model.adapter=lora")
 _FORMAT = Use(holds=_quantized, needs="a format in quant.weights or quant.activations")
@@ -137,6 +141,7 @@ _CHILD = Use(
     needs="rollout.backend=vllm and rollout.engine=process",
 )
 _TEXT = Use(holds=lambda c: c.task.name != "addition", needs="a task of texts (gsm8k, reasoning_gym:...)")
+_CHAT = Use(holds=lambda c: c.task.in_template, needs="task.chat=true")
 _SIGNED = Use(holds=_recipe(lambda r: r.signed_steps > 0), needs="model.recipe.signed_steps above 0")
 _RULE = Use(
     holds=_can_fire,
@@ -205,13 +210,11 @@ USES: dict[str, Use] = {
     "rollout.start_seconds": _CHILD,
     "rollout.answer_seconds": _CHILD,
     "task.digits": Use(holds=lambda c: c.task.name == "addition", needs="task.name=addition"),
-    "task.path": Use(holds=lambda c: c.task.name == "gsm8k", needs="task.name=gsm8k"),
-    "task.options": Use(
-        holds=lambda c: c.task.name.startswith("reasoning_gym:"), needs="task.name=reasoning_gym:DATASET"
-    ),
+    **{f"task.{field}": _of_kinds(kinds) for field, kinds in TAKEN_BY.items()},
     "task.prompt": _TEXT,
     "task.chat": _TEXT,
-    "task.chat_date": Use(holds=lambda c: c.task.chat, needs="task.chat=true"),
+    "task.chat_options": _CHAT,
+    "task.chat_date": _CHAT,
     "eval.draw": Use(
         holds=lambda c: c.eval.split == "confirm" and c.task.endless,
         needs="eval.split=confirm and a task whose questions are endless",

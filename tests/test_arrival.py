@@ -116,6 +116,7 @@ TEXTS: dict[str, Any] = {
     "model.lora_alpha": 7.0,
     "task.prompt": "{question}!",
     "task.chat": True,
+    "task.chat_options": {"enable_thinking": False},
     "task.chat_date": "2025-01-02",
     "task.too_long": "leave_out",
     "rollout.backend": "vllm",

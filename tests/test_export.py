@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "task.path": "/p.jsonl",
     "task.prompt": "'Q {question}'",
     "grpo.weight_decay": 0.1,
+    "task.chat_options": "{enable_thinking: false}",
     "task.chat_date": "2025-01-01",
     "threads": 2,
 }

@@ -111,6 +111,7 @@ ELSEWHERE = {
         "task.options",
         "task.prompt",
         "task.chat",
+        "task.chat_options",
         "task.chat_date",
         "task.too_long",
     ),
@@ -125,7 +126,7 @@ ELSEWHERE = {
 UNWRITABLE = [
     *("model.lora_rank=3", "model.lora_alpha=3.0", "rollout.engine=process", "rollout.kv_cache_gib=2.0"),
     *("rollout.start_seconds=3.0", "rollout.answer_seconds=3.0", "task.path=x.jsonl", "task.options={a: 1}"),
-    *("task.prompt=x", "task.chat=true", "task.chat_date=2025-01-02", "eval.draw=another"),
+    *("task.prompt=x", "task.chat=true", "task.chat_options={a: 1}", "task.chat_date=2025-01-02", "eval.draw=another"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")
 

@@ -16,7 +16,6 @@ from random import Random
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from spaces.config import ConfigError, TaskConfig
 from trainable.engines.engine import Request
@@ -24,6 +23,7 @@ from trainable.episode import Completion, Episode, Group
 from trainable.forward.decoder import decoder
 from trainable.forward.transformer import left_padded
 from trainable.policy.policy import Policy
+from trainable.prompts import is_templated, prompt_text
 from trainable.seeds import generator
 from trainable.tasks.task import FiniteTask, ProceduralTask, Question, Split, Task
 
@@ -37,8 +37,8 @@ def encode_prompts(policy: Policy, questions: Sequence[Question], task: TaskConf
     longest, question = max(zip(map(len, encoded), questions, strict=True), key=lambda pair: pair[0])
     if longest > limit:
         raise ConfigError(
-            f"rollout.max_prompt_tokens={limit}: the prompt of {question.where or repr(question.prompt[:40])} has "
-            f"{longest} tokens; raise it to at least that, or set task.too_long=leave_out"
+            f"rollout.max_prompt_tokens={limit}: the prompt of {question.name} has {longest} "
+            f"tokens; raise it to at least that, or set task.too_long=leave_out"
         )
     return encoded
 
@@ -59,8 +59,12 @@ def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int,
     one as they are drawn."""
 
     def fitting(questions: Sequence[Question]) -> list[Question]:
-        encoded = _encode(policy, questions, config) if questions else []
-        fit = [question for question, ids in zip(questions, encoded, strict=True) if len(ids) <= limit]
+        fit = [
+            question
+            for some in in_chunks(questions)
+            for question, ids in zip(some, _encode(policy, some, config), strict=True)
+            if len(ids) <= limit
+        ]
         left_out.count += len(questions) - len(fit)
         return fit
 
@@ -76,18 +80,25 @@ def without_too_long(policy: Policy, task: Task, config: TaskConfig, limit: int,
     return replace(task, draws=draws)
 
 
-def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> list[list[int]]:
-    """In the chat template where the task wants it. Templates that print a date get that of the task.
+def in_chunks(questions: Sequence[Question], size: int = 1024) -> Iterator[Sequence[Question]]:
+    """The tokens of a whole data set would take many times its own memory."""
+    return (questions[start : start + size] for start in range(0, len(questions), size))
 
-    Raises ConfigError for a token that the model has no embedding of.
-    """
-    texts = [question.prompt for question in questions]
+
+def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> list[list[int]]:
+    """Raises ConfigError for a token that the model has no embedding of."""
     tokenizer: Any = policy.tokenizer
-    if task.chat:
-        if tokenizer.chat_template is None:
-            raise ConfigError("task.chat=true: the model's tokenizer has no chat template; set task.chat=false")
-        texts = [_in_template(tokenizer, text, task) for text in texts]
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=not task.chat)["input_ids"]
+    encoded: list[list[int]] = [[]] * len(questions)
+    for templated in (False, True):  # a template writes special tokens itself
+        rows = [row for row, question in enumerate(questions) if is_templated(question, task) == templated]
+        texts = [prompt_text(tokenizer, questions[row], task) for row in rows]
+        if rows:
+            ids = tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+            for row, one in zip(rows, ids, strict=True):
+                encoded[row] = one
+    for row, ids in enumerate(encoded):
+        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the prompt was written with one, and the tokenizer adds one
+            encoded[row] = ids[1:]
     known, last = policy.network.get_input_embeddings().num_embeddings, max(max(ids, default=0) for ids in encoded)
     if last >= known:
         raise ConfigError(
@@ -95,24 +106,6 @@ def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> 
             f"and the model embeddings for {known} tokens; give the tokenizer of this model"
         )
     return encoded
-
-
-def _in_template(tokenizer: Any, text: str, task: TaskConfig) -> str:
-    """As the one message of a user. Raises ConfigError for a template that refuses it."""
-    try:
-        prompt: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=False,
-            strftime_now=task.chat_date.strftime,  # in the place of transformers' own
-        )
-    except (TemplateError, TypeError) as error:  # what a template raises, and what it computes with what is not there
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"task.chat=true: the tokenizer's chat template refuses a user's message alone ({reason}); "
-            "set task.chat=false, with task.prompt for what should stand around a question"
-        ) from error
-    return prompt
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ from trainable.outcome import (
 from trainable.parity import load_checked
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import deployed, unquantized
-from trainable.rollout import TooLong, encode_prompts, judge, without_too_long
+from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks.table import build_task
@@ -259,7 +259,8 @@ class Trial:
 
     def _may_ask(self) -> Iterator[Sequence[Question]]:
         if isinstance(self.task, FiniteTask):
-            yield from filter(None, self.task.questions.values())
+            for questions in self.task.questions.values():
+                yield from in_chunks(questions)
             return
         grpo, seed = self.config.grpo, self.config.seed
         yield self.questions

@@ -21,7 +21,7 @@ more asked than exist is the user's mistake. In both kinds a shorter held-out li
 Model output is untrusted: garbage is worth 0 and never raises. Our own reward functions are not wrapped: one that
 raises, or returns nan or infinity, is a bug and fails the trial.
 
-Left out: chat templates (they need the tokenizer), length penalties (`grpo.py`), curricula.
+Left out: chat templates (`prompts.py`: they need the tokenizer), length penalties (`grpo.py`), curricula.
 """
 
 import hashlib
@@ -42,16 +42,32 @@ PATIENCE = 1000
 """Draws in a row without a new question after which a share counts as exhausted."""
 
 
+Message = tuple[str, str]
+"""Role and text: ("user", "What is 1 + 2?")."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """Example: Question(prompt="123+45=", answer="168")"""
 
     prompt: str
     answer: str
+    messages: tuple[Message, ...] = ()
+    """A prompt that is a conversation, for the model's chat template; `prompt` is then its text, for people to read."""
     entry: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What a reward function needs beyond the answer."""
     where: str = ""
     """The row that it was read from; empty where it was drawn."""
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return self.where or repr(self.prompt[:40])
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """A conversation as plain text: what is said, with a blank line between."""
+    return "\n\n".join(content for _, content in messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
