@@ -38,14 +38,18 @@ class CollapseDetector:
 
     def observe(self, signals: Signals, *, quiet: bool, filtered: FilterOutcome | None = None) -> CollapseVerdict:
         """Judge one step. `quiet`: it belongs to the noise-free baseline and extends it."""
-        broken = [f"{name} is {value}" for name, value in signals.as_metrics().items() if not math.isfinite(value)]
-        if broken:
-            return CollapseVerdict(collapsed=True, rule="nonfinite", evidence=broken[0])
+        verdict = not_finite(signals.as_metrics())
+        if verdict.collapsed:
+            return verdict
         if filtered is not None and filtered.rejected_as_wrong:
             return CollapseVerdict(collapsed=True, rule="filter_rejection", evidence=_rejection(signals))
-        values = _values(signals)
+        return self.judge(_values(signals), quiet=quiet)
+
+    def judge(self, values: Mapping[str, float], *, quiet: bool) -> CollapseVerdict:
+        """`observe` for finite values by field name, of whoever has no filter and not all signals: those that rules
+        look at."""
         if quiet:
-            self.baseline.append(values)
+            self.baseline.append(dict(values))
             return HEALTHY
         base = self._baseline()
         verdict = HEALTHY
@@ -70,6 +74,12 @@ class CollapseDetector:
         base = {name: mean([values[name] for values in self.baseline]) for name in names}
         norms = [values["grad_norm"] for values in self.baseline if "grad_norm" in values]
         return base | ({"grad_norm": median(norms)} if norms else {})
+
+
+def not_finite(metrics: Mapping[str, float]) -> CollapseVerdict:
+    """By tracked name. Healthy where all are finite."""
+    broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    return CollapseVerdict(collapsed=True, rule="nonfinite", evidence=broken[0]) if broken else HEALTHY
 
 
 def _values(signals: Signals) -> dict[str, float]:

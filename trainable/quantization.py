@@ -443,6 +443,13 @@ class QuantLinear(nn.Linear):
         if self.lies_transposed:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T.contiguous()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """From what `_save_to_state_dict` made: a square one would fit the wrong way round, too."""
+        stored = state_dict.get(f"{prefix}weight")
+        if self.lies_transposed and stored is not None:
+            state_dict[f"{prefix}weight"] = stored.T
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.arithmetic}"
 

@@ -44,7 +44,7 @@ from trainable.metrics import (
     TOO_LONG,
     UPDATE_SECONDS,
 )
-from trainable.noise import effect_warnings, injected, measure_effects, noise_targets, sigma_at, stage_at
+from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.outcome import (
     HEALTHY,
     Alarm,
@@ -59,6 +59,7 @@ from trainable.outcome import (
 from trainable.parity import load_checked
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import deployed, unquantized
+from trainable.receipt import receipt_of
 from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
@@ -204,17 +205,12 @@ class Trial:
 
     def receipt(self) -> EffectReceipt:
         """What was quantised and noised so far, with the sigma really applied."""
-        effects = tuple(self.so_far.effects)
-        return EffectReceipt(
-            quantized=self.policy.quantized,
-            coverage=self.policy.coverage,
-            adapted=self.policy.adapted,
-            norms=self.policy.norm_kinds,
-            arithmetic=tuple(asdict(arithmetic) for arithmetic in self.policy.arithmetic),
-            noised=tuple(target.name for target in self.targets),
+        return receipt_of(
+            self.policy,
+            self.targets,
+            self.so_far.effects,
             moved=moved_shares(self.start_weights, self.policy.trainable()),
-            effects=effects,
-            warnings=(*self.so_far.warnings, *effect_warnings(effects)),
+            warnings=self.so_far.warnings,
             forward=asdict(self.agreement),
         )
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,17 @@ def wrapped(
     network: Any, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, quant: QuantConfig, seed: int
 ) -> Policy:
     """The policy on the very parameters of a model that was just loaded. Raises ConfigError."""
-    ends = tuple(network.generation_config.eos_token_id)
+    policy = in_place(network, tokenizer, quant, tuple(network.generation_config.eos_token_id))
+    if model.adapter == "lora":
+        policy = replace(policy, model=_with_adapters(network, policy.linears, model, seed))
+    # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one
+    # function.
+    policy.model.eval()
+    return policy
+
+
+def in_place(network: Any, tokenizer: PreTrainedTokenizerBase, quant: QuantConfig, ends: tuple[int, ...]) -> Policy:
+    """Every layer of a model as ours, on its very parameters. Raises ConfigError."""
     found = find_norms(network)
     _own_experts(network)
     modules = _projections(network)
@@ -72,12 +83,7 @@ def wrapped(
     final = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place == "final"}
     share_inputs(network)
     _freeze_other_towers(network)
-    if model.adapter == "lora":
-        network = _with_adapters(network, linears, model, seed)
     cpu.load()  # compiled here, where a process may take its time, and not within its first step
-    # Training mode would only switch on dropout, which none of these models uses; eval keeps sampling and training one
-    # function.
-    network.eval()
     return Policy(
         model=network,
         tokenizer=tokenizer,
@@ -205,11 +211,19 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
         )
     have = {bare_name(name) for name, module in adapted.named_modules() if getattr(module, "lora_A", None)}
     assert have == set(targets), f"adapters are beside other layers: {sorted(have.symmetric_difference(targets))[:3]}"
-    for name in targets:
-        dropouts = adapted.base_model.model.get_submodule(name).lora_dropout
-        for key in dropouts:
-            dropouts[key] = _Seen(linears[name])
+    see_as_their_layers(adapted)
     return adapted
+
+
+def see_as_their_layers(adapted: nn.Module) -> None:
+    """Every adapter reads of its input what the layer beside it sees; a dropout of its own comes after that."""
+    for module in adapted.modules():
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, QuantLinear):
+            dropouts: Any = module.lora_dropout
+            for key, dropout in dropouts.items():
+                seen = _Seen(layer)
+                dropouts[key] = seen if isinstance(dropout, nn.Identity) else nn.Sequential(seen, dropout)
 
 
 @contextmanager
@@ -225,8 +239,7 @@ def _without_renaming(network: Any) -> Iterator[None]:
 
 
 class _Seen(nn.Module):
-    """What an adapter reads of an input: as much as the layer beside it. In the place of peft's dropout, which is
-    none."""
+    """What an adapter reads of an input: as much as the layer beside it. It stands where peft has its dropout."""
 
     def __init__(self, linear: QuantLinear) -> None:
         super().__init__()
