@@ -90,6 +90,13 @@ PRIVATE: dict[str, set[str]] = {
     "search/smooth_gp.py": {"_rng"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
     "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor", "vllm.v1"},
+    "trainable/inside_trl.py": {
+        "_generate",
+        "_get_per_token_logps_and_entropies",
+        "_last_loaded_step",
+        "_metrics",
+        "_step",
+    },
     "trainable/layers/experts.py": {"_apply_gate"},
     "trainable/policy/attention.py": {"_attn_implementation"},
 }

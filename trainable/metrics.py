@@ -7,6 +7,10 @@ and `eval/NAME_start`, their means.
 
 SIGMA = "rin/sigma"
 STEPS_DONE = "rin/steps_done"
+COLLAPSED = "rin/collapsed"
+"""In a trainer of somebody else (`library.py`): 1 where a rule fired."""
+DOSE = "rin/dose"
+"""There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage."""
 REWARD = "grpo/reward"
 ROLLOUT_ACCURACY = "grpo/accuracy"
 ENTROPY = "gen/entropy"

@@ -1,0 +1,516 @@
+"""4-bit layers, noise and collapse rules in a TRL script of your own.
+
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    from trainable.library import CollapseConfig, NoiseConfig, QuantConfig, RinCallback, quantize
+
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B-Instruct", dtype="bfloat16")
+    print(quantize(model, QuantConfig()).coverage)             # in place, before GRPOTrainer and before LoRA
+    trainer = GRPOTrainer(model, reward_funcs=my_reward, args=GRPOConfig("out"), train_dataset=my_rows)
+    rin = RinCallback(NoiseConfig(sigma_start=0.01), CollapseConfig()).attach(trainer)
+    trainer.train()
+    print(rin.verdict, rin.receipt().effects)                  # also in out/rin_receipt.json
+
+What it does is what a trial does (`trial.py`), by the same functions. Every rollout of TRL, whoever generates, computes
+with quantised weights and this rollout's noise; losses, log-probs and evaluations compute with the clean ones, because
+nothing was ever written to those. Noise is drawn by (seed of TRL's arguments, rollout, parameter name): the same as in
+a trial of that seed. Stages of the schedule are counted in rollouts, and not in optimizer steps: with `num_iterations`,
+`steps_per_generation` or accumulated gradients there are fewer, or more, of the one than of the other.
+
+Other than in a trial: TRL's forward is transformers' own; the baseline of the collapse rules is the quiet first stage
+alone; TRL filters no groups, so there is no `filter_rejection`; an update whose gradient is not finite is made (by
+TRL), and the run stopped behind it. A rollout costs up to two more forward passes, which tell how far the noise takes
+it from the clean policy; with collapse mode `off` it does not.
+
+Left out, and refused in words: weights in pieces (FSDP, DeepSpeed), vLLM in 4-bit activations (its kernels are not
+ours) or as a server, a quantised head (TRL multiplies with its weight itself), continuous batching, Liger kernels.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from spaces.config import CollapseConfig as CollapseConfig
+from spaces.config import ConfigError, TrialConfig
+from spaces.config import NoiseConfig as NoiseConfig
+from spaces.config import QuantConfig as QuantConfig
+from spaces.reading import as_tree, load_yaml, read_config
+from trainable.collapse import CollapseDetector, not_finite
+from trainable.disk.folder import Folder
+from trainable.forward.logps import importance_weights
+from trainable.inside_trl import Sampled, Trl
+from trainable.masters import followed, moved_shares
+from trainable.metrics import COLLAPSED, DOSE
+from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at, target_sigma
+from trainable.outcome import HEALTHY, Alarm, CollapseVerdict, Effect, EffectReceipt
+from trainable.parity import LIMIT, NARROW_LIMIT
+from trainable.policy.anatomy import text_model
+from trainable.policy.loading import in_place, see_as_their_layers
+from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.receipt import receipt_of
+from trainable.seeds import generator
+from trainable.signals import NAMES, distinct_share, mean
+
+RECEIPT_FILE = "rin_receipt.json"
+_HOLDS = "rin_quantized"
+"""Attribute of a quantised model that holds its `Quantized`."""
+_USUAL_RULES = CollapseConfig()
+_PROBE = (2, 16)
+_CORRECTION_CAP = 2.0  # of the importance weights that are only reported
+_SAID = logging.getLogger(__name__)
+
+
+def settings(path: str | Path) -> TrialConfig:
+    """A trial's YAML file, such as best.yaml of a sweep: its `quant`, `noise` and `collapse` are what `quantize` and
+    `RinCallback` take. Raises ConfigError."""
+    return read_config(load_yaml(Path(path)), origin=str(path))
+
+
+# --- quantise ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What `quantize` made of a model."""
+
+    policy: Policy
+    quant: QuantConfig
+    forward: Mapping[str, Any]
+    """How far the wrapped model is from the one that came, with nothing quantised."""
+
+    def receipt(self) -> EffectReceipt:
+        return receipt_of(self.policy, (), (), moved={}, warnings=(), forward=self.forward)
+
+
+def quantize(model: Any, quant: QuantConfig) -> EffectReceipt:
+    """Every projection of a transformers causal LM as a `QuantLinear`, in place and on its very parameters, with norms,
+    gated MLPs and experts as in a trial; the receipt says what was quantised and what was left out.
+
+    Before adapters: peft wraps the layers that it finds, and they shall be these. Raises ConfigError for a model of
+    which much would be left out unnamed, a block that does not fit, a pattern that matches nothing, and a model that
+    would not compute what it did.
+    """
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"quantize: {name} has adapters already, which would stay beside layers of 16 bits; quantize the bare "
+            "model first, then get_peft_model, or peft_config of GRPOTrainer"
+        )
+    if hasattr(model, _HOLDS):
+        raise ConfigError(f"quantize: {name} is quantised already; load it again for other settings")
+    if getattr(model.config, "quantization_config", None):
+        raise ConfigError(
+            f"quantize: the weights of {name} are quantised already; give the model that they were made from"
+        )
+    ids = torch.randint(model.config.get_text_config().vocab_size, _PROBE, generator=generator("probe"))
+    before = _logps(model, ids)
+    tokenizer: Any = None  # TRL's own, known when a callback is attached
+    policy = in_place(model, tokenizer, quant, ())
+    with unquantized(policy):
+        apart = (_logps(model, ids) - before).abs()
+    wide = next(model.parameters()).dtype == torch.float32
+    limit, distance = (LIMIT, apart.max().item()) if wide else (NARROW_LIMIT, apart.mean().item())
+    if not distance <= limit:
+        raise ConfigError(
+            f"quantize: {name} with our layers is {distance:.2g} nats per token from what it was (allowed {limit:g}), "
+            "with nothing quantised; take another model"
+        )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    held = Quantized(policy=policy, quant=quant, forward={"wrapped": distance, "limit": limit, "dtype": dtype})
+    setattr(model, _HOLDS, held)
+    return held.receipt()
+
+
+@torch.no_grad()
+def _logps(model: Any, ids: Tensor) -> Tensor:
+    """Of every next token, [rows, tokens, vocabulary], without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    finally:
+        model.train(training)
+    return torch.log_softmax(logits.float(), -1)
+
+
+# --- the callback -----------------------------------------------------------------------------------------------------
+
+
+class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Noise in the rollouts of a GRPOTrainer, its receipt, and a stop when generation has collapsed.
+
+    `attach` it to the trainer, before `train`; a checkpoint of the trainer holds its state.
+    """
+
+    def __init__(self, noise: NoiseConfig, collapse: CollapseConfig = _USUAL_RULES) -> None:
+        if noise.num_stages == 1 and collapse.mode != "off":
+            raise ConfigError(
+                "noise.num_stages=1 leaves no quiet rollout for collapse rules to compare with; set it to 2 or more, "
+                "or collapse.mode=off"
+            )
+        self.noise, self.collapse = noise, collapse
+        self.detector = CollapseDetector(config=collapse)
+        self.rollouts = 0
+        """Made so far, without those of evaluations."""
+        self.clean = 0
+        """Generations without noise, for evaluations."""
+        self.verdict: CollapseVerdict = HEALTHY
+        """Of the collapse that stopped the run."""
+        self.alarms: list[Alarm] = []
+        self.effects: list[Effect] = []
+        self.trl: Trl | None = None
+        self._warnings: list[str] = []
+        self._total: int | None = None
+        self._values: dict[str, float] | None = None
+        """Signals of a rollout that is being learned from."""
+        self._norms: list[float] = []
+        self._clipped: list[float] = []
+        self._begun = (0, 0)
+        self._reached = False
+
+    def attach(self, trainer: Any) -> "RinCallback":
+        """Wrap the trainer's generation (`inside_trl.py` says what) and join its callbacks.
+
+        Raises ConfigError for a trainer in which noise would have no effect, or another one than it should.
+        """
+        if self.trl is not None:
+            raise ConfigError("RinCallback.attach: it is attached already; make one for each trainer")
+        others = [one for one in trainer.callback_handler.callbacks if isinstance(one, RinCallback)]
+        if any(other is not self for other in others):
+            raise ConfigError("RinCallback.attach: the trainer has another RinCallback; noise would be added twice")
+        trl = Trl(trainer)
+        model = trainer.model
+        network = model.get_base_model() if hasattr(model, "peft_config") else model
+        held = getattr(network, _HOLDS, None)
+        if held is None:
+            raise ConfigError(
+                "RinCallback.attach: the trainer's model was not quantised; call quantize(model, QuantConfig(...)) on "
+                "what you give GRPOTrainer (weights=none and activations=none leave it at 16 bits)"
+            )
+        see_as_their_layers(model)
+        self.quantized: Quantized = held
+        self.policy = replace(
+            held.policy, model=model, tokenizer=trainer.processing_class, ends=tuple(trainer.eos_token_ids)
+        )
+        self._check_head()
+        trl.check_engine(self.policy)
+        if trainer.ref_model is not None and not hasattr(trainer.ref_model, _HOLDS):
+            quantize(trainer.ref_model, held.quant)  # as in a trial, it computes as the policy does
+        self.targets = noise_targets(self.policy, self.noise)
+        self._warn_of_autocast(trainer)
+        self.seed: int = trainer.args.seed
+        self.start_weights = followed(self.policy.trainable())
+        self.folder = Folder(str(Path(trainer.args.output_dir).absolute()))
+        trl.around("_generate", self._generate)
+        trl.around("_generate_and_score_completions", self._score)
+        trl.around("_get_grad_norm", self._grad_norm)
+        trl.around_sync(self._sync)
+        self.trl = trl
+        if not others:
+            trainer.add_callback(self)
+        return self
+
+    def receipt(self) -> EffectReceipt:
+        """What was quantised and noised so far, with the sigma really applied."""
+        return receipt_of(
+            self.policy,
+            self.targets,
+            self.effects,
+            moved=moved_shares(self.start_weights, self.policy.trainable()),
+            warnings=self._warnings,
+            forward=self.quantized.forward,
+        )
+
+    def _check_head(self) -> None:
+        head = self.policy.network.get_output_embeddings()
+        named = [name for name, linear in self.policy.linears.items() if linear is head and linear.arithmetic.quantizes]
+        if named:
+            raise ConfigError(
+                f"quant.exclude: {named[0]} is quantised, and TRL multiplies with its weight itself, unquantised; "
+                "leave lm_head in quant.exclude"
+            )
+
+    def _warn_of_autocast(self, trainer: Any) -> None:
+        """What is measured is the weight; autocast rounds it once more."""
+        wide = {target.module.weight.dtype for target in self.targets if target.kind == "linear"} == {torch.float32}
+        if wide and (trainer.args.bf16 or trainer.args.fp16):
+            self._warnings.append(
+                "bf16 or fp16 of the trainer's arguments: linear weights in fp32 are rounded to 16 bits where they are "
+                "multiplied, which is not in `applied`; load the model in that dtype to have it counted"
+            )
+
+    # --- rollouts ----------------------------------------------------------------------------------------------------
+
+    def _generate(self, generate: Callable[[], Any]) -> Any:
+        """A generation of TRL's: with noise to learn from, clean in evaluation."""
+        trl = self._attached()
+        trl.forget_sync()
+        if not trl.training:
+            with deployed(self.policy):
+                output = generate()
+            self.clean += 1
+            return output
+        if self._total is None:
+            raise ConfigError("RinCallback: TRL generates before its training has begun; call trainer.train()")
+        step, total = self.rollouts, self._total
+        self._prove(step, total)
+        noisy = any(target_sigma(self.noise, target, step, total) > 0 for target in self.targets)
+        with injected(self.policy, self.noise, self.targets, step=step, total_steps=total, seed=self.seed):
+            with self._watched():
+                output = generate()
+            if noisy and not self._reached:
+                raise ConfigError(
+                    f"RinCallback: rollout {step} has noise of sigma {sigma_at(self.noise, step, total):g}, and was "
+                    "generated without the model and without a weight sync; let rollout_func generate with the "
+                    "trainer's model or its vLLM, or take noise away"
+                )
+            sampled = trl.sampled(output)
+            if self.collapse.mode != "off":
+                logps, entropies = trl.logps(sampled)
+                sampled = replace(sampled, logps=logps, entropies=entropies)
+        self.rollouts += 1
+        self._sampled = sampled
+        return output
+
+    def _score(self, score: Callable[[], Any]) -> Any:
+        """Measure a rollout when its rewards are known; the verdict follows its updates."""
+        trl = self._attached()
+        training = trl.training
+        scored = score()
+        if training:
+            self._values = trl.mean(self._measured(trl, scored)) | {"reward": trl.reward()}
+            self._norms, self._clipped = [], []
+        return scored
+
+    def _grad_norm(self, measure: Callable[[], Any]) -> Any:
+        norm = measure()
+        if norm is not None:
+            self._norms.append(float(norm))
+        return norm
+
+    def _sync(self, sync: Callable[[], Any]) -> None:
+        """Weights for an engine: those that the layers compute with, noise included, in the place of the masters."""
+        apart = any(linear.deployed_weight is None for linear in self.policy.linears.values())
+        with deployed(self.policy) if apart else nullcontext(), _masters_stood_in_for(self.policy) as given:
+            sync()
+            held = self._attached().held()
+            for name in given.keys() & held.keys():
+                ours, theirs = given[name], held[name].detach()
+                if theirs.shape == ours.shape and not torch.equal(ours.to(theirs), theirs):
+                    raise ConfigError(f"RinCallback: vLLM was given {name} and holds other values; set use_vllm=False")
+        self._reached = True
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Whether a generation computes with the model that has the noise, itself or by what it sends to an engine."""
+        _, body = text_model(self.policy.network)
+        self._reached = False
+
+        def reached(*_: Any) -> None:
+            self._reached = True
+
+        handle = nullcontext() if self._attached().trainer.use_vllm else body.register_forward_hook(reached)
+        with handle:
+            yield
+
+    def _prove(self, step: int, total: int) -> None:
+        """Measure what noise does to every target, once per stage."""
+        stage = stage_at(self.noise, step, total)
+        if step == 0 or stage != stage_at(self.noise, step - 1, total):
+            self.effects += measure_effects(self.noise, self.targets, step=step, total_steps=total, seed=self.seed)
+            self._write("running")
+
+    def _measured(self, trl: Trl, scored: dict[str, Any]) -> dict[str, float]:
+        """Signals of this process's completions, by field of `Signals`."""
+        sampled: Sampled = self._sampled
+        values = {
+            "length": mean(sampled.mask.sum(1).tolist()),
+            "truncated": mean([float(not trl.finished(ids)) for ids in sampled.completions]),
+            "distinct_2": mean([distinct_share(ids, 2) for ids in sampled.completions]),
+            "repetition": mean([1 - distinct_share(ids, 4) for ids in sampled.completions]),
+        }
+        if sampled.logps is None or sampled.entropies is None:
+            return values
+        mask = sampled.mask
+        inside = mask > 0
+        clean = trl.clean_logps(scored, sampled)
+        weights = importance_weights("none", clean, sampled.logps, mask, _CORRECTION_CAP)
+        unlikely = clean[inside] < -math.log(self.policy.vocabulary) - 2
+        return values | {
+            "entropy": ((sampled.entropies * mask).sum(1) / mask.sum(1).clamp(min=1)).mean().item(),
+            "gibberish": unlikely.float().mean().item(),
+            "kl": weights.kl,
+            "logp_gap": (clean - sampled.logps)[inside].abs().mean().item(),
+            "weight": weights.mean,
+            "effective_share": weights.effective_share,
+        }
+
+    # --- what TRL tells ----------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trl is None:
+            raise ConfigError("RinCallback: it is not attached, and noise would reach nothing; call attach(trainer)")
+        if state.global_step > 0:
+            self._restore(state)
+        self._total = self.trl.rollouts(state.max_steps)
+        self._begun = (self.trl.passes, self.rollouts)
+        self.start_weights = followed(self.policy.trainable())
+        self._write("running")
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        return self._passed(state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        return self._passed(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._values is not None:
+            self._judge(state, control)
+        done = state.global_step >= state.max_steps
+        self._write("collapsed" if self.verdict.collapsed else "completed" if done else "stopped")
+
+    def _passed(self, state: Any, control: Any) -> Any:
+        """Behind every forward and backward pass. Raises ConfigError where TRL has generated past this callback."""
+        trl = self._attached()
+        start, made = self._begun
+        every = trl.passes_per_rollout
+        expected = -(-trl.passes // every) - -(-start // every)
+        if self.rollouts - made < expected:
+            raise ConfigError(
+                f"RinCallback: TRL has learned from {expected} rollouts, of which {self.rollouts - made} passed this "
+                "callback; the others had no noise. Does the trainer override how it generates?"
+            )
+        clipped = trl.clip_fraction()
+        if clipped is not None:
+            self._clipped.append(clipped)
+        if trl.passes % every == 0 and self._values is not None:
+            self._judge(state, control)
+        return control
+
+    def _judge(self, state: Any, control: Any) -> None:
+        """The verdict on a rollout and what was learned from it; it is reported, and ends the run."""
+        trl, values = self._attached(), self._values
+        assert values is not None
+        assert self._total is not None
+        self._values = None
+        if self._norms and self._clipped:
+            values |= {"grad_norm": max(self._norms, key=lambda n: math.inf if math.isnan(n) else n)}
+            values |= {"clip_fraction": mean(self._clipped)}
+        step = self.rollouts - 1
+        stage = stage_at(self.noise, step, self._total)
+        values["sigma"] = sigma_at(self.noise, step, self._total)
+        verdict = not_finite({NAMES[field]: value for field, value in values.items()})
+        if not verdict.collapsed and self.collapse.mode != "off":
+            verdict = self.detector.judge(values, quiet=stage == 0)
+        for field, value in values.items():
+            trl.report(NAMES[field], value)
+        trl.report(DOSE, fmean([e.applied_relative for e in self.effects if e.stage == stage] or [0.0]))
+        trl.report(COLLAPSED, float(verdict.collapsed))
+        if not verdict.collapsed:
+            return
+        said = {"rule": verdict.rule, "evidence": verdict.evidence, "rollout": step}
+        state.log_history.append({"step": state.global_step, COLLAPSED: said})
+        if verdict.rule != "nonfinite" and self.collapse.mode == "monitor":
+            self.alarms.append(Alarm(step=step, rule=verdict.rule, evidence=verdict.evidence))
+            return
+        self.verdict = verdict
+        _SAID.warning("collapsed in rollout %d by rule %s: %s", step, verdict.rule, verdict.evidence)
+        control.should_log = control.should_training_stop = True
+        self._write("collapsed")
+
+    def _attached(self) -> Trl:
+        assert self.trl is not None, "only wrapped methods and TRL's events come here"
+        return self.trl
+
+    # --- kept --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint of the trainer; plain values."""
+        return {
+            "args": {},
+            "attributes": {
+                "rollouts": self.rollouts,
+                "clean": self.clean,
+                "effects": [asdict(effect) for effect in self.effects],
+                "alarms": [asdict(alarm) for alarm in self.alarms],
+                "detector": self.detector.state(),
+            },
+        }
+
+    def _restore(self, state: Any) -> None:
+        """Go on where a checkpoint was taken. Raises ConfigError for one that this callback did not see."""
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if kept is None:
+            raise ConfigError(
+                f"RinCallback: the checkpoint of step {state.global_step} is of a run without it, and stages cannot be "
+                "counted; begin anew"
+            )
+        if self.policy.rearranged:
+            raise ConfigError(
+                f"RinCallback: {self.policy.rearranged[0]} lies otherwise in checkpoints than in this model, and "
+                "transformers does not load it back; begin anew from a saved model"
+            )
+        kept = kept["attributes"]
+        self.rollouts, self.clean = kept["rollouts"], kept["clean"]
+        self.effects = TypeAdapter(list[Effect]).validate_python(kept["effects"])
+        self.alarms = TypeAdapter(list[Alarm]).validate_python(kept["alarms"])
+        self.detector.restore(kept["detector"])
+        self._warnings.append(f"`moved` is counted from rollout {self.rollouts} on, where the run was resumed")
+
+    def _write(self, outcome: str) -> None:
+        """The receipt, beside the trainer's checkpoints; by the first process alone."""
+        if not self._attached().trainer.is_world_process_zero():
+            return
+        tree = {
+            "outcome": outcome,
+            "rule": self.verdict.rule,
+            "evidence": self.verdict.evidence,
+            "step": self.rollouts,
+            "steps": self._total,
+            "clean_generations": self.clean,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "receipt": self.receipt().as_tree(),
+            "config": {
+                "quant": as_tree(self.quantized.quant),
+                "noise": as_tree(self.noise),
+                "collapse": as_tree(self.collapse),
+                "seed": self.seed,
+            },
+        }
+        self.folder.write(RECEIPT_FILE, json.dumps(tree, indent=1))
+
+
+@contextmanager
+def _masters_stood_in_for(policy: Policy) -> Iterator[dict[str, Tensor]]:
+    """Deployed weights under the names of parameters, for who reads those; gives all that is to be read of blocks.
+
+    peft adds adapters to what lies there, and subtracts them again, which rounds: so it gets copies.
+    """
+    masters: list[tuple[Tensor, Tensor]] = []
+    adapted = bool(policy.adapted)
+    try:
+        given = {name: p.data for name, p in policy.network.named_parameters() if not adapted}
+        for name, linear in policy.linears.items():
+            assert linear.deployed_weight is not None, f"{name}: weights are sent from inside `deployed`"
+            masters.append((linear.weight, linear.weight.data))
+            weight = linear.deployed_weight
+            linear.weight.data = weight.clone() if adapted else weight
+            if not adapted:
+                given[f"{name}.weight"] = weight
+        yield given
+    finally:
+        for parameter, clean in reversed(masters):
+            parameter.data = clean
