@@ -316,7 +316,12 @@ def confirm(
 @given.takes(Place, without=["tracking_uri"])
 def export(
     place: Place,
-    to: Annotated[str, typer.Option(help="yaml, verl, or checkpoint: the model itself.")] = "yaml",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="yaml, verl (the plan's fork), verl-upstream, trl, qerl, nemo-rl, or checkpoint: the model itself."
+        ),
+    ] = "yaml",
     arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="File (default: print); of a checkpoint the folder (NAME-checkpoint).")

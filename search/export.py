@@ -1,15 +1,21 @@
-"""A candidate's configuration, taken away: a YAML file that runs again, or the lines another trainer understands.
+"""A candidate's configuration, taken away: a YAML file that runs again, or what another trainer understands.
 
-What a candidate is, and what must be known of it, says `search/arms.py`.
+What a candidate is, and what must be known of it, says `search/arms.py`; how another trainer says a setting,
+`search/dialects.py`. What a trainer has no key for stands as a comment in its file: there it would be dropped in
+silence.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel
 
 from search.arms import Candidate
+from search.dialects import FIXED, ROWS, local
+from search.foreign import SYSTEMS, System, option_names
 from spaces.config import TrialConfig
 from spaces.reading import as_tree, dump_yaml
 from spaces.uses import idle
@@ -32,21 +38,152 @@ def to_yaml(candidate: Candidate) -> str:
     )
 
 
-def to_verl(candidate: Candidate) -> str:
-    """Override lines for the trainer of the plan. What it has no key for stands as a comment: there it would be dropped
-    in silence."""
-    lines, without = list[str](), list[str]()
-    for key, value in _settings(candidate.config):
-        said = VERL[key](candidate.config) if key in VERL else None
-        if said is None:
-            without.append(f"# no key for: {key}={value}")
-        else:
-            lines += said
-    noise_first = sorted(["algorithm.adv_estimator=grpo", *lines], key=lambda line: not line.startswith(_NOISE))
-    return "\n".join([*noise_first, *without]) + "\n"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """A configuration in another trainer's words."""
+
+    system: System
+    options: Mapping[str, Any]
+    without: tuple[str, ...]
+    """`setting=value` of whatever it has no key for."""
+    notes: tuple[str, ...]
+    """What differs in spite of a key."""
+
+    def comments(self) -> Iterator[str]:
+        yield from (f"# no key for: {setting}" for setting in self.without)
+        yield from (f"# note: {note}" for note in self.notes)
 
 
-def _settings(config: TrialConfig) -> Iterator[tuple[str, Any]]:
+def translate(config: TrialConfig, system: System) -> Translation:
+    names = option_names(system)
+    said, without, notes = dict(FIXED[system]), list[str](), list[str]()
+    for key, value in _settings(config, system):
+        cell = ROWS[key].cell(system)(config, value) if key in ROWS else None
+        if cell is None:
+            without.append(f"{key}={_plain(value) if isinstance(value, BaseModel) else value}")
+            continue
+        for option, given in cell.options.items():
+            assert said.setdefault(option, given) == given, f"{option} is said twice: {said[option]} and {given}"
+            assert names.knows(option) or option.startswith(SCRIPT), option
+        notes += [f"{key}: {cell.note}"] if cell.note and f"{key}: {cell.note}" not in notes else []
+    return Translation(system=system, options=said, without=tuple(without), notes=tuple(notes))
+
+
+def to_verl(config: TrialConfig, system: System = "verl") -> str:
+    """Override lines for hydra; the noise first."""
+    names, said = option_names(system), translate(config, system)
+    entry = "recipe.dapo.main_dapo" if system == "verl" else "verl.trainer.main_ppo"
+    lines = [f"{names.override(option)}={_hydra(value)}" for option, value in said.options.items()]
+    lines.sort(key=lambda line: "noise_injection" not in line)
+    return _text(
+        f"# for {names.origin}",
+        f"# python3 -m {entry} $(grep -v '^#' FILE)    and your data files, reward, GPUs and micro-batch sizes",
+        *lines,
+        *said.comments(),
+    )
+
+
+def to_qerl(config: TrialConfig) -> str:
+    """Arguments of its qerl.py."""
+    said = translate(config, "qerl")
+    return _text(
+        f"# for {option_names('qerl').origin}",
+        "# python qerl.py $(grep -v '^#' FILE)    and your --dataset and --output_dir",
+        *(f"--{option} {value}" for option, value in said.options.items()),
+        *said.comments(),
+    )
+
+
+def to_nemo_rl(config: TrialConfig) -> str:
+    """A configuration file over its example for GRPO."""
+    said, tree = translate(config, "nemo-rl"), dict[str, Any](defaults="grpo_math_1B.yaml")
+    for option, value in said.options.items():
+        *sections, last = option.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    comment = (
+        f"for {option_names('nemo-rl').origin}\n"
+        "in examples/configs: python examples/run_grpo.py --config FILE    and your data and environment"
+    )
+    return dump_yaml(tree, comment=comment) + _text(*said.comments())
+
+
+def to_trl(config: TrialConfig) -> str:
+    """A script: its GRPOConfig, and the lines that bring our quantisation, noise and collapse rules."""
+    said = translate(config, "trl")
+    parts: dict[str, dict[str, Any]] = {"GRPOConfig": {}}
+    for option, value in said.options.items():
+        called, _, name = option.rpartition(".")
+        parts.setdefault(called or "GRPOConfig", {})[name] = value
+    model = parts.pop("from_pretrained", {})
+    named = model.pop("pretrained_model_name_or_path", None)
+    loaded = f"AutoModelForCausalLM.from_pretrained({named or 'MODEL'!r}, dtype={model['dtype']!r})"
+    quantized = "QuantConfig" in parts
+    overlong = parts.get("overlong")
+    rewards = "[reward, " + _call("get_soft_overlong_punishment", overlong, "") + "]" if overlong else "[reward]"
+    ours = sorted(name for name in ("CollapseConfig", "NoiseConfig", "QuantConfig") if name in parts)
+    return _text(
+        f"# for {option_names('trl').origin}",
+        *(["from peft import LoraConfig"] if "LoraConfig" in parts else []),
+        "from transformers import AutoModelForCausalLM",
+        "from trl import GRPOConfig, GRPOTrainer",
+        *(["from trl.rewards import get_soft_overlong_punishment"] if overlong else []),
+        "",
+        "from my_task import reward, train_dataset  # yours",
+        f"from spaces.config import {', '.join(ours)}",
+        f"from {LIBRARY} import RinCallback{', quantize' if quantized else ''}",
+        "",
+        f"args = {_call('GRPOConfig', parts['GRPOConfig'])}",
+        f"model = {loaded}",
+        *([f"quantize(model, {_call('QuantConfig', parts['QuantConfig'])})"] if quantized else []),
+        *([f"adapters = {_call('LoraConfig', parts['LoraConfig'])}"] if "LoraConfig" in parts else []),
+        f"noise = {_call('NoiseConfig', parts['NoiseConfig'])}",
+        f"collapse = {_call('CollapseConfig', parts['CollapseConfig'])}",
+        "trainer = GRPOTrainer(",
+        "    model=model,",
+        "    args=args,",
+        f"    reward_funcs={rewards},",
+        "    train_dataset=train_dataset,",
+        *(["    peft_config=adapters,"] if "LoraConfig" in parts else []),
+        "    callbacks=[RinCallback(noise, collapse)],",
+        ")",
+        "trainer.train()",
+        *said.comments(),
+    )
+
+
+def _call(name: str, arguments: Mapping[str, Any], indent: str | None = None) -> str:
+    """Python that makes such a record; on lines of their own unless `indent` says otherwise."""
+    given = [f"{key}={_plain(value)!r}" for key, value in arguments.items()]
+    if indent is not None:
+        return f"{name}({', '.join(given)})"
+    return "\n".join([f"{name}(", *(f"    {line}," for line in given), ")"])
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts in place of tuples and records; a configuration takes them."""
+    if isinstance(value, BaseModel):
+        return as_tree(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _text(*lines: str) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _hydra(value: Any) -> str:
+    """As hydra reads it on a command line; quoted where it would end a value."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_hydra(item) for item in value)}]"
+    if value is None:
+        return "null"
+    text = str(value)
+    return text if re.fullmatch(r"[\w/.\-+:@%~]+", text) else "'" + text.replace("'", "\\'") + "'"
+
+
+def _settings(config: TrialConfig, system: System) -> Iterator[tuple[str, Any]]:
     """Every setting that has an effect here, by its dotted key; those of this machine only where somebody set them."""
     plain, nothing = TrialConfig(), idle(config) - {"noise.sigma_start"}  # which says whether there is noise at all
     nothing |= {"model.recipe"} if config.model.recipe is None else set()
@@ -56,8 +193,9 @@ def _settings(config: TrialConfig) -> Iterator[tuple[str, Any]]:
         for key in type(part).model_fields if isinstance(part, BaseModel) else [""]:
             value, usual = (getattr(getattr(of, name), key) if key else getattr(of, name) for of in (config, plain))
             dotted = f"{name}.{key}" if key else name
-            if dotted not in nothing and not (value == usual and dotted.startswith(OF_THIS_MACHINE)):
-                yield dotted, as_tree(value) if isinstance(value, BaseModel) else value
+            here = dotted in ROWS and ROWS[dotted].cell(system) is local
+            if dotted not in nothing and not (here and value == usual):
+                yield dotted, value
 
 
 def _mean(accuracies: Sequence[float]) -> str:
@@ -69,108 +207,16 @@ def _mean(accuracies: Sequence[float]) -> str:
     )
 
 
-OF_THIS_MACHINE = (
-    *("threads", "hang_seconds", "model.attention", "grpo.micro_batch_size", "eval.batch_size", "eval.split"),
-    *("eval.draw", "rollout.backend", "rollout.batch_size", "collapse."),
-)
-"""Beginnings of keys that say how much at once, how long to wait and when to give up."""
+LIBRARY = "trainable.library"
+SCRIPT = ("from_pretrained.", "LoraConfig.", "QuantConfig.", "NoiseConfig.", "CollapseConfig.", "overlong.")
+"""What a TRL script calls beside GRPOConfig."""
 
-_ACTOR, _NOISE = "actor_rollout_ref.actor", "++trainer.noise_injection"
-_AVERAGES = {
-    "grpo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
+EXPORTS: dict[str, Callable[[Candidate], str]] = {
+    "yaml": to_yaml,
+    "verl": lambda candidate: to_verl(candidate.config),
+    "verl-upstream": lambda candidate: to_verl(candidate.config, "verl-upstream"),
+    "trl": lambda candidate: to_trl(candidate.config),
+    "qerl": lambda candidate: to_qerl(candidate.config),
+    "nemo-rl": lambda candidate: to_nemo_rl(candidate.config),
 }
-VERL: dict[str, Callable[[TrialConfig], list[str] | None]] = {
-    "model.name": lambda c: None if c.model.recipe is not None else [f"actor_rollout_ref.model.path={c.model.name}"],
-    "model.adapter": lambda c: ["actor_rollout_ref.model.lora_rank=0"] if c.model.adapter == "full" else [],
-    "model.lora_rank": lambda c: [f"actor_rollout_ref.model.lora_rank={c.model.lora_rank}"],
-    "model.lora_alpha": lambda c: [f"actor_rollout_ref.model.lora_alpha={c.model.lora_alpha:g}"],
-    "noise.sigma_start": lambda c: (
-        [f"{_NOISE}.enabled=True", f"{_NOISE}.sigma_start={c.noise.sigma_start!r}"]
-        if c.noise.sigma_start > 0
-        else [f"{_NOISE}.enabled=False"]
-    ),
-    "noise.sigma_end": lambda c: [f"{_NOISE}.sigma_end={c.noise.sigma_end!r}"],
-    "noise.num_stages": lambda c: [f"{_NOISE}.num_stages={c.noise.num_stages}"],
-    "noise.modules": lambda c: [
-        f"{_NOISE}.layer_types=[{','.join(c.noise.modules)}]",
-        f"{_NOISE}.target_modules=[]",
-        f"{_NOISE}.exclude_patterns=[lm_head,embed_tokens,lora_]",
-    ],
-    "noise.schedule": lambda c: [] if c.noise.schedule == "qerl_code" else None,
-    "noise.layers": lambda c: [] if c.noise.layers == "all" else None,
-    "noise.layer_multipliers": lambda c: None if c.noise.layer_multipliers else [],
-    "noise.zones": lambda c: None if c.noise.zones else [],
-    "noise.scale": lambda c: [] if c.noise.scale == "absolute" else None,
-    "noise.placement": lambda c: [] if c.noise.placement == "before" else None,
-    "grpo.steps": lambda c: [f"trainer.total_training_steps={c.grpo.steps}"],
-    "grpo.updates_per_step": lambda c: (
-        None
-        if c.grpo.prompts % c.grpo.minibatches
-        else [f"{_ACTOR}.ppo_mini_batch_size={c.grpo.prompts // c.grpo.minibatches}"]
-    ),
-    "grpo.epochs": lambda c: [f"{_ACTOR}.ppo_epochs={c.grpo.epochs}"],
-    "grpo.prompts": lambda c: [f"data.train_batch_size={c.grpo.prompts}"],
-    "grpo.generation_prompts": lambda c: [f"++data.gen_batch_size={c.grpo.batch_prompts}"],
-    "grpo.group_size": lambda c: [f"actor_rollout_ref.rollout.n={c.grpo.group_size}"],
-    "grpo.learning_rate": lambda c: [f"{_ACTOR}.optim.lr={c.grpo.learning_rate!r}"],
-    "grpo.warmup_updates": lambda c: None if c.grpo.warmup_updates else [f"{_ACTOR}.optim.lr_warmup_steps=0"],
-    "grpo.weight_decay": lambda c: [f"{_ACTOR}.optim.weight_decay={c.grpo.weight_decay!r}"],
-    "grpo.adam_beta2": lambda c: [f"{_ACTOR}.optim.betas=[0.9,{c.grpo.adam_beta2!r}]"],
-    "grpo.max_grad_norm": lambda c: [f"{_ACTOR}.grad_clip={c.grpo.max_grad_norm!r}"],
-    "grpo.loss": lambda c: (
-        None  # its mean over tokens is one over a mini-batch
-        if c.grpo.loss == "dapo" and c.grpo.minibatches > 1
-        else [f"{_ACTOR}.loss_agg_mode={_AVERAGES[c.grpo.loss]}"]
-    ),
-    "grpo.clip_low": lambda c: [f"{_ACTOR}.clip_ratio_low={c.grpo.clip_low!r}"],
-    "grpo.clip_high": lambda c: [f"{_ACTOR}.clip_ratio_high={c.grpo.clip_high!r}"],
-    "grpo.advantage_scale": lambda c: (
-        None
-        if c.grpo.advantage_scale == "batch"
-        else [f"algorithm.norm_adv_by_std_in_grpo={c.grpo.advantage_scale == 'group'}"]
-    ),
-    "grpo.kl_beta": lambda c: (
-        [f"{_ACTOR}.use_kl_loss=True", f"{_ACTOR}.kl_loss_coef={c.grpo.kl_beta!r}", f"{_ACTOR}.kl_loss_type=low_var_kl"]
-        if c.grpo.kl_beta
-        else [f"{_ACTOR}.use_kl_loss=False"]
-    ),
-    "grpo.overlong_buffer": lambda c: (
-        ["++reward_model.overlong_buffer.enable=True", f"++reward_model.overlong_buffer.len={c.grpo.overlong_buffer}"]
-        if c.grpo.overlong_buffer
-        else ["++reward_model.overlong_buffer.enable=False"]
-    ),
-    "grpo.overlong_penalty": lambda c: [f"++reward_model.overlong_buffer.penalty_factor={c.grpo.overlong_penalty!r}"],
-    "grpo.filter_groups": lambda c: (
-        None  # a step with too few groups ends the run there
-        if c.grpo.filter_groups == "drop"
-        else [f"++algorithm.filter_groups.enable={c.grpo.filter_groups == 'resample'}"]
-    ),
-    "grpo.max_gen_batches": lambda c: [f"++algorithm.filter_groups.max_num_gen_batches={c.grpo.max_gen_batches}"],
-    "rollout.temperature": lambda c: [f"actor_rollout_ref.rollout.temperature={c.rollout.temperature!r}"],
-    "rollout.max_new_tokens": lambda c: [f"data.max_response_length={c.rollout.max_new_tokens}"],
-    "rollout.max_prompt_tokens": lambda c: [f"data.max_prompt_length={c.rollout.max_prompt_tokens}"],
-    "rollout.correction": lambda c: (
-        []
-        if c.rollout.correction == "none"
-        else [
-            f"algorithm.rollout_correction.rollout_is={c.rollout.correction}",
-            "actor_rollout_ref.rollout.calculate_log_probs=True",
-        ]
-    ),
-    "rollout.correction_cap": lambda c: [
-        f"algorithm.rollout_correction.rollout_is_threshold={c.rollout.correction_cap!r}"
-    ],
-    "task.chat": lambda c: [] if c.task.chat else None,
-    "task.too_long": lambda c: [
-        f"data.filter_overlong_prompts={c.task.too_long == 'leave_out'}",
-        "data.truncation=error",
-    ],
-    "eval.every": lambda c: [f"trainer.test_freq={c.eval.every or -1}"],
-}
-"""How verl spells a setting: its lines, none where it does that anyway, or None where it has no key for the value. A
-setting without an entry has no key there."""
-
-EXPORTS = {"yaml": to_yaml, "verl": to_verl}
+assert {"yaml", *SYSTEMS} == EXPORTS.keys()

@@ -1,15 +1,23 @@
 """Every setting of a trial arrives in another trainer's lines, or is said to have no key there."""
 
+import ast
+import inspect
 from collections.abc import Iterator
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
 
-from search.export import OF_THIS_MACHINE, VERL, to_verl
+from search.dialects import ROWS
+from search.export import EXPORTS, SCRIPT, Translation, to_trl, translate
+from search.foreign import SYSTEMS, System, option_names
+from spaces import config as configuration
 from spaces.config import TrialConfig
-from spaces.reading import as_tree, merge, parse_overrides, read_config
+from spaces.points import POINTS
+from spaces.reading import as_tree, merge, parse_overrides, parse_yaml, read_config
+from spaces.workloads import WORKLOADS
 
 RICH = [  # every setting has an effect
     "model={name: /m, recipe: null, adapter: lora}",
@@ -38,6 +46,7 @@ OTHER: dict[str, Any] = {
     "grpo.weight_decay": 0.1,
     "task.chat_options": "{enable_thinking: false}",
     "task.chat_date": "2025-01-01",
+    "task.chat_options": "{enable_thinking: false}",
     "threads": 2,
 }
 ALONE = {
@@ -55,12 +64,23 @@ TOGETHER = {
 }
 
 
-def exported(*overrides: str, base: list[str] | None = None) -> list[str]:
+def configured(*overrides: str, base: list[str] | None = None) -> TrialConfig:
     tree: dict[str, Any] = {}
     for override in [*(RICH if base is None else base), *overrides]:
         tree = merge(tree, parse_overrides([override]))
-    candidate: Any = SimpleNamespace(config=read_config(tree))
-    return to_verl(candidate).splitlines()
+    return read_config(tree)
+
+
+def exported(to: str, config: TrialConfig) -> list[str]:
+    candidate: Any = SimpleNamespace(config=config)
+    return EXPORTS[to](candidate).splitlines()
+
+
+def every_point() -> Iterator[TrialConfig]:
+    """Every experiment of the plan on every workload, the control among them."""
+    for workload in WORKLOADS.values():
+        for point in POINTS.values():
+            yield read_config(merge(workload.settings, point.settings))
 
 
 def keys() -> Iterator[str]:
@@ -90,46 +110,215 @@ def another(key: str) -> str:
 
 
 @pytest.mark.parametrize("key", keys())
-def test_every_setting_is_a_line_or_is_said_to_have_no_key(key: str) -> None:
+def test_every_setting_is_said_in_every_system_or_has_no_key_there(key: str) -> None:
     if key in ALONE:
-        plain, changed = exported(base=[]), exported(*ALONE[key], base=[])
+        plain, changed = configured(base=[]), configured(*ALONE[key], base=[])
     else:
-        plain, changed = exported(), exported(*(TOGETHER.get(key) or [another(key)]))
-    new = set(changed) ^ set(plain)
-    assert new, "a setting that changes nothing was dropped in silence"
-    assert key in VERL or any(line.startswith(f"# no key for: {key}=") for line in new)
+        plain, changed = configured(), configured(*(TOGETHER.get(key) or [another(key)]))
+    for system in SYSTEMS:
+        before, after = translate(plain, system), translate(changed, system)
+        if before == after:  # it does this value and that one anyway: only where its cell says so
+            assert ROWS[key].cell(system)(changed, value_of(changed, key)) is not None, system
+            assert (key, system) in INDIFFERENT, f"{key} of {system} was dropped in silence"
 
 
-def test_the_tables_name_settings_that_exist() -> None:
-    known = set(keys())
-    assert VERL.keys() <= known
-    assert all(any(key.startswith(start) for key in known) for start in OF_THIS_MACHINE)
+INDIFFERENT = {
+    ("model.adapter", "trl"),  # told by the adapters' own lines
+    ("task.chat", "trl"),  # told by the data set: rows of messages or of text
+}
+
+
+def value_of(config: TrialConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def test_every_setting_has_its_row() -> None:
+    assert set(ROWS) == set(keys())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_no_option_is_written_that_the_system_does_not_have(system: System) -> None:
+    """Of all points on all workloads, and of a configuration in which every setting has an effect."""
+    names = option_names(system)
+    for config in (*every_point(), configured()):
+        for option in translate(config, system).options:
+            assert names.knows(option) or (system == "trl" and option.startswith(SCRIPT)), option
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_option_names_say_where_they_are_from(system: System) -> None:
+    names = option_names(system)
+    assert any(mark in names.origin for mark in ("commit ", "release ")), names.origin
+    assert len(names.names) > 150
 
 
 @pytest.mark.parametrize(
-    ("override", "lines"),
+    ("system", "key", "known", "nearest"),
     [
-        ("grpo.loss=dr_grpo", ["actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"]),
-        ("grpo.loss=dapo", ["# no key for: grpo.loss=dapo"]),
-        ("grpo.advantage_scale=none", ["algorithm.norm_adv_by_std_in_grpo=False"]),
-        ("grpo.advantage_scale=batch", ["# no key for: grpo.advantage_scale=batch"]),
-        ("grpo.filter_groups=drop", ["# no key for: grpo.filter_groups=drop"]),
-        (
-            "grpo.kl_beta=0.04",
-            ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_coef=0.04"],
-        ),
-        ("grpo.warmup_updates=3", ["# no key for: grpo.warmup_updates=3"]),
-        ("model.lora_rank=7", ["actor_rollout_ref.model.lora_rank=7"]),
-        ("quant.skip_layers=[0, -1]", ["# no key for: quant.skip_layers=(0, -1)"]),
-        ("rollout.correction_cap=3", ["algorithm.rollout_correction.rollout_is_threshold=3.0"]),
-        ("noise.zones=[]", ["++trainer.noise_injection.sigma_start=0.02", "# no key for: quant.weights=mxfp4"]),
+        ("verl", "trainer.noise_injection.sigma_start", True, None),
+        ("verl", "trainer.noise_injection", True, None),
+        ("verl", "trainer.noise_injection.layer_sigma_config", False, None),
+        ("verl", "noise_injection.enabled", False, "trainer.noise_injection.enabled"),
+        ("verl-upstream", "trainer.noise_injection.sigma_start", False, None),
+        ("verl-upstream", "reward.reward_kwargs.overlong_buffer_cfg.len", True, None),
+        ("verl", "actor_rollout_ref.actor.lr", False, "actor_rollout_ref.actor.optim.lr"),
+        ("trl", "epsilon_hi", False, "epsilon_high"),
+        ("qerl", "num_stages", True, None),
+        ("nemo-rl", "grpo.use_dynamic_sampling", True, None),
     ],
 )
-def test_lines_by_hand(override: str, lines: list[str]) -> None:
-    assert set(lines) <= set(exported(override))
+def test_a_name_is_known_or_has_a_nearest_one(system: System, key: str, known: bool, nearest: str | None) -> None:
+    names = option_names(system)
+    assert names.knows(key) is known
+    assert known or names.nearest(key) == nearest
+
+
+def test_hydra_is_told_to_add_what_its_yaml_lacks() -> None:
+    lines = exported("verl", configured())
+    assert "++trainer.noise_injection.layer_types=[rmsnorm,linear]" in lines
+    assert "trainer.noise_injection.enabled=True" in lines
+    upstream = exported("verl-upstream", configured())
+    assert "++reward.reward_kwargs.overlong_buffer_cfg.len=2" in upstream
+
+
+NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
+
+
+@pytest.mark.parametrize(
+    ("system", "override", "said"),
+    [
+        ("verl", "grpo.loss=dr_grpo", {f"{ACTOR}.loss_agg_mode": "seq-mean-token-sum-norm"}),
+        ("verl-upstream", "grpo.loss=dr_grpo", {f"{ACTOR}.loss_scale_factor": 64}),
+        ("verl", "grpo.loss=dapo", "grpo.loss=dapo"),  # its mean over tokens is one over a mini-batch
+        ("trl", "grpo.loss=dapo", {"loss_type": "dapo"}),
+        ("qerl", "grpo.loss=dapo", "grpo.loss=dapo"),
+        ("nemo-rl", "grpo.loss=grpo", {"loss_fn.token_level_loss": False}),
+        ("nemo-rl", "grpo.loss=dr_grpo", "grpo.loss=dr_grpo"),
+        ("verl", "grpo.advantage_scale=none", {"algorithm.norm_adv_by_std_in_grpo": False}),
+        ("verl", "grpo.advantage_scale=batch", "grpo.advantage_scale=batch"),
+        ("trl", "grpo.advantage_scale=batch", {"scale_rewards": "batch"}),
+        ("verl", "grpo.filter_groups=drop", "grpo.filter_groups=drop"),
+        ("verl", "grpo.filter_groups=drop", "grpo.generation_prompts=None"),  # it would be the batch that is trained on
+        ("verl", "grpo.max_gen_batches=3", {"algorithm.filter_groups.max_num_gen_batches": 3}),
+        ("verl-upstream", "grpo.max_gen_batches=3", "grpo.max_gen_batches=3"),  # ignored by its newest trainer
+        ("nemo-rl", "grpo.max_gen_batches=3", {"grpo.dynamic_sampling_max_gen_batches": 2}),
+        ("nemo-rl", "grpo.max_gen_batches=1", "grpo.max_gen_batches=1"),
+        ("nemo-rl", "grpo.generation_prompts=64", {"grpo.batch_multiplier": 2.0}),
+        ("verl", "grpo.kl_beta=0.04", {f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0.04}),
+        ("verl", "grpo.warmup_updates=3", "grpo.warmup_updates=3"),  # it warms up by rollouts
+        ("trl", "grpo.warmup_updates=3", {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}),
+        ("qerl", "grpo.warmup_updates=3", {"warmup_steps": 3, "warmup_ratio": 0.0}),
+        ("verl", "grpo.steps=29", {"trainer.total_training_steps": 29, "data.train_max_samples": 29 * 32}),
+        ("trl", "grpo.steps=29", {"max_steps": 116}),  # optimizer steps
+        ("verl", "grpo.epochs=1", {f"{ACTOR}.ppo_mini_batch_size": 8}),  # prompts
+        ("trl", "grpo.epochs=1", {"generation_batch_size": 256, "per_device_train_batch_size": 64}),  # completions
+        ("trl", "grpo.micro_batch_size=24", {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}),
+        ("nemo-rl", "grpo.epochs=1", {"policy.train_global_batch_size": 64}),
+        ("nemo-rl", "grpo.epochs=2", "grpo.updates_per_step=4"),
+        ("verl", "model.lora_rank=7", {"actor_rollout_ref.model.lora_rank": 7}),
+        ("qerl", "model.lora_alpha=1.5", "model.lora_alpha=1.5"),  # a whole number there
+        ("qerl", "model.adapter=full", "model.adapter=full"),
+        ("verl", "quant.activations=none", {"trainer.hw_error_injection.injection_point": "weight"}),
+        ("verl", "quant.weights=mxfp8", "quant.weights=mxfp8"),
+        (
+            "verl",
+            "quant.skip_layers=[0]",
+            {
+                "trainer.hw_error_injection.exclude_modules": [
+                    *("lm_head", "embed_tokens", "lora_A", "lora_B", "base_layer", "layers.0.")
+                ]
+            },
+        ),
+        ("verl", "quant.skip_layers=[0, -1]", "quant.skip_layers=(0, -1)"),  # which is the last, it cannot know
+        ("verl-upstream", "quant={weights: nvfp4, activations: none}", {f"{ACTOR}.fsdp_config.qat.mode": "w4a16"}),
+        ("trl", "quant.scale_rule=even", {"QuantConfig.scale_rule": "even"}),
+        ("verl", "noise.layers=[10, 11]", {f"{NOISE}.target_modules": ["layers.10.", "layers.11."]}),
+        ("verl", "noise.layers=middle", "noise.layers=middle"),
+        ("verl", "noise.num_stages=2", "noise.num_stages=2"),  # 0/0 there
+        ("qerl", "noise.num_stages=1", "noise.num_stages=1"),  # never any noise there
+        ("verl", "noise.schedule=constant", {f"{NOISE}.sigma_end": 0.02}),
+        ("verl", "noise.schedule=linear", "noise.schedule=linear"),
+        ("verl-upstream", "noise.sigma_start=0.03", "noise.sigma_start=0.03"),
+        ("nemo-rl", "noise.sigma_start=0.03", "noise.sigma_start=0.03"),
+        ("verl", "rollout.correction_cap=3", {"algorithm.rollout_correction.rollout_is_threshold": 3.0}),
+        ("trl", "rollout.correction=sequence", {"vllm_importance_sampling_mode": "sequence_truncate"}),
+        ("trl", "rollout.correction=none", {"vllm_importance_sampling_correction": False}),  # on by default
+        ("trl", "rollout={backend: torch, engine: inside}", "rollout.correction=token"),
+        ("nemo-rl", "rollout.correction=sequence", "rollout.correction=sequence"),
+        ("verl", "eval.every=0", {"trainer.test_freq": 29}),  # at the end, which happens here in any case
+        ("verl", "seed=3", {"data.seed": 3, f"{ACTOR}.data_loader_seed": 3}),
+        ("qerl", "seed=3", {"mask_truncated_completions": False}),  # its default is another method
+        ("nemo-rl", "seed=3", {"grpo.use_leave_one_out_baseline": False}),
+        ("verl", "seed=3", {f"{ACTOR}.clip_ratio_c": 1e9}),
+    ],
+)
+def test_settings_by_hand(system: System, override: str, said: dict[str, Any] | str) -> None:
+    """A dict: options with these values; a text: it has no key for that."""
+    found = translate(configured(override), system)
+    if isinstance(said, str):
+        assert said in found.without
+    else:
+        assert said.items() <= found.options.items()
+
+
+def test_what_has_no_key_and_what_differs_stands_in_every_file_as_a_comment() -> None:
+    config = configured("noise.schedule=linear")
+    for system in SYSTEMS:
+        found: Translation = translate(config, system)
+        comments = [line for line in exported(system, config) if line.startswith("#")]
+        assert {f"# no key for: {setting}" for setting in found.without} <= set(comments)
+        assert {f"# note: {note}" for note in found.notes} <= set(comments)
 
 
 def test_what_has_no_effect_is_not_told() -> None:
-    lines = exported("noise.sigma_start=0", base=[])
-    assert "++trainer.noise_injection.enabled=False" in lines
+    lines = exported("verl", configured("noise.sigma_start=0", base=[]))
+    assert "trainer.noise_injection.enabled=False" in lines
     assert not any("sigma_end" in line or "lora_alpha" in line or "penalty" in line for line in lines)
+
+
+def test_a_setting_of_this_machine_is_told_where_somebody_set_it() -> None:
+    assert not any("hang_seconds" in setting for setting in translate(configured(), "verl").without)
+    assert "hang_seconds=60.0" in translate(configured("hang_seconds=60"), "verl").without
+
+
+def test_nemo_rl_s_file_is_yaml_over_its_example() -> None:
+    tree = parse_yaml("\n".join(exported("nemo-rl", configured())), "export")
+    assert tree["defaults"] == "grpo_math_1B.yaml"
+    assert tree["policy"]["scheduler"][1] == {"milestones": []}
+
+
+def test_a_trl_script_is_python_that_makes_our_own_records() -> None:
+    """Each configuration that it writes is the candidate's."""
+    config = configured("noise.zones=[{zone: first, sigma_start: 0.03, sigma_end: 0.001}]")
+    for statement in ast.walk(ast.parse(to_trl(config))):
+        if isinstance(statement, ast.Call) and ast.unparse(statement.func) in ("NoiseConfig", "QuantConfig"):
+            name = ast.unparse(statement.func)
+            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in statement.keywords}
+            assert getattr(configuration, name)(**given) == getattr(config, name[:5].lower())
+
+
+@pytest.mark.slow
+def test_trl_s_options_are_those_of_the_installed_version_and_its_configuration_takes_them() -> None:
+    import trl
+    from peft import LoraConfig
+    from trl.rewards import get_soft_overlong_punishment
+
+    known = {field.name for field in fields(trl.GRPOConfig) if field.init}
+    assert known == set(option_names("trl").names)
+    assert option_names("trl").origin == f"TRL, release {trl.__version__}"
+    arguments = {"GRPOTrainer": set(inspect.signature(trl.GRPOTrainer.__init__).parameters)}
+    arguments |= {"LoraConfig": {field.name for field in fields(LoraConfig)}}
+    arguments |= {"get_soft_overlong_punishment": set(inspect.signature(get_soft_overlong_punishment).parameters)}
+    for override in ("seed=1", "grpo.epochs=1", "grpo.micro_batch_size=24", "grpo.warmup_updates=3"):
+        config = configured(override)
+        for statement in ast.walk(ast.parse(to_trl(config))):
+            if isinstance(statement, ast.Call) and (name := ast.unparse(statement.func)) in arguments:
+                assert {keyword.arg for keyword in statement.keywords} <= arguments[name]
+        given = {name: value for name, value in translate(config, "trl").options.items() if "." not in name}
+        made = trl.GRPOConfig(use_cpu=True, report_to=[], **given)
+        updates = made.num_iterations * made.steps_per_generation / made.gradient_accumulation_steps
+        assert updates == config.grpo.updates_per_step
+        assert made.max_steps == config.grpo.steps * config.grpo.updates_per_step
