@@ -46,7 +46,6 @@ OTHER: dict[str, Any] = {
     "grpo.weight_decay": 0.1,
     "task.chat_options": "{enable_thinking: false}",
     "task.chat_date": "2025-01-01",
-    "task.chat_options": "{enable_thinking: false}",
     "threads": 2,
 }
 ALONE = {
