@@ -35,7 +35,7 @@ def ending_of(result: StudyResult, runs: int, where: str, folder: str) -> Ending
             f"Once it answers: {again}",
         )
     if config.runs < runs:
-        lines.append(f"the space has no further configuration: {config.trials} were all")
+        lines.append(f"the space has no further configuration that fits into the trials: {config.trials} were all")
     missing = f"{result.unfinished} of {runs} trials are not finished"
     if result.unfinished and result.budget_spent:
         lines.append(f"the budget of {config.budget_hours:g} hours is spent: {missing}")

@@ -9,8 +9,10 @@ One rule names the candidate, for the table at the end, `best.yaml`, status, rep
 alike: among configurations with noise of which every replicate completed, the one with the most to expect of another
 run, against its own control: the posterior mean of its accuracy times the probability that it holds
 (`search/surrogate.py`). The highest difference seen would name the luckiest run, and one near the edge at which runs
-break. Controls do not count, so that "the control is best" is said by a candidate whose difference is below zero. The
-control of an arm is the one with its filter policy, which alone moves an accuracy by points.
+break. Controls do not count, so that "the control is best" is said by a candidate whose difference is below zero.
+
+The control of an arm is sigma = 0 on its own code path: the arm's configuration with the noise taken out
+(`control_for`). The filter alone moves an accuracy by points, and so does the precision; what else a point changes may.
 """
 
 import json
@@ -23,9 +25,10 @@ from typing import Any, Literal
 from search.statistics import Replicate
 from search.store import StudyConfig
 from search.surrogate import Seen, expected
-from spaces.config import ConfigError, TrialConfig
+from spaces.config import ConfigError, Record, TrialConfig
 from spaces.errors import NoCandidate
-from spaces.reading import as_tree, read_config
+from spaces.reading import as_tree, flatten, read_config
+from spaces.uses import idle
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
@@ -139,22 +142,44 @@ def replicates_of(study: StudyConfig, arm: Arm) -> list[Replicate]:
     ]
 
 
-def filter_policy(config: TrialConfig) -> tuple[str, int]:
-    """What a control must share with the arms that are compared with it: the filter, and for `resample` how long it
-    tries."""
-    grpo = config.grpo
-    return grpo.filter_groups, grpo.max_gen_batches if grpo.filter_groups == "resample" else 0
+def apart(one: TrialConfig, other: TrialConfig) -> set[str]:
+    """Keys besides those of the noise in which two configurations run differently; seed and threads are the sweep's."""
+    unused = idle(one) & idle(other)  # how often a filter resamples that is off in both
+    found = set()
+    for part in set(TrialConfig.model_fields) - {"noise", "seed", "threads"}:
+        here, there = getattr(one, part), getattr(other, part)
+        if here != there:
+            trees = [flatten({part: as_tree(side) if isinstance(side, Record) else side}) for side in (here, there)]
+            found |= {key for key in trees[0].keys() | trees[1].keys() if trees[0].get(key) != trees[1].get(key)}
+    return found - unused
 
 
 def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The control with the arm's own filter policy; else one with the same filter. None for a control."""
+    """The control that differs from the arm in its noise alone. None for a control, and where there is none.
+
+    A configuration of the searcher may differ in what the space searches of training, too (a learning rate): that is
+    part of what is tried, and ranges have no control for each value. Never in the filter and in the quantisation.
+    """
     if arm.origin == "control":
         return None
-    policy = filter_policy(arm.config)
-    controls = [(filter_policy(other.config), other) for other in arms if other.origin == "control"]
-    exact = [control for other, control in controls if other == policy]
-    near = [control for other, control in controls if other[0] == policy[0]]
-    return next(iter(exact + near), None)
+    fitting = []
+    for other in arms:
+        if other.origin == "control":
+            keys = apart(arm.config, other.config)
+            if not keys or (arm.origin != "point" and not any(is_of_the_path(key) for key in keys)):
+                fitting.append((len(keys), other))
+    return min(fitting, key=lambda found: found[0])[1] if fitting else None
+
+
+def _nearest(arm: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Keys in which the control that is most like the arm differs from it."""
+    found = [sorted(apart(arm.config, other.config)) for other in arms if other.origin == "control"]
+    return min(found, key=len, default=[])
+
+
+def is_of_the_path(key: str) -> bool:
+    """Whether a control shares it whoever changes it: what noise does hangs on it."""
+    return key == "grpo.filter_groups" or key.startswith("quant.")
 
 
 def paired_differences(treated: Sequence[Replicate], control: Sequence[Replicate]) -> list[float]:
@@ -214,9 +239,9 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
         if control is None:
             if named is None:
                 continue
-            policy = filter_policy(arm.config)[0]
             raise ConfigError(
-                f"--arm {named}: has no control with grpo.filter_groups={policy} in {study.name}; name another arm"
+                f"--arm {named}: has no control in {study.name}: what ran there without noise differs from it in "
+                f"{', '.join(_nearest(arm, arms)) or 'everything'}, too; name another arm"
             )
         runs = replicates_of(study, arm)
         differences = paired_differences(runs, replicates_of(study, control))

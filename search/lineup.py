@@ -1,21 +1,22 @@
-"""Which arms a sweep begins with: the control, one more for each other filter policy, and the points that were asked
-for.
+"""Which arms a sweep begins with: the control, one more for each other code path, and the points that were asked for.
 
-A control is a configuration without noise on the same code path. One is not enough where arms differ in their filter:
-the filter alone moves an accuracy by points, so every policy that a point or the space brings has a control of its own.
+A control is a configuration without noise on the same code path. One is not enough where arms differ in more than their
+noise: the filter alone moves an accuracy by points, and so does the precision. So every point has a control that
+differs from it in its noise alone (`arms.control_for`), and one that is without noise is such a control itself. What
+the searcher draws brings its control when it is drawn.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
-from search.arms import Arm, filter_policy
+from search.arms import Arm, apart, control_for, is_of_the_path
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
-from spaces.library import Choice
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
 from spaces.points import POINTS, read_point
-from spaces.reading import merge, read_config
-from spaces.uses import given_twice, is_record, refuse_idle
+from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from spaces.uses import given_twice, is_noisy, is_record, refuse_idle
 from spaces.workloads import WORKLOADS
 
 
@@ -45,9 +46,10 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
         if name != "control":
             # A point says what it changes; what the user sets himself wins.
             tree = merge(merge(base, settings), config.settings)
-            points.append(Arm(name=name, origin="point", config=read_config(tree, origin=name)))
+            made = read_config(tree, origin=name)
+            points.append(Arm(name=name, origin="point" if is_noisy(made) else "control", config=made))
             files.append({} if name in POINTS or is_record(settings) else settings)
-    arms = [*_controls(config, base, points), *points]
+    arms = _with_controls(base, points)
     _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
     treated = [*drawn, *(point.config for point in points)]
     refuse_idle(config.settings, treated, "--set ")
@@ -88,23 +90,46 @@ def _refuse_confirm_questions(trials: Sequence[TrialConfig]) -> None:
         )
 
 
-def _controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
-    """One per filter policy."""
+def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
+    """The control of the sweep, those that the points need and do not bring themselves, the points."""
     quiet = merge(base, {"noise": {"sigma_start": 0.0, "zones": []}})
-    searched = [d.domain for d in config.space.dimensions if d.key == "grpo.filter_groups"]
-    options = [value for domain in searched if isinstance(domain, Choice) for value in domain.options.values()]
-    filtered = [read_config(merge(base, {"grpo": {"filter_groups": option}})) for option in options]
-    plain = read_config(quiet, origin="control")
-    controls = {filter_policy(plain): Arm(name="control", origin="control", config=plain)}
-    for grpo in [point.config.grpo for point in points] + [config.grpo for config in filtered]:
-        changes = {"grpo": {"filter_groups": grpo.filter_groups, "max_gen_batches": grpo.max_gen_batches}}
-        other = read_config(merge(quiet, changes), origin=f"control-{grpo.filter_groups}")
-        policy = filter_policy(other)
-        if policy not in controls:
-            taken = f"control-{policy[0]}" in [arm.name for arm in controls.values()]
-            name = f"control-{policy[0]}-{policy[1]}" if taken else f"control-{policy[0]}"
-            controls[policy] = Arm(name=name, origin="control", config=other)
-    return list(controls.values())
+    controls = [Arm(name="control", origin="control", config=read_config(quiet, origin="control"))]
+    for point in points:
+        if missing := missing_control(point, [*controls, *points]):
+            controls.append(missing)
+    return [*controls, *points]
+
+
+def missing_control(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The control that an arm needs and that is not among the arms, whose first is the control of the sweep; the arm's
+    settings with the noise of that one, which is none."""
+    plain = arms[0].config
+    if arm.origin == "control" or control_for(arm, arms) is not None:
+        return None
+    shared = as_tree(arm.config) if arm.origin == "point" else _on_the_path(arm.config, plain)
+    config = read_config(merge(shared, {"noise": as_tree(plain.noise)}), origin=f"the control of {arm.name}")
+    words = ["control", *_words(config, plain)]
+    taken = {other.name for other in arms}
+    names = ("-".join([*words, *([str(number)] if number > 1 else [])]) for number in count(1))
+    return Arm(name=next(name for name in names if name not in taken), origin="control", config=config)
+
+
+def _on_the_path(config: TrialConfig, plain: TrialConfig) -> dict[str, Any]:
+    """The plain settings with the filter and the quantisation of this one."""
+    tree = as_tree(plain)
+    there = flatten(as_tree(config))
+    changes = {key: there[key] for key in apart(config, plain) if is_of_the_path(key)}
+    return merge(tree, unflatten(changes))
+
+
+def _words(config: TrialConfig, plain: TrialConfig) -> list[str]:
+    """Filter and precision of a control, where they are not those of the sweep's."""
+    keys = apart(config, plain)
+    words: list[str] = [config.grpo.filter_groups] if "grpo.filter_groups" in keys else []
+    if keys & {"quant.weights", "quant.activations"}:
+        other = config.quant.mode != plain.quant.mode
+        words.append(config.quant.mode.lower() if other else config.quant.weights)
+    return words
 
 
 def _point(config: StudyConfig, named: str) -> tuple[str, Mapping[str, Any]]:

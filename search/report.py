@@ -170,16 +170,17 @@ def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list
         with suppress(NoCandidate):
             best = candidate_of(config, arms).arm.name
     judged: dict[str, Judged] = {}
+    controls = {arm.name: control_for(arm, arms) for arm in arms}
     for control in arms:
         family: dict[str, ArmComparison] = {}
         for arm in arms:
-            if control_for(arm, arms) is control:
+            if controls[arm.name] is control:
                 what = f"{arm.name} against its control"
                 for comparison in _made(what, partial(_against, config, arm, control), failed):
                     family[arm.name] = comparison
         judged |= _corrected(config, family, control, arms)
     driven = is_driven(config)
-    return tuple(_row(config, arm, arms, driven, judged.get(arm.name), ledger, best) for arm in arms)
+    return tuple(_row(config, arm, controls[arm.name], driven, judged.get(arm.name), ledger, best) for arm in arms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +251,7 @@ def _against(config: StudyConfig, arm: Arm, control: Arm) -> tuple[ArmComparison
 def _row(
     config: StudyConfig,
     arm: Arm,
-    arms: Sequence[Arm],
+    control: Arm | None,
     driven: bool,
     judged: Judged | None,
     ledger: Ledger,
@@ -259,7 +260,6 @@ def _row(
     runs = replicates_of(config, arm)
     outcomes = list(arm.results.values())
     doses = [dose for outcome in outcomes if (dose := dose_of(outcome.receipt)) is not None]
-    control = control_for(arm, arms)
     return ArmReport(
         arm=arm.name,
         origin=arm.origin,

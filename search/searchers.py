@@ -9,6 +9,7 @@ made from the arms for each draw: nothing stale, nothing left running, nothing u
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -16,7 +17,7 @@ from ray.tune.search import Searcher
 from search.arms import Arm, trial_config, trial_folder, write_arm
 from search.coordinates import Params, settings_of
 from search.evidence import Evidence, known_of
-from search.lineup import base_tree
+from search.lineup import base_tree, missing_control
 from search.proposals import SEARCHERS, every
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
@@ -27,6 +28,9 @@ from trainable.outcome import Outcome
 from trainable.ray_trainable import REFUSED
 
 _ENUMERABLE = 20_000  # configurations of a finite space that are tried one by one to find out whether all have been run
+
+
+_NO_ROOM = "needs a control of its own, for which no trial is left"
 
 
 class RinSearch(Searcher):  # type: ignore[misc]
@@ -62,10 +66,12 @@ class RinSearch(Searcher):  # type: ignore[misc]
             if arm is None:
                 self.exhausted = len(self.arms) < self.study.trials
                 return str(Searcher.FINISHED)
-            self.record(arm)
-            self.arms.append(arm)
-            self._seen.add(_identity(arm.config))
-            self.waiting = [(arm, replicate) for replicate in range(self.study.replicates)]
+            # What it is compared with runs before it; a sweep that is killed between the two proposes it again.
+            for new in [arm] if (control := missing_control(arm, self.arms)) is None else [control, arm]:
+                self.record(new)
+                self.arms.append(new)
+                self._seen.add(_identity(new.config))
+                self.waiting += [(new, replicate) for replicate in range(self.study.replicates)]
         arm, replicate = self.waiting.pop(0)
         self.running[trial_id] = (arm, replicate)
         return {
@@ -93,7 +99,8 @@ class RinSearch(Searcher):  # type: ignore[misc]
         raise RuntimeError("a search is made anew from the sweep's files, never from Tune's")
 
     def _next_arm(self) -> Arm | None:
-        """None when the search has ended: enough configurations, or a finite space without a new one."""
+        """None when the search has ended: enough configurations, a finite space without a new one, or a last trial that
+        would need a control of its own as well."""
         study, space = self.study, self.study.space
         if len(self.arms) >= study.trials:
             return None
@@ -105,7 +112,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
             return found
         # The grid, or a finite space, has come to its end, unless it was unusable to begin with.
         ends = study.searcher == "grid" or every(space) is not None
-        if ends and (known.number > 0 or not problem):
+        if problem == _NO_ROOM or (ends and (known.number > 0 or not problem)):
             return None
         last, remedy = problem or "was run already", "widen its ranges or choose fewer --trials"
         raise ConfigError(
@@ -123,8 +130,13 @@ class RinSearch(Searcher):  # type: ignore[misc]
                 # Two ranges that overlap the wrong way (sigma_end above sigma_start): not a finding, draw again.
                 problem = str(error)
                 continue
-            if _identity(config) not in self._seen:
-                return Arm(name=f"c{len(self.arms):02d}", origin="searcher", config=config, params=dict(params)), ""
+            if _identity(config) in self._seen:
+                continue
+            arm = Arm(name="", origin="searcher", config=config, params=dict(params))
+            number = len(self.arms) + (missing_control(arm, self.arms) is not None)
+            if number < self.study.trials:
+                return replace(arm, name=f"c{number:02d}"), ""
+            problem = _NO_ROOM
         return None, problem
 
 

@@ -2,7 +2,7 @@
 
     refuse what cannot work        a name that is taken, tracking that is down, a point that contradicts its workload
     write down what will run       STORE/NAME/study.json, the fixed arms, what the searcher is told beforehand
-    the arms                       control first (one per filter policy), then named points, then the searcher's own
+    the arms                       controls first (one per code path), then named points, then the searcher's own
     run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are
                                    results
     choose                         the arm with the most to expect of another run -> STORE/NAME/best.yaml

@@ -86,7 +86,8 @@ def _with_noise(config: TrialConfig, **changes: Any) -> TrialConfig:
     return config.model_copy(update={"noise": config.noise.model_copy(update=changes)})
 
 
-def _noisy(config: TrialConfig) -> bool:
+def is_noisy(config: TrialConfig) -> bool:
+    """A control is not."""
     return config.noise.sigma_start > 0
 
 
@@ -110,14 +111,14 @@ def _pair_is_used(config: TrialConfig) -> bool:
 
 def _end_is_used(config: TrialConfig) -> bool:
     changed = _with_noise(config, sigma_end=config.noise.sigma_end / 2)
-    return _noisy(config) and _pair_is_used(config) and timetable(changed) != timetable(config)
+    return is_noisy(config) and _pair_is_used(config) and timetable(changed) != timetable(config)
 
 
 def _schedule_is_used(config: TrialConfig) -> bool:
     """qerl_paper counts stages in a way of its own; of the others, one is as good as another without a decay."""
     here, own = timetable(config), config.noise.schedule
     others = set(get_args(Schedule)) - ({own} if own == "qerl_paper" else {own, "qerl_paper"})
-    return _noisy(config) and any(timetable(_with_noise(config, schedule=other)) != here for other in others)
+    return is_noisy(config) and any(timetable(_with_noise(config, schedule=other)) != here for other in others)
 
 
 def _quantized(config: TrialConfig) -> bool:
@@ -132,7 +133,7 @@ def _of_kinds(kinds: Sequence[str]) -> Use:
     return Use(holds=lambda config: config.task.kind in kinds, needs=f"task.name={' or '.join(kinds)}")
 
 
-_NOISE = Use(holds=_noisy, needs="noise.sigma_start above 0")
+_NOISE = Use(holds=is_noisy, needs="noise.sigma_start above 0")
 _LORA = Use(holds=lambda c: c.model.adapter == "lora", needs="model.adapter=lora")
 _FORMAT = Use(holds=_quantized, needs="a format in quant.weights or quant.activations")
 _VLLM = Use(holds=lambda c: c.rollout.backend == "vllm", needs="rollout.backend=vllm")
@@ -175,7 +176,7 @@ USES: dict[str, Use] = {
     "quant.exclude": _FORMAT,
     "quant.skip_layers": _FORMAT,
     "noise.sigma_start": Use(
-        holds=lambda c: not _noisy(c) or _pair_is_used(c), needs="a chosen block without a pair in noise.zones"
+        holds=lambda c: not is_noisy(c) or _pair_is_used(c), needs="a chosen block without a pair in noise.zones"
     ),
     "noise.sigma_end": Use(
         holds=_end_is_used,
@@ -183,7 +184,7 @@ USES: dict[str, Use] = {
         "a pair in noise.zones",
     ),
     "noise.num_stages": Use(
-        holds=lambda c: _noisy(c) or _judged(c), needs="noise.sigma_start above 0, or collapse rules with a baseline"
+        holds=lambda c: is_noisy(c) or _judged(c), needs="noise.sigma_start above 0, or collapse rules with a baseline"
     ),
     "noise.schedule": Use(
         holds=_schedule_is_used,
@@ -195,7 +196,7 @@ USES: dict[str, Use] = {
     "noise.layer_multipliers": _NOISE,
     "noise.scale": _NOISE,
     "noise.placement": Use(
-        holds=lambda c: _noisy(c) and "linear" in c.noise.modules and c.quant.weights != "none",
+        holds=lambda c: is_noisy(c) and "linear" in c.noise.modules and c.quant.weights != "none",
         needs="noise.sigma_start above 0, linear in noise.modules, and a format in quant.weights",
     ),
     "grpo.generation_prompts": Use(

@@ -9,6 +9,7 @@ from ray.tune.search import Searcher
 
 from search.arms import Arm
 from search.evidence import Evidence, known_of
+from search.lineup import base_tree
 from search.proposals import optuna_study
 from search.searchers import RinSearch
 from search.store import StudyConfig
@@ -44,8 +45,10 @@ class Search(RinSearch):
         return optuna_study(known_of(self.study, self.arms, self.evidence))
 
 
-def control() -> Arm:
-    return Arm(name="control", origin="control", config=read_config(merge(BASE, {"noise": {"sigma_start": 0.0}})))
+def control(config: StudyConfig | None = None) -> Arm:
+    """Of a sweep, or of the workload."""
+    base = BASE if config is None else base_tree(config)
+    return Arm(name="control", origin="control", config=read_config(merge(base, {"noise": {"sigma_start": 0.0}})))
 
 
 def searcher(
@@ -65,7 +68,8 @@ def searcher(
         "store": "/nowhere",
         **changes,
     }
-    return Search(study(**given), [control()] if known is None else known, evidence)
+    config = study(**given)
+    return Search(config, [control(config)] if known is None else known, evidence)
 
 
 @cache

@@ -214,6 +214,7 @@ def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypa
     weights = f"{tmp_path}/here/weights"
     assert {arm.name: places(as_tree(arm.config)) for arm in fixed_arms(config)} == {
         "control": (weights, f"{tmp_path}/there/q.jsonl"),
+        "control-2": (weights, f"{tmp_path}/there/longer.jsonl"),
         "longer": (weights, f"{tmp_path}/there/longer.jsonl"),
     }
     trial = trial_config(None, Path("../there/longer.yaml"), None, [*model])

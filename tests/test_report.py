@@ -181,7 +181,7 @@ def test_an_arm_without_a_control_of_its_policy_is_not_compared_with_another(tmp
     assert control_for(arms[1], arms) is None
     report = report_study(config)
     assert (row(report, "c01").control, row(report, "c01").corrected, row(report, "c01").verdict) == ("", None, "")
-    with pytest.raises(ConfigError, match=r"c01: has no control with grpo\.filter_groups=resample"):
+    with pytest.raises(ConfigError, match=r"c01: has no control in s: .* differs from it in grpo\.filter_groups, too"):
         candidate_of(config, read_arms(config), "c01")
     with pytest.raises(NoCandidate):
         candidate_of(config, read_arms(config))

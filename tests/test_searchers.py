@@ -75,7 +75,7 @@ def test_every_suggestion_of_every_searcher_is_a_valid_trial_within_its_range(na
     search = searcher(SPACES["full"], trials=9, searcher=name)
     for s in drive(search, lambda s: outcome(0.1))[1:]:
         TrialConfig.model_validate(s["config"])
-    for arm in search.arms[1:]:
+    for arm in (arm for arm in search.arms if arm.origin == "searcher"):
         gone = 3 if arm.params["noise.schedule"] == "constant" else 1
         assert len(arm.params) == len(domains) - gone, "sigma_start exists for one module kind, a decay for no constant"
         for dimension, value in arm.params.items():
@@ -137,20 +137,22 @@ def test_optuna_is_told_the_median_of_all_replicates_once() -> None:
 
 
 def test_how_a_trial_ended_is_read_from_its_folder(tmp_path: Path) -> None:
-    study = searcher(store=str(tmp_path), trials=2).study
-    search = RinSearch(study, [])
-    suggestion = search.suggest("t0")
+    begun = searcher(store=str(tmp_path), trials=3)
+    search = RinSearch(begun.study, begun.arms)
+    search.suggest("t0")
+    suggestion = search.suggest("t1")
     assert isinstance(suggestion, dict)
-    (written,) = read_arms(study)
-    assert (written.name, written.params) == (suggestion["arm"], search.arms[0].params)
+    (written,) = read_arms(begun.study)
+    assert (written.name, written.params) == (suggestion["arm"], search.arms[1].params)
     write_outcome(Folder(suggestion["folder"]), outcome(0.25, "collapsed", seconds=7.0), [])
-    search.on_trial_complete("t0", {"whatever": "Tune hands over"}, error=True)
-    assert search.arms[0].results == {0: outcome(0.25, "collapsed", seconds=7.0)}
-    assert search.arms[0].results == read_arms(study)[0].results
+    search.on_trial_complete("t1", {"whatever": "Tune hands over"}, error=True)
+    assert search.arms[1].results == {0: outcome(0.25, "collapsed", seconds=7.0)}
+    assert search.arms[1].results == read_arms(begun.study)[0].results
 
 
 def test_a_trial_that_was_refused_has_failed(tmp_path: Path) -> None:
-    search = RinSearch(searcher(store=str(tmp_path), trials=2).study, [])
+    begun = searcher(store=str(tmp_path), trials=2)
+    search = RinSearch(begun.study, begun.arms)
     search.suggest("t0")
     search.on_trial_complete("t0", {REFUSED: "model.name=/nope: cannot be loaded"})
     assert (search.arms[0].results, search.arms[0].failed) == ({}, {0})

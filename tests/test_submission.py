@@ -290,7 +290,7 @@ def test_an_ablation_can_be_sent_too(
 ) -> None:
     reached()
     parent = study(tmp_path / "laptop" / "runs", trials=2, replicates=3)
-    arms = [make_arm(parent, "control"), make_arm(parent, "c01", "rollout.temperature=0.9")]
+    arms = [make_arm(parent, "control"), make_arm(parent, "c01", "rollout.temperature=0.9", origin="searcher")]
     write_sweep(parent, arms, {"control": [280, 285, 283], "c01": [330, 336, 332]})
     code, out, err = here(monkeypatch, capsys, "sweep", "--ablate", "s", "--submit", "http://head:8265")
     assert (code, "resume s-ablation --store" in out) == (0, True), err

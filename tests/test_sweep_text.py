@@ -80,7 +80,7 @@ def test_a_failure_is_named_and_is_no_interruption(tmp_path: Path) -> None:
 
 def test_what_mlflow_did_not_take_and_a_space_that_ended_are_told(tmp_path: Path) -> None:
     ending = said(tmp_path, {"control": [280], "c01": [284]}, more=2, untold=7)
-    assert "the space has no further configuration: 2 were all" in ending.lines
+    assert "the space has no further configuration that fits into the trials: 2 were all" in ending.lines
     (trouble,) = ending.troubles
     assert trouble.startswith("MLflow did not take 7 records")
     assert trouble.endswith("Once it answers: rin resume s --store X --tracking-uri U")
