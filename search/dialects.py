@@ -382,10 +382,24 @@ def _trl_overlong(c: TrialConfig, value: Any) -> Said:
     return Said(options={"overlong.max_completion_len": c.rollout.max_new_tokens, "overlong.soft_punish_cache": value})
 
 
+def _in_vllm(c: TrialConfig) -> bool:
+    """In TRL, stock vLLM generates with our weights; what we do to inputs it does not do, and is refused with."""
+    return c.rollout.backend == "vllm" and c.quant.activations == "none" and not c.quant.hadamard
+
+
+def _trl_mode(c: TrialConfig, value: Any) -> Said:
+    """There, a baseline is the quiet first stage, or nothing."""
+    if value == "off" or c.noise.num_stages > 1:
+        return Said(options={"CollapseConfig.mode": value})
+    return Said(
+        options={"CollapseConfig.mode": "off"}, note="off: with one stage there are no quiet rollouts to compare with"
+    )
+
+
 def _trl_correction(c: TrialConfig, value: Any) -> Said | None:
     if value == "none":
         return Said(options={"vllm_importance_sampling_correction": False})
-    if c.rollout.backend != "vllm":
+    if not _in_vllm(c):
         return None  # without vLLM nothing is corrected
     return Said(
         options={
@@ -453,7 +467,7 @@ ROWS: dict[str, Row] = {
     ),
     "model.lora_rank": _row(
         verl=to(f"{_MODEL}.lora_rank"),
-        trl=to("LoraConfig.r"),
+        trl=options(lambda c: {"LoraConfig.r": c.model.lora_rank, "LoraConfig.target_modules": "all-linear"}),
         qerl=to("lora_rank"),
         nemo=_nemo("policy.dtensor_cfg.lora_cfg.dim", "policy.megatron_cfg.peft.dim"),
     ),
@@ -760,7 +774,7 @@ ROWS: dict[str, Row] = {
     "grpo.micro_batch_size": _HERE,
     "rollout.backend": _row(
         verl=local,
-        trl=lambda c, v: Said(options={"use_vllm": v == "vllm"}),
+        trl=lambda c, v: None if v == "vllm" and not _in_vllm(c) else Said(options={"use_vllm": v == "vllm"}),
         qerl=local,
         nemo=local,
     ),
@@ -811,7 +825,7 @@ ROWS: dict[str, Row] = {
     ),
     "rollout.correction_cap": _row(
         verl=to("algorithm.rollout_correction.rollout_is_threshold"),
-        trl=if_(lambda c: c.rollout.backend == "vllm", to("vllm_importance_sampling_clip_max")),
+        trl=if_(_in_vllm, to("vllm_importance_sampling_clip_max")),
         qerl=no_key,
         nemo=if_(lambda c: c.rollout.correction == "token", to("loss_fn.truncated_importance_sampling_ratio")),
     ),
@@ -837,7 +851,9 @@ ROWS: dict[str, Row] = {
     **{
         f"collapse.{name}": _row(verl=local, trl=_ours("CollapseConfig", name), qerl=local, nemo=local)
         for name in CollapseConfig.model_fields
+        if name != "mode"
     },
+    "collapse.mode": _row(verl=local, trl=_trl_mode, qerl=local, nemo=local),
     "eval.questions": _row(verl=to("data.val_max_samples"), trl=no_key, qerl=no_key, nemo=to("grpo.max_val_samples")),
     "eval.every": _row(
         verl=lambda c, v: Said(options={"trainer.val_before_train": True, "trainer.test_freq": v or c.grpo.steps}),

@@ -120,10 +120,8 @@ def to_trl(config: TrialConfig) -> str:
     model = parts.pop("from_pretrained", {})
     named = model.pop("pretrained_model_name_or_path", None)
     loaded = f"AutoModelForCausalLM.from_pretrained({named or 'MODEL'!r}, dtype={model['dtype']!r})"
-    quantized = "QuantConfig" in parts
     overlong = parts.get("overlong")
     rewards = "[reward, " + _call("get_soft_overlong_punishment", overlong, "") + "]" if overlong else "[reward]"
-    ours = sorted(name for name in ("CollapseConfig", "NoiseConfig", "QuantConfig") if name in parts)
     return _text(
         f"# for {option_names('trl').origin}",
         *(["from peft import LoraConfig"] if "LoraConfig" in parts else []),
@@ -132,12 +130,11 @@ def to_trl(config: TrialConfig) -> str:
         *(["from trl.rewards import get_soft_overlong_punishment"] if overlong else []),
         "",
         "from my_task import reward, train_dataset  # yours",
-        f"from spaces.config import {', '.join(ours)}",
-        f"from {LIBRARY} import RinCallback{', quantize' if quantized else ''}",
+        "from trainable.library import CollapseConfig, NoiseConfig, QuantConfig, RinCallback, quantize",
         "",
         f"args = {_call('GRPOConfig', parts['GRPOConfig'])}",
         f"model = {loaded}",
-        *([f"quantize(model, {_call('QuantConfig', parts['QuantConfig'])})"] if quantized else []),
+        f"quantize(model, {_call('QuantConfig', parts['QuantConfig'])})",
         *([f"adapters = {_call('LoraConfig', parts['LoraConfig'])}"] if "LoraConfig" in parts else []),
         f"noise = {_call('NoiseConfig', parts['NoiseConfig'])}",
         f"collapse = {_call('CollapseConfig', parts['CollapseConfig'])}",
@@ -147,8 +144,8 @@ def to_trl(config: TrialConfig) -> str:
         f"    reward_funcs={rewards},",
         "    train_dataset=train_dataset,",
         *(["    peft_config=adapters,"] if "LoraConfig" in parts else []),
-        "    callbacks=[RinCallback(noise, collapse)],",
         ")",
+        "rin = RinCallback(noise, collapse).attach(trainer)",
         "trainer.train()",
         *said.comments(),
     )
@@ -207,7 +204,6 @@ def _mean(accuracies: Sequence[float]) -> str:
     )
 
 
-LIBRARY = "trainable.library"
 SCRIPT = ("from_pretrained.", "LoraConfig.", "QuantConfig.", "NoiseConfig.", "CollapseConfig.", "overlong.")
 """What a TRL script calls beside GRPOConfig."""
 

@@ -243,7 +243,10 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("verl-upstream", "noise.sigma_start=0.03", "noise.sigma_start=0.03"),
         ("nemo-rl", "noise.sigma_start=0.03", "noise.sigma_start=0.03"),
         ("verl", "rollout.correction_cap=3", {"algorithm.rollout_correction.rollout_is_threshold": 3.0}),
-        ("trl", "rollout.correction=sequence", {"vllm_importance_sampling_mode": "sequence_truncate"}),
+        ("trl", "quant.activations=none", {"vllm_importance_sampling_mode": "token_truncate", "use_vllm": True}),
+        ("trl", "seed=3", "rollout.backend=vllm"),  # stock vLLM does not quantise inputs
+        ("trl", "seed=3", "rollout.correction=token"),  # and without it nothing is corrected
+        ("trl", "noise.num_stages=1", {"CollapseConfig.mode": "off"}),  # no quiet rollout to compare with
         ("trl", "rollout.correction=none", {"vllm_importance_sampling_correction": False}),  # on by default
         ("trl", "rollout={backend: torch, engine: inside}", "rollout.correction=token"),
         ("nemo-rl", "rollout.correction=sequence", "rollout.correction=sequence"),
