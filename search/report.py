@@ -273,8 +273,8 @@ def _row(
         start=fmean(outcome.eval.accuracy_start for outcome in outcomes) if outcomes else None,
         warnings=tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.receipt.warnings)),
         marks={
-            name: fmean(outcome.eval.parts[name] for outcome in outcomes)
-            for name in (outcomes[0].eval.parts if outcomes else ())
+            name: fmean(outcome.eval.parts[name] for outcome in outcomes if name in outcome.eval.parts)
+            for name in dict.fromkeys(name for outcome in outcomes for name in outcome.eval.parts)
         },
         control="" if control is None else control.name,
         comparison=None if judged is None else judged.alone,

@@ -36,6 +36,7 @@ from trainable.policy.policy import Policy
 from trainable.quantization import Arithmetic, fake_quantize
 from trainable.ray_trainable import RinTrainable
 from trainable.tasks.table import build_task
+from trainable.tasks.task import Answer
 from trainable.trial import Trial
 
 SHORT = {"eval": {"questions": 512, "every": 0}, "grpo": {"steps": 2, "learning_rate": 1e-4}}
@@ -710,7 +711,10 @@ def served(make: Make) -> Served:
         texts = tokenizer.batch_decode(tree["ids"], skip_special_tokens=True)
         answered[key] = (
             tree,
-            [int(task.score(question, text).correct) for question, text in zip(questions, texts, strict=True)],
+            [
+                int(score.correct)
+                for score in task.scores([Answer(question=q, text=t) for q, t in zip(questions, texts, strict=True)])
+            ],
         )
     return lambda overrides, method: answered[overrides, method]
 

@@ -28,7 +28,7 @@ from trainable.policy.policy import Policy, deployed, unquantized
 from trainable.rollout import _completions, encode_prompts, generate, judge, sample
 from trainable.seeds import generator
 from trainable.tasks.table import build_task
-from trainable.tasks.task import Question
+from trainable.tasks.task import Question, each
 
 W16A16 = QuantConfig(weights="none", activations="none")
 W4A16 = QuantConfig(activations="none")
@@ -452,6 +452,6 @@ def test_a_reward_function_that_raises_is_not_hidden(tiny: Tiny) -> None:
     def broken(question: Question, text: str) -> float:
         raise ZeroDivisionError("a bug in a reward")
 
-    task.rewards["exact"] = broken
+    task.reward = each(exact=broken)
     with pytest.raises(ZeroDivisionError, match="a bug in a reward"):
         judge(policy, task, [Question(prompt="1+2=", answer="3")], [[3]], [[completion("3", policy)]])

@@ -13,6 +13,7 @@ import pytest
 
 from spaces.config import ConfigError, TaskConfig
 from spaces.reading import read_config
+from trainable.signals import mean_parts
 from trainable.tasks.addition import addition_question
 from trainable.tasks.gsm8k import (
     Problem,
@@ -27,7 +28,7 @@ from trainable.tasks.gsm8k import (
 )
 from trainable.tasks.gym import HARMLESS, REFUSED, extract_answer, open_gym
 from trainable.tasks.table import TASKS, build_task
-from trainable.tasks.task import Question, Split, Task, split_of
+from trainable.tasks.task import Answer, Question, Reward, Score, Split, Task, each, split_of
 
 SMALL = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
 HELD_OUT: tuple[Any, ...] = ("selection", "confirm")
@@ -69,6 +70,16 @@ CONFIGS = {
 @pytest.fixture(params=list(CONFIGS.values()), ids=list(CONFIGS))
 def task(request: pytest.FixtureRequest) -> Task:
     return build_task(request.param)
+
+
+def score_of(task: Task, question: Question, text: str) -> Score:
+    return task.scores([Answer(question=question, text=text)])[0]
+
+
+def with_mark(task: Task, name: str, value: float | None) -> Reward:
+    """The task's reward with one more mark, the same for all."""
+    given = task.reward
+    return lambda answers: [{**marks, name: value} for marks in given(answers)]
 
 
 def prompts(questions: list[Question]) -> list[str]:
@@ -121,16 +132,16 @@ def test_shorter_held_out_list_is_the_beginning_of_a_longer_one(task: Task, spli
 
 def test_reference_answer_is_correct_with_reward_1(task: Task) -> None:
     for question in task.sample(8, seed=0, step=0, batch=0):
-        score = task.score(question, f"#### {question.answer}" if task.name == "gsm8k" else question.answer)
+        score = score_of(task, question, f"#### {question.answer}" if task.name == "gsm8k" else question.answer)
         assert score.correct
         assert score.reward == 1.0
-        assert score.parts.keys() == task.rewards.keys()
+        assert score.parts.keys() >= {*task.weights, *task.judges}
 
 
 @pytest.mark.parametrize("completion", GARBAGE, ids=lambda text: repr(text[:12]))
 def test_garbage_is_worth_nothing(task: Task, completion: str) -> None:
     question = next(q for q in task.held_out("selection", 6) if q.answer not in completion)
-    score = task.score(question, completion)
+    score = score_of(task, question, completion)
     assert not score.correct
     assert score.reward == 0.0
 
@@ -139,27 +150,43 @@ def test_reward_function_that_raises_fails_the_trial(task: Task) -> None:
     def broken(question: Question, completion: str) -> float:
         raise ZeroDivisionError("a bug")
 
-    task.rewards["broken"] = broken
-    task.weights["broken"] = 0.0
+    task.reward = each(broken=broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        task.score(task.held_out("selection", 1)[0], "7")
+        score_of(task, task.held_out("selection", 1)[0], "7")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_reward_that_is_not_finite_is_an_error(task: Task, value: float) -> None:
-    task.rewards["wild"] = lambda question, completion: value
-    task.weights["wild"] = 0.0
-    with pytest.raises(ValueError, match=r"wild .* must return a finite number"):
-        task.score(task.held_out("selection", 1)[0], "7")
+    task.reward = with_mark(task, "wild", value)
+    with pytest.raises(ValueError, match=r"mark wild .* must be a finite number"):
+        score_of(task, task.held_out("selection", 1)[0], "7")
 
 
-def test_added_reward_counts_by_its_weight_and_leaves_correctness_alone(task: Task) -> None:
-    task.rewards["short"] = lambda question, completion: 1.0 if len(completion) < 3 else 0.0
-    task.weights["short"] = 0.25
-    score = task.score(task.held_out("selection", 1)[0], "?")
+def test_added_mark_counts_by_its_weight_and_leaves_correctness_alone(task: Task) -> None:
+    task.reward = with_mark(task, "short", 1.0)
+    task.weights = {**task.weights, "short": 0.25}
+    score = score_of(task, task.held_out("selection", 1)[0], "?")
     assert score.parts["short"] == 1.0
     assert score.reward == 0.25
     assert not score.correct
+
+
+def test_a_mark_that_does_not_apply_is_left_out_and_the_next_one_judges(task: Task) -> None:
+    task.reward = lambda answers: [{"a": None, "b": 1.0}, {"a": 0.0, "b": 1.0}]
+    task.weights, task.judges = {"a": 1.0, "b": 0.5}, {"a": 1.0, "b": 1.0}
+    one, two = task.scores([Answer(question=q, text="") for q in task.held_out("selection", 2)])
+    assert (one.reward, one.parts, one.correct) == (0.5, {"b": 1.0}, True)
+    assert (two.reward, two.parts, two.correct) == (0.5, {"a": 0.0, "b": 1.0}, False)
+    assert mean_parts([one, two]) == {"a": 0.0, "b": 1.0}
+    task.judges = {"c": 1.0}
+    with pytest.raises(ValueError, match=r"has none of the marks that tell right from wrong: \['c'\]"):
+        task.scores([Answer(question=q, text="") for q in task.held_out("selection", 2)])
+
+
+def test_marks_for_too_few_answers_are_an_error(task: Task) -> None:
+    task.reward = lambda answers: [dict.fromkeys(task.judges, 1.0)]
+    with pytest.raises(ValueError, match="argument 2"):
+        task.scores([Answer(question=q, text="") for q in task.held_out("selection", 2)])
 
 
 @pytest.mark.slow
@@ -192,7 +219,7 @@ def test_questions_are_the_same_in_another_process() -> None:
     ],
 )
 def test_addition_wants_the_bare_number(completion: str, correct: bool) -> None:
-    score = build_task(TaskConfig()).score(Question(prompt="123+45=", answer="168"), completion)
+    score = score_of(build_task(TaskConfig()), Question(prompt="123+45=", answer="168"), completion)
     assert (score.correct, score.reward) == (correct, float(correct))
     assert score.parts == {"exact": float(correct), "unsigned": float(completion in ("168", "+168"))}
 
@@ -356,14 +383,14 @@ def test_strict_and_flexible_readings(completion: str, strict: str | None, flexi
 
 
 def test_gsm8k_is_paid_for_strict_and_logs_flexible() -> None:
-    score = build_task(CONFIGS["gsm8k"]).score(Question(prompt="", answer="42"), "It is 42.")
+    score = score_of(build_task(CONFIGS["gsm8k"]), Question(prompt="", answer="42"), "It is 42.")
     assert (score.reward, score.correct, score.parts) == (0.0, False, {"strict": 0.0, "flexible": 1.0})
 
 
 def test_numbers_are_compared_exactly() -> None:
     task = build_task(CONFIGS["gsm8k"])
-    assert not task.score(Question(prompt="", answer="0.3"), "#### 0.30000000000000001").correct
-    assert task.score(Question(prompt="", answer="1000.50"), "#### 1,000.5").correct
+    assert not score_of(task, Question(prompt="", answer="0.3"), "#### 0.30000000000000001").correct
+    assert score_of(task, Question(prompt="", answer="1000.50"), "#### 1,000.5").correct
 
 
 def test_small_file_is_split_70_15_15() -> None:
@@ -557,7 +584,7 @@ def test_extract_answer(completion: str, lines: int, answer: str) -> None:
 def test_gym_gives_partial_credit_without_calling_it_correct() -> None:
     task = build_task(CONFIGS["gcd"])
     question = next(q for q in task.held_out("selection", 5) if len(q.answer) == 1)
-    score = task.score(question, f"it is {question.answer}")
+    score = score_of(task, question, f"it is {question.answer}")
     assert 0 < score.reward < 1
     assert not score.correct
 

@@ -29,7 +29,8 @@ from trainable.noise import sigma_at
 from trainable.outcome import Outcome, StepReport
 from trainable.policy.policy import block_of, unquantized
 from trainable.seeds import generator
-from trainable.tasks.task import ProceduralTask, Question
+from trainable.tasks.addition import exact_reward
+from trainable.tasks.task import ProceduralTask, Question, each
 from trainable.trial import Trial, run_trial
 
 LINEAR_NOISE = ("noise.modules=[linear]", "noise.sigma_start=0.02", "noise.sigma_end=0.005")
@@ -75,7 +76,7 @@ def checksum(question: Question, text: str) -> float:
 
 
 def with_checksums(trial: Trial) -> Trial:
-    trial.task.rewards["exact"] = checksum
+    trial.task.reward = each(exact=checksum)
     return trial
 
 
@@ -405,7 +406,7 @@ def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tin
         return float(asked.get(question.prompt, 0) % 2)
 
     trial._begin()
-    trial.task.rewards["exact"] = rarely
+    trial.task.reward = each(exact=rarely)
     signals = trial.step().signals
     assert 0 < signals["filter/kept_groups"] < 8
     assert trial.so_far.updates == updates
@@ -416,8 +417,7 @@ def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tin
 def with_checksums_at_end(trial: Trial) -> Trial:
     """Checksums judge evaluations only, so that the samples stay as wrong as they are."""
     held_out = {question.prompt for question in trial.questions}
-    exact = trial.task.rewards["exact"]
-    trial.task.rewards["exact"] = lambda q, text: checksum(q, text) if q.prompt in held_out else exact(q, text)
+    trial.task.reward = each(exact=lambda q, text: (checksum if q.prompt in held_out else exact_reward)(q, text))
     return trial
 
 
@@ -481,7 +481,7 @@ def test_a_reward_function_that_raises_is_a_bug_and_propagates(tiny: Tiny) -> No
     def broken(question: Question, text: str) -> float:
         raise KeyError("a bug")
 
-    trial.task.rewards["exact"] = broken
+    trial.task.reward = each(exact=broken)
     with pytest.raises(KeyError, match="a bug"):
         trial.step()
 
@@ -535,7 +535,7 @@ def test_the_kl_term_pulls_the_policy_back_to_the_reference(tiny: Tiny) -> None:
             *W16A16,
         )
     )
-    trial.task.rewards["exact"] = lambda question, text: 0.0
+    trial.task.reward = each(exact=lambda question, text: 0.0)
     source = generator("displacement")
     with torch.no_grad():
         for parameter in trial.policy.trainable().values():
@@ -611,7 +611,7 @@ def test_what_is_rewarded_is_learned(tiny: Tiny, wanted: int, overrides: tuple[s
     """The same start goes either way, by the reward alone: to answers of one digit, or of two."""
     sizes = ("grpo.steps=12", "grpo.prompts=16", "grpo.group_size=8", "grpo.updates_per_step=4", "eval.every=0")
     trial = Trial(tiny("noise.sigma_start=0", "collapse.mode=off", *sizes, *overrides))
-    trial.task.rewards["exact"] = lambda question, text: float(len(text) == wanted)
+    trial.task.reward = each(exact=lambda question, text: float(len(text) == wanted))
     rewards = [report.signals["grpo/reward"] for report in finish(trial)]
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.25
 
@@ -656,7 +656,7 @@ def test_the_plan_s_workload_runs(plan: Plan) -> None:
     )
     trial = Trial(config)
     assert {block_of(name) for name in trial.policy.quantized} == {1, 2}, "the first and the last block stay at 16 bits"
-    trial.task.rewards["strict"] = even  # a random model is never right
+    trial.task.reward = each(strict=even)  # a random model is never right
     before = weights_of(trial)
     reports = finish(trial)
     outcome = trial.outcome()
@@ -734,7 +734,7 @@ def test_a_row_that_is_too_long_is_left_out_and_counted_where_the_task_says_so(p
     trial = Trial(
         plan(f"task.path={path}", "rollout.max_prompt_tokens=512", "task.too_long=leave_out", "eval.questions=5")
     )
-    trial.task.rewards["strict"] = even
+    trial.task.reward = each(strict=even)
     assert sum(len(part) for part in trial.task.questions.values()) == 39  # type: ignore[attr-defined]
     assert [report.signals["task/too_long"] for report in finish(trial)] == [1.0, 0.0]
 

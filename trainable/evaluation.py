@@ -12,7 +12,7 @@ from trainable.engines.backend import Backend, TorchBackend
 from trainable.engines.engine import Request
 from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, judge
-from trainable.signals import mean
+from trainable.signals import mean_parts
 from trainable.tasks.task import Question, Task
 
 
@@ -23,7 +23,7 @@ class Evaluation:
     correct: tuple[int, ...]
     """Per question, in the fixed order of the split: 1 = right."""
     parts: dict[str, float]
-    """Mean of each of the task's reward functions, e.g. strict and flexible extraction."""
+    """Mean of each of the task's marks, e.g. strict and flexible extraction, over the answers that have it."""
 
     @property
     def accuracy(self) -> float:
@@ -50,5 +50,5 @@ def evaluate(
     scores = [group[0].score for group in judged]
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
-        parts={name: mean([score.parts[name] for score in scores]) for name in task.rewards},
+        parts=mean_parts(scores),
     )

@@ -12,6 +12,7 @@ vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -25,7 +26,7 @@ from trainable.forward.transformer import left_padded
 from trainable.policy.policy import Policy
 from trainable.prompts import is_templated, prompt_text
 from trainable.seeds import generator
-from trainable.tasks.task import FiniteTask, ProceduralTask, Question, Split, Task
+from trainable.tasks.task import Answer, FiniteTask, ProceduralTask, Question, Split, Task
 
 _WORTH_RETIRING = 0.25
 """Share of the rows in work that have ended, from which it pays to copy the cache of the others."""
@@ -185,17 +186,26 @@ def judge(
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Completion]],
 ) -> list[Group]:
-    """Decode and score. A reward function that raises is a bug and propagates."""
+    """Decode and score, all completions at once. What a reward raises propagates."""
     decode: Callable[..., list[str]] = policy.tokenizer.batch_decode
-    texts = iter(decode([c.ids for group in groups for c in group], skip_special_tokens=True))
-    judged = []
-    for question, prompt, group in zip(questions, prompts, groups, strict=True):
-        episodes = []
-        for completion in group:
-            text = next(texts)
-            score = task.score(question, text)
-            episodes.append(
-                Episode(question=question, prompt_ids=tuple(prompt), completion=completion, text=text, score=score)
+    asked = [question for question, group in zip(questions, groups, strict=True) for _ in group]
+    completions = [completion for group in groups for completion in group]
+    texts = decode([completion.ids for completion in completions], skip_special_tokens=True)
+    answers = [
+        Answer(question=question, text=text, ids=completion.ids)
+        for question, text, completion in zip(asked, texts, completions, strict=True)
+    ]
+    rows = iter(zip(answers, completions, task.scores(answers), strict=True))
+    return [
+        tuple(
+            Episode(
+                question=answer.question,
+                prompt_ids=tuple(prompt),
+                completion=completion,
+                text=answer.text,
+                score=score,
             )
-        judged.append(tuple(episodes))
-    return judged
+            for answer, completion, score in islice(rows, len(group))
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+    ]

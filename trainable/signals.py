@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from trainable.episode import FilterOutcome, Group
 from trainable.forward.logps import Batch, ImportanceWeights
 from trainable.metrics import METRICS, REWARD
+from trainable.tasks.task import Score
 
 _N_GRAM = 4  # of the repetition signal
 
@@ -85,7 +86,6 @@ def measure(
     flat = [reward for row in rewards for reward in row]
     inside = batch.mask > 0
     gap = (batch.old_logps - batch.rollout_logps)[inside]
-    parts = sorted({name for e in episodes for name in e.score.parts})
     return Signals(
         sigma=sigma,
         reward=mean(flat),
@@ -107,7 +107,7 @@ def measure(
         weight=correction.mean,
         effective_share=correction.effective_share,
         **({} if update is None else asdict(update)),
-        rewards=tuple((name, mean([e.score.parts[name] for e in episodes])) for name in parts),
+        rewards=tuple(sorted(mean_parts([e.score for e in episodes]).items())),
     )
 
 
@@ -120,6 +120,12 @@ def distinct_share(ids: Sequence[int], n: int) -> float:
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; NaN stays NaN."""
     return sum(values) / len(values)
+
+
+def mean_parts(scores: Sequence[Score]) -> dict[str, float]:
+    """Of every mark, over the answers that have it."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    return {name: mean([score.parts[name] for score in scores if name in score.parts]) for name in names}
 
 
 def _std(row: Sequence[float]) -> float:

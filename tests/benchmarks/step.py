@@ -22,6 +22,7 @@ from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, generate
 from trainable.tasks.table import build_task
+from trainable.tasks.task import Answer
 from trainable.trial import Trial
 
 PLAIN = {"weights": "none", "activations": "none"}
@@ -64,7 +65,8 @@ def _trl_steps() -> list[float]:
     by_prompt = {question.prompt: question for question in questions}
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return [task.score(by_prompt[prompt], text).reward for prompt, text in zip(prompts, completions, strict=True)]
+        rows = zip(prompts, completions, strict=True)
+        return [score.reward for score in task.scores([Answer(question=by_prompt[p], text=text) for p, text in rows])]
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TRLConfig(

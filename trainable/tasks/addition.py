@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from random import Random
 
 from spaces.config import TaskConfig
-from trainable.tasks.task import ProceduralTask, Question, RewardFunction, Split, Task, split_of
+from trainable.tasks.task import RIGHT, ProceduralTask, Question, Split, Task, each, split_of
 
 ADDITION_SHARE = 0.10
 
@@ -49,7 +49,5 @@ def build_addition(config: TaskConfig) -> Task:
         while True:
             yield addition_question(rng, config.digits, split)
 
-    rewards: dict[str, RewardFunction] = {"exact": exact_reward, "unsigned": unsigned_reward}
-    return ProceduralTask(
-        name=config.name, rewards=rewards, weights={"exact": 1.0, "unsigned": 0.0}, judge="exact", draws=draws
-    )
+    reward = each(exact=exact_reward, unsigned=unsigned_reward)
+    return ProceduralTask(name=config.name, reward=reward, weights={"exact": 1.0}, judges={"exact": RIGHT}, draws=draws)

@@ -9,7 +9,7 @@ from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
 from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, strict_number
 from trainable.tasks.gym import open_gym
-from trainable.tasks.task import FiniteTask, ProceduralTask, Question, RewardFunction, Split, Task, split_of
+from trainable.tasks.task import RIGHT, FiniteTask, ProceduralTask, Question, Split, Task, each, split_of
 
 GYM_SHARE = 0.25
 GSM8K_PROMPT = (
@@ -44,9 +44,9 @@ def _build_gsm8k(config: TaskConfig) -> Task:
         "selection": questions(problems.selection),
         "confirm": questions(problems.confirm),
     }
-    rewards: dict[str, RewardFunction] = {"strict": strict_reward, "flexible": flexible_reward}
+    reward = each(strict=strict_reward, flexible=flexible_reward)
     return FiniteTask(
-        name=config.name, rewards=rewards, weights={"strict": 1.0, "flexible": 0.0}, judge="strict", questions=sets
+        name=config.name, reward=reward, weights={"strict": 1.0}, judges={"strict": RIGHT}, questions=sets
     )
 
 
@@ -69,7 +69,7 @@ def _build_gym(config: TaskConfig) -> Task:
         return dataset.score(completion, question.entry)
 
     return ProceduralTask(
-        name=config.name, rewards={"score": score}, weights={"score": 1.0}, judge="score", draws=draws
+        name=config.name, reward=each(score=score), weights={"score": 1.0}, judges={"score": RIGHT}, draws=draws
     )
 
 

@@ -18,6 +18,10 @@ ones). The questions of one list differ from one another as long as the share ha
 in a row brought nothing new it counts as exhausted and its questions repeat in order. A finite data set never repeats:
 more asked than exist is the user's mistake. In both kinds a shorter held-out list is the beginning of a longer one.
 
+A reward marks all answers of a rollout in one call, and gives each its marks by name. Those with a weight make up what
+is learned from; the others are logged; the first of `judges` that has anything to say about an answer tells whether it
+is correct.
+
 Model output is untrusted: garbage is worth 0 and never raises. Our own reward functions are not wrapped: one that
 raises, or returns nan or infinity, is a bug and fails the trial.
 
@@ -71,30 +75,45 @@ def as_text(messages: Sequence[Message]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Example: Answer(question=Question(prompt="12+3=", answer="15"), text="15", ids=(4, 8, 1))"""
+
+    question: Question
+    text: str
+    """Decoded without special tokens."""
+    ids: tuple[int, ...] = ()
+    """Its tokens, the end token among them where it came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """Example: Score(reward=0.0, parts={"strict": 0.0, "flexible": 1.0}, correct=False)"""
 
     reward: float
     """Sum of the weighted parts."""
     parts: Mapping[str, float]
-    """What each reward function said, unweighted."""
+    """Every mark that was given, unweighted."""
     correct: bool
 
 
 RewardFunction = Callable[[Question, str], float]
+"""Marks one answer."""
+Reward = Callable[[Sequence[Answer]], Sequence[Mapping[str, float | None]]]
+"""Marks all of them, in their order; None is a mark that does not apply to an answer."""
+RIGHT = 1 - 1e-9
+"""A mark that is full but for the rounding of a sum."""
 Draws = Callable[[Random, Split], Iterator[Question | None]]
 """Endless random questions of one share; None is a draw that fell into another."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Task(ABC):
-    """A reward function is added by `task.rewards["short"] = f; task.weights["short"] = 0.1`; weight 0 only logs it."""
-
     name: str
-    rewards: dict[str, RewardFunction]
-    weights: dict[str, float]
-    judge: str
-    """The reward function that decides: an answer is correct when it gives 1."""
+    reward: Reward
+    weights: Mapping[str, float]
+    """Of the marks that are learned from."""
+    judges: Mapping[str, float]
+    """Mark -> value from which on an answer is correct; the first of them that was given decides."""
 
     @abstractmethod
     def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
@@ -105,16 +124,22 @@ class Task(ABC):
         """The first `count` questions of a fixed set, the same for every seed and process. `draw`: another list of the
         same share, where questions are endless; a finite set has one list."""
 
-    def score(self, question: Question, completion: str) -> Score:
-        """Raises what a reward function raises, and ValueError when one returns nan or infinity."""
-        parts = {name: float(reward(question, completion)) for name, reward in self.rewards.items()}
+    def scores(self, answers: Sequence[Answer]) -> list[Score]:
+        """Raises what the reward raises, and ValueError for a mark that is nan or infinity, or that judges and is
+        nowhere."""
+        return [self._score(marks, answer) for marks, answer in zip(self.reward(answers), answers, strict=True)]
+
+    def _score(self, marks: Mapping[str, float | None], answer: Answer) -> Score:
+        parts = {name: float(mark) for name, mark in marks.items() if mark is not None}
+        where = answer.question.where or repr(answer.question.prompt[:40])
         for name, value in parts.items():
             if not math.isfinite(value):
-                raise ValueError(
-                    f"reward function {name} of {self.name} must return a finite number, but returned {value}"
-                )
-        reward = sum(self.weights[name] * value for name, value in parts.items())
-        return Score(reward=reward, parts=parts, correct=parts[self.judge] >= 1 - 1e-9)
+                raise ValueError(f"{self.name}: mark {name} of {where} must be a finite number, but is {value}")
+        judge = next((name for name in self.judges if name in parts), None)
+        if judge is None:
+            raise ValueError(f"{self.name}: {where} has none of the marks that tell right from wrong: {[*self.judges]}")
+        reward = sum(weight * parts[name] for name, weight in self.weights.items() if name in parts)
+        return Score(reward=reward, parts=parts, correct=parts[judge] >= self.judges[judge])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,6 +183,15 @@ class FiniteTask(Task):
     def _check_enough(self, split: Split, count: int, key: str) -> None:
         if count > (most := len(self.questions[split])):
             raise ConfigError(f"{key}={count}: {self.name} has {most} questions for {split}; ask for at most {most}")
+
+
+def each(**functions: RewardFunction) -> Reward:
+    """The reward that is made of functions which mark one answer at a time."""
+
+    def reward(answers: Sequence[Answer]) -> list[dict[str, float | None]]:
+        return [{name: mark(answer.question, answer.text) for name, mark in functions.items()} for answer in answers]
+
+    return reward
 
 
 def split_of(text: str, share: float) -> Split:
