@@ -50,7 +50,7 @@ from search.arms import Arm
 from search.proposals import SEARCHERS
 from search.surrogate import Seen, expected
 from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA, SPACES
-from tests.searches import outcome, searcher
+from tests.searches import control, outcome, searcher
 from trainable.hashing import stable_hash
 from trainable.outcome import Ending
 
@@ -198,9 +198,14 @@ Search = Callable[[int, Landscape], Iterator[Run]]
 # --- methods: each yields its trials, in order ------------------------------------------------------------------------
 
 
+def ran(replicates: int) -> Arm:
+    """The control, which the counts of this page leave out."""
+    return replace(control(), results={number: outcome(CONTROL) for number in range(replicates)})
+
+
 def ours(name: str) -> Search:
     def method(trials: int, truth: Landscape) -> Iterator[Run]:
-        search = searcher(known=(), trials=trials, seed=truth.seed, searcher=name)
+        search = searcher(known=[ran(1)], trials=trials + 1, seed=truth.seed, searcher=name)
         for number in range(trials):
             suggestion = search.suggest(f"t{number}")
             if suggestion == Searcher.FINISHED:
@@ -353,7 +358,8 @@ class Tried:
 
 def tried(truth: Landscape, runs: int, replicates: int) -> list[Tried]:
     """By `gp`, so many runs in all."""
-    search = searcher(known=(), trials=runs // replicates, seed=truth.seed, searcher="gp", replicates=replicates)
+    known = [ran(replicates)]
+    search = searcher(known=known, trials=runs // replicates + 1, seed=truth.seed, searcher="gp", replicates=replicates)
     for number in range(runs // replicates * replicates):
         suggestion = search.suggest(f"t{number}")
         assert isinstance(suggestion, dict)
@@ -363,7 +369,7 @@ def tried(truth: Landscape, runs: int, replicates: int) -> list[Tried]:
         how: Ending = "collapsed" if done.collapsed else "completed"
         search.ended[suggestion["arm"], suggestion["replicate"]] = outcome(done.accuracy, how)
         search.on_trial_complete(f"t{number}")
-    return [_tried(truth, arm) for arm in search.arms]
+    return [_tried(truth, arm) for arm in search.arms[1:]]
 
 
 def _tried(truth: Landscape, arm: Arm) -> Tried:
