@@ -56,11 +56,13 @@ def sweep(
     if ablate is not None:
         given.refuse_with_ablate(options)
     study = study_config(options)
-    server = None if submit is None else given.destination(submit, options)
     from search.ablation import ablation
+    from search.evidence import evidence_of
     from search.lineup import fixed_arms, overridden
-    from search.study import evidence_of, run_study
+    from search.store import refuse_taken_name
 
+    refuse_taken_name(study)
+    server = None if submit is None else given.destination(submit, options)
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
         for line in overridden(study):
@@ -78,6 +80,8 @@ def sweep(
         return
     for known in evidence_of(study):
         print(f"the searcher is told: {known.source}")
+    from search.study import run_study
+
     place = Place(name=study.name, store=options.store, tracking_uri=options.tracking_uri)
     _run(study, place, lambda view, progress: run_study(study, view, progress, arms))
 
@@ -294,6 +298,10 @@ def confirm(
     undecided."""
     planned = given.planned_looks(looks)
     study = place.sweep(confirmations=False)
+    if arm is not None:
+        from search.arms import candidate_of, read_arms
+
+        candidate_of(study, read_arms(study), arm)
     from dashboards.live import build_progress, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
@@ -328,12 +336,12 @@ def export(
     ] = None,
 ) -> None:
     """The candidate of a sweep: its configuration, or its model."""
-    study = place.sweep(confirmations=False)
     from search.arms import candidate_of, read_arms
     from search.export import EXPORTS
 
     if to not in (*EXPORTS, "checkpoint"):
         raise ConfigError(f"--to {to}: choose one of {', '.join(EXPORTS)}, checkpoint")
+    study = place.sweep(confirmations=False)
     candidate = candidate_of(study, read_arms(study), arm)
     if to == "checkpoint":
         from dashboards.live import build_progress
@@ -389,12 +397,13 @@ def probe(
 ) -> None:
     """How far two exact forward passes of one model drift apart in each precision: the floor under every log-prob
     comparison."""
-    from dashboards.probe import Row, as_tree, check_plot, conclusion, draw, header, line, measure, plan_probe
+    from dashboards.probe_plan import check_plot, plan_probe
 
     plan = plan_probe(model, dtypes=dtype, tokens=tokens, prompts=prompts, seed=seed)
     if plot is not None:
         check_plot(plot)
     from dashboards.live import build_progress
+    from dashboards.probe import Row, as_tree, conclusion, draw, header, line, measure
     from dashboards.tables import terminal
     from trainable.policy.embedded import ensure_base
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -13,15 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dashboards.tables import COLORS, describe_noise, empty_table, points, say
-from search.execution import TrialEvent, View
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 from trainable.outcome import in_step
+
+if TYPE_CHECKING:
+    from search.execution import TrialEvent, View
 
 _NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
 
 @contextmanager
-def sweep_view(console: Console, runs: int) -> Iterator[View]:
+def sweep_view(console: Console, runs: int) -> Iterator["View"]:
     """Yields the view that a sweep reports to; `runs` is how many trials are to come."""
     if not console.is_terminal:
         yield partial(_plain_line, console, runs, count(1))
@@ -29,7 +31,7 @@ def sweep_view(console: Console, runs: int) -> Iterator[View]:
     events: dict[str, TrialEvent] = {}
     with Live(_table(events, runs), console=console, refresh_per_second=4) as live:
 
-        def view(event: TrialEvent) -> None:
+        def view(event: "TrialEvent") -> None:
             known = events.get(event.trial)  # an evaluation stays visible in the steps after it
             events[event.trial] = replace(event, metrics={**(known.metrics if known else {}), **event.metrics})
             live.update(_table(events, runs))
@@ -37,7 +39,7 @@ def sweep_view(console: Console, runs: int) -> Iterator[View]:
         yield view
 
 
-def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
+def _table(events: "Mapping[str, TrialEvent]", runs: int) -> Table:
     ended = sum(event.status != "running" for event in events.values())
     numbers = ("steps done", "sigma", "reward", "entropy", "gibberish", "accuracy")
     table = empty_table(f"{ended} of {runs} trials ended", ("trial", "noise", "status"), numbers)
@@ -58,7 +60,7 @@ def _table(events: Mapping[str, TrialEvent], runs: int) -> Table:
     return table
 
 
-def _plain_line(console: Console, runs: int, ended: Iterator[int], event: TrialEvent) -> None:
+def _plain_line(console: Console, runs: int, ended: Iterator[int], event: "TrialEvent") -> None:
     """When a trial starts, evaluates or ends; `ended` counts the last."""
     accuracy, steps = points(event.metrics.get(ACCURACY)), event.config.grpo.steps
     if event.status != "running":

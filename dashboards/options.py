@@ -36,12 +36,20 @@ def usable_budget(hours: float | None) -> float | None:
     return hours
 
 
+def usable_gpus(number: float | None) -> float | None:
+    """Raises ConfigError for more than a trial computes on: the rest would be held and idle."""
+    if number is not None and number > 1:
+        raise ConfigError(f"--gpus {number:g}: a trial computes on one GPU; give 0, 1, or a fraction such as 0.5")
+    return number
+
+
 Budget = Annotated[
     float | None, typer.Option(callback=usable_budget, help="Trial-slot hours (GPU hours) after which all is stopped.")
 ]
 Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
 Gpus = Annotated[
-    float | None, typer.Option(min=0, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's.")
+    float | None,
+    typer.Option(min=0, callback=usable_gpus, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's."),
 ]
 Store = Annotated[
     str,
@@ -186,6 +194,7 @@ def refuse_scheduler(name: str | None) -> None:
 
 def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
+    from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
     from search.store import (
         ObjectiveName,
@@ -223,9 +232,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     for objective in options.objectives or []:
         _known("--objective", objective, get_args(ObjectiveName))
     usable_budget(options.budget)
+    usable_gpus(options.gpus)
     store = absolute_store(options.store)
-
-    from search.lineup import fixed_arms  # a second, and the last imports without torch and ray
 
     same = {
         field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields
@@ -264,13 +272,18 @@ def destination(address: str, options: SweepOptions, *, begun: bool = False) -> 
 
     `begun`: the sweep lies in the store. Raises ConfigError.
     """
+    if options.address is not None:
+        raise ConfigError("--address: --submit names the cluster already; leave --address out")
+    if not address.startswith(("http://", "https://")):
+        shown = address.rpartition("@")[2]  # without a password
+        raise ConfigError(
+            f"--submit {shown}: give the address of the cluster's dashboard, for example http://HEAD:8265"
+        )
     from search.submission import check_paths, check_places, check_space_paths, job_server
     from spaces.library import read_space
     from spaces.paths import home
     from spaces.reading import load_yaml, parse_overrides
 
-    if options.address is not None:
-        raise ConfigError("--address: --submit names the cluster already; leave --address out")
     server = job_server(address)
     if server.on_this_machine:
         return server
@@ -330,10 +343,10 @@ def planned_looks(text: str | None) -> tuple[int, ...] | None:
     """Of a confirmation. Raises ConfigError."""
     if text is None:
         return None
-    from search.sequential import SequentialRule
+    from search.replicates import check_looks
 
     try:
-        return SequentialRule(looks=numbers("--looks", text)).looks
+        return check_looks(numbers("--looks", text))
     except ConfigError as error:
         raise ConfigError(f"--{str(error).removeprefix('--')}") from None
 

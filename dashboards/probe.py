@@ -16,7 +16,6 @@ threads.
 NaN rule: what is not finite is shown as it is, and is null in JSON.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,10 +24,9 @@ from typing import Any, get_args
 
 import torch
 
+from dashboards.probe_plan import DTYPES, Plan, parts
 from dashboards.tables import fields_of, finite
-from spaces.config import MODES, ConfigError, ModelConfig, ScaleRule, TrialConfig
-from spaces.reading import merge, read_config
-from spaces.workloads import WORKLOADS
+from spaces.config import MODES, ConfigError, ScaleRule
 from trainable.engines.engine import Request
 from trainable.engines.gate import FLOOR_FACTOR
 from trainable.floor import APART, Floor, eager_logps, first_blocks, floor_of
@@ -40,29 +38,10 @@ from trainable.rollout import encode_prompts, generate, judge
 from trainable.tasks.table import build_task
 from trainable.tasks.task import Question, Task
 
-DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["dtype"].annotation)
 GROUP_SIZE = 2
 """Completions of a prompt; few, because a flip in the prompt is in all of them."""
-PROMPTS, TOKENS = 8, 16
-"""Of a text model. The embedded one gets as many prompts as there may be, being quick, and is as long as its workload
-says."""
-MOST_PROMPTS, MOST_TOKENS = 64, 1024
 LEAST_DRAWN = 1e-16
 """A KL of 0 on a logarithmic axis."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is to be measured."""
-
-    model: str
-    config: TrialConfig
-    """Of the workload: task, temperature, layers that stay at 16 bits."""
-    dtypes: tuple[str, ...]
-    lengths: tuple[int, ...]
-    """Tokens of a completion, ascending; the last one is sampled."""
-    prompts: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,45 +68,6 @@ class Row:
 
 
 # --- options -> plan -> rows ------------------------------------------------------------------------------------------
-
-
-def plan_probe(
-    model: str, *, dtypes: str, tokens: int | None = None, prompts: int | None = None, seed: int = 0
-) -> Plan:
-    """Raises ConfigError."""
-    given = {name.strip() for name in dtypes.split(",") if name.strip()}
-    names = tuple(name for name in DTYPES if name in given)
-    if not names or given - set(DTYPES):
-        raise ConfigError(f"--dtype {dtypes}: choose {', '.join(DTYPES)}, or both with a comma between them")
-    for option, value, least, most in (("--prompts", prompts, 1, MOST_PROMPTS), ("--tokens", tokens, 1, MOST_TOKENS)):
-        if value is not None and not least <= value <= most:
-            raise ConfigError(f"{option} {value}: out of range; give {least} to {most}")
-    if seed < 0:
-        raise ConfigError(f"--seed {seed}: out of range; give 0 or more")
-    config = _config(model, names[0])
-    many, longest = (PROMPTS, TOKENS) if config.model.recipe is None else (MOST_PROMPTS, config.rollout.max_new_tokens)
-    return Plan(
-        model=model, config=config, dtypes=names, lengths=_parts(tokens or longest), prompts=prompts or many, seed=seed
-    )
-
-
-def _config(model: str, dtype: str) -> TrialConfig:
-    """A workload, or a folder with the task of a text model."""
-    changes: dict[str, Any] = {"model": {"dtype": dtype}, "quant": MODES["W4A4"]}
-    if model in WORKLOADS:
-        return read_config(merge(WORKLOADS[model].settings, changes), origin=model)
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"MODEL={model}: unknown; choose one of {', '.join(WORKLOADS)}, or give a folder with a transformers model"
-        )
-    changes["model"]["name"] = str(folder.absolute())
-    return read_config(merge(WORKLOADS["smollm2-135m"].settings, changes), origin=model)
-
-
-def _parts(whole: int) -> tuple[int, ...]:
-    """A quarter, half and all of it, as far as they differ."""
-    return tuple(sorted({max(1, whole // 4), max(1, whole // 2), whole}))
 
 
 def measure(plan: Plan) -> Iterator[tuple[Row, ...]]:
@@ -180,7 +120,7 @@ def cast(policy: Policy, dtype: torch.dtype) -> None:
 def settings(depth: int) -> list[tuple[str, str, int]]:
     """Mode, scale rule, blocks: every mode at every depth under OCP's rule, then the other rules."""
     others = [("W4A4", rule, depth) for rule in get_args(ScaleRule) if rule != "floor"]
-    return [(mode, "floor", blocks) for mode in reversed(MODES) for blocks in _parts(depth)] + others
+    return [(mode, "floor", blocks) for mode in reversed(MODES) for blocks in parts(depth)] + others
 
 
 def _prompts(plan: Plan, policy: Policy, questions: Sequence[Question]) -> list[list[int]]:
@@ -326,16 +266,6 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 # --- rows -> figure ---------------------------------------------------------------------------------------------------
-
-
-def check_plot(path: Path) -> None:
-    """Whether the figure can be drawn, before anything is measured. Raises ConfigError."""
-    if path.suffix != ".png":
-        raise ConfigError(f"--plot {path}: is drawn as PNG; give a name that ends with .png")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--plot {path}: no folder {path.absolute().parent}; give a file in a folder that exists")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"--plot {path}: needs matplotlib; run: pip install 'matplotlib>=3.10', or use --json")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -14,7 +14,7 @@ from search.finding import Finding
 from search.importance import Importance
 from search.lineup import overridden
 from search.plan import StudyPlan, recorded_collapse
-from search.power import MIN_REPLICATES
+from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.reading import as_tree as config_tree

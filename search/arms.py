@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
-from search.statistics import Replicate
+from search.replicates import Replicate
 from search.store import StudyConfig
-from search.surrogate import Seen, expected
 from spaces.config import ConfigError, Record, TrialConfig
 from spaces.errors import NoCandidate
 from spaces.reading import as_tree, flatten, read_config
@@ -263,6 +262,8 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
 def _promises(study: StudyConfig, arms: Sequence[Arm]) -> dict[str, float]:
     """What another run of each arm would gain on its control, by all that has been run: a collapsed one is worth
     nothing, so it loses what the control has."""
+    from search.surrogate import Seen, expected  # numpy and scipy: who reads arms without choosing does without
+
     seen, levels = {}, {}
     for arm in arms:
         control = control_for(arm, arms)

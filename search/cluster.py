@@ -40,14 +40,10 @@ def resources(workload: Workload, cpus: int | None = None, gpus: float | None = 
     one node.
 
     `gpus` may be a fraction: 0.5 puts two trials on a GPU (their memory is not fenced off from each other). A trial
-    computes on one GPU, so more than one is refused: the rest would be held and idle. Raises ConfigError.
+    computes on one GPU.
     """
     cpus = workload.trial_cpus if cpus is None else cpus
     gpus = workload.trial_gpus if gpus is None else gpus
-    if cpus < 1:
-        raise ConfigError(f"--cpus {cpus}: a trial needs at least one CPU")
-    if not 0 <= gpus <= 1:
-        raise ConfigError(f"--gpus {gpus:g}: a trial computes on one GPU; give 0, 1, or a fraction such as 0.5")
     return tune.PlacementGroupFactory([{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})}])
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.finding import Finding, find, lowest_collapsed
-from search.power import MIN_REPLICATES
+from search.replicates import MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import ArmComparison, Comparison, compare_arms

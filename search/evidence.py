@@ -10,15 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from search.arms import Arm
+from search.arms import Arm, read_arms
 from search.coordinates import Params
+from search.lineup import base_tree
 from search.objectives import Told, told
-from search.proposals import Known
-from search.store import EVIDENCE_FILE, StudyConfig
+from search.store import EVIDENCE_FILE, StudyConfig, load_study_config
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
 from spaces.points import POINTS
 from spaces.reading import as_tree, flatten, merge, read_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """All that a proposal may depend on."""
+
+    space: Space
+    objectives: tuple[str, ...]
+    """Names of `OBJECTIVES`."""
+    seed: int
+    number: int
+    """Configurations that were proposed before this one."""
+    told: tuple[Told, ...] = ()
+    """In the order in which they were proposed, whatever the order in which they ended."""
+    running: tuple[Params, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +80,22 @@ def read_evidence(study: StudyConfig) -> list[Evidence]:
         raise ConfigError(
             f"{study.folder.uri}/{EVIDENCE_FILE}: is damaged (not the JSON of evidence); restore it from a backup"
         ) from None
+
+
+def evidence_of(config: StudyConfig) -> list[Evidence]:
+    """What the searcher is told beforehand: recorded collapses of the plan, results of an earlier sweep. Raises
+    ConfigError."""
+    base = base_tree(config)
+    evidence = evidence_from_points(config.evidence, config.space, base)
+    if config.warm_start:
+        earlier = load_study_config(config.store, config.warm_start)
+        if earlier.kind == "confirm":
+            raise ConfigError(
+                f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
+            )
+        arms = read_arms(earlier)
+        evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
+    return evidence
 
 
 # Sigma is not comparable between these: another value of theirs is another question.

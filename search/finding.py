@@ -35,7 +35,8 @@ from typing import Literal
 from scipy import special
 
 from search.power import MAX_REPLICATES
-from search.statistics import Comparison, Replicate
+from search.replicates import Replicate
+from search.statistics import Comparison
 
 FindingVerdict = Literal["better", "better where it holds", "same", "same where it holds", "worse", "undecided"]
 LEVEL = 0.05

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from scipy import optimize, special
 
-MIN_REPLICATES = 3
-"""Fewer say nothing about their own spread."""
+from search.replicates import MIN_REPLICATES
+
 MAX_REPLICATES = 10_000
 """Where the search for a number of replicates ends: nobody trains more."""
 SURELY = 6

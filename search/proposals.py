@@ -20,7 +20,6 @@ Non-finite values are not told at all: such a trial is failed.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice, product
 from statistics import median
 from typing import Any
@@ -29,7 +28,8 @@ import numpy as np
 import optuna
 
 from search.coordinates import Coordinate, Params, Point, coordinates, decode, encode
-from search.objectives import OBJECTIVES, Told
+from search.evidence import Known
+from search.objectives import OBJECTIVES
 from search.smooth_gp import SmoothGP
 from spaces.library import Float, Int, Space
 from trainable.hashing import stable_hash
@@ -41,21 +41,6 @@ GRID_LEVELS = 5
 _MODEL_DRAWS = 3  # a model that proposes what was run already is asked again this often; then chance decides
 _RANDOM_DRAWS = 100
 _CHUNK = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """All that a method may use."""
-
-    space: Space
-    objectives: tuple[str, ...]
-    """Names of `OBJECTIVES`."""
-    seed: int
-    number: int
-    """Configurations that were proposed before this one."""
-    told: tuple[Told, ...] = ()
-    """In the order in which they were proposed, whatever the order in which they ended."""
-    running: tuple[Params, ...] = ()
 
 
 Proposer = Callable[[Known], Iterator[Params]]

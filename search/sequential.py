@@ -14,13 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from search.power import MIN_REPLICATES
+from search.replicates import MIN_REPLICATES, check_looks
 from search.statistics import Comparison, compare_pairs, pair
 from spaces.errors import ConfigError
 
@@ -41,9 +40,7 @@ class SequentialRule:
     """Two-sided, over all looks."""
 
     def __post_init__(self) -> None:
-        if not self.looks or self.looks[0] < MIN_REPLICATES or any(b <= a for a, b in pairwise(self.looks)):
-            given, remedy = ",".join(map(str, self.looks)), f"from {MIN_REPLICATES} on, such as 5,8,12,16,20"
-            raise ConfigError(f"looks {given}: name growing numbers of replicates {remedy}")
+        check_looks(self.looks)
         if not 0 < self.level <= 0.5:
             raise ConfigError(f"level {self.level}: an error level is a share between 0 and 0.5, such as 0.05")
 

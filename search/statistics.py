@@ -42,7 +42,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from search.power import MIN_REPLICATES, half_width, level_of, replicates_to_decide
+from search.power import half_width, level_of, replicates_to_decide
+from search.replicates import MIN_REPLICATES, Replicate
 
 Array = NDArray[np.float64]
 Verdict = Literal["better", "worse", "same", "undecided"]
@@ -172,18 +173,6 @@ def compare_pairs(pairs: Pairs, *, margin: float, level: float, later_level: flo
         errors += _copies(spread, pairs, pairs.questions)
     se, df = max(errors, key=lambda error: half_width(error[0], error[1], level or 0.05))
     return _judge(replace(seen, sd=spread, se=se, df=df) if se > 0 else seen, later_level)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replicate:
-    """Example: Replicate(seed=3, accuracy=0.71, collapsed=True)."""
-
-    seed: int
-    accuracy: float
-    """Share of the questions that the clean model answers right: at the end, or at the stop of a collapsed run."""
-    collapsed: bool
-    correct: tuple[bool, ...] | None = None
-    """Answer by answer, where they were kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

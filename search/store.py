@@ -95,7 +95,7 @@ class StudyConfig(BaseModel):
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: float | None = Field(None, ge=0, le=1)
     """GPUs of one trial, fractions allowed; null = the workload's."""
     budget_hours: float | None = Field(None, gt=0)
     """Trial-slot hours (GPU hours where trials have GPUs) after which everything is stopped; null = no limit."""
@@ -176,6 +176,15 @@ def absolute_store(store: str) -> str:
             "choose a folder without %, ? and # in its path"
         )
     return place
+
+
+def refuse_taken_name(config: StudyConfig) -> None:
+    """Raises ConfigError where a sweep of that name lies already."""
+    if STUDY_FILE in config.folder.names():
+        raise ConfigError(
+            f"--name {config.name}: {config.folder.uri} exists already; go on with it by: "
+            f"rin resume {config.name}, or choose another name"
+        )
 
 
 def save_study_config(config: StudyConfig) -> None:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 from search.arms import Arm, Candidate, candidate_of, read_arms, trial_folder, unfinished, write_arm
 from search.budget import Budget
-from search.evidence import Evidence, evidence_from_arms, evidence_from_points, write_evidence
+from search.evidence import Evidence, evidence_of, write_evidence
 from search.execution import View, run_trials, sweep_ray
 from search.export import to_yaml
 from search.interruption import Interruption, interruptible
-from search.lineup import base_tree, fixed_arms
+from search.lineup import fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
 from search.preflight import build_once, check_sources
@@ -35,8 +35,8 @@ from search.store import (
     STUDY_FILE,
     StudyConfig,
     check_writable,
-    load_study_config,
     only_driver,
+    refuse_taken_name,
     save_study_config,
 )
 from search.tracking import Tracker
@@ -89,11 +89,7 @@ def _checked(
 ) -> tuple[Sequence[Arm], Sequence[Evidence]]:
     """What it begins with. Raises ConfigError."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
-    if STUDY_FILE in config.folder.names():
-        raise ConfigError(
-            f"--name {config.name}: {config.folder.uri} exists already; go on with it by: "
-            f"rin resume {config.name}, or choose another name"
-        )
+    refuse_taken_name(config)
     evidence = evidence_of(config)
     check_writable(config.store)
     check_sources(config, arms)
@@ -175,19 +171,3 @@ def _save_candidate(config: StudyConfig, arms: Sequence[Arm]) -> Candidate | Non
         return None
     config.folder.write(BEST_FILE, to_yaml(candidate))
     return candidate
-
-
-def evidence_of(config: StudyConfig) -> list[Evidence]:
-    """What the searcher is told beforehand: recorded collapses of the plan, results of an earlier sweep. Raises
-    ConfigError."""
-    base = base_tree(config)
-    evidence = evidence_from_points(config.evidence, config.space, base)
-    if config.warm_start:
-        earlier = load_study_config(config.store, config.warm_start)
-        if earlier.kind == "confirm":
-            raise ConfigError(
-                f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
-            )
-        arms = read_arms(earlier)
-        evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
-    return evidence

@@ -122,12 +122,8 @@ class Submission:
 
 
 def job_server(address: str) -> JobServer:
-    """The cluster at exactly this address. Raises ConfigError."""
+    """The cluster at exactly this address, http://HOST:PORT. Raises ConfigError."""
     refuse_secrets([address])
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"--submit {address}: give the address of the cluster's dashboard, for example http://HEAD:8265"
-        )
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         if os.environ.get(variable, address) != address:
             raise ConfigError(

@@ -63,15 +63,6 @@ def test_a_trial_takes_what_its_workload_names_unless_told_otherwise(
     assert request.head_cpus == bundle["CPU"]
 
 
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "said"),
-    [(0, None, "--cpus 0"), (None, -0.5, "--gpus -0.5"), (None, 2, "--gpus 2"), (1, 1.5, "--gpus 1.5")],
-)
-def test_what_a_trial_cannot_use_is_refused(cpus: int | None, gpus: float | None, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        resources(WORKLOADS["tiny"], cpus, gpus)
-
-
 def node(alive: bool = True, **offers: float) -> dict[str, Any]:
     return {"Alive": alive, "Resources": offers}
 

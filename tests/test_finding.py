@@ -6,8 +6,9 @@ import pytest
 from scipy import stats
 
 from search.finding import Finding, find, lowest_collapsed, risk_bound
+from search.replicates import Replicate
 from search.sequential import CONFIRM, sequential_compare
-from search.statistics import Comparison, Replicate, compare, compare_arms
+from search.statistics import Comparison, compare, compare_arms
 
 
 def runs(accuracies: list[float], collapsed: tuple[int, ...] = ()) -> list[Replicate]:

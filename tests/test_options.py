@@ -354,42 +354,71 @@ def test_options_import_nothing_heavy() -> None:
 
 
 EARLY = """
-import sys
-from dashboards.options import Place, SweepOptions, planned_looks, study_config, usable_budget
+import sys, typer
+from contextlib import redirect_stderr
+from dashboards.cli import app
 from spaces.errors import ConfigError
 
-for wrong in [
-    lambda: study_config(SweepOptions(overrides=["noise.sigma_strat=0.1"])),
-    lambda: study_config(SweepOptions(points="e99")),
-    lambda: study_config(SweepOptions(overrides=["noise.num_stages=2", "noise.schedule=log"])),
-    lambda: study_config(SweepOptions(points="missing.yaml")),
-    lambda: study_config(SweepOptions(searcher="magic")),
-    lambda: study_config(SweepOptions(objectives=["fun"])),
-    lambda: study_config(SweepOptions(budget=float("nan"))),
-    lambda: usable_budget(-1.0),
-    lambda: planned_looks("five"),
-    lambda: planned_looks("8,5"),
-    lambda: Place(name="s", store="/nowhere").sweep(),
-]:
+command = typer.main.get_command(app)
+for words in open(sys.argv[1]).read().splitlines():
     try:
-        wrong()
-    except ConfigError as error:
-        print(error, [m for m in ("torch", "ray", "mlflow", "optuna") if m in sys.modules])
+        with redirect_stderr(None):
+            command(words.split(), standalone_mode=False)
+        said = "nothing"
+    except (ConfigError, typer._click.exceptions.UsageError) as error:
+        said = str(error)
+    print(said, [m for m in ("torch", "ray", "mlflow", "optuna", "numpy", "scipy", "pyarrow") if m in sys.modules])
 """
+MISTAKES = {
+    "sweep --set noise.sigma_strat=0.1": "config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start?",
+    "sweep --set noise.num_stages=2 --set noise.schedule=log": "--set noise.schedule=log: does nothing here",
+    "sweep nowhere": "SPACE=nowhere: unknown",
+    "sweep --workload big": "--workload big: unknown",
+    "sweep --points e99": "--points e99: unknown point",
+    "sweep --points missing.yaml": "missing.yaml: cannot be read",
+    "sweep --points e12 --trials 1": "--trials 1: the control and the points are 3",
+    "sweep --evidence e99": "--evidence e99: the plan recorded no collapse of it",
+    "sweep --warm-start before": "NAME=before: no sweep of that name",
+    "sweep --searcher magic": "--searcher magic: unknown",
+    "sweep --objective fun": "--objective fun: unknown",
+    "sweep --budget nan": "--budget nan: nothing could run",
+    "sweep --gpus 2": "--gpus 2: a trial computes on one GPU",
+    "sweep --name ../x": "--name ../x: use letters",
+    "sweep --name there": "--name there: ",
+    "sweep --store s3://b/r": "--store s3://b/r: a database cannot lie there",
+    "sweep --ablate x": "NAME=x: no sweep of that name",
+    "sweep --submit me:secret@head:8265": "--submit head:8265: give the address of the cluster's dashboard",
+    "plan --searcher magic": "--searcher magic: unknown",
+    "plan --gpus 1.5": "--gpus 1.5: a trial computes on one GPU",
+    "resume --gpus 2": "--gpus 2: a trial computes on one GPU",
+    "resume x": "NAME=x: no sweep of that name",
+    "status x": "NAME=x: no sweep of that name",
+    "report x": "NAME=x: no sweep of that name",
+    "confirm --looks five": "--looks five: give whole numbers",
+    "confirm --looks 8,5": "--looks 8,5: name growing numbers",
+    "confirm --budget -1": "--budget -1: nothing could run",
+    "confirm there --arm x": "--arm x: no such arm in there",
+    "export --to paper": "--to paper: choose one of yaml",
+    "export there --arm x": "--arm x: no such arm in there",
+    "ui x": "NAME=x: no sweep of that name",
+    "list --store /nowhere": "--store /nowhere: there is no such folder",
+    "trial e99": "POINT=e99: unknown",
+    "trial control --set seed=x": "control: seed=x",
+    "probe nowhere": "MODEL=nowhere: unknown",
+    "probe tiny --dtype float8": "--dtype float8: choose",
+    "probe tiny --plot x.jpg": "--plot x.jpg: is drawn as PNG",
+}
 
 
 @pytest.mark.slow
-def test_a_mistake_in_an_option_is_told_before_the_slow_imports() -> None:
-    said = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, check=True).stdout.splitlines()
-    begins = [
-        *("config: unknown key noise.sigma_strat=0.1; did you mean noise.sigma_start?", "--points e99: unknown point"),
-        "--set noise.schedule=log: does nothing here",
-        *("missing.yaml: cannot be read", "--searcher magic: unknown", "--objective fun: unknown"),
-        *("--budget nan: nothing could run", "--budget -1: nothing could run", "--looks five: give whole numbers"),
-        *("--looks 8,5: name growing numbers", "--store /nowhere: there is no such folder"),
-    ]
-    assert [(line, begin) for line, begin in zip(said, begins, strict=True) if not line.startswith(begin)] == []
-    assert all(line.endswith(" []") for line in said)
+def test_a_mistake_in_an_option_is_told_before_the_slow_imports(tmp_path: Path) -> None:
+    save_study_config(study(tmp_path / "runs", name="there"))
+    (tmp_path / "words").write_text("\n".join(MISTAKES))
+    command = [sys.executable, "-c", EARLY, "words"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    told = dict(zip(MISTAKES, done.stdout.splitlines(), strict=True))
+    assert {words: line for words, line in told.items() if not line.startswith(MISTAKES[words])} == {}
+    assert {words: line for words, line in told.items() if not line.endswith(" []")} == {}
 
 
 def test_commands_about_a_sweep_take_the_newest_without_a_name(

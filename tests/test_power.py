@@ -7,7 +7,8 @@ import pytest
 from scipy import integrate, stats
 from statsmodels.stats.power import TTestPower
 
-from search.power import MIN_REPLICATES, detectable_difference, replicates_to_decide
+from search.power import detectable_difference, replicates_to_decide
+from search.replicates import MIN_REPLICATES
 
 
 @pytest.mark.parametrize("replicates", [3, 5, 8, 40])

@@ -13,22 +13,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dashboards import cli
-from dashboards.probe import (
-    DTYPES,
-    GROUP_SIZE,
-    Plan,
-    Row,
-    as_tree,
-    cast,
-    check_plot,
-    conclusion,
-    draw,
-    header,
-    line,
-    measure,
-    plan_probe,
-    settings,
-)
+from dashboards.probe import GROUP_SIZE, Row, as_tree, cast, conclusion, draw, header, line, measure, settings
+from dashboards.probe_plan import DTYPES, Plan, check_plot, plan_probe
 from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, byte_tokenizer

@@ -18,8 +18,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
-from search.power import MIN_REPLICATES
-from search.statistics import Comparison, Replicate, adjust, compare, compare_arms
+from search.replicates import MIN_REPLICATES, Replicate
+from search.statistics import Comparison, adjust, compare, compare_arms
 
 
 def arms(seed: int, replicates: int) -> tuple[list[float], list[float]]:

@@ -26,8 +26,9 @@ from scipy import special, stats
 from statsmodels.stats.power import TTestPower
 
 from search.finding import Finding, find, lowest_collapsed, risk_bound
+from search.replicates import Replicate
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
-from search.statistics import Comparison, Replicate, adjust, compare, compare_arms
+from search.statistics import Comparison, adjust, compare, compare_arms
 from search.tolerance import NoisyRun, boundaries
 
 DOCS = Path(__file__).parents[2] / "docs"

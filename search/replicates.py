@@ -1,0 +1,33 @@
+"""What a comparison is made of: replicates, how few say nothing, and after how many it looks.
+
+Light on purpose: options are checked, and sweeps listed, without numpy and scipy, which only judging needs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from spaces.errors import ConfigError
+
+MIN_REPLICATES = 3
+"""Fewer say nothing about their own spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicate:
+    """Example: Replicate(seed=3, accuracy=0.71, collapsed=True)."""
+
+    seed: int
+    accuracy: float
+    """Share of the questions that the clean model answers right: at the end, or at the stop of a collapsed run."""
+    collapsed: bool
+    correct: tuple[bool, ...] | None = None
+    """Answer by answer, where they were kept."""
+
+
+def check_looks(looks: Sequence[int]) -> tuple[int, ...]:
+    """Replicates per arm at each planned look. Raises ConfigError."""
+    if not looks or looks[0] < MIN_REPLICATES or any(b <= a for a, b in pairwise(looks)):
+        given, remedy = ",".join(map(str, looks)), f"from {MIN_REPLICATES} on, such as 5,8,12,16,20"
+        raise ConfigError(f"looks {given}: name growing numbers of replicates {remedy}")
+    return tuple(looks)
