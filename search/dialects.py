@@ -242,7 +242,10 @@ def _fork_targets(c: TrialConfig, value: Any) -> Said | None:
     return Said(options={f"{_NOISE}.target_modules": [*blocks, *final] if blocks else []})
 
 
-def _fork_modules(c: TrialConfig, value: Any) -> Said:
+def _fork_modules(c: TrialConfig, value: Any) -> Said | None:
+    """It knows norms by their names, and those of queries or behind attention by none."""
+    if {"qk_norm", "post_norm"} & {*c.noise.modules}:
+        return None
     norms = [] if c.noise.final_norm else ["model.norm"]
     doubled = _lora(c) and "linear" in c.noise.modules
     return Said(

@@ -36,7 +36,7 @@ ScaleRule = Literal["floor", "even", "rceil", "ceil"]
 Schedule = Literal["qerl_code", "qerl_paper", "linear", "cosine", "log", "constant"]
 Zone = Literal["first", "early_mid", "middle", "late_mid", "last"]
 Backward = Literal["dequantized", "high_precision"]
-Module = Literal["rmsnorm", "linear"]
+Module = Literal["rmsnorm", "qk_norm", "post_norm", "linear"]
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
 Correction = Literal["none", "token", "sequence"]
@@ -284,10 +284,11 @@ class NoiseConfig(Record):
     schedule: Schedule = "qerl_code"
     """Shape of the decay over stages."""
     modules: Annotated[tuple[Module, ...], BeforeValidator(_one_or_many)] = Field(("rmsnorm",), min_length=1)
-    """`rmsnorm`: the RMSNorms of the chosen layers that read or write the residual stream (input, post-attention, ...);
-    `linear`: every projection of them."""
+    """Of the chosen layers, by what a module is: `rmsnorm`: the RMSNorms in front of attention and MLP; `post_norm`:
+    those behind them (Gemma 2, OLMo 2, GLM-4); `qk_norm`: those of queries and keys (Qwen3); `linear`: every
+    projection."""
     final_norm: Flag = False
-    """Also the norm before the head (QeRL leaves it alone); needs rmsnorm in modules."""
+    """Also the norm before the head (QeRL leaves it alone); needs a kind of norm in modules."""
     layers: Annotated[Literal["all"] | Zone | tuple[Whole, ...], BeforeValidator(_layers)] = "all"
     """`all`, a zone name, or explicit block indices."""
     layer_multipliers: tuple[Number, ...] = ()
@@ -323,10 +324,10 @@ class NoiseConfig(Record):
             raise ValueError(f"zones names a zone twice: {[z.zone for z in self.zones]}; keep one entry per zone")
         if self.zones and self.sigma_start == 0:
             raise ValueError("zones has no use with sigma_start=0 (the control); remove zones or raise sigma_start")
-        if self.final_norm and "rmsnorm" not in self.modules:
+        if self.final_norm and self.modules == ("linear",):
             raise ValueError(
-                f"final_norm=true needs rmsnorm in modules, but got {list(self.modules)}; "
-                "add it or set final_norm=false"
+                f"final_norm=true needs a kind of norm in modules, but got {list(self.modules)}; "
+                "add one or set final_norm=false"
             )
         if self.placement == "after" and "linear" not in self.modules:
             raise ValueError(

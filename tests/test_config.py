@@ -319,7 +319,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["quant.scale_rule=round"], ["quant.scale_rule=round", "'floor', 'even', 'rceil' or 'ceil'"]),
     (["quant.weights=int4"], ["quant.weights=int4", "'mxfp4'"]),
     (["noise.modules=[]"], ["noise.modules=[]", "at least 1"]),
-    (["noise.modules=norms"], ["noise.modules.0=norms", "'rmsnorm' or 'linear'"]),
+    (["noise.modules=norms"], ["noise.modules.0=norms", "'rmsnorm', 'qk_norm', 'post_norm' or 'linear'"]),
     (["noise.modules=[linear, linear]"], ["noise.modules", "twice", "['linear', 'linear']", "keep one"]),
     (["noise.layers=[]"], ["noise.layers", "[]", "block indices"]),
     (["noise.layers=[-1]"], ["noise.layers", "[-1]", ">= 0"]),
@@ -355,7 +355,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["noise.modules=linear", "noise.final_norm=true"],
-        ["noise", "final_norm=true", "['linear']", "set final_norm=false"],
+        ["noise", "final_norm=true", "a kind of norm", "['linear']", "set final_norm=false"],
     ),
     (["noise.placement=after"], ["noise", "placement=after", "add linear", "set placement=before"]),
     (["noise.scale=step"], ["noise", "scale=step", "['rmsnorm']", "set scale=rms"]),

@@ -134,6 +134,13 @@ def value_of(config: TrialConfig, key: str) -> Any:
     return value
 
 
+@pytest.mark.parametrize("word", ["qk_norm", "post_norm"])
+def test_a_system_that_knows_norms_by_name_has_no_key_for_those_of_queries_or_behind_attention(word: str) -> None:
+    config = configured(f"noise.modules=[{word}]")
+    said = {system: ROWS["noise.modules"].cell(system)(config, (word,)) for system in SYSTEMS}
+    assert {system for system, one in said.items() if one is not None} == {"trl"}
+
+
 def test_every_setting_has_its_row() -> None:
     assert set(ROWS) == set(keys())
 

@@ -448,7 +448,10 @@ def test_a_folder_that_somebody_quantised_is_refused_before_it_is_loaded(
         load_policy(ModelConfig(name=str(folder)), W4A4, seed=0)
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("bloom", {}), ("gpt_oss", {"num_local_experts": 4, "head_dim": 16})])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("bloom", {}), ("gpt_oss", {"num_local_experts": 4, "head_dim": 16, "num_key_value_heads": 2})],
+)
 def test_an_architecture_without_fused_attention_is_told_to_take_the_eager_one(
     tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:

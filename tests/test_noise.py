@@ -305,6 +305,10 @@ def zone(name: Any, start: float = 0.02, end: float = 0.01) -> dict[str, Any]:
 
 
 NOTHING: list[tuple[dict[str, Any], list[str]]] = [
+    *(
+        ({"modules": [word]}, [f"noise.modules={word}", "nothing", "set noise.modules to rmsnorm or linear"])
+        for word in ("qk_norm", "post_norm")
+    ),
     ({"layers": [0, 4]}, ["noise.layers=4", "0 to 3"]),
     ({"layer_multipliers": [0, 0]}, ["noise.layer_multipliers", "nothing"]),
     ({"layers": 0, "layer_multipliers": [0, 1, 1, 1]}, ["noise.layer_multipliers", "nothing"]),

@@ -342,7 +342,7 @@ def test_the_keys_of_a_step_line_and_of_the_outcome_are_fixed(tiny: Tiny) -> Non
     sums = receipt["coverage"]
     assert sums["weights"] == sums["quantized"] + sums["excluded"] + sums["left"] > 0
     assert (sums["excluded"], sums["left"], receipt["adapted"]) == (0, 0, [])
-    assert receipt["norms"] == {"rmsnorm, gain w, residual": 4, "rmsnorm, gain w, final": 1}
+    assert receipt["norms"] == {"rmsnorm, gain w, pre_norm": 4, "rmsnorm, gain w, final": 1}
     assert set(receipt["moved"]) == {"matrices", "vectors"}
     w4a4 = {
         "weights": "mxfp4",

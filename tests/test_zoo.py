@@ -52,6 +52,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "gpt_oss": EXPERTS,
     "granitemoe": EXPERTS,
+    "jamba": {
+        **EXPERTS,
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    },
     "jetmoe": {**EXPERTS, "kv_channels": 16, "num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {**EXPERTS, "intermediate_size_mlp": 96},
@@ -62,38 +66,41 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, "layer_types": ["full_attention"] * 2, "shared_expert_intermediate_size": 64},
 }
 BEFORE = ("input_layernorm", "post_attention_layernorm")
-RMS: dict[str, tuple[float, tuple[str, ...], int]] = {
-    # what is added to the weight to make the gain, norms of a block on the residual stream, norms within a block
-    "apertus": (0, ("attention_layernorm", "feedforward_layernorm"), 2),
-    "bitnet": (0, BEFORE, 2),
-    "deepseek_v3": (0, BEFORE, 2),
-    "exaone4": (0, ("post_attention_layernorm", "post_feedforward_layernorm"), 2),
-    "gemma": (1, BEFORE, 0),
-    "gemma2": (1, (*BEFORE, "pre_feedforward_layernorm", "post_feedforward_layernorm"), 0),
-    "gemma3_text": (1, (*BEFORE, "pre_feedforward_layernorm", "post_feedforward_layernorm"), 2),
-    "glm4": (0, (*BEFORE, "post_self_attn_layernorm", "post_mlp_layernorm"), 0),
-    "gpt_oss": (0, BEFORE, 0),
-    "granitemoe": (0, BEFORE, 0),
-    "lfm2": (0, ("operator_norm", "ffn_norm"), 1),
-    "mixtral": (0, BEFORE, 0),
-    "olmo2": (0, ("post_attention_layernorm", "post_feedforward_layernorm"), 2),
-    "phi3": (0, BEFORE, 0),
-    "qwen2_moe": (0, BEFORE, 0),
-    "qwen3": (0, BEFORE, 2),
-    "qwen3_moe": (0, BEFORE, 2),
-    "qwen3_next": (1, BEFORE, 2),
+QK = ("self_attn.q_norm", "self_attn.k_norm")
+POST = ("post_attention_layernorm", "post_feedforward_layernorm")
+Names = tuple[str, ...]
+RMS: dict[str, tuple[float, Names, Names, Names, int]] = {
+    # what is added to the weight to make the gain; norms of a block by what noise.modules calls them: rmsnorm,
+    # post_norm, qk_norm; and how many it has elsewhere
+    "apertus": (0, ("attention_layernorm", "feedforward_layernorm"), (), QK, 0),
+    "bitnet": (0, BEFORE, (), (), 2),
+    "deepseek_v3": (0, BEFORE, (), (), 2),
+    "exaone4": (0, (), POST, QK, 0),
+    "gemma": (1, BEFORE, (), (), 0),
+    "gemma2": (1, ("input_layernorm", "pre_feedforward_layernorm"), POST, (), 0),
+    "gemma3_text": (1, ("input_layernorm", "pre_feedforward_layernorm"), POST, QK, 0),
+    "glm4": (0, BEFORE, ("post_self_attn_layernorm", "post_mlp_layernorm"), (), 0),
+    "gpt_oss": (0, BEFORE, (), (), 0),
+    "granitemoe": (0, BEFORE, (), (), 0),
+    "mixtral": (0, BEFORE, (), (), 0),
+    "olmo2": (0, (), POST, QK, 0),
+    "phi3": (0, BEFORE, (), (), 0),
+    "qwen2_moe": (0, BEFORE, (), (), 0),
+    "qwen3": (0, BEFORE, (), QK, 0),
+    "qwen3_moe": (0, BEFORE, (), QK, 0),
+    "qwen3_next": (1, BEFORE, (), QK, 0),
 }
 NO_RMS = {  # what a model has instead
-    "cohere": "4 x layernorm, gain w, inside",
-    "gpt2": "4 x layernorm, gain w, residual",
-    "gpt_neox": "4 x layernorm, gain w, residual",
-    "mpt": "4 x layernorm, gain w, residual",
-    "nanochat": "4 x rmsnorm, no gain, residual",
-    "nemotron": "4 x layernorm, gain 1 + w, residual",
-    "olmo": "4 x layernorm, no gain, residual",
-    "phi": "2 x layernorm, gain w, residual",
-    "stablelm": "4 x layernorm, gain w, residual",
-    "starcoder2": "4 x layernorm, gain w, residual",
+    "cohere": "4 x layernorm, gain w, qk_norm",
+    "gpt2": "4 x layernorm, gain w, pre_norm",
+    "gpt_neox": "4 x layernorm, gain w, pre_norm",
+    "mpt": "4 x layernorm, gain w, pre_norm",
+    "nanochat": "4 x rmsnorm, no gain, pre_norm",
+    "nemotron": "4 x layernorm, gain 1 + w, pre_norm",
+    "olmo": "4 x layernorm, no gain, pre_norm",
+    "phi": "2 x layernorm, gain w, pre_norm",
+    "stablelm": "4 x layernorm, gain w, pre_norm",
+    "starcoder2": "4 x layernorm, gain w, pre_norm",
 }
 MIXTURES = ("deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "qwen2_moe", "qwen3_moe")
 
@@ -131,7 +138,7 @@ def logits(model: Any) -> torch.Tensor:
 # --- every weight is accounted for ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted({*RMS, *NO_RMS}))
+@pytest.mark.parametrize("kind", sorted({*RMS, *NO_RMS, "lfm2"}))
 def test_the_sums_make_up_all_matrices_of_the_blocks_and_nearly_all_are_quantised(kind: str) -> None:
     norms = {type(m) for n, m in network_of(kind).named_modules() if "norm" in n.split(".")[-1] or "ln_" in n}
     parts = [
@@ -200,26 +207,44 @@ def test_of_a_multimodal_model_the_text_model_alone_is_trained_and_the_rest_is_n
 
 
 @pytest.mark.parametrize("kind", RMS)
-def test_rmsnorm_noise_goes_to_every_rmsnorm_on_the_residual_stream_and_to_no_other(kind: str) -> None:
-    offset, names, inside = RMS[kind]
+def test_each_kind_of_norm_is_told_by_where_it_stands_and_gets_noise_by_its_word_alone(kind: str) -> None:
+    offset, *names, elsewhere = RMS[kind]
     policy = load(kind)
-    noise = NoiseConfig(num_stages=1, final_norm=True, scale="rms")
-    targets = noise_targets(policy, noise)
-    of_blocks = [target for target in targets if target.layer is not None]
-    assert sorted(target.name for target in of_blocks) == sorted(
-        f"model.layers.{block}.{name}.weight" for block in (0, 1) for name in names
-    )
-    assert len(targets) == len(of_blocks) + 1, "and the one before the head"
-    found = sum(count for norm, count in policy.norm_kinds.items() if norm.endswith("inside"))
-    assert found == 2 * inside, "of queries and keys, or of latents (in lfm2 one block has them)"
-    for target, effect in zip(targets, measure_effects(noise, targets, step=0, total_steps=2, seed=0), strict=True):
-        weight: Any = target.module.weight
-        gain = (weight.detach() + offset).square().mean().sqrt().item()
-        assert effect.nominal == pytest.approx(0.01 * gain, rel=1e-5), "scale=rms counts in the gain"
-        assert effect.applied_relative == pytest.approx(0.01, rel=0.4)
     clean = logits(policy.model)
-    with injected(policy, noise, targets, step=0, total_steps=2, seed=0):
-        assert not torch.equal(logits(policy.model), clean), "and the model computes with it"
+    for word, parts in zip(("rmsnorm", "post_norm", "qk_norm"), names, strict=True):
+        noise = NoiseConfig.model_validate({"modules": [word], "num_stages": 1, "final_norm": True, "scale": "rms"})
+        if not parts:
+            with pytest.raises(
+                ConfigError, match=rf"noise\.modules={word}: .* have no RMSNorm .*; set noise\.modules to"
+            ):
+                noise_targets(policy, noise)
+            continue
+        targets = noise_targets(policy, noise)
+        of_blocks = [target for target in targets if target.layer is not None]
+        assert sorted(target.name for target in of_blocks) == sorted(
+            f"model.layers.{block}.{name}.weight" for block in (0, 1) for name in parts
+        )
+        assert len(targets) == len(of_blocks) + 1, "and the one before the head"
+        effects = measure_effects(noise, targets, step=0, total_steps=2, seed=0)
+        for target, effect in zip(targets, effects, strict=True):
+            weight: Any = target.module.weight
+            gain = (weight.detach() + offset).square().mean().sqrt().item()
+            assert effect.nominal == pytest.approx(0.01 * gain, rel=1e-5), "scale=rms counts in the gain"
+            assert effect.applied_relative == pytest.approx(0.01, rel=0.5)
+        with injected(policy, noise, targets, step=0, total_steps=2, seed=0):
+            assert not torch.equal(logits(policy.model), clean), "and the model computes with it"
+    assert torch.equal(logits(policy.model), clean)
+    assert sum(count for norm, count in policy.norm_kinds.items() if norm.endswith("inside")) == 2 * elsewhere
+
+
+def test_in_a_hybrid_model_norms_of_queries_are_those_of_its_attention() -> None:
+    """In lfm2 one of two blocks is a convolution; norms in jamba's state-space mixer stand before no scores."""
+    policy = load("lfm2")
+    assert {name for name, word in policy.norm_targets.items() if word == "qk_norm"} == {
+        f"model.layers.1.self_attn.{part}_layernorm" for part in "qk"
+    }
+    assert len([word for word in policy.norm_targets.values() if word == "rmsnorm"]) == 4
+    assert load("jamba", QuantConfig(exclude=("lm_head", "dt_proj"))).norm_kinds["rmsnorm, gain w, inside"] == 3
 
 
 @pytest.mark.parametrize("kind", NO_RMS)
@@ -314,7 +339,7 @@ def test_a_norm_is_told_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Qwen3RMSNorm, "forward", lambda self, x: original(self, x - x.mean(-1, keepdim=True)))
     assert set(load("qwen3").norms) == set(), "that was LayerNorm"
     monkeypatch.setattr(Qwen3RMSNorm, "forward", lambda self, x: nn.functional.silu(original(self, x)))
-    assert load("qwen3").norm_kinds == {"unknown, inside": 4, "unknown, residual": 4, "unknown, final": 1}
+    assert load("qwen3").norm_kinds == {"unknown, qk_norm": 4, "unknown, pre_norm": 4, "unknown, final": 1}
 
 
 def test_a_trial_on_a_mixture_learns_and_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,16 @@ Layer zones are the plan's, at relative depth: a block belongs to the zone of it
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from spaces.config import ConfigError, NoiseConfig, ZoneSigma
+from spaces.config import ConfigError, Module, NoiseConfig, ZoneSigma
 from spaces.schedules import SCHEDULES as SCHEDULES
 from spaces.schedules import sigma_at as sigma_at
 from spaces.schedules import sigma_of
@@ -38,6 +39,14 @@ from trainable.seeds import generator
 ZONES = {"first": (0, 4), "early_mid": (4, 10), "middle": (10, 20), "late_mid": (20, 26), "last": (26, 28)}
 _PLAN_DEPTH = 28
 
+_KINDS: dict[Module, str] = {
+    "rmsnorm": "RMSNorm with a gain in front of attention or MLP",
+    "qk_norm": "RMSNorm with a gain of queries or keys",
+    "post_norm": "RMSNorm with a gain behind attention or MLP",
+    "linear": "linear layer",
+}
+"""Words of noise.modules, and what each takes."""
+
 
 # --- where: the targets -----------------------------------------------------------------------------------------------
 
@@ -49,7 +58,7 @@ class NoiseTarget:
     name: str
     """Bare name of the parameter, e.g. model.layers.3.input_layernorm.weight."""
     kind: str
-    """rmsnorm | linear."""
+    """A word of noise.modules."""
     layer: int | None
     """Decoder block; None for the final norm."""
     module: nn.Module
@@ -122,16 +131,16 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
     for kind in noise.modules:
         if kind == "linear":
             check_reach(policy.coverage, "noise.modules=linear:")
-        modules: Mapping[str, nn.Module] = policy.norms if kind == "rmsnorm" else policy.linears
-        matching = [target(n, kind, i, m) for n, m in modules.items() if (i := block_of(n)) is not None and i in chosen]
+        matching = _in_blocks(policy, kind, chosen)
         if not matching:
             there = ", ".join(f"{count} x {norm}" for norm, count in policy.norm_kinds.items()) or "no norms"
+            others = " or ".join(other for other in get_args(Module) if _in_blocks(policy, other, chosen))
+            remedy = f"set noise.modules to {others}" if others else "take another model"
             raise ConfigError(
-                f"noise.modules={kind}: blocks {sorted(chosen)} have no "
-                f"{'RMSNorm with a gain on the residual stream' if kind == 'rmsnorm' else 'linear layer'}, "
-                f"noise would touch nothing; the model has {there}; name another kind of module"
+                f"noise.modules={kind}: blocks {sorted(chosen)} have no {_KINDS[kind]}, "
+                f"noise would touch nothing; the model has {there}; {remedy}"
             )
-        found += matching
+        found += [target(name, kind, block_of(name), module) for name, module in matching.items()]
     if noise.final_norm:
         if not policy.final_norm:
             raise ConfigError(
@@ -150,6 +159,14 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
             "set scale=rms or leave its block out of layers"
         )
     return tuple(found)
+
+
+def _in_blocks(policy: Policy, kind: Module, chosen: Collection[int]) -> dict[str, nn.Module]:
+    """What a word of noise.modules takes in these blocks."""
+    modules: Mapping[str, nn.Module] = policy.linears
+    if kind != "linear":
+        modules = {name: norm for name, norm in policy.norms.items() if policy.norm_targets[name] == kind}
+    return {name: module for name, module in modules.items() if block_of(name) in chosen}
 
 
 def chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:

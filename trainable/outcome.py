@@ -183,7 +183,7 @@ class EffectReceipt:
     adapted: tuple[str, ...]
     """Layers with an adapter beside them."""
     norms: Mapping[str, int]
-    """What the model has in norms, and how often, e.g. {"rmsnorm, gain 1 + w, residual": 52}."""
+    """What the model has in norms, and how often, e.g. {"rmsnorm, gain 1 + w, pre_norm": 52}."""
     arithmetic: tuple[Mapping[str, Any], ...]
     """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others.
     """

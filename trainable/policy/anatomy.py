@@ -5,21 +5,24 @@ Gemma. So whatever might be a norm is asked: with a gain of ours, is its output 
 (arXiv 1910.07467) or of LayerNorm (arXiv 1607.06450), and is the gain w or 1 + w? Weights as they are stored do not
 matter, and neither does epsilon beside an input of this size.
 
-Where a norm stands is told by structure. One that is a block's own child reads or writes the residual stream (input,
-post-attention, and what Gemma 2 or OLMo 2 have besides); one within attention, a mixer or an MLP (norms of queries and
-keys, of latents) does not. The norm before the head is the first that follows the blocks.
+Where a norm stands is told by what its output becomes, on a few tokens. A block's own child is on the residual stream:
+in front of attention or MLP where one of the block's other parts reads what it made, else behind one (a
+`post_attention_layernorm` is the former in Llama, the latter in Gemma 2 and OLMo 2). Deeper in a block, a norm of
+queries or keys is one that attention's scores hang on though no layer with a matrix lies between: norms of latents feed
+such a layer, those of other mixers no scores. The norm before the head is the first that follows the blocks.
 
 A multimodal model has towers beside its text model. Only the text model is trained on texts.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trainable.policy.policy import after_block, block_of
 from trainable.seeds import generator
@@ -31,19 +34,20 @@ _LARGEST = 1 << 16
 """Numbers of a gain; what is larger is a matrix."""
 
 Kind = Literal["rmsnorm", "layernorm", "unknown"]
-Place = Literal["residual", "inside", "final", "beside"]
+Place = Literal["pre_norm", "post_norm", "qk_norm", "inside", "final", "beside"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """Example: Norm(kind="rmsnorm", offset=1.0, place="residual") is the input norm of a block of Gemma."""
+    """Example: Norm(kind="rmsnorm", offset=1.0, place="pre_norm") is the input norm of a block of Gemma."""
 
     kind: Kind
     """unknown: it has a gain, or whatever else it does with a vector."""
     offset: float | None
     """What is added to its weight to make the gain: 0 or 1; None: it has no weight, or is unknown."""
     place: Place
-    """residual: a block's own child; inside: deeper in a block; final: before the head; beside: anywhere else."""
+    """pre_norm: in front of a block's attention or MLP; post_norm: behind one; qk_norm: of queries or keys; inside:
+    elsewhere within attention, a mixer or an MLP; final: before the head; beside: anywhere else, or never run."""
 
     def __str__(self) -> str:
         if self.kind == "unknown":
@@ -66,13 +70,86 @@ def find_norms(network: Any) -> dict[str, Norm]:
     modules = {name: module for name, module in network.named_modules() if name.startswith(prefix)}
     kinds = {name: kind for name, module in modules.items() if (kind := _kind(module, width)) is not None}
     final = next((name for name in _behind_the_blocks(network, modules) if name in kinds), None)
+    of_blocks = [name for name in kinds if block_of(f"{name}.") is not None]
+    places: dict[str, Place] = _places(network, {name: modules[name] for name in of_blocks})
 
     def place(name: str) -> Place:
-        if block_of(f"{name}.") is None:
-            return "final" if name == final else "beside"
-        return "inside" if "." in after_block(name) else "residual"
+        return "final" if name == final else places.get(name, "beside")
 
     return {name: Norm(kind=kind, offset=offset, place=place(name)) for name, (kind, offset) in kinds.items()}
+
+
+def _places(network: nn.Module, norms: Mapping[str, nn.Module]) -> dict[str, Place]:
+    """Of the norms of blocks that run."""
+    training = network.training
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.callback(network.train, training)
+        network.eval()  # dropout would draw
+        made: dict[str, list[Tensor]] = {}  # what each norm gave; new roots of the graph, so that gradients end there
+        held, read = set(norms.values()), list[Tensor]()  # what layers with a matrix were fed
+        for name, norm in norms.items():
+            stack.enter_context(norm.register_forward_hook(_root(made.setdefault(name, []))))
+        for module in network.modules():
+            if module not in held and any(p.dim() >= 2 for p in module.parameters()):
+                stack.enter_context(module.register_forward_pre_hook(_remember(read), with_kwargs=True))
+            if module not in held and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+                stack.enter_context(module.register_forward_hook(_cut))
+        scores = stack.enter_context(_Scores())
+        device = next(network.parameters()).device
+        network(input_ids=torch.arange(1, 1 + _PROBES, device=device)[None], use_cache=False)
+        compared = scores.hang_on([(name, root) for name, roots in made.items() for root in roots])
+    fed = {tensor.untyped_storage().data_ptr() for tensor in read}
+
+    def place(name: str, roots: list[Tensor]) -> Place:
+        if "." in after_block(name):
+            return "qk_norm" if name in compared else "inside"
+        return "pre_norm" if any(root.untyped_storage().data_ptr() in fed for root in roots) else "post_norm"
+
+    return {name: place(name, roots) for name, roots in made.items() if roots}
+
+
+def _root(made: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        made.append(output.detach().requires_grad_())
+        return made[-1]
+
+    return hook
+
+
+def _remember(read: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        read.extend(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+    return hook
+
+
+def _cut(module: nn.Module, args: Any, output: Any) -> Any:
+    return output.detach() if isinstance(output, Tensor) else output
+
+
+class _Scores(TorchFunctionMode):
+    """Watches what attention compares: queries and keys, or their products on the way into a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = {"scaled_dot_product_attention": ("query", "key"), "softmax": ("input",)}
+        names = known.get(getattr(func, "__name__", ""), ())
+        found = [*args[: len(names)], *(kwargs[name] for name in names if name in kwargs)]
+        self.operands += [x for x in found if x.requires_grad]
+        return func(*args, **kwargs)
+
+    def hang_on(self, roots: list[tuple[str, Tensor]]) -> set[str]:
+        """Names of those that some operand was computed from."""
+        found = set()
+        for operand in self.operands:
+            inputs = [root for _, root in roots]
+            slopes = torch.autograd.grad(operand.sum(), inputs, allow_unused=True, retain_graph=True)
+            found |= {name for (name, _), slope in zip(roots, slopes, strict=True) if slope is not None}
+        return found
 
 
 def _behind_the_blocks(network: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -24,6 +24,8 @@ from trainable.policy.policy import KNOWN_BLOCKS, Policy, bare_name, block_of, m
 from trainable.policy.sources import load_network
 from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear
 
+_TARGETS = {"pre_norm": "rmsnorm", "post_norm": "post_norm", "qk_norm": "qk_norm"}
+"""Where a norm stands, and how `noise.modules` calls those that stand there."""
 _HEAD = "lm_head"
 """By this name `quant.exclude` means the head, whatever an architecture calls it."""
 _READERS = {
@@ -79,7 +81,7 @@ def in_place(network: Any, tokenizer: PreTrainedTokenizerBase, quant: QuantConfi
     _own_norms(network, linears)
     _own_mlps(network)
     gains = {name: norm for name, norm in found.items() if norm.kind == "rmsnorm" and norm.offset is not None}
-    norms = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place == "residual"}
+    norms = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place in _TARGETS}
     final = {name: network.get_submodule(name) for name, norm in gains.items() if norm.place == "final"}
     share_inputs(network)
     _freeze_other_towers(network)
@@ -90,6 +92,7 @@ def in_place(network: Any, tokenizer: PreTrainedTokenizerBase, quant: QuantConfi
         linears=linears,
         norms=norms,
         final_norm=final,
+        norm_targets={name: _TARGETS[gains[name].place] for name in norms},
         gain_offsets={name: norm.offset for name, norm in gains.items() if norm.offset is not None},
         norm_kinds=dict(Counter(str(norm) for norm in found.values())),
         depth=depth,

@@ -39,8 +39,8 @@ class Policy:
     linears: dict[str, QuantLinear]
     """Wrapped linear layers by name, in model order."""
     norms: dict[str, nn.Module]
-    """RMSNorms with a gain that read or write the residual stream in a block, by name: input, post-attention and what
-    else a block has; norms within attention or MLP are none of them."""
+    """RMSNorms with a gain within blocks that may get noise, by name, in model order: in front of attention and MLP,
+    behind them, of queries and keys."""
     final_norm: dict[str, nn.Module]
     """The norm before the head, as a dict of one (or none: it is no RMSNorm)."""
     depth: int
@@ -49,10 +49,12 @@ class Policy:
     """Tokens that end a completion: the tokenizer's, and those of the folder's generation_config.json."""
     coverage: Coverage = field(default_factory=Coverage)
     """What became of the blocks' weights."""
+    norm_targets: dict[str, str] = field(default_factory=dict)
+    """Of norms by name: by which word `noise.modules` takes them (rmsnorm, post_norm, qk_norm)."""
     gain_offsets: dict[str, float] = field(default_factory=dict)
     """Of norms by name: 1 where the gain is 1 + w, as in Gemma; else 0."""
     norm_kinds: dict[str, int] = field(default_factory=dict)
-    """What the model has in norms, and how often, e.g. {"rmsnorm, gain w, residual": 16}."""
+    """What the model has in norms, and how often, e.g. {"rmsnorm, gain w, pre_norm": 16}."""
     packs: bool = False
     """Completions of a prompt were shown to be equal side by side in transformers' forward (`trainable/parity.py`)."""
 
