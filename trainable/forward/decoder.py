@@ -8,6 +8,7 @@ Shapes: P = prompts, G = completions per prompt, B = rows in work, at first P * 
 L + longest completion, N = key/value heads, D = their size, V = vocabulary.
 """
 
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -45,11 +46,13 @@ def decoder(policy: Policy, max_new_tokens: int) -> Decoder:
 
 
 class _Transformers:
-    """Any causal language model, by its own forward."""
+    """Any causal language model, by its own forward. One without attention takes its cache by another name, and a mask
+    of the tokens that are new to it."""
 
     def __init__(self, policy: Policy) -> None:
         self.model = policy.model
         self.cache = DynamicCache(config=policy.model.config)
+        self.attends = "past_key_values" in signature(policy.network.forward).parameters
 
     def prefill(self, ids: Tensor, mask: Tensor, group_size: int) -> Tensor:
         logits = self._forward(ids, mask, positions(mask))
@@ -72,11 +75,11 @@ class _Transformers:
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         out = self.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask if self.attends else mask[:, -ids.shape[1] :],
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{"past_key_values" if self.attends else "cache_params": self.cache},
         )
         logits: Tensor = out.logits[:, -1]
         return logits
