@@ -6,7 +6,6 @@ result), 2 the user's mistake (one line that names the key, the value and the re
 
 import contextlib
 import errno
-import importlib.util
 import json
 import logging
 import os
@@ -446,22 +445,8 @@ def main() -> None:
     for talkative in ("torchao", "torch.utils._pytree"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     with exit_codes(), lasting_output():
-        _refuse_namesakes()
         _with_allocator_settings()
         app()
-
-
-def _refuse_namesakes() -> None:
-    """Raises ConfigError for another package of one of our names that is found before ours: one without the module that
-    ours is known by. (A job's packages come in a folder each.)"""
-    for name, module in {"spaces": "config", "trainable": "trial", "search": "study"}.items():
-        spec = importlib.util.find_spec(name)
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or () if spec is not None else ())]
-        if not any((folder / f"{module}.py").is_file() for folder in folders):
-            raise ConfigError(
-                f"PYTHONPATH: another package named {name} hides ours ({', '.join(map(str, folders)) or 'a module'}); "
-                "take its folder off PYTHONPATH, or start rin elsewhere"
-            )
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ def _check_port(port: int) -> None:
 @contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The process and the file of its output. On leaving, the whole process group is gone."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     # A local store is read where it lies; what is switched off is the upload of artifacts through the server.
     command += ["--uvicorn-opts", "--log-level warning", "--no-serve-artifacts"]
     # Not as options: a URI may hold a password.

@@ -363,15 +363,3 @@ def test_a_home_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("RIN_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"RIN_CACHE=.*/file/cache: cannot be made \(Not a directory\)"):
         ensure_base(BaseRecipe(depth=1))
-
-
-@pytest.mark.slow
-def test_a_package_of_one_of_our_names_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "search").mkdir()
-    (tmp_path / "search" / "__init__.py").write_text("")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    (elsewhere := tmp_path / "elsewhere").mkdir()
-    done = subprocess.run([*RIN, "list"], cwd=elsewhere, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"rin: PYTHONPATH: another package named search hides ours ({tmp_path}/search)")

@@ -121,7 +121,7 @@ class Child:
 
 def start_child(settings: EngineSettings, seconds: float) -> Child:
     """A child whose engine is ready. Raises EngineDied when it does not come up in time, TrialFailed when it cannot."""
-    child = Child([sys.executable, "-m", "trainable.engines.process"])
+    child = Child([sys.executable, "-P", "-m", "trainable.engines.process"])
     try:
         child.ask("start", seconds, **asdict(settings))
     except RuntimeError as error:

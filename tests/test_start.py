@@ -1,0 +1,46 @@
+"""Where `rin` starts: a person's packages of our names are told of in one line."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rin_search import KNOWN_BY, namesake
+from tests.test_architecture import MODULES, PACKAGES, ROOT
+
+START = [sys.executable, "-c", "import sys; del sys.path[0]; from rin_search import main; main()"]
+
+
+def test_ours_are_no_namesakes() -> None:
+    assert tuple(KNOWN_BY) == PACKAGES
+    assert all((ROOT / package / f"{module}.py").is_file() for package, module in KNOWN_BY.items())
+    assert namesake() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("file", ["{}.py", "{}/__init__.py"])
+def test_a_person_s_package_or_module_of_one_of_our_names_is_one_line(name: str, file: str, tmp_path: Path) -> None:
+    """On PYTHONPATH, and by an empty entry of it in the current directory."""
+    mine = tmp_path / file.format(name)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("")
+    for path, here in ((str(tmp_path), ROOT.parent), ("", tmp_path)):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, str(ROOT)])}
+        done = subprocess.run([*START, "list"], cwd=here, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        place = mine.parent if file.startswith("{}/") else mine
+        assert done.stderr.splitlines() == [
+            f"rin: PYTHONPATH: another package named {name} hides ours ({place}); "
+            "take its folder off PYTHONPATH, or start rin elsewhere"
+        ]
+
+
+def test_no_other_python_is_started_that_looks_into_the_current_directory_first() -> None:
+    """`python -m` does, unless -P says otherwise."""
+    started = [line for path in MODULES for line in re.findall(r"sys\.executable, .*", path.read_text())]
+    assert len(started) >= 3
+    assert [line for line in started if '"-m"' in line and '"-P", "-m"' not in line] == []
