@@ -279,11 +279,10 @@ def test_a_bug_in_a_step_propagates_and_is_not_evaluated(tmp_path: Path) -> None
     trainable = start(setting(tmp_path))
     trainable.train()
 
-    def broken(question: object, completion: str) -> float:
+    def broken(answers: object) -> list[dict[str, float | None]]:
         raise ZeroDivisionError("a reward function with a bug")
 
-    trial_of(trainable).task.rewards["broken"] = broken
-    trial_of(trainable).task.weights["broken"] = 0.0
+    trial_of(trainable).task.reward = broken
     with pytest.raises(ZeroDivisionError):
         trainable.train()
     trainable.stop()
@@ -590,10 +589,9 @@ import trainable.ray_trainable as module
 config = json.loads(sys.argv[1])
 running = module.RinTrainable(config=config)
 running.train()
-def a_reward_server_that_stopped_answering(question, completion):
+def a_reward_server_that_stopped_answering(answers):
     time.sleep(3600)
-running.work.trial.task.rewards["stuck"] = a_reward_server_that_stopped_answering
-running.work.trial.task.weights["stuck"] = 0.0
+running.work.trial.task.reward = a_reward_server_that_stopped_answering
 assert running.work.watchdog.limit == config["config"]["hang_seconds"]
 running.work.watchdog.limit = 0.5
 running.train()
