@@ -1,9 +1,10 @@
 """One trial in words, for `rin trial`: a line per step, and what it came to. Pure: a report or an outcome in, lines
 out."""
 
-from dashboards.tables import marks_apart
+from dashboards.tables import marks_apart, points
 from trainable.metrics import ACCURACY, ENTROPY, KEPT_GROUPS, LENGTH, REWARD
 from trainable.outcome import Coverage, Outcome, StepReport, in_step
+from trainable.pass_at_k import pass_at, shown
 
 ALARMS_SHOWN = 5
 
@@ -38,6 +39,7 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
         *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
+        *_pass_lines(outcome),
         f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights"
         + (f", adapters beside {len(receipt.adapted)} layers" if receipt.adapted else ""),
         *_coverage_lines(receipt.coverage),
@@ -47,6 +49,20 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
             f"alarm {in_step(alarm.step, steps)}: {alarm.rule}: {alarm.evidence}"
             for alarm in outcome.alarms[:ALARMS_SHOWN]
         ),
+    ]
+
+
+def _pass_lines(outcome: Outcome) -> list[str]:
+    """A line per k, where answers were sampled."""
+    scores, samples = outcome.eval, outcome.config.eval.samples
+    both = [
+        (pass_at(scores.right_start, samples, k), pass_at(scores.right, samples, k))
+        for k in (shown(samples) if scores.right else ())
+    ]
+    return [
+        f"pass@{after.k} {points(before.share)} -> {points(after.share)} "
+        f"[{100 * after.low:.1f}, {100 * after.high:.1f}] over questions, {samples} samples each"
+        for before, after in both
     ]
 
 

@@ -864,6 +864,8 @@ ROWS: dict[str, Row] = {
         qerl=no_key,
         nemo=options(lambda c: {"grpo.val_period": c.eval.every, "grpo.val_at_start": True, "grpo.val_at_end": True}),
     ),
+    # Their samples take the place of greedy answers.
+    "eval.samples": _row(verl=anyway(0), trl=anyway(0), qerl=anyway(0), nemo=anyway(0)),
     "eval.split": _HERE,
     "eval.draw": _HERE,
     "eval.batch_size": _HERE,

@@ -39,6 +39,7 @@ from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client
 from search.secrets import strip_password
 from search.store import StudyConfig
 from spaces.reading import as_tree, dump_yaml, flatten
+from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState, read_reports, read_trial
 from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
 from trainable.outcome import Outcome, Sample, Status, StepReport
@@ -54,6 +55,7 @@ RUN_STATUS: dict[Status, str] = {
 TOLD_TAG = "told"
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
+METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
 SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 LONGEST_PAUSE = 30.0  # seconds between two attempts
@@ -194,7 +196,8 @@ def _ms(seconds: float | None) -> int:
 
 def _scores(outcome: Outcome) -> dict[str, float]:
     numbers = {f"{EVAL}{name}": value for name, value in asdict(outcome.eval).items() if isinstance(value, int | float)}
-    return {**numbers, TRIAL_SECONDS: outcome.seconds}
+    sampled = pass_at_k.metrics(outcome.eval.right, outcome.config.eval.samples)
+    return {**numbers, **sampled, TRIAL_SECONDS: outcome.seconds}
 
 
 def _reason(state: TrialState) -> dict[str, str]:
@@ -204,11 +207,13 @@ def _reason(state: TrialState) -> dict[str, str]:
 
 
 def _outcome_files(outcome: Outcome) -> dict[str, str]:
-    """What ran, what it did to its weights, which questions it answered."""
+    """What ran, what it did to its weights, which questions it answered, and in how many of its samples."""
+    sampled = {"right.json": as_json(outcome.eval.right)} if outcome.eval.right else {}
     return {
         "config.yaml": dump_yaml(as_tree(outcome.config)),  # as it ran: with the thread count that was in force
         "receipt.json": as_json(outcome.receipt.as_tree()),
         "correct.json": as_json(outcome.eval.correct),
+        **sampled,
     }
 
 
@@ -386,7 +391,10 @@ class MlflowWriter:
                 metrics = [Metric(name, value, record["time"], record["step"]) for name, value in numbers.items()]
                 params = [Param(*item) for item in record.get("params", {}).items()]
                 tags = [RunTag(*item) for item in record.get("tags", {}).items()]
-                mlflow.log_batch(run_id, metrics=metrics, params=params, tags=tags)  # it splits params into hundreds
+                for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
+                    mlflow.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+                few = metrics[:METRICS_PER_BATCH]
+                mlflow.log_batch(run_id, metrics=few, params=params, tags=tags)  # it splits params into hundreds
 
     def _run_id(self, record: Record) -> str:
         """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""

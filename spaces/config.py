@@ -542,8 +542,11 @@ class EvalConfig(Record):
     draw: str = ""
     """Which list of the confirmation questions is asked, where a task has endlessly many: a confirmation writes the id
     of its sweep here, so that no two sweeps are judged by the same questions. Empty = the first list."""
+    samples: Whole = Field(0, ge=0, le=256)
+    """Answers sampled to each question at rollout.temperature, before the first step and after the last, for pass@k of
+    k = 1 to that number; 0 = greedy answers alone."""
     batch_size: Whole = Field(1024, ge=1)
-    """Questions answered at once."""
+    """Answers generated at once."""
 
 
 class CollapseConfig(Record):

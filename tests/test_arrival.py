@@ -91,6 +91,7 @@ SUMS: dict[str, Any] = {
     "task.digits": 4,
     "eval.questions": 33,
     "eval.every": 5,
+    "eval.samples": 3,
     "eval.batch_size": 13,
     "collapse.mode": "monitor",
     "collapse.patience": 2,

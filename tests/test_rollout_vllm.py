@@ -7,6 +7,7 @@ Where vLLM is not installed these tests are skipped, except in CI, which install
 """
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -480,6 +481,7 @@ SHORT = (
     "grpo.steps=3",
     "noise.num_stages=3",
     "eval.questions=32",
+    "eval.samples=3",
     "noise.modules=[rmsnorm, linear]",
     "noise.sigma_start=0.02",
 )
@@ -513,6 +515,9 @@ def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats
     assert outcome.eval.accuracy_start == torch_outcome.eval.accuracy_start
     assert outcome.eval.accuracy_bf16_start == torch_outcome.eval.accuracy_bf16_start
     assert outcome.eval == same.eval
+    drawn, ours_drawn = (sum(scores.right_start) for scores in (outcome.eval, torch_outcome.eval))
+    assert abs(drawn - ours_drawn) < 4 * math.sqrt(2 * 0.25 * 32 * 3), "samples of one distribution"
+    assert len(set(outcome.eval.right_start)) > 2
     assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
     assert "rollout_corr/floor_kl" in reports[0].signals
     assert "rollout_corr/floor_kl" not in reports[1].signals

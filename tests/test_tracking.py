@@ -27,7 +27,7 @@ from search.mlflow_client import Owner, check_tracking, claim
 from search.secrets import strip_password
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from search.tracking import Delivery, MlflowWriter, Tracker, known_trials
-from spaces.config import ConfigError, TrialConfig
+from spaces.config import ConfigError, EvalConfig, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
 from tests.processes import free_port
 from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, points, runs, text
@@ -319,6 +319,27 @@ def test_a_completed_trial_is_shown_as_it_was(sweep: Sweep) -> None:
     assert json.loads(text(sweep.uri, run, "correct.json")) == [1, 1, 0, 1]
     assert read_config(parse_yaml(text(sweep.uri, run, "config.yaml"), "config.yaml")) == ended.config
     assert json.loads(text(sweep.uri, run, "receipt.json")) == json.loads(json.dumps(ended.receipt.as_tree()))
+
+
+def test_counts_of_samples_and_pass_at_every_k_arrive_however_many_they_are(sweep: Sweep) -> None:
+    """MLflow refuses a thousand at once, and what it refuses is lost."""
+    sampled = sweep.arm.config.model_copy(update={"eval": EvalConfig(questions=4, samples=256)})
+    sweep.begin()
+    sweep.step(**{f"x{number}": float(number) for number in range(2000)})
+    right = (256, 0, 64, 1)
+    ended = outcome(sweep.arm, 2, 3)
+    ended = replace(ended, eval=replace(ended.eval, right=right), step=1, config=sampled)
+    write_outcome(trial_folder(sweep.config, "c03", 2), ended, sweep.reports)
+    sweep.attempt.end("outcome")
+    sweep.tracker.end(sweep.arm, 2)
+    assert sweep.tracker.close() == 0
+    run = sweep.shown()
+    metrics = run.data.metrics
+    assert [metrics[f"grpo/x{number}"] for number in (0, 799, 800, 1999)] == [0.0, 799.0, 800.0, 1999.0]
+    assert metrics["eval/pass_at_1"] == (1 + 64 / 256 + 1 / 256) / 4
+    assert (metrics["eval/pass_at_256"], metrics["eval/accuracy"]) == (0.75, 0.75)
+    assert metrics["eval/pass_at_256_low"] < 0.75 < metrics["eval/pass_at_256_high"]
+    assert json.loads(text(sweep.uri, run, "right.json")) == list(right)
 
 
 def test_samples_are_an_mlflow_table(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

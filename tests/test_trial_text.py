@@ -1,10 +1,11 @@
 """What `rin trial` says in words, on reports that a test made."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 from dashboards.trial_text import outcome_lines, step_line
-from spaces.config import TrialConfig
+from spaces.config import EvalConfig, TrialConfig
 from trainable.outcome import Alarm, Coverage, LeftOut, in_step
 
 SIGNALS = {"grpo/reward": 0.4123, "gen/entropy": 0.31, "gen/length": 4.12, "filter/kept_groups": 21.0}
@@ -29,6 +30,7 @@ def touched(*warnings: str) -> Any:
 def outcome(parts: dict[str, float] | None = None, **changes: Any) -> Any:
     scores = SimpleNamespace(
         **{"accuracy_start": 0.18, "accuracy": 0.43, "accuracy_bf16_start": 0.2, "accuracy_bf16": 0.5, "n": 2048},
+        **{"right": (), "right_start": ()},
         parts=parts or {},
     )
     base = {"outcome": "completed", "rule": "", "step": 29, "seconds": 12.34, "eval": scores, "alarms": []}
@@ -70,6 +72,19 @@ def test_marks_of_a_task_that_differ_are_told() -> None:
     lines = outcome_lines(outcome(parts={"strict": 0.12, "flexible": 0.63}), "W4A4")
     assert lines[2].startswith("of them strict 12.0 %, flexible 63.0 %; the first is the accuracy")
     assert outcome_lines(outcome(parts={"strict": 0.62, "flexible": 0.625}), "W4A4") == outcome_lines(outcome(), "W4A4")
+
+
+def test_pass_at_k_is_told_before_and_after_where_answers_were_sampled() -> None:
+    config = TrialConfig(eval=EvalConfig(samples=3))
+    plain = outcome(config=config)
+    plain.eval.right_start, plain.eval.right = (0, 0, 3, 0), (3, 0, 3, 1)
+    lines = outcome_lines(plain, "W4A4")[2:5]
+    assert [line.partition(" [")[0] for line in lines] == [
+        "pass@1 25.0 % -> 58.3 %",  # (3 + 0 + 3 + 1) / 12
+        "pass@2 25.0 % -> 66.7 %",
+        "pass@3 25.0 % -> 75.0 %",
+    ]
+    assert re.fullmatch(r"[0-9.]+, [0-9.]+\] over questions, 3 samples each", lines[0].partition(" [")[2])
 
 
 def test_what_is_not_quantised_is_said_with_its_reason() -> None:

@@ -80,6 +80,7 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
                 "rollout.correction=token",
             ),
             *("rollout.correction_cap=0.1", "rollout.max_new_tokens=3", "eval.questions=9", "eval.every=1"),
+            "eval.samples=2",
             *("eval.split=confirm",),
         ],
     ),

@@ -1,15 +1,18 @@
-"""How good the clean model is: greedy answers to a fixed set of questions.
+"""How good the clean model is: greedy answers to a fixed set of questions, and sampled ones for pass@k.
 
 Always without noise (the product's earlier cousins left it on), always on the same questions for every arm and seed, so
 that two checkpoints can be compared question by question. `accuracy` is in the deployed precision, `accuracy_bf16` is
-the unquantised forward of the master weights in the model's dtype.
+the unquantised forward of the master weights in the model's dtype. Samples (`eval.samples`) are drawn in the deployed
+precision at the rollout's temperature, from a generator of their own: no other number of a trial hangs on them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spaces.config import TrialConfig
 from trainable.engines.backend import Backend, TorchBackend
 from trainable.engines.engine import Request
+from trainable.episode import Group
 from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean_parts
@@ -24,6 +27,8 @@ class Evaluation:
     """Per question, in the fixed order of the split: 1 = right."""
     parts: dict[str, float]
     """Mean of each of the task's marks, e.g. strict and flexible extraction, over the answers that have it."""
+    right: tuple[int, ...] = ()
+    """Per question: how many of its samples are right; empty where none were drawn."""
 
     @property
     def accuracy(self) -> float:
@@ -34,21 +39,50 @@ def evaluate(
     policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None
 ) -> Evaluation:
     """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
-    backend = backend or TorchBackend()
-    prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
-    greedy = Request(
-        prompts=prompts,
-        group_size=1,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=0.0,
-        batch_size=config.eval.batch_size,
-    )
-    with deployed(policy):
-        backend.sync(policy)
-        groups = backend.generate(policy, greedy)
-    judged = judge(policy, task, questions, prompts, groups)
-    scores = [group[0].score for group in judged]
+    groups = _answers(policy, task, questions, config, backend or TorchBackend(), answers=1, temperature=0.0)
+    scores = [group[0].score for group in groups]
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
         parts=mean_parts(scores),
     )
+
+
+def count_right(
+    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend, step: int
+) -> tuple[int, ...]:
+    """Per question: how many of `eval.samples` sampled answers are right. `step`: steps done, which name the draw."""
+    samples, counts = config.eval.samples, list[int]()
+    at_once = max(1, config.eval.batch_size // samples)
+    for start in range(0, len(questions), at_once):  # what is sampled is counted and forgotten
+        part, draw = questions[start : start + at_once], ("pass@k", config.seed, step, start)
+        arguments = (policy, task, part, config, backend)
+        groups = _answers(*arguments, answers=samples, temperature=config.rollout.temperature, draw=draw)
+        counts += [sum(episode.score.correct for episode in group) for group in groups]
+    return tuple(counts)
+
+
+def _answers(
+    policy: Policy,
+    task: Task,
+    questions: list[Question],
+    config: TrialConfig,
+    backend: Backend,
+    *,
+    answers: int,
+    temperature: float,
+    draw: Sequence[object] = (),
+) -> list[Group]:
+    """Judged answers of the clean model."""
+    prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
+    request = Request(
+        prompts=prompts,
+        group_size=answers,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=temperature,
+        batch_size=config.eval.batch_size,
+        draw=draw,
+    )
+    with deployed(policy):
+        backend.sync(policy)
+        groups = backend.generate(policy, request)
+    return judge(policy, task, questions, prompts, groups)

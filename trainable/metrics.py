@@ -2,7 +2,7 @@
 
 Shares are 0 to 1, entropies and KLs nats per token, lengths tokens. Signals (`signals.py`) are of the policy that
 sampled, noise included; `eval/` is of the clean model. Reward functions of a task add `grpo/reward/NAME`, `eval/NAME`
-and `eval/NAME_start`, their means.
+and `eval/NAME_start`, their means; `eval.samples` adds `eval/pass_at_K` for K from 1 to that number.
 """
 
 SIGMA = "rin/sigma"
@@ -24,6 +24,7 @@ FLOOR_KL = "rollout_corr/floor_kl"
 GATE_KL = "rollout_corr/gate_kl"
 EVAL = "eval/"
 ACCURACY = "eval/accuracy"
+PASS_AT = "eval/pass_at_"
 ROLLOUT_SECONDS = "perf/rollout_seconds"
 UPDATE_SECONDS = "perf/update_seconds"
 STEP_SECONDS = "perf/step_seconds"
@@ -64,6 +65,10 @@ METRICS: dict[str, str] = {
     "eval/accuracy_bf16": "the same by the unquantised forward pass of the master weights",
     "eval/accuracy_start": "eval/accuracy before step 0",
     "eval/accuracy_bf16_start": "eval/accuracy_bf16 before step 0",
+    f"{PASS_AT}K": "pass@K: at least one of K samples right, at rollout.temperature; unbiased, mean over questions",
+    f"{PASS_AT}K_low": "lower end of its 95 % interval over questions (Wilson, effective number of questions)",
+    f"{PASS_AT}K_high": "upper end of that interval",
+    f"{PASS_AT}K_start": "pass@K before step 0; so are its _low_start and _high_start",
     "eval/n": "questions",
     ROLLOUT_SECONDS: "sampling of the step, filter and batches included",
     UPDATE_SECONDS: "log-probs and updates of the step",

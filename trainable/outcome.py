@@ -122,6 +122,10 @@ class Scores:
     """Questions."""
     correct: tuple[int, ...]
     """Per question, in the fixed order of the split: 1 = right."""
+    right: tuple[int, ...] = ()
+    """Per question, in the same order: how many of its eval.samples samples are right (`pass_at_k.py`); empty where
+    none were drawn."""
+    right_start: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,12 +26,13 @@ import torch
 from pydantic import TypeAdapter
 
 from spaces.config import TrialConfig
+from trainable import pass_at_k
 from trainable.collapse import CollapseDetector
 from trainable.engines import gate
 from trainable.engines.backend import start_backend
 from trainable.engines.engine import Request
 from trainable.episode import FilterOutcome, Group
-from trainable.evaluation import Evaluation, evaluate
+from trainable.evaluation import Evaluation, count_right, evaluate
 from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
 from trainable.masters import MasterAdamW, followed, moved_shares
@@ -268,19 +269,21 @@ class Trial:
 
     def _begin(self) -> dict[str, float]:
         """Evaluate the start and take the noise-free baseline."""
+        config = self.config
         deployed_eval, plain_eval = self.so_far.start = self._evaluate()
-        groups = self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts)
+        groups = self._generate(_BASELINE_STEP, 0, config.grpo.prompts)
         outcome = filter_groups("off", groups, len(groups))
         batch = self._batch(groups)
         signals = self._measure(groups, batch, outcome, 1, 0.0, None)
         self.detector.observe(signals, quiet=True)
         if signals.truncated >= _NEARLY_ALL:
-            limit = self.config.rollout.max_new_tokens
+            limit = config.rollout.max_new_tokens
             self.so_far.warnings.append(
                 f"{signals.truncated:.0%} of the completions before step 0 were cut off at "
                 f"rollout.max_new_tokens={limit}: what is rewarded at the end of an answer is never seen; raise it"
             )
-        start = {f"{name}_start": value for name, value in _metrics(deployed_eval, plain_eval).items()}
+        seen = _metrics(deployed_eval, plain_eval, config.eval.samples)
+        start = {f"{name}_start": value for name, value in seen.items()}
         return start | ({} if self.agreed else self._agree(groups))
 
     def _agree(self, groups: list[Group]) -> dict[str, float]:
@@ -437,13 +440,17 @@ class Trial:
         if self.so_far.start is None:
             self._begin()
         deployed_eval, plain_eval = self.so_far.end = self._evaluate()
-        return _metrics(deployed_eval, plain_eval)
+        return _metrics(deployed_eval, plain_eval, self.config.eval.samples)
 
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
-        """In the deployed precision and unquantised (the same thing when nothing is quantised)."""
+        """In the deployed precision, with samples where they are wanted, and unquantised (the same thing when nothing
+        is quantised)."""
         self.on_phase("evaluate")
         arguments = (self.policy, self.task, self.questions, self.config, self.backend)
         deployed_eval = evaluate(*arguments)
+        if self.config.eval.samples:
+            self.on_phase("evaluate")
+            deployed_eval = replace(deployed_eval, right=count_right(*arguments, self.so_far.next_step))
         if not self.policy.quantized:
             return deployed_eval, deployed_eval
         with unquantized(self.policy):
@@ -461,10 +468,10 @@ def run_trial(config: TrialConfig, progress: Progress | None = None) -> Generato
         trial.close()
 
 
-def _metrics(evaluation: Evaluation, unquantized: Evaluation | None = None) -> dict[str, float]:
+def _metrics(evaluation: Evaluation, unquantized: Evaluation | None = None, samples: int = 0) -> dict[str, float]:
     parts = {f"{EVAL}{name}": value for name, value in evaluation.parts.items()}
     plain = {} if unquantized is None else {f"{ACCURACY}_bf16": unquantized.accuracy}
-    return {ACCURACY: evaluation.accuracy, **plain, **parts}
+    return {ACCURACY: evaluation.accuracy, **plain, **parts, **pass_at_k.metrics(evaluation.right, samples)}
 
 
 def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluation]) -> Scores:
@@ -478,6 +485,8 @@ def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluat
         parts_start=before.parts,
         n=len(after.correct),
         correct=after.correct,
+        right=after.right,
+        right_start=before.right,
     )
 
 
