@@ -106,7 +106,11 @@ class SweepOptions:
     searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
     objectives: Annotated[
         list[str] | None,
-        typer.Option("--objective", help="accuracy (default), collapses, hours; several: a Pareto front."),
+        typer.Option(
+            "--objective",
+            help="accuracy (default), collapses, hours, or pass@K with eval.samples of K or more; several: a Pareto "
+            "front. The first accuracy or pass@K is what arms are compared, chosen and confirmed by.",
+        ),
     ] = None
     budget: Budget = None
     cpus: Cpus = None
@@ -211,6 +215,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     from spaces.reading import merge, parse_overrides, read_config
     from spaces.uses import leaves
     from spaces.workloads import WORKLOADS
+    from trainable.pass_at_k import k_of
 
     if options.space not in SPACES and not _is_file(options.space):
         raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
@@ -230,7 +235,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         read_point(point)
     _known("--searcher", options.searcher, get_args(SearcherName))
     for objective in options.objectives or []:
-        _known("--objective", objective, get_args(ObjectiveName))
+        if not k_of(objective):
+            _known("--objective", objective, (*get_args(ObjectiveName), "pass@K (pass@4, ...)"))
     usable_budget(options.budget)
     usable_gpus(options.gpus)
     store = absolute_store(options.store)

@@ -4,11 +4,12 @@ records to lines."""
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from dashboards.tables import describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
+from dashboards.tables import curve_rows, describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
 from search.confirm import Confirmation
 from search.finding import Finding
 from search.importance import Importance
@@ -27,7 +28,8 @@ NOT_A_FINDING = (
 
 
 def report_table(report: StudyReport) -> Table:
-    words, numbers = ("arm", "noise", "runs", "collapsed"), ("accuracy", "vs control", "interval", "dose", "hours")
+    words = ("arm", "noise", "runs", "collapsed")
+    numbers = (report.config.measure, "vs control", "interval", "dose", "hours")
     table = empty_table(f"{report.config.kind} {report.config.name}", words, numbers)
     table.add_column("verdict", overflow="fold")
     for row in report.arms:
@@ -37,7 +39,7 @@ def report_table(report: StudyReport) -> Table:
             describe_noise(row.config),
             _runs(row),
             _collapsed(row),
-            points(row.accuracy),
+            points(row.score),
             "" if row.difference is None else f"{100 * row.difference:+.1f}",
             "" if row.corrected is None else escape(interval(row.corrected)),
             "-" if row.dose is None else _dose(row.dose),
@@ -64,6 +66,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     for row in report.arms:
         if row.finding is not None and (said := row.finding.risk_words()):
             lines.append(f"{row.arm}: {said}")
+    lines += _curve_lines(report)
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
     if undecided:
         lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
@@ -89,12 +92,37 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     return lines
 
 
+def _curve_lines(report: StudyReport) -> list[str]:
+    """pass@k over k of every arm, where answers were sampled; below it what it is."""
+    lines, rows = [], curve_rows(report.arms)
+    for row in rows:
+        line = f"{row['arm']}: pass@{row['k']} {points(row['start'])} -> {points(row['share'])} {_range(row, '')}"
+        if row["difference"] is not None:
+            known = row["replicates"] >= MIN_REPLICATES and row["difference_low"] is not None
+            apart = _range(row, "difference_", sign="+") if known else "[unknown]"
+            line += f", {100 * row['difference']:+.1f} points {apart} to {row['control']}: {row['verdict']}"
+        lines.append(line)
+    if rows:
+        band = "seeds and questions" if all(row["seeds"] for row in rows) else "questions (below 3 runs), seeds too"
+        lines.append(
+            f"pass@k: of sampled answers, unbiased; bands over {band}; differences paired by seed, corrected for the "
+            "arms and the k that share a control"
+        )
+    return lines
+
+
+def _range(row: Mapping[str, Any], prefix: str, sign: str = "") -> str:
+    low, high = (100 * row[f"{prefix}{end}"] for end in ("low", "high"))
+    return f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
 def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     """The verdict, with all that it hangs on; `where`: options that find the sweep again."""
     seen, config = state.comparison, state.config
+    of = "" if config.measure == "accuracy" else f" of {config.measure}"
     lines = [
         f"{state.winner} against {state.control}: {seen.words() if state.finding is None else state.finding.words()}",
-        f"  difference {_apart(seen, 2)} points {interval(seen)} (95 % over all looks), "
+        f"  difference {_apart(seen, 2)} points{of} {interval(seen)} (95 % over all looks), "
         f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
         f"  looks after {', '.join(map(str, state.looks))} replicates; "
         "collapsed replicates count with the accuracy at their stop",
@@ -240,6 +268,7 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
     """Of `rin confirm --json`."""
     return {
         "name": state.config.name,
+        "measure": state.config.measure,
         "winner": state.winner,
         "control": state.control,
         "verdict": "undecided" if state.finding is None else state.finding.verdict,
@@ -260,6 +289,8 @@ def _row(row: ArmReport) -> dict[str, object]:
         "rules": list(row.rules),
         "accuracy": row.accuracy,
         "accuracy_start": row.start,
+        **fields_of(row, "measure", "score", "score_start"),
+        "curve": curve_rows([row]),
         "marks": dict(row.marks),
         "warnings": list(row.warnings),
         **fields_of(row, "dose", "hours", "verdict"),

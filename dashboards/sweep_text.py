@@ -70,7 +70,9 @@ def _candidate_lines(result: StudyResult, where: str, folder: str) -> Iterator[s
 def candidate_line(candidate: Candidate) -> str:
     """Example: candidate: c03, +1.2 points against control on the selection questions (...: not a finding)"""
     assert candidate.difference is not None
-    apart = f"{100 * candidate.difference:+.1f} points against {candidate.control.name}"
+    measure = candidate.study.measure
+    of = "" if measure == "accuracy" else f" of {measure}"
+    apart = f"{100 * candidate.difference:+.1f} points{of} against {candidate.control.name}"
     return (
         f"candidate: {candidate.arm.name}, {apart} on the selection questions "
         "(chosen and judged on the same questions: not a finding)"

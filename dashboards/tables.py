@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from search.report import MARGIN, ArmReport
+from search.curves import CurvePoint
+from search.report import MARGIN, ArmReport, screening
 from spaces.config import TrialConfig
 
 COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
@@ -36,7 +37,29 @@ def status_row(row: ArmReport) -> dict[str, Any]:
         "status": row.status,
         "rule": why(row),
         "step": steps_text(row),
-        **fields_of(row, "accuracy", "start", "difference", "replicates", "missing", "candidate", "hours"),
+        **fields_of(row, "accuracy", "start", "measure", "score", "difference"),
+        **fields_of(row, "replicates", "missing", "candidate", "hours"),
+    }
+
+
+def curve_rows(rows: Sequence[ArmReport]) -> list[dict[str, Any]]:
+    """pass@k over k, arm by arm, with its band and its difference to the control; shares. Empty where no answers were
+    sampled."""
+    return [_curve_row(row, point) for row in rows for point in row.curve]
+
+
+def _curve_row(row: ArmReport, point: CurvePoint) -> dict[str, Any]:
+    beside = row.beside.get(point.measure)
+    seen = None if beside is None or beside.corrected.replicates == 0 else beside.corrected
+    return {
+        "arm": row.arm,
+        "control": row.control,
+        **fields_of(point, "k", "share", "low", "high", "start", "seeds"),
+        "difference": None if seen is None else seen.difference,
+        "difference_low": None if seen is None else finite(seen.low),
+        "difference_high": None if seen is None else finite(seen.high),
+        "replicates": 0 if seen is None else seen.replicates,
+        "verdict": "" if beside is None else screening(beside.finding.words()),
     }
 
 
@@ -62,7 +85,8 @@ def finite(value: Any) -> Any:
 
 def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
     """The table at the end of a sweep and of `rin status`."""
-    numbers = ("steps done", "start", "accuracy", "vs control", "runs", "time")
+    measure = rows[0].measure if rows else "accuracy"
+    numbers = ("steps done", "start", measure, "vs control", "runs", "time")
     table = empty_table(title, ("configuration", "noise", "status", "rule"), numbers)
     for row in rows:
         color = COLORS.get(row.status, "")
@@ -72,8 +96,8 @@ def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
             f"[{color}]{row.status}[/]" if color else row.status,
             why(row),
             steps_text(row),
-            points(row.start),
-            points(row.accuracy),
+            points(row.score_start),
+            points(row.score),
             "" if row.difference is None else f"{100 * row.difference:+.1f}",
             f"{row.replicates}" if not row.missing else f"{row.replicates}/{row.replicates + row.missing}",
             duration(3600 * sum(trial.hours for trial in row.trials)),

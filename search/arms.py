@@ -31,6 +31,7 @@ from spaces.uses import idle
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
+from trainable.pass_at_k import k_of, pass_at, per_question
 
 Origin = Literal["control", "point", "searcher", "ablation", "winner"]
 
@@ -127,17 +128,40 @@ def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
 # --- who is compared with whom ----------------------------------------------------------------------------------------
 
 
-def replicates_of(study: StudyConfig, arm: Arm) -> list[Replicate]:
-    """Those with an outcome and a finite accuracy of their clean model, at the end or at the stop."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a trial came to, by greedy accuracy or by pass@k. Example: Measured(share=0.71, start=0.15, answers=(1, 0,
+    ...))"""
+
+    share: float
+    """Of the clean model, at the end or at the stop."""
+    start: float
+    """Before training."""
+    answers: tuple[float, ...]
+    """The same question by question."""
+
+
+def measured(outcome: Outcome, measure: str) -> Measured | None:
+    """None where that was not measured: too few samples for pass@k, or an accuracy that is no number."""
+    scores, k, samples = outcome.eval, k_of(measure), outcome.config.eval.samples
+    if not math.isfinite(scores.accuracy):
+        return None
+    if k is None:
+        return Measured(share=scores.accuracy, start=scores.accuracy_start, answers=scores.correct)
+    if k > samples or not scores.right:
+        return None
+    shares = [pass_at(right, samples, k).share for right in (scores.right, scores.right_start)]
+    return Measured(share=shares[0], start=shares[1], answers=per_question(scores.right, samples, k))
+
+
+def replicates_of(study: StudyConfig, arm: Arm, measure: str = "") -> list[Replicate]:
+    """Those with an outcome in which that was measured; by the study's own measure unless another is named."""
     return [
         Replicate(
-            seed=study.seed_of(number),
-            accuracy=outcome.eval.accuracy,
-            collapsed=outcome.collapsed,
-            correct=tuple(bool(answer) for answer in outcome.eval.correct),
+            seed=study.seed_of(number), accuracy=seen.share, collapsed=outcome.collapsed, correct=tuple(seen.answers)
         )
         for number, outcome in sorted(arm.results.items())
-        if math.isfinite(outcome.eval.accuracy)
+        if (seen := measured(outcome, measure or study.measure)) is not None
     ]
 
 

@@ -7,7 +7,7 @@ different there is named.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from search.arms import Arm, read_arms
@@ -19,6 +19,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
 from spaces.points import POINTS
 from spaces.reading import as_tree, flatten, merge, read_config
+from trainable.pass_at_k import k_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Known:
 
     space: Space
     objectives: tuple[str, ...]
-    """Names of `OBJECTIVES`."""
+    """Names of `OBJECTIVES`, or pass@k."""
     seed: int
     number: int
     """Configurations that were proposed before this one."""
@@ -47,6 +48,8 @@ class Evidence:
     collapses: int
     replicates: int = 1
     hours: float | None = None
+    passed: Mapping[str, float] = field(default_factory=dict)
+    """pass@k by the objective's name, as far as it was sampled."""
     source: str
     """Where it comes from, and what else was different there."""
 
@@ -93,8 +96,8 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
             raise ConfigError(
                 f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
             )
-        arms = read_arms(earlier)
-        evidence += evidence_from_arms(arms, earlier.replicates, config.space, f"sweep {config.warm_start}", base)
+        arms, source = read_arms(earlier), f"sweep {config.warm_start}"
+        evidence += evidence_from_arms(arms, earlier.replicates, config.space, source, base, config.objectives)
     return evidence
 
 
@@ -143,14 +146,16 @@ def evidence_from_arms(
     space: Space,
     source: str,
     base: Mapping[str, Any],
+    objectives: Sequence[str] = (),
 ) -> list[Evidence]:
     """Results of an earlier sweep of so many replicates as evidence (a warm start). Arms that lack an outcome of any of
-    them, that do not lie in this space, or were noised or quantised otherwise than `base`, are left out; `source` says
-    how many."""
+    them, that do not lie in this space, that were noised or quantised otherwise than `base`, or did not sample the
+    pass@k that is an objective, are left out; `source` says how many."""
+    passes = tuple(filter(k_of, objectives))
     here = read_config(base)
     fitting: list[tuple[Arm, Params, Told]] = []
     for arm in arms:
-        result = told(arm, ("accuracy", "hours"), replicates) if len(arm.results) == replicates else None
+        result = told(arm, ("accuracy", "hours", *passes), replicates) if len(arm.results) == replicates else None
         try:
             params = _params_of(arm.config, space, arm.name)
         except ConfigError:
@@ -167,6 +172,7 @@ def evidence_from_arms(
             collapses=result.collapses,
             replicates=replicates,
             hours=result.values[1] if result.values else None,
+            passed=dict(zip(passes, result.values[2:], strict=True)) if result.values else {},
             source=f"{note}: {arm.name}",
         )
         for arm, params, result in fitting
@@ -175,8 +181,8 @@ def evidence_from_arms(
 
 def _told_evidence(evidence: Evidence, objectives: Sequence[str]) -> Told:
     share = evidence.collapses / evidence.replicates
-    numbers = {"accuracy": evidence.accuracy, "collapses": share, "hours": evidence.hours}
-    values = tuple(value for name in objectives if (value := numbers[name]) is not None)
+    numbers = {"accuracy": evidence.accuracy, "collapses": share, "hours": evidence.hours, **evidence.passed}
+    values = tuple(value for name in objectives if (value := numbers.get(name)) is not None)
     return Told(
         params=evidence.params,
         state="complete",

@@ -30,7 +30,7 @@ def to_yaml(candidate: Candidate) -> str:
         as_tree(candidate.config),
         comment=(
             f"candidate of {study.kind} {study.name}: {arm.name}\n"
-            f"accuracy on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; "
+            f"{study.measure} on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; "
             f"paired difference {apart}\n"
             f"{candidate.caveat}\n"
             "repeat its first replicate: rin trial --config FILE"

@@ -18,6 +18,7 @@ from spaces.points import POINTS, read_point
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.uses import given_twice, is_noisy, is_record, refuse_idle
 from spaces.workloads import WORKLOADS
+from trainable.pass_at_k import k_of
 
 
 def base_tree(config: StudyConfig) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             files.append({} if name in POINTS or is_record(settings) else settings)
     arms = _with_controls(base, points)
     _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
+    _refuse_too_few_samples(config.objectives, [*drawn, *(arm.config for arm in arms)])
     treated = [*drawn, *(point.config for point in points)]
     refuse_idle(config.settings, treated, "--set ")
     refuse_idle(config.space.settings, treated, f"space {config.space.name}: settings: ")
@@ -88,6 +90,16 @@ def _refuse_confirm_questions(trials: Sequence[TrialConfig]) -> None:
         raise ConfigError(
             "eval.split=confirm: those questions are for rin confirm, and lose their worth by choosing; leave it out"
         )
+
+
+def _refuse_too_few_samples(objectives: Sequence[str], trials: Sequence[TrialConfig]) -> None:
+    least = min(trial.eval.samples for trial in trials)
+    for name in objectives:
+        if (k := k_of(name)) and k > least:
+            raise ConfigError(
+                f"--objective {name}: needs eval.samples of at least {k} in every trial, but one has {least}; "
+                f"add --set eval.samples={k} (more samples make it more exact)"
+            )
 
 
 def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:

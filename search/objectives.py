@@ -1,20 +1,21 @@
 """What a configuration is judged by: one number per objective, from the outcomes of its replicates.
 
 Two lessons of earlier sweeps are built in. One seed per configuration is an anecdote: a configuration counts once, when
-all its replicates are in, by the median accuracy. And a collapse is knowledge: a violated constraint (the number of
-collapsed replicates), so that one collapse among three is not averaged away and the searcher learns where not to look.
-A failed run (a bug, the machine, an accuracy that is not a number) teaches nothing and is told as failed.
+all its replicates are in, by the median accuracy (or pass@k, where answers were sampled). And a collapse is knowledge:
+a violated constraint (the number of collapsed replicates), so that one collapse among three is not averaged away and
+the searcher learns where not to look. A failed run (a bug, the machine, an accuracy that is not a number) teaches
+nothing and is told as failed.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-from search.arms import Arm
+from search.arms import Arm, measured
 from search.coordinates import Params
 from trainable.outcome import Outcome
+from trainable.pass_at_k import k_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +45,27 @@ class Objective:
 def told(arm: Arm, objectives: Sequence[str], replicates: int) -> Told | None:
     """What a searcher is told about an arm; None while replicates are missing.
 
-    A collapse counts whatever happened to the other replicates. Without one, a failed replicate or an accuracy that is
-    not finite makes the arm failed.
+    A collapse counts whatever happened to the other replicates. Without one, a failed replicate, an accuracy that is
+    not finite or a pass@k that was not sampled makes the arm failed.
     """
     if any(replicate not in arm.results and replicate not in arm.failed for replicate in range(replicates)):
         return None
     ended = [arm.results[replicate] for replicate in range(replicates) if replicate in arm.results]
-    finite = [result for result in ended if math.isfinite(result.eval.accuracy)]
+    finite = [run for run in ended if all(measured(run, name) for name in ("accuracy", *filter(k_of, objectives)))]
     collapses = sum(result.collapsed for result in ended)
     if not collapses and len(finite) < replicates:
         return Told(params=arm.params, state="failed")
-    values = tuple(OBJECTIVES[name].value(finite, collapses / replicates) for name in objectives) if finite else None
+    values = tuple(objective(name).value(finite, collapses / replicates) for name in objectives) if finite else None
     return Told(params=arm.params, state="complete", values=values, collapses=collapses)
+
+
+def objective(name: str) -> Objective:
+    """Of `OBJECTIVES`, or pass@k: the median of what all runs have sampled."""
+
+    def passed(runs: Sequence[Outcome], share: float) -> float:
+        return median(seen.share for run in runs if (seen := measured(run, name)) is not None)
+
+    return Objective(direction="maximize", value=passed) if k_of(name) else OBJECTIVES[name]
 
 
 def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int) -> list[Arm]:
@@ -69,7 +79,7 @@ def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int
         result = told(arm, objectives, replicates) if len(arm.results) == replicates else None
         if result is None or result.values is None or (result.collapses and "collapses" not in objectives):
             continue
-        signs = [-1 if OBJECTIVES[name].direction == "maximize" else 1 for name in objectives]
+        signs = [-1 if objective(name).direction == "maximize" else 1 for name in objectives]
         judged.append((arm, [sign * value for sign, value in zip(signs, result.values, strict=True)]))
 
     def beaten(costs: list[float]) -> bool:

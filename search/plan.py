@@ -197,8 +197,9 @@ def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
     found = []
     for arm in arms:
         control = control_for(arm, arms)
-        healthy = [run for run in replicates_of(study, arm) if not run.collapsed]
-        differences = [] if control is None else paired_differences(healthy, replicates_of(study, control))
+        healthy = [run for run in replicates_of(study, arm, "accuracy") if not run.collapsed]
+        plain = [] if control is None else replicates_of(study, control, "accuracy")
+        differences = paired_differences(healthy, plain)
         if len(differences) >= 2:
             found.append((variance(differences), len(differences) - 1))
     return found

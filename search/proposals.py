@@ -29,7 +29,7 @@ import optuna
 
 from search.coordinates import Coordinate, Params, Point, coordinates, decode, encode
 from search.evidence import Known
-from search.objectives import OBJECTIVES
+from search.objectives import objective
 from search.smooth_gp import SmoothGP
 from spaces.library import Float, Int, Space
 from trainable.hashing import stable_hash
@@ -160,7 +160,7 @@ def optuna_study(known: Known, sampler: Any = None) -> Any:
     study = optuna.create_study(
         storage=optuna.storages.InMemoryStorage(),
         sampler=sampler,
-        directions=[OBJECTIVES[name].direction for name in known.objectives],
+        directions=[objective(name).direction for name in known.objectives],
     )
     distributions = _distributions(known)
     unknown = _medians(known)

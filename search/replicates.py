@@ -19,10 +19,11 @@ class Replicate:
 
     seed: int
     accuracy: float
-    """Share of the questions that the clean model answers right: at the end, or at the stop of a collapsed run."""
+    """Share of the questions that the clean model answers right (or its pass@k): at the end, or at the stop of a
+    collapsed run."""
     collapsed: bool
-    correct: tuple[bool, ...] | None = None
-    """Answer by answer, where they were kept."""
+    correct: tuple[float, ...] | None = None
+    """Question by question, where they were kept: 1 right, 0 wrong, or the estimate of pass@k."""
 
 
 def check_looks(looks: Sequence[int]) -> tuple[int, ...]:

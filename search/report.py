@@ -3,7 +3,8 @@ more.
 
 Read from the sweep's own files, so it needs no tracking server. Collapsed replicates count with the accuracy of their
 clean model at the stop (intention to treat); replicates that failed or have not ended are missing, and said to be.
-Several arms share one control, so verdicts and intervals are corrected for their number (Holm, Bonferroni). An arm that
+Several arms share one control, so verdicts and intervals are corrected for their number (Holm, Bonferroni); those of
+pass@k for the number of k shown, too: no verdict hangs on which k one looks at. An arm that
 is ahead is told with the collapse risk that its runs do not exclude (`search/finding.py`).
 
 A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out
@@ -18,15 +19,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from statistics import fmean
 from typing import TypeVar
 
-from search.arms import Arm, Origin, candidate_of, control_for, read_arms, read_trials, replicates_of, unfinished
+from search.arms import (
+    Arm,
+    Origin,
+    candidate_of,
+    control_for,
+    measured,
+    read_arms,
+    read_trials,
+    replicates_of,
+    unfinished,
+)
+from search.curves import CurvePoint, curve_of, sampled_in
 from search.evidence import known_of, read_evidence
 from search.finding import Finding, find, lowest_collapsed
 from search.importance import Importance, importance
 from search.ledger import Ledger, read_ledger
 from search.proposals import optuna_study
+from search.replicates import Replicate
 from search.statistics import ArmComparison, Comparison, adjust, compare_arms
 from search.store import StudyConfig, is_driven
 from search.tolerance import Boundary, NoisyRun, boundaries
@@ -34,6 +48,7 @@ from spaces.config import TrialConfig
 from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.trial_folder import TrialState
 from trainable.outcome import EffectReceipt
+from trainable.pass_at_k import shown
 
 Row = TypeVar("Row")
 
@@ -50,6 +65,8 @@ class ArmReport:
     config: TrialConfig
     trials: tuple[TrialState, ...]
     """Where each replicate stands, in order."""
+    measure: str
+    """What arms are compared by: accuracy, or pass@k."""
     replicates: int
     """That have ended with an accuracy."""
     missing: int
@@ -60,6 +77,14 @@ class ArmReport:
     """Mean over replicates of the clean model's accuracy at the end or the stop."""
     start: float | None
     """Before training."""
+    score: float | None
+    """By the measure: the accuracy, or pass@k; mean over replicates."""
+    score_start: float | None
+    """Before training."""
+    curve: tuple[CurvePoint, ...]
+    """pass@k over k, where answers were sampled."""
+    beside: Mapping[str, "Judged"]
+    """pass@k against that of its control, by the name of the measure; corrected for arms and k."""
     warnings: tuple[str, ...]
     """Of the receipts of its trials, each once."""
     marks: Mapping[str, float]
@@ -169,18 +194,18 @@ def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list
     if config.kind != "confirm":  # which chooses nothing
         with suppress(NoCandidate):
             best = candidate_of(config, arms).arm.name
-    judged: dict[str, Judged] = {}
     controls = {arm.name: control_for(arm, arms) for arm in arms}
-    for control in arms:
-        family: dict[str, ArmComparison] = {}
-        for arm in arms:
-            if controls[arm.name] is control:
-                what = f"{arm.name} against its control"
-                for comparison in _made(what, partial(_against, config, arm, control), failed):
-                    family[arm.name] = comparison
-        judged |= _corrected(config, family, control, arms)
+    judged = _judged(config, arms, controls, (config.measure,), failed)
+    samples = sampled_in(arms)
+    passes = _judged(config, arms, controls, tuple(f"pass@{k}" for k in shown(samples)), failed)
     driven = is_driven(config)
-    return tuple(_row(config, arm, controls[arm.name], driven, judged.get(arm.name), ledger, best) for arm in arms)
+
+    def row(arm: Arm) -> ArmReport:
+        beside = {measure: found for (name, measure), found in passes.items() if name == arm.name}
+        own = judged.get((arm.name, config.measure))
+        return _row(config, arm, controls[arm.name], driven, own, ledger, best, curve_of(arm, samples), beside)
+
+    return tuple(map(row, arms))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,22 +218,31 @@ class Judged:
     family: int
 
 
-def _corrected(
-    config: StudyConfig, family: Mapping[str, ArmComparison], control: Arm, arms: Sequence[Arm]
-) -> dict[str, Judged]:
-    """`family`: the arms that share a control, each against it."""
-    runs = {arm.name: replicates_of(config, arm) for arm in arms}
-    worth = lowest_collapsed(run for of_arm in runs.values() for run in of_arm)
-    corrected = adjust({name: comparison.primary for name, comparison in family.items()})
-    return {
-        name: Judged(
-            alone=alone,
-            corrected=corrected[name],
-            finding=find(corrected[name], runs[name], runs[control.name], collapsed_elsewhere=worth, arms=len(family)),
-            family=len(family),
-        )
-        for name, alone in family.items()
-    }
+def _judged(
+    config: StudyConfig,
+    arms: Sequence[Arm],
+    controls: Mapping[str, Arm | None],
+    measures: Sequence[str],
+    failed: list[str],
+) -> dict[tuple[str, str], Judged]:
+    """(arm, measure) -> against its control; those that share one are corrected together, over all the measures."""
+    runs = {(arm.name, measure): replicates_of(config, arm, measure) for arm in arms for measure in measures}
+    worth = {measure: lowest_collapsed(run for arm in arms for run in runs[arm.name, measure]) for measure in measures}
+    found: dict[tuple[str, str], Judged] = {}
+    for control in arms:
+        family: dict[tuple[str, str], ArmComparison] = {}
+        for arm, measure in product(arms, measures):
+            if controls[arm.name] is control:
+                what = f"{arm.name} against its control" + (f" by {measure}" if measure != config.measure else "")
+                pair = runs[arm.name, measure], runs[control.name, measure]
+                for comparison in _made(what, partial(_against, *pair), failed):
+                    family[arm.name, measure] = comparison
+        corrected = adjust({key: comparison.primary for key, comparison in family.items()})
+        for (name, measure), alone in family.items():
+            both = corrected[name, measure], runs[name, measure], runs[control.name, measure]
+            finding = find(*both, collapsed_elsewhere=worth[measure], arms=len(family))
+            found[name, measure] = Judged(alone=alone, corrected=both[0], finding=finding, family=len(family))
+    return found
 
 
 def screening(words: str) -> str:
@@ -242,9 +276,8 @@ def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
     return runs
 
 
-def _against(config: StudyConfig, arm: Arm, control: Arm) -> tuple[ArmComparison, ...]:
+def _against(treated: Sequence[Replicate], plain: Sequence[Replicate]) -> tuple[ArmComparison, ...]:
     """One, or none where there is nothing to compare."""
-    treated, plain = replicates_of(config, arm), replicates_of(config, control)
     return (compare_arms(treated, plain, margin=MARGIN),) if treated and plain else ()
 
 
@@ -256,8 +289,12 @@ def _row(
     judged: Judged | None,
     ledger: Ledger,
     best: str | None,
+    curve: tuple[CurvePoint, ...],
+    beside: Mapping[str, Judged],
 ) -> ArmReport:
     runs = replicates_of(config, arm)
+    greedy = replicates_of(config, arm, "accuracy")
+    seen = [one for outcome in arm.results.values() if (one := measured(outcome, config.measure)) is not None]
     outcomes = list(arm.results.values())
     doses = [dose for outcome in outcomes if (dose := dose_of(outcome.receipt)) is not None]
     return ArmReport(
@@ -269,7 +306,12 @@ def _row(
         missing=config.replicates - len(runs),
         collapsed=sum(run.collapsed for run in runs),
         rules=tuple(sorted({outcome.rule for outcome in outcomes} - {""})),
-        accuracy=fmean(run.accuracy for run in runs) if runs else None,
+        measure=config.measure,
+        accuracy=fmean(run.accuracy for run in greedy) if greedy else None,
+        score=fmean(run.accuracy for run in runs) if runs else None,
+        score_start=fmean(one.start for one in seen) if seen else None,
+        curve=curve,
+        beside=beside,
         start=fmean(outcome.eval.accuracy_start for outcome in outcomes) if outcomes else None,
         warnings=tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.receipt.warnings)),
         marks={

@@ -36,7 +36,7 @@ Looks while replicates are added: `search/sequential.py`. What a number of them 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,6 +46,7 @@ from search.power import half_width, level_of, replicates_to_decide
 from search.replicates import MIN_REPLICATES, Replicate
 
 Array = NDArray[np.float64]
+Name = TypeVar("Name")
 Verdict = Literal["better", "worse", "same", "undecided"]
 
 COPIES = 0.001
@@ -132,7 +133,7 @@ class Pairs:
     control: Array
     """Accuracies [replicates], shares."""
     answers: Array | None
-    """Treated minus control [replicates, questions], each -1, 0 or 1; None where they were not kept."""
+    """Treated minus control [replicates, questions], each from -1 to 1; None where they were not kept."""
     questions: int | None
     """How many were asked; None where that is not known."""
 
@@ -226,7 +227,16 @@ def compare_arms(treated: Sequence[Replicate], control: Sequence[Replicate], *, 
     )
 
 
-def adjust(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+def mean_interval(answers: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95 % interval of the mean of [replicates, questions], each from 0 to 1, over seeds and questions; needs two
+    replicates. The same layout as that of a difference."""
+    array = _shares(answers)
+    se, df = _layout(array)
+    half = half_width(se, df, 0.05)
+    return max(0.0, float(array.mean()) - half), min(1.0, float(array.mean()) + half)
+
+
+def adjust(comparisons: Mapping[Name, Comparison]) -> dict[Name, Comparison]:
     """Several arms against one control: verdicts that are false for any arm at all with the level that each had alone.
 
     Better or worse by Holm's p values, which need no assumption about how the arms hang together. Dunnett's test does
@@ -242,7 +252,7 @@ def adjust(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
     level, count = levels.pop(), len(comparisons)
     # Without a p value (one replicate) an arm can show nothing, but it was an arm: it counts, with p = 1.
     p = {name: 1.0 if c.p is None else c.p for name, c in comparisons.items()}
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Name, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
         largest = max(largest, min(1.0, p[name] * (count - rank)))
@@ -287,7 +297,7 @@ def _judge(comparison: Comparison, later_level: float | None = None) -> Comparis
 def _layout(differences: Array) -> tuple[float, float]:
     """Standard error of the mean difference [replicates, questions] and its degrees of freedom.
 
-    Random replicates and random questions, one observation (-1, 0 or 1) per cell.
+    Random replicates and random questions, one observation (from -1 to 1) per cell.
     """
     runs, questions = differences.shape
     total = float(differences.mean())
@@ -366,16 +376,16 @@ def _accuracies(values: Sequence[float]) -> Array:
     return array
 
 
-def _booleans(values: ArrayLike) -> NDArray[np.bool_]:
-    array = np.asarray(values)
-    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
-        raise ValueError("an answer is right (1) or wrong (0); something else was given")
-    return array.astype(np.bool_)
+def _shares(values: ArrayLike) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.size and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError("an answer is right (1), wrong (0) or a share of both; something else was given")
+    return array
 
 
 def _answers(a: Array, b: Array, correct: tuple[ArrayLike, ArrayLike]) -> Array:
     """Differences [replicates, questions] of the answers, once they have been found to be those of the accuracies."""
-    sides = [_booleans(side).astype(np.float64) for side in correct]
+    sides = [_shares(side) for side in correct]
     shape = sides[0].shape
     if len(shape) != 2 or sides[1].shape != shape or shape[0] != len(a) or shape[1] < 2:
         shapes = " and ".join(str(side.shape) for side in sides)

@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -44,6 +44,7 @@ from spaces.paths import home
 from spaces.reading import explain
 from spaces.workloads import WORKLOADS
 from trainable.disk.folder import Folder
+from trainable.pass_at_k import k_of
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
 VERSION = 3
@@ -52,6 +53,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 SearcherName = Literal["gp", "tpe", "random", "grid", "qmc"]
 ObjectiveName = Literal["accuracy", "collapses", "hours"]
+PassObjective = Annotated[str, Field(pattern=r"^pass@[1-9]\d*$")]
 
 
 def new_id() -> str:
@@ -91,7 +93,7 @@ class StudyConfig(BaseModel):
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: SearcherName = "gp"
-    objectives: tuple[ObjectiveName, ...] = Field(("accuracy",), min_length=1)
+    objectives: tuple[ObjectiveName | PassObjective, ...] = Field(("accuracy",), min_length=1)
     seed: int = Field(0, ge=0)
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""
@@ -115,6 +117,12 @@ class StudyConfig(BaseModel):
     def runs(self) -> int:
         """Trials in all."""
         return self.trials * self.replicates
+
+    @property
+    def measure(self) -> str:
+        """By which its arms are compared, chosen and confirmed: greedy accuracy, or pass@k where that is the first
+        objective that says how good an arm is."""
+        return next((name for name in self.objectives if name == "accuracy" or k_of(name)), "accuracy")
 
     @property
     def go_on(self) -> str:

@@ -241,8 +241,11 @@ def test_answers_that_do_not_belong_to_the_accuracies_are_an_error() -> None:
         compare(accuracies[1], accuracies[0], correct=sides)
     with pytest.raises(ValueError, match=r"\(3, 50\) and \(3, 49\)"):
         compare(*accuracies, correct=(sides[0], sides[1][:, 1:]))
-    with pytest.raises(ValueError, match="right \\(1\\) or wrong"):
+    with pytest.raises(ValueError, match="do not add up"):
         compare(*accuracies, correct=(sides[0] * 0.5, sides[1]))
+    for wrong in (2.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="right \\(1\\), wrong"):
+            compare(*accuracies, correct=(sides[0] * wrong, sides[1]))
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.3, 0.5, 1.0, 95.0])

@@ -18,6 +18,7 @@ Python, since reports read it without torch.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from functools import cache
 
 from trainable.metrics import PASS_AT
 
+_NAME = re.compile(r"pass@([1-9]\d*)")
 _Z = 1.959963984540054  # 95 %, two-sided
 
 
@@ -81,6 +83,12 @@ def metrics(right: Sequence[int], samples: int) -> dict[str, float]:
         at = pass_at(right, samples, k)
         found |= {f"{PASS_AT}{k}": at.share, f"{PASS_AT}{k}_low": at.low, f"{PASS_AT}{k}_high": at.high}
     return found
+
+
+def k_of(measure: str) -> int | None:
+    """`pass@4` -> 4; None for what is none."""
+    found = _NAME.fullmatch(measure)
+    return None if found is None else int(found[1])
 
 
 def shown(samples: int) -> list[int]:
