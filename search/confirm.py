@@ -187,7 +187,8 @@ def _same_questions(config: StudyConfig) -> list[str]:
 
     def asked(study: StudyConfig) -> tuple[Any, ...]:
         asks = read_arms(study)[0].config
-        return asks.task.name, asks.task.path, asks.task.digits, asks.task.options, asks.eval.split, asks.eval.draw
+        task = asks.task
+        return task.name, task.path, task.eval_path, task.digits, task.options, asks.eval.split, asks.eval.draw
 
     def others() -> Iterator[str]:
         mine = asked(config)

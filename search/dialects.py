@@ -835,6 +835,7 @@ ROWS: dict[str, Row] = {
     "task.name": _NOWHERE,
     "task.digits": _NOWHERE,
     "task.path": _NOWHERE,
+    "task.eval_path": _NOWHERE,
     "task.options": _row(verl=anyway(()), trl=anyway(()), qerl=anyway(()), nemo=anyway(())),
     "task.prompt": _row(verl=anyway(None), trl=anyway(None), qerl=anyway(None), nemo=anyway(None)),
     "task.chat": _row(verl=anyway(True), trl=anyway(True, False), qerl=anyway(True), nemo=anyway(True)),

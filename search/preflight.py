@@ -10,7 +10,7 @@ from pathlib import Path
 
 from search.arms import Arm
 from search.store import StudyConfig
-from spaces.config import ModelConfig
+from spaces.config import HUB, ModelConfig
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
 from trainable.policy.loading import load_policy, skipped_layers
@@ -26,8 +26,8 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
     depths: dict[ModelConfig, int] = {}
     asked = set()
     for trial in (arm.config for arm in arms):
-        data = trial.task.path
-        if trial.task.name != "gsm8k" or config.address is None or (data is not None and Path(data).exists()):
+        data = [path for path in (*trial.task.path, *trial.task.eval_path) if not path.startswith(HUB)]
+        if config.address is None or ((trial.task.endless or data) and all(Path(path).exists() for path in data)):
             judged = (trial.eval.split, trial.eval.questions, trial.eval.draw)
             questions = (trial.task, trial.grpo.batch_prompts, judged)
             if questions not in asked:

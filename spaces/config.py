@@ -40,6 +40,8 @@ Module = Literal["rmsnorm", "qk_norm", "post_norm", "linear"]
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
 Correction = Literal["none", "token", "sequence"]
+HUB = "hub:"
+"""hub:openai/gsm8k:main is no path: `datasets` fetches it."""
 Scalar = bool | int | float | str
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
@@ -460,14 +462,18 @@ class RolloutConfig(Record):
 
 class TaskConfig(Record):
     name: str = "addition"
-    """`addition`, `gsm8k`, or `reasoning_gym:DATASET` (any procedural data set of that package)."""
+    """`addition`, `gsm8k`, `reasoning_gym:DATASET` (any procedural data set of that package, or several: a+b), or
+    another trainer's format (docs/tasks.md): `open_instruct`."""
     digits: Whole = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
-    path: str | None = Field(None, json_schema_extra={"path": []})
-    """For `gsm8k`: a JSONL file, or a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl; null =
-    through `datasets`."""
+    path: Texts = Field((), json_schema_extra={"path": [HUB]})
+    """Where rows lie: a file, a folder, or several. For `gsm8k` a JSONL file, or a folder with train.jsonl, test.jsonl
+    and, if you like, validation.jsonl; none = through `datasets`. For tasks in another trainer's format (docs/tasks.md)
+    JSONL, parquet, a folder of `datasets`, or hub:NAME."""
+    eval_path: Texts = Field((), json_schema_extra={"path": [HUB]})
+    """Rows that are for confirming alone, in the format of task.path."""
     options: Options = ()
-    """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}."""
+    """For `reasoning_gym:...`: keyword options of the data set, e.g. {min_terms: 2}; of several {a: {weight: 2}}."""
     prompt: str | None = None
     """For text tasks: template with {question}; null = the task's own."""
     chat: Flag = False
@@ -484,7 +490,7 @@ class TaskConfig(Record):
     def _settings_have_a_use(self) -> Self:
         for field, kinds in TAKEN_BY.items():
             if (value := getattr(self, field)) and self.kind not in kinds:
-                value = dict(value) if field == "options" else value
+                value = dict(value) if field == "options" else ", ".join(value)
                 raise ValueError(
                     f"{field}={value} has no use with name={self.name}; remove it or choose {' or '.join(kinds)}"
                 )
@@ -492,6 +498,8 @@ class TaskConfig(Record):
             if (value := getattr(self, field)) != type(self).model_fields[field].default and not self.in_template:
                 value = dict(value) if field == "chat_options" else value
                 raise ValueError(f"{field}={value} has no use without a chat template; set chat=true or remove it")
+        if self.kind in ROWS and not self.path:
+            raise ValueError(f"name={self.name} needs rows; set task.path")
         if self.name == "addition" and (self.prompt is not None or self.chat):
             raise ValueError(
                 f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, "
@@ -514,7 +522,7 @@ class TaskConfig(Record):
     @property
     def in_template(self) -> bool:
         """Whether prompts may go through a chat template."""
-        return self.chat
+        return self.chat or (self.kind in ROWS and self.prompt is None)
 
     @property
     def endless(self) -> bool:
@@ -522,8 +530,14 @@ class TaskConfig(Record):
         return self.kind in ("addition", "reasoning_gym")
 
 
-TAKEN_BY: dict[str, tuple[str, ...]] = {"path": ("gsm8k",), "options": ("reasoning_gym",)}
-"""Setting of a task -> the kinds of task that it has a use for."""
+ROWS = ("open_instruct",)
+"""Kinds of task in another trainer's format: files of rows, whose prompts may be conversations."""
+TAKEN_BY: dict[str, tuple[str, ...]] = {
+    "path": ("gsm8k", *ROWS),
+    "eval_path": ROWS,
+    "options": ("reasoning_gym",),
+}
+"""Setting of a task -> the kinds of task that have a use for it."""
 _SET_BY_US = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "continue_final_message"),

@@ -2,9 +2,9 @@
 
 A trial runs in another folder than the command that asked for it, and often on another machine. So a path is made
 absolute where it comes in: on the command line from the current folder, in a YAML file (a space, a point, a trial) from
-that file's folder; `~` is the user's home. `model.name` may be a name instead (`embedded`, an id on a hub): it is a
-path where it is written as one (`./`, `../`, `~`) or where something of that name lies there, and what is no path stays
-as it is.
+that file's folder; `~` is the user's home. Of a list every member is one. `model.name` may be a name instead
+(`embedded`, an id on a hub): it is a path where it is written as one (`./`, `../`, `~`) or where something of that name
+lies there, and what is no path stays as it is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,8 @@ from spaces.reading import flatten, load_yaml, merge, parts, unflatten
 
 
 def path_settings(model: type[Record] = TrialConfig, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Dotted keys that the configuration marks as paths -> names that may stand there instead; (): always a path."""
+    """Dotted keys that the configuration marks as paths -> names that may stand there instead, and beginnings of such
+    names (`hub:`); (): always a path."""
     found: dict[str, tuple[str, ...]] = {}
     for name, field in model.model_fields.items():
         marks = field.json_schema_extra
@@ -37,10 +38,15 @@ def anchored(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def anchored_value(key: str, value: Any, folder: Path) -> Any:
-    """The value of one dotted key; whatever is no path comes back as it is."""
+    """The value of one dotted key, or its list; whatever is no path comes back as it is."""
+    if key in PATHS and isinstance(value, list | tuple):
+        return type(value)(anchored_value(key, one, folder) for one in value)
     if key not in PATHS or not isinstance(value, str) or not value:
         return value
-    names, path = PATHS[key], folder / home(value)
+    prefixes = tuple(name for name in PATHS[key] if name.endswith(":"))
+    if value.startswith(prefixes):
+        return value
+    names, path = set(PATHS[key]).difference(prefixes), folder / home(value)
     if names and not value.startswith(("./", "../", "~")) and (value in names or not path.exists()):
         return value
     return str(path.absolute())

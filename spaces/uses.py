@@ -142,7 +142,7 @@ _CHILD = Use(
     needs="rollout.backend=vllm and rollout.engine=process",
 )
 _TEXT = Use(holds=lambda c: c.task.name != "addition", needs="a task of texts (gsm8k, reasoning_gym:...)")
-_CHAT = Use(holds=lambda c: c.task.in_template, needs="task.chat=true")
+_CHAT = Use(holds=lambda c: c.task.in_template, needs="task.chat=true, or a task of conversations without task.prompt")
 _SIGNED = Use(holds=_recipe(lambda r: r.signed_steps > 0), needs="model.recipe.signed_steps above 0")
 _RULE = Use(
     holds=_can_fire,

@@ -134,6 +134,10 @@ TRIALS = {
         **SUMS,
     },
     "problems": {**TEXTS, "task.name": "gsm8k", "task.path": "/data/q.jsonl", "task.options": {}},
+    "rows": {
+        **{**TEXTS, "task.name": "open_instruct", "task.path": ["/data/a.parquet", "/data/b.jsonl"]},
+        **{"task.eval_path": "/data/e.jsonl", "task.options": {}},
+    },
     "puzzles": {**TEXTS, "task.name": "reasoning_gym:chain_sum", "task.options": {"min_terms": 3}},
 }
 BY_OPTION = {"seed": "--seed 5", "threads": "--cpus 2"}

@@ -59,6 +59,7 @@ TOGETHER = {
     "rollout.backend": ["rollout={backend: torch, engine: inside}"],
     "task.name": ["task={name: 'reasoning_gym:gcd', path: null}"],
     "task.options": ["task={name: 'reasoning_gym:gcd', path: null, options: {max_numbers: 3}}"],
+    "task.eval_path": ["task={name: open_instruct, eval_path: /e.jsonl}"],
     "task.chat": ["task.chat=false"],
 }
 

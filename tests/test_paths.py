@@ -12,7 +12,7 @@ from spaces.paths import PATHS, anchored, load_settings, path_settings, relative
 
 
 def test_the_configuration_says_which_settings_are_paths() -> None:
-    assert PATHS == {"model.name": ("embedded", "smollm2-135m"), "task.path": ()}
+    assert PATHS == {"model.name": ("embedded", "smollm2-135m"), "task.path": ("hub:",), "task.eval_path": ("hub:",)}
 
 
 def test_a_mark_is_found_at_any_depth() -> None:
@@ -46,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("task.path", "~nobody-of-that-name/q.jsonl", "{place}/~nobody-of-that-name/q.jsonl"),
         ("task.path", "/shared/q.jsonl", "/shared/q.jsonl"),
         ("task.path", None, None),
+        ("task.path", "hub:openai/gsm8k", "hub:openai/gsm8k"),
         ("model.name", "weights", "{place}/weights"),
         ("model.name", "gone", "gone"),  # lies in the current folder, which has no say
         ("model.name", "./gone", "{place}/gone"),
@@ -66,6 +67,14 @@ def test_a_path_begins_at_its_folder_and_a_name_stays_a_name(key: str, given: An
     assert tree[section][leaf] == given
     assert relative_paths(tree, folder) == ([] if given == wanted else [(key, given)])
     assert anchored(anchored(tree, folder), Path("/other")) == anchored(tree, folder) or wanted == given
+
+
+def test_every_member_of_a_list_is_a_path(folder: Path) -> None:
+    tree = {"task": {"path": ["a.parquet", "hub:b", "/c"]}}
+    settled = {"task": {"path": [f"{folder}/a.parquet", "hub:b", "/c"]}}
+    assert anchored(tree, folder) == settled
+    assert [key for key, _ in relative_paths(tree, folder)] == ["task.path"]
+    assert relative_paths(settled, Path("/other")) == []
 
 
 @pytest.mark.parametrize("tree", [{}, {"model": 3}, {"task": {"path": 7}}, {"task": {"path": ""}}, {"task": None}])

@@ -13,6 +13,7 @@ import pytest
 
 from spaces.config import ConfigError, TaskConfig
 from spaces.reading import read_config
+from tests.outside import files
 from trainable.signals import mean_parts
 from trainable.tasks.addition import addition_question
 from trainable.tasks.gsm8k import (
@@ -64,6 +65,8 @@ CONFIGS = {
     ),
     "basic_arithmetic": TaskConfig(name="reasoning_gym:basic_arithmetic"),
     "gcd": TaskConfig(name="reasoning_gym:gcd"),
+    "gcd and chain_sum": TaskConfig(name="reasoning_gym:gcd+chain_sum"),
+    "open_instruct": TaskConfig(name="open_instruct", path=str(files() / "open_instruct.jsonl")),
 }
 
 
@@ -395,7 +398,7 @@ def test_numbers_are_compared_exactly() -> None:
 
 def test_small_file_is_split_70_15_15() -> None:
     rows = [json.loads(line) for line in SMALL.read_text().splitlines()]
-    problems = load_problems(str(SMALL))
+    problems = load_problems([str(SMALL)])
     assert [len(part) for part in (problems.train, problems.selection, problems.confirm)] == [28, 6, 6]
     assert {p.question for p in (*problems.train, *problems.selection, *problems.confirm)} == {
         row["question"] for row in rows
@@ -452,7 +455,7 @@ def test_folder_uses_its_test_file_for_confirm(tmp_path: Path) -> None:
     lines = SMALL.read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:30]))
     (tmp_path / "test.jsonl").write_text("".join(lines[30:]))
-    problems = load_problems(str(tmp_path))
+    problems = load_problems([str(tmp_path)])
     assert {p.question for p in problems.confirm} == {json.loads(line)["question"] for line in lines[30:]}
     assert 0 < len(problems.selection) < len(problems.train) < 30
 
@@ -461,19 +464,19 @@ def test_a_validation_file_is_for_selection(tmp_path: Path) -> None:
     lines = SMALL.read_text().splitlines(keepends=True)
     for name, part in (("train", lines[:20]), ("validation", lines[20:30]), ("test", lines[30:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
-    problems = load_problems(str(tmp_path))
+    problems = load_problems([str(tmp_path)])
     assert {p.question for p in problems.selection} == {json.loads(line)["question"] for line in lines[20:30]}
     assert len(problems.train) == 20
     (tmp_path / "validation.jsonl").rename(tmp_path / "val.jsonl")
     with pytest.raises(ConfigError, match=r"val\.jsonl would be ignored; call it validation\.jsonl"):
-        load_problems(str(tmp_path))
+        load_problems([str(tmp_path)])
 
 
 def test_jsonl_round_trip_keeps_unicode_and_skips_blank_lines(tmp_path: Path) -> None:
     rows = [{"question": f"Zoë\u2028has {i} €?", "answer": f"so\n#### {i}"} for i in range(10)]
     path = tmp_path / "z.jsonl"
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-    problems = load_problems(str(path))
+    problems = load_problems([str(path)])
     everything = (*problems.train, *problems.selection, *problems.confirm)
     assert {(p.question, p.answer) for p in everything} == {(row["question"], str(i)) for i, row in enumerate(rows)}
 
@@ -505,12 +508,12 @@ def test_bad_file_is_explained_with_its_line(tmp_path: Path, text: str, message:
 
 def test_missing_or_binary_file_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl cannot be read .*; give"):
-        load_problems(str(tmp_path / "nowhere.jsonl"))
+        load_problems([str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(ConfigError, match=r"train\.jsonl cannot be read"):
-        load_problems(str(tmp_path))
+        load_problems([str(tmp_path)])
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"b\.jsonl is not UTF-8"):
-        load_problems(str(tmp_path / "b.jsonl"))
+        load_problems([str(tmp_path / "b.jsonl")])
 
 
 def test_more_questions_than_exist_is_the_users_mistake() -> None:
@@ -671,6 +674,21 @@ def test_every_accepted_data_set_marks_garbage_with_less_than_1() -> None:
             assert 0 <= dataset.score(completion, entry) < 1, (name, completion[:20])
 
 
+def test_a_mixture_asks_each_data_set_as_often_as_it_weighs_and_marks_it_as_alone() -> None:
+    options = {"gcd": {"weight": 3}, "chain_sum": {"max_terms": 2}}
+    task = build_task(TaskConfig.model_validate({"name": "reasoning_gym:gcd+chain_sum", "options": options}))
+    asked = task.sample(400, seed=0, step=0, batch=0)
+    parts = [question.entry["part"] for question in asked]
+    assert 270 < parts.count("gcd") < 330
+    sums = [question.entry["metadata"] for question in asked if question.entry["part"] == "chain_sum"]
+    assert {metadata["num_terms"] for metadata in sums} == {2}
+    alone = {name: open_gym(name, {}) for name in ("gcd", "chain_sum")}
+    for question in asked[:40]:
+        for text in (question.answer, "12", f"<answer>{question.answer}</answer>", "it is " + question.answer):
+            (score,) = task.scores([Answer(question=question, text=text)])
+            assert score.reward == alone[question.entry["part"]].score(text, question.entry)
+
+
 # The user's mistakes
 
 
@@ -691,6 +709,17 @@ def test_every_accepted_data_set_marks_garbage_with_less_than_1() -> None:
         (
             {"name": "reasoning_gym:chain_sum", "options": {"min_terms": "two"}},
             "chain_sum refuses {'min_terms': 'two'}",
+        ),
+        ({"name": "reasoning_gym:gcd+gdc"}, "reasoning_gym:gdc: no such data set; did you mean reasoning_gym:gcd?"),
+        ({"name": "reasoning_gym:gcd+word_ladder"}, "it makes other questions in every process"),
+        ({"name": "reasoning_gym:gcd+gcd"}, "names a data set twice; say how often by its weight"),
+        (
+            {"name": "reasoning_gym:gcd+chain_sum", "options": {"min_terms": 2}},
+            "min_terms of which data set? Say gcd.min_terms, or chain_sum.min_terms",
+        ),
+        (
+            {"name": "reasoning_gym:gcd+chain_sum", "options": {"gcd": {"weight": 0}}},
+            "gcd.weight=0: give a number above 0, or leave gcd out",
         ),
         ({"name": "reasoning_gym:gcd", "prompt": "Solve it"}, "task.prompt=Solve it: has no place for the question"),
     ],

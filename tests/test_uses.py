@@ -109,6 +109,7 @@ ELSEWHERE = {
         "threads",
         "hang_seconds",
         "task.path",
+        "task.eval_path",
         "task.options",
         "task.prompt",
         "task.chat",
@@ -126,7 +127,13 @@ ELSEWHERE = {
 # Idle keys for which the configuration holds no other value than the default: written, they are refused.
 UNWRITABLE = [
     *("model.lora_rank=3", "model.lora_alpha=3.0", "rollout.engine=process", "rollout.kv_cache_gib=2.0"),
-    *("rollout.start_seconds=3.0", "rollout.answer_seconds=3.0", "task.path=x.jsonl", "task.options={a: 1}"),
+    *(
+        "rollout.start_seconds=3.0",
+        "rollout.answer_seconds=3.0",
+        "task.path=x.jsonl",
+        "task.eval_path=x.jsonl",
+        "task.options={a: 1}",
+    ),
     *("task.prompt=x", "task.chat=true", "task.chat_options={a: 1}", "task.chat_date=2025-01-02", "eval.draw=another"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")

@@ -126,7 +126,7 @@ class Trial:
             parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
         )
         self.detector = CollapseDetector(config=config.collapse)
-        self.so_far = Progression()
+        self.so_far = Progression(warnings=[*self.task.warnings])
         self.backend = start_backend(self.config, self.policy)
         self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
 

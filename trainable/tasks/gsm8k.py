@@ -89,12 +89,14 @@ def flexible_number(text: str) -> Decimal | None:
     return parse_number(numbers[-1]) if numbers else None
 
 
-def load_problems(path: str | None) -> Problems:
-    """From a JSONL file, from a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl, or (None) from
+def load_problems(paths: Sequence[str]) -> Problems:
+    """From a JSONL file, from a folder with train.jsonl, test.jsonl and, if you like, validation.jsonl, or (none) from
     the hub. Raises ConfigError."""
-    if path is None:
+    if not paths:
         return split_problems(*_from_hub())
-    place = Path(path).expanduser()
+    if len(paths) > 1:
+        raise ConfigError(f"task.path={', '.join(paths)}: task.name=gsm8k takes one file or folder; join them")
+    place = Path(paths[0]).expanduser()
     if not place.is_dir():
         return split_problems(read_jsonl(place))
     for name in ("val.jsonl", "valid.jsonl", "dev.jsonl"):

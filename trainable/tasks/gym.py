@@ -12,6 +12,7 @@ options are lists.
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ REFUSED: dict[str, str] = {
     "codeio": _IRREPRODUCIBLE,
     "coin_flip": "its scorer does not return from the answer 1e99999999",
     "complex_arithmetic": "its scorer takes nan for every answer",
-    "composite": "it is a mixture of data sets; choose one of them",
+    "composite": "it is a mixture of data sets; name them (a+b)",
     "game_of_life_halting": "its scorer takes any text for the answer False",
     "intermediate_integration": _IRREPRODUCIBLE,
     "isomorphic_strings": _IRREPRODUCIBLE,
@@ -77,6 +78,27 @@ class GymDataset:
         return mark if 0.0 <= mark <= 1.0 else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GymMixture:
+    """Several data sets, each as often as it weighs."""
+
+    parts: Mapping[str, GymDataset]
+    weights: Mapping[str, float]
+
+    def entries(self, rng: Random) -> Iterator[Mapping[str, Any]]:
+        """Endless, each with the name of its part."""
+        sources = {name: part.entries(Random(rng.getrandbits(64))) for name, part in self.parts.items()}
+        edges = dict(zip(sources, itertools.accumulate(self.weights[name] for name in sources), strict=True))
+        *_, (last, whole) = edges.items()
+        while True:
+            point = rng.random() * whole
+            name = next((name for name, edge in edges.items() if point < edge), last)
+            yield {**next(sources[name]), "part": name}
+
+    def score(self, completion: str, entry: Mapping[str, Any]) -> float:
+        return self.parts[entry["part"]].score(completion, entry)
+
+
 def extract_answer(completion: str, lines: int = 1) -> str:
     """The text in the last <answer>...</answer>; without one, the last lines, as many as the reference answer has."""
     before, closed, _ = completion.rpartition("</answer>")
@@ -84,8 +106,32 @@ def extract_answer(completion: str, lines: int = 1) -> str:
     return inside.strip() if closed and opened else "\n".join(completion.strip().splitlines()[-lines:]).strip()
 
 
-def open_gym(name: str, options: Mapping[str, Any]) -> GymDataset:
-    """Raises ConfigError for an unknown or refused data set and for options that it does not take."""
+def open_gym(name: str, options: Mapping[str, Any]) -> GymDataset | GymMixture:
+    """A data set, or a+b, whose options say of which of them they are: {a.weight: 2, b.min_terms: 3}.
+
+    Raises ConfigError for an unknown or refused data set and for options that it does not take.
+    """
+    names = name.split("+")
+    if len(names) == 1:
+        return _open(name, options)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"task.name=reasoning_gym:{name}: names a data set twice; say how often by its weight")
+    own: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in options.items():
+        part, _, option = key.partition(".")
+        if part not in own or not option:
+            raise ConfigError(
+                f"task.options: {key} of which data set? Say {names[0]}.{option or key}, or {names[1]}.{option or key}"
+            )
+        own[part][option] = value
+    weights = {part: own[part].pop("weight", 1.0) for part in names}
+    for part, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise ConfigError(f"task.options: {part}.weight={weight}: give a number above 0, or leave {part} out")
+    return GymMixture(parts={part: _open(part, own[part]) for part in names}, weights=weights)
+
+
+def _open(name: str, options: Mapping[str, Any]) -> GymDataset:
     from reasoning_gym.factory import DATASETS  # a second of imports that other tasks do without
 
     key = f"task.name=reasoning_gym:{name}"

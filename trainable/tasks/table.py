@@ -9,7 +9,8 @@ from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
 from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, strict_number
 from trainable.tasks.gym import open_gym
-from trainable.tasks.task import RIGHT, FiniteTask, ProceduralTask, Question, Split, Task, each, split_of
+from trainable.tasks.open_instruct import build_open_instruct
+from trainable.tasks.task import RIGHT, FiniteTask, ProceduralTask, Question, Split, Task, each, split_of, template_of
 
 GYM_SHARE = 0.25
 GSM8K_PROMPT = (
@@ -29,7 +30,7 @@ def flexible_reward(question: Question, completion: str) -> float:
 
 
 def _build_gsm8k(config: TaskConfig) -> Task:
-    problems, template = load_problems(config.path), _template(config, GSM8K_PROMPT)
+    problems, template = load_problems(config.path), template_of(config, GSM8K_PROMPT)
 
     def questions(part: Sequence[Problem]) -> list[Question]:
         return [
@@ -50,14 +51,8 @@ def _build_gsm8k(config: TaskConfig) -> Task:
     )
 
 
-def _template(config: TaskConfig, default: str) -> str:
-    if config.prompt is not None and "{question}" not in config.prompt:
-        raise ConfigError(f"task.prompt={config.prompt[:60]}: has no place for the question; put {{question}} into it")
-    return default if config.prompt is None else config.prompt
-
-
 def _build_gym(config: TaskConfig) -> Task:
-    dataset, template = open_gym(config.name.partition(":")[2], dict(config.options)), _template(config, GYM_PROMPT)
+    dataset, template = open_gym(config.name.partition(":")[2], dict(config.options)), template_of(config, GYM_PROMPT)
 
     def draws(rng: Random, split: Split) -> Iterator[Question | None]:
         for entry in dataset.entries(rng):
@@ -86,5 +81,6 @@ def build_task(config: TaskConfig) -> Task:
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "addition": build_addition,
     "gsm8k": _build_gsm8k,
+    "open_instruct": build_open_instruct,
     "reasoning_gym": _build_gym,
 }

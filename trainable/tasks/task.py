@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal
 
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TaskConfig
 
 Split = Literal["train", "selection", "confirm"]
 HeldOut = Literal["selection", "confirm"]
@@ -114,6 +114,8 @@ class Task(ABC):
     """Of the marks that are learned from."""
     judges: Mapping[str, float]
     """Mark -> value from which on an answer is correct; the first of them that was given decides."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of the questions."""
 
     @abstractmethod
     def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
@@ -183,6 +185,13 @@ class FiniteTask(Task):
     def _check_enough(self, split: Split, count: int, key: str) -> None:
         if count > (most := len(self.questions[split])):
             raise ConfigError(f"{key}={count}: {self.name} has {most} questions for {split}; ask for at most {most}")
+
+
+def template_of(config: TaskConfig, default: str) -> str:
+    """What stands around a question. Raises ConfigError."""
+    if config.prompt is not None and "{question}" not in config.prompt:
+        raise ConfigError(f"task.prompt={config.prompt[:60]}: has no place for the question; put {{question}} into it")
+    return default if config.prompt is None else config.prompt
 
 
 def each(**functions: RewardFunction) -> Reward:
