@@ -1,6 +1,7 @@
 """The policy: which layers compute in 4 bits, what LoRA sees, and that nothing temporary is left behind."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -167,18 +168,22 @@ def test_a_quantised_tied_head_stays_tied(model_folder: ModelFolder) -> None:
 @pytest.mark.parametrize(
     ("sizes", "quant", "layer"),
     [
-        ({"hidden": 48}, W4A4, "model.layers.0.self_attn.q_proj: mxfp4"),
-        ({"intermediate": 80}, W4A4, "model.layers.0.mlp.down_proj: mxfp4"),
-        ({"hidden": 40}, QuantConfig(weights="nvfp4", activations="none"), "model.layers.0.self_attn.q_proj: nvfp4"),
-        ({"hidden": 48}, QuantConfig(weights="none", activations="mxfp8"), "model.layers.0.self_attn.q_proj: mxfp8"),
+        ({"hidden": 48}, W4A4, "model.layers.*.self_attn.q_proj: mxfp4"),
+        ({"intermediate": 80}, W4A4, "model.layers.*.mlp.down_proj: mxfp4"),
+        ({"hidden": 40}, QuantConfig(weights="nvfp4", activations="none"), "model.layers.*.self_attn.q_proj: nvfp4"),
+        ({"hidden": 48}, QuantConfig(weights="none", activations="mxfp8"), "model.layers.*.self_attn.q_proj: mxfp8"),
     ],
 )
-def test_a_width_that_the_block_does_not_divide_names_the_layer(
+def test_widths_that_the_block_does_not_divide_name_every_layer_that_has_to_be_excluded(
     model_folder: ModelFolder, sizes: dict[str, int], quant: QuantConfig, layer: str
 ) -> None:
-    with pytest.raises(ConfigError, match=layer) as error:
+    with pytest.raises(ConfigError, match=re.escape(layer)) as error:
         load_policy(ModelConfig(name=model_folder(**sizes)), quant, seed=0)
-    assert "quant.exclude" in str(error.value)
+    said = re.findall(r"model\.layers\.[\w.*]+", str(error.value))
+    assert len(said) == (1 if "intermediate" in sizes else 6)
+    load_policy(
+        ModelConfig(name=model_folder(**sizes)), quant.model_copy(update={"exclude": ("lm_head", *said)}), seed=0
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from trainable.layers.norm import RMSNorm
 from trainable.policy.anatomy import find_norms, text_model
 from trainable.policy.coverage import block_matrices, check_reach, cover
 from trainable.policy.embedded import Progress
-from trainable.policy.policy import KNOWN_BLOCKS, Policy, bare_name, block_of, matches, share_inputs
+from trainable.policy.policy import KNOWN_BLOCKS, Policy, any_number, bare_name, block_of, matches, share_inputs
 from trainable.policy.sources import load_network
 from trainable.quantization import UNQUANTIZED, Arithmetic, QuantLinear
 
@@ -70,6 +70,7 @@ def in_place(network: Any, tokenizer: PreTrainedTokenizerBase, quant: QuantConfi
         return block_of(name) in skipped or any(matches(pattern, one) for pattern in quant.exclude for one in names)
 
     _check_patterns(quant, [*modules, *matrices, _HEAD])
+    _check_blocks(Arithmetic.of(quant), {name: module for name, module in modules.items() if not excluded(name)})
     linears = {
         name: _wrap(network, name, module, UNQUANTIZED if excluded(name) else Arithmetic.of(quant))
         for name, module in modules.items()
@@ -154,11 +155,22 @@ def _check_patterns(quant: QuantConfig, names: Sequence[str]) -> None:
             raise ConfigError(f"quant.exclude={pattern}: matches no linear layer; one of them is {names[0]}")
 
 
+def _check_blocks(arithmetic: Arithmetic, modules: Mapping[str, nn.Linear | Conv1D]) -> None:
+    """Raises ConfigError that names every layer with inputs that are no whole blocks; equal layers of all blocks are
+    one pattern."""
+    misfits: dict[str, str] = {}
+    for name, module in modules.items():
+        try:
+            arithmetic.check_fits(any_number(name), module.weight.shape[0 if isinstance(module, Conv1D) else 1])
+        except ValueError as error:
+            misfits.setdefault(any_number(name), str(error))
+    if misfits:
+        _, *others = misfits
+        raise ConfigError(next(iter(misfits.values())) + (f", and {', '.join(others)}" if others else ""))
+
+
 def _wrap(network: Any, name: str, module: nn.Linear | Conv1D, arithmetic: Arithmetic) -> QuantLinear:
-    try:
-        wrapped = QuantLinear.from_linear(_as_linear(module), name=name, arithmetic=arithmetic)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    wrapped = QuantLinear.from_linear(_as_linear(module), name=name, arithmetic=arithmetic)
     wrapped.lies_transposed = isinstance(module, Conv1D)
     network.set_submodule(name, wrapped)
     return wrapped
