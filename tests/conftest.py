@@ -64,6 +64,7 @@ LONGEST = (
     "test_security.py",
     "test_mlflow_views.py",
     "test_tasks.py",
+    "test_models.py",
     "test_cuda_kernels.py",
     "test_s3.py",
     "test_tracking.py",
