@@ -53,13 +53,14 @@ from trainable.disk.folder import Folder
 from trainable.forward.logps import importance_weights
 from trainable.inside_trl import Sampled, Trl
 from trainable.masters import followed, moved_shares
-from trainable.metrics import COLLAPSED, DOSE
+from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE
 from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at, target_sigma
 from trainable.outcome import HEALTHY, Alarm, CollapseVerdict, Effect, EffectReceipt
 from trainable.parity import LIMIT, NARROW_LIMIT
 from trainable.policy.anatomy import text_model
 from trainable.policy.loading import in_place, see_as_their_layers
 from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.quantization import QuantLinear
 from trainable.receipt import receipt_of
 from trainable.seeds import generator
 from trainable.signals import NAMES, distinct_share, mean
@@ -69,6 +70,10 @@ _HOLDS = "rin_quantized"
 """Attribute of a quantised model that holds its `Quantized`."""
 _USUAL_RULES = CollapseConfig()
 _PROBE = (2, 16)
+_PAST = (
+    "RinCallback: TRL learns from a rollout that did not pass this callback and had no noise; does the trainer "
+    "override how it generates? Attach to one that does not"
+)
 _CORRECTION_CAP = 2.0  # of the importance weights that are only reported
 _SAID = logging.getLogger(__name__)
 
@@ -244,12 +249,19 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
 
     def _warn_of_autocast(self, trainer: Any) -> None:
-        """What is measured is the weight; autocast rounds it once more."""
-        wide = {target.module.weight.dtype for target in self.targets if target.kind == "linear"} == {torch.float32}
-        if wide and (trainer.args.bf16 or trainer.args.fp16):
+        """What is measured is the weight; autocast rounds it once more, but for MX numbers, which bf16 holds."""
+        after, narrow = self.noise.placement == "after", trainer.args.fp16
+        rounded = [
+            target.name
+            for target in self.targets
+            if isinstance(target.module, QuantLinear) and target.module.weight.dtype == torch.float32
+            if narrow or after or target.module.arithmetic.weights in ("none", "nvfp4")
+        ]
+        if rounded and (trainer.args.bf16 or narrow):
             self._warnings.append(
-                "bf16 or fp16 of the trainer's arguments: linear weights in fp32 are rounded to 16 bits where they are "
-                "multiplied, which is not in `applied`; load the model in that dtype to have it counted"
+                f"{rounded[0]} and {len(rounded) - 1} others are rounded to 16 bits where they are multiplied (bf16 or "
+                "fp16 of the trainer's arguments), which is not in `applied`; load the model in that dtype to have it "
+                "counted"
             )
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
@@ -288,8 +300,10 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _score(self, score: Callable[[], Any]) -> Any:
         """Measure a rollout when its rewards are known; the verdict follows its updates."""
         trl = self._attached()
-        training = trl.training
+        training, before = trl.training, self.rollouts
         scored = score()
+        if training and self.rollouts == before:
+            raise ConfigError(_PAST)
         if training:
             self._values = trl.mean(self._measured(trl, scored)) | {"reward": trl.reward()}
             self._norms, self._clipped = [], []
@@ -389,10 +403,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         every = trl.passes_per_rollout
         expected = -(-trl.passes // every) - -(-start // every)
         if self.rollouts - made < expected:
-            raise ConfigError(
-                f"RinCallback: TRL has learned from {expected} rollouts, of which {self.rollouts - made} passed this "
-                "callback; the others had no noise. Does the trainer override how it generates?"
-            )
+            raise ConfigError(_PAST)
         clipped = trl.clip_fraction()
         if clipped is not None:
             self._clipped.append(clipped)
@@ -421,8 +432,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         trl.report(COLLAPSED, float(verdict.collapsed))
         if not verdict.collapsed:
             return
-        said = {"rule": verdict.rule, "evidence": verdict.evidence, "rollout": step}
-        state.log_history.append({"step": state.global_step, COLLAPSED: said})
+        told = {RULE: verdict.rule, EVIDENCE: verdict.evidence, ROLLOUT: step}
+        state.log_history.append({"step": state.global_step, **told})  # words are no metric
         if verdict.rule != "nonfinite" and self.collapse.mode == "monitor":
             self.alarms.append(Alarm(step=step, rule=verdict.rule, evidence=verdict.evidence))
             return

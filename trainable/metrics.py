@@ -7,8 +7,10 @@ and `eval/NAME_start`, their means; `eval.samples` adds `eval/pass_at_K` for K f
 
 SIGMA = "rin/sigma"
 STEPS_DONE = "rin/steps_done"
+RULE, EVIDENCE, ROLLOUT = "rin/rule", "rin/evidence", "rin/rollout"
+"""In the log of a trainer of somebody else (`library.py`), where a rule fired: which, why, in which rollout."""
 COLLAPSED = "rin/collapsed"
-"""In a trainer of somebody else (`library.py`): 1 where a rule fired."""
+"""There too: 1 where a rule fired."""
 DOSE = "rin/dose"
 """There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage."""
 REWARD = "grpo/reward"
