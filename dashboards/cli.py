@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -358,6 +358,25 @@ def export(
             output.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output {output}: {error.strerror}; give a file in a folder that exists") from None
+
+
+@app.command()
+def audit(
+    files: Annotated[
+        list[str], typer.Argument(help="Launch scripts, configurations and logs of verl, QeRL, TRL or NeMo RL.")
+    ],
+    as_json: given.AsJson = False,
+) -> None:
+    """What is wrong in somebody else's noise run: each finding with file, line and remedy."""
+    from dashboards.audit_text import audit_lines
+    from search.audit.audit import audit as look
+
+    found = look(files)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        for line in audit_lines(found, len(files)):
+            print(line)
 
 
 @app.command()

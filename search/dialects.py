@@ -173,6 +173,7 @@ def _fork_quant(c: TrialConfig, value: Any) -> Said | None:
             f"{_HARDWARE}.apply_during": "both",
             f"{_HARDWARE}.target_modules": ["linear"],
             f"{_HARDWARE}.exclude_modules": _fork_excluded(c),
+            f"{_ROLLOUT}.enforce_eager": True,  # hooks do not run in captured graphs
         }
     )
 
@@ -220,8 +221,7 @@ def _fork_noise(c: TrialConfig, value: Any) -> Said:
         return Said(options={f"{_NOISE}.enabled": False})
     return Said(
         options={f"{_NOISE}.enabled": True, f"{_NOISE}.sigma_start": value},
-        note="this fork leaves the noise in during validation after the quiet stage, and draws it from an unseeded "
-        "generator: judge checkpoints by an evaluation of their own",
+        note="the noise is drawn from an unseeded generator: two runs of one seed differ",
     )
 
 
@@ -247,16 +247,12 @@ def _fork_modules(c: TrialConfig, value: Any) -> Said | None:
     if {"qk_norm", "post_norm"} & {*c.noise.modules}:
         return None
     norms = [] if c.noise.final_norm else ["model.norm"]
-    doubled = _lora(c) and "linear" in c.noise.modules
+    wrapped = ["base_layer"] if _lora(c) else []  # vLLM's wrapper counts as linear, too, and would be noised again
     return Said(
         options={
             f"{_NOISE}.layer_types": list(c.noise.modules),
-            f"{_NOISE}.exclude_patterns": ["lm_head", "embed_tokens", "lora_", "q_norm", "k_norm", *norms],
-        },
-        note="with adapters, vLLM's wrapper and the layer in it both count as linear: expect noise in both draws, "
-        "which is sqrt(2) times the sigma"
-        if doubled
-        else "",
+            f"{_NOISE}.exclude_patterns": ["lm_head", "embed_tokens", "lora_", *wrapped, "q_norm", "k_norm", *norms],
+        }
     )
 
 
@@ -276,22 +272,60 @@ def _stages(option: str) -> Cell:
     return if_(lambda c: c.noise.num_stages >= 3, to(option))
 
 
-def _fork_length(c: TrialConfig, value: Any) -> Said:
-    """The fork's schedule counts batches of its loader, whatever total_training_steps says."""
-    count = (
-        f"data.train_max_samples makes the loader that long where the data hold {value * c.grpo.batch_prompts} prompts"
+def _stretch(c: TrialConfig) -> int:
+    """The fork's schedule counts batches of its loader, and its filter may spend as many for a step as it is allowed:
+    so a schedule with a filter has that many times the batches and the stages, and a run reaches its first part."""
+    return c.grpo.batch_limit if _noisy(c) else 1
+
+
+def _fork_end(c: TrialConfig, value: Any) -> Said | None:
+    """Of the whole schedule, so that its first part ends at ours."""
+    start, stages = c.noise.sigma_start, c.noise.num_stages
+    end = start * (value / start) ** ((_stretch(c) * stages - 2) / (stages - 2)) if stages > 2 else 0.0
+    return (
+        Said(options={f"{_NOISE}.sigma_end": end}) if end > 0 else None
+    )  # 0 where the stretch is past what floats hold
+
+
+def _fork_stages(c: TrialConfig, value: Any) -> Said | None:
+    if not _noisy(c):
+        return Said()
+    if value < 3:
+        return None  # no noise at all (K = 1), or 0/0 (K = 2)
+    times = _stretch(c)
+    return Said(
+        options={f"{_NOISE}.num_stages": times * value},
+        note=f"rin audit: stages-unreached is meant: the filter may spend {times} batches on a step, so the schedule "
+        f"has {times} times the stages over {times} times the batches, and the run ends after the first {value}"
+        if times > 1
+        else "",
     )
-    spent = "; batches that the filter spends are taken from it, and the run ends earlier"
+
+
+def _fork_length(c: TrialConfig, value: Any) -> Said:
+    """The schedule's length is what the loader holds, whatever total_training_steps says."""
+    samples = value * c.grpo.batch_prompts
     return Said(
         options={
             "trainer.total_training_steps": value,
-            "trainer.total_epochs": 1,
-            "data.train_max_samples": value * c.grpo.batch_prompts,
+            "trainer.total_epochs": _stretch(c) if _noisy(c) else c.grpo.batch_limit,
+            "data.train_max_samples": samples,
         },
-        note=f"the noise schedule counts total_epochs times the loader's batches: {count}"
-        f"{spent if c.grpo.filter_groups == 'resample' else ''}"
+        note=f"the noise schedule counts total_epochs times the loader's batches; the data must hold {samples} prompts"
         if _noisy(c)
         else "",
+    )
+
+
+def _fork_evaluation(c: TrialConfig, value: Any) -> Said:
+    """Its validation is noisy after the quiet stage: it keeps checkpoints instead."""
+    every = value or c.grpo.steps
+    if not _noisy(c):
+        return Said(options={"trainer.val_before_train": True, "trainer.test_freq": every})
+    return Said(
+        options={"trainer.val_before_train": True, "trainer.test_freq": -1, "trainer.save_freq": every},
+        note="this fork leaves the noise in during validation: it keeps checkpoints in place of that; evaluate them, "
+        "and the control's, apart and in the precision of the training",
     )
 
 
@@ -550,14 +584,14 @@ ROWS: dict[str, Row] = {
         nemo=anyway(0.0),
     ),
     "noise.sigma_end": _row(
-        verl=to(f"{_NOISE}.sigma_end"),
+        verl=_fork_end,
         upstream=no_key,
         trl=_ours("NoiseConfig", "sigma_end"),
         qerl=to("sigma_end"),
         nemo=no_key,
     ),
     "noise.num_stages": _row(
-        verl=lambda c, v: Said() if not _noisy(c) else _stages(f"{_NOISE}.num_stages")(c, v),
+        verl=_fork_stages,
         upstream=lambda c, v: None if _noisy(c) else Said(),
         trl=_ours("NoiseConfig", "num_stages"),
         qerl=_stages("num_stages"),
@@ -860,7 +894,8 @@ ROWS: dict[str, Row] = {
     "collapse.mode": _row(verl=local, trl=_trl_mode, qerl=local, nemo=local),
     "eval.questions": _row(verl=to("data.val_max_samples"), trl=no_key, qerl=no_key, nemo=to("grpo.max_val_samples")),
     "eval.every": _row(
-        verl=lambda c, v: Said(options={"trainer.val_before_train": True, "trainer.test_freq": v or c.grpo.steps}),
+        verl=_fork_evaluation,
+        upstream=lambda c, v: Said(options={"trainer.val_before_train": True, "trainer.test_freq": v or c.grpo.steps}),
         trl=no_key,  # its evaluation samples at the training temperature
         qerl=no_key,
         nemo=options(lambda c: {"grpo.val_period": c.eval.every, "grpo.val_at_start": True, "grpo.val_at_end": True}),

@@ -62,6 +62,7 @@ COMMANDS = (
     "report",
     "confirm",
     "export",
+    "audit",
     "ui",
     "probe",
     "doctor",

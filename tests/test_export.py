@@ -17,6 +17,7 @@ from spaces import config as configuration
 from spaces.config import TrialConfig
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, parse_overrides, parse_yaml, read_config
+from spaces.schedules import sigma_of
 from spaces.workloads import WORKLOADS
 
 RICH = [  # every setting has an effect
@@ -219,6 +220,8 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("trl", "grpo.warmup_updates=3", {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}),
         ("qerl", "grpo.warmup_updates=3", {"warmup_steps": 3, "warmup_ratio": 0.0}),
         ("verl", "grpo.steps=29", {"trainer.total_training_steps": 29, "data.train_max_samples": 29 * 32}),
+        ("verl", "grpo.filter_groups=off", {"trainer.total_epochs": 1, f"{NOISE}.num_stages": 10}),
+        ("verl", "grpo.max_gen_batches=3", {"trainer.total_epochs": 3, f"{NOISE}.num_stages": 30}),
         ("trl", "grpo.steps=29", {"max_steps": 116}),  # optimizer steps
         ("verl", "grpo.epochs=1", {f"{ACTOR}.ppo_mini_batch_size": 8}),  # prompts
         ("trl", "grpo.epochs=1", {"generation_batch_size": 256, "per_device_train_batch_size": 64}),  # completions
@@ -258,7 +261,9 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("trl", "rollout.correction=none", {"vllm_importance_sampling_correction": False}),  # on by default
         ("trl", "rollout={backend: torch, engine: inside}", "rollout.correction=token"),
         ("nemo-rl", "rollout.correction=sequence", "rollout.correction=sequence"),
-        ("verl", "eval.every=0", {"trainer.test_freq": 29}),  # at the end, which happens here in any case
+        ("verl-upstream", "eval.every=0", {"trainer.test_freq": 29}),  # at the end, which happens here in any case
+        ("verl", "eval.every=7", {"trainer.test_freq": -1, "trainer.save_freq": 7}),  # its validation is noisy
+        ("verl", "noise.sigma_start=0", {"trainer.test_freq": 15}),
         ("verl", "seed=3", {"data.seed": 3, f"{ACTOR}.data_loader_seed": 3}),
         ("qerl", "seed=3", {"mask_truncated_completions": False}),  # its default is another method
         ("nemo-rl", "seed=3", {"grpo.use_leave_one_out_baseline": False}),
@@ -272,6 +277,21 @@ def test_settings_by_hand(system: System, override: str, said: dict[str, Any] | 
         assert said in found.without
     else:
         assert said.items() <= found.options.items()
+
+
+@pytest.mark.parametrize("override", ["grpo.filter_groups=off", "grpo.max_gen_batches=5", "noise.num_stages=7"])
+def test_the_fork_s_schedule_is_ours_in_every_step_although_the_filter_spends_batches(override: str) -> None:
+    """By the fork's own arithmetic, as it was read: stages over total_epochs times the loader's batches."""
+    config = configured(override)
+    said = translate(config, "verl").options
+    start, end, stages = (said[f"{NOISE}.{key}"] for key in ("sigma_start", "sigma_end", "num_stages"))
+    trend = [start * (end / start) ** (j / (stages - 2)) for j in range(stages - 1)]
+    total = said["trainer.total_epochs"] * (said["data.train_max_samples"] // said.get("data.gen_batch_size", 32))
+    assert total >= config.grpo.steps * config.grpo.batch_limit  # enough for every batch that the filter may spend
+    for step in range(config.grpo.steps):
+        stage = int(step // (total / (len(trend) + 1)))
+        there = trend[min(stage - 1, len(trend) - 1)] if stage else 0.0
+        assert there == pytest.approx(sigma_of(config.noise, 0.02, 0.001, step, config.grpo.steps), rel=1e-9), step
 
 
 def test_what_has_no_key_and_what_differs_stands_in_every_file_as_a_comment() -> None:
