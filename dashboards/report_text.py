@@ -19,6 +19,7 @@ from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.reading import as_tree as config_tree
+from spaces.uses import is_noisy
 from trainable.outcome import in_step
 
 NOT_A_FINDING = (
@@ -66,6 +67,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     for row in report.arms:
         if row.finding is not None and (said := row.finding.risk_words()):
             lines.append(f"{row.arm}: {said}")
+    lines += _negative_lines(report)
     lines += _curve_lines(report)
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
     if undecided:
@@ -89,6 +91,27 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     )
     if report.candidate is not None and report.config.kind == "sweep":
         lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
+    return lines
+
+
+def _negative_lines(report: StudyReport) -> list[str]:
+    """Of a negative control: which part of its control's gain it has without the task's reward."""
+    lines = []
+    rows = {row.arm: row for row in report.arms}
+    for row in report.arms:
+        if row.origin != "point" or is_noisy(row.config) or row.control not in rows:
+            continue
+        gains = [
+            one.score - one.score_start
+            for one in (row, rows[row.control])
+            if one.score is not None and one.score_start is not None
+        ]
+        if len(gains) == 2:
+            own, full = (f"{100 * gain:+.1f}" for gain in gains)
+            lines.append(
+                f"{row.arm}: negative control, {row.config.grpo.reward} reward: {own} points since its start, "
+                f"{row.control} {full}: so much of a gain needs no {rows[row.control].config.grpo.reward} reward"
+            )
     return lines
 
 

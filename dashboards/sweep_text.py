@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from search.arms import Candidate, failures
+from search.arms import Candidate, failures, is_negative
 from search.objectives import pareto_front
 from search.store import BEST_FILE
 from search.study import StudyResult
@@ -56,7 +56,7 @@ def _candidate_lines(result: StudyResult, where: str, folder: str) -> Iterator[s
         yield "no configuration with noise came out ahead of its control"
     objectives, name, place = result.config.objectives, result.config.name, result.config.folder.local
     if len(objectives) > 1:
-        treated = [arm for arm in result.arms if arm.origin != "control"]
+        treated = [arm for arm in result.arms if arm.origin != "control" and not is_negative(arm)]
         front = pareto_front(treated, objectives, result.config.replicates)
         yield f"Pareto front of {', '.join(objectives)}: {', '.join(arm.name for arm in front) or 'empty'}"
     if place is not None:

@@ -27,7 +27,7 @@ from search.store import StudyConfig
 from spaces.config import ConfigError, Record, TrialConfig
 from spaces.errors import NoCandidate
 from spaces.reading import as_tree, flatten, read_config
-from spaces.uses import idle
+from spaces.uses import idle, is_noisy
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
@@ -178,20 +178,28 @@ def apart(one: TrialConfig, other: TrialConfig) -> set[str]:
 
 
 def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The control that differs from the arm in its noise alone. None for a control, and where there is none.
+    """The control that differs from the arm in its noise alone, or, of a negative control, in what is learned from
+    alone. None for a control, and where there is none.
 
     A configuration of the searcher may differ in what the space searches of training, too (a learning rate): that is
-    part of what is tried, and ranges have no control for each value. Never in the filter and in the quantisation.
+    part of what is tried, and ranges have no control for each value. Never in the filter, the reward and the
+    quantisation.
     """
     if arm.origin == "control":
         return None
     fitting = []
     for other in arms:
         if other.origin == "control":
-            keys = apart(arm.config, other.config)
+            keys = apart(arm.config, other.config) - ({"grpo.reward"} if is_negative(arm) else set())
             if not keys or (arm.origin != "point" and not any(is_of_the_path(key) for key in keys)):
                 fitting.append((len(keys), other))
     return min(fitting, key=lambda found: found[0])[1] if fitting else None
+
+
+def is_negative(arm: Arm) -> bool:
+    """A negative control: a point without noise that is no control, because it learns from another reward. It is shown
+    beside its control and is never the candidate."""
+    return arm.origin == "point" and not is_noisy(arm.config)
 
 
 def _nearest(arm: Arm, arms: Sequence[Arm]) -> list[str]:
@@ -202,7 +210,7 @@ def _nearest(arm: Arm, arms: Sequence[Arm]) -> list[str]:
 
 def is_of_the_path(key: str) -> bool:
     """Whether a control shares it whoever changes it: what noise does hangs on it."""
-    return key == "grpo.filter_groups" or key.startswith("quant.")
+    return key in ("grpo.filter_groups", "grpo.reward") or key.startswith("quant.")
 
 
 def paired_differences(treated: Sequence[Replicate], control: Sequence[Replicate]) -> list[float]:
@@ -257,7 +265,7 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
     if named is not None and named not in treated:
         raise ConfigError(f"--arm {named}: no such arm in {study.name}; it has {', '.join(treated) or 'none'}")
     found = []
-    for arm in treated.values() if named is None else [treated[named]]:
+    for arm in [one for one in treated.values() if not is_negative(one)] if named is None else [treated[named]]:
         control = control_for(arm, arms)
         if control is None:
             if named is None:
@@ -293,7 +301,7 @@ def _promises(study: StudyConfig, arms: Sequence[Arm]) -> dict[str, float]:
         control = control_for(arm, arms)
         runs = replicates_of(study, arm)
         plain = [] if control is None else replicates_of(study, control)
-        if not runs or not plain:
+        if not runs or not plain or is_negative(arm):
             continue
         held = [run for run in runs if not run.collapsed]
         gains = paired_differences(held, plain)

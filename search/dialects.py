@@ -764,6 +764,7 @@ ROWS: dict[str, Row] = {
         qerl=to("epsilon_high"),
         nemo=to("loss_fn.ratio_clip_max"),
     ),
+    "grpo.reward": _row(verl=anyway("task"), trl=anyway("task"), qerl=anyway("task"), nemo=anyway("task")),
     "grpo.advantage_scale": _row(
         verl=_scale_of("algorithm.norm_adv_by_std_in_grpo"),
         trl=to("scale_rewards"),

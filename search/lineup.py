@@ -2,15 +2,16 @@
 
 A control is a configuration without noise on the same code path. One is not enough where arms differ in more than their
 noise: the filter alone moves an accuracy by points, and so does the precision. So every point has a control that
-differs from it in its noise alone (`arms.control_for`), and one that is without noise is such a control itself. What
-the searcher draws brings its control when it is drawn.
+differs from it in its noise alone (`arms.control_for`), and one that is without noise is such a control itself, unless
+it learns from another reward than the sweep: then it is a negative control, and has a control like any point. What the
+searcher draws brings its control when it is drawn.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
-from search.arms import Arm, apart, control_for, is_of_the_path
+from search.arms import Arm, apart, control_for, is_negative, is_of_the_path
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
@@ -41,14 +42,15 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             )
     base = base_tree(config)
     drawn = tried(config.space, base).configs
-    points, files = [], []
+    points, files, usual = [], [], read_config(base).grpo.reward
     for given in config.points:
         name, settings = _point(config, given)
         if name != "control":
             # A point says what it changes; what the user sets himself wins.
             tree = merge(merge(base, settings), config.settings)
             made = read_config(tree, origin=name)
-            points.append(Arm(name=name, origin="point" if is_noisy(made) else "control", config=made))
+            other = is_noisy(made) or made.grpo.reward != usual
+            points.append(Arm(name=name, origin="point" if other else "control", config=made))
             files.append({} if name in POINTS or is_record(settings) else settings)
     arms = _with_controls(base, points)
     _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
@@ -114,12 +116,15 @@ def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
 
 def missing_control(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The control that an arm needs and that is not among the arms, whose first is the control of the sweep; the arm's
-    settings with the noise of that one, which is none."""
+    settings with the noise of that one, which is none, and of a negative control with its reward."""
     plain = arms[0].config
     if arm.origin == "control" or control_for(arm, arms) is not None:
         return None
     shared = as_tree(arm.config) if arm.origin == "point" else _on_the_path(arm.config, plain)
-    config = read_config(merge(shared, {"noise": as_tree(plain.noise)}), origin=f"the control of {arm.name}")
+    usual: dict[str, Any] = {"noise": as_tree(plain.noise)}
+    if is_negative(arm):
+        usual["grpo"] = {"reward": plain.grpo.reward}
+    config = read_config(merge(shared, usual), origin=f"the control of {arm.name}")
     words = ["control", *_words(config, plain)]
     taken = {other.name for other in arms}
     names = ("-".join([*words, *([str(number)] if number > 1 else [])]) for number in count(1))
@@ -127,7 +132,7 @@ def missing_control(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
 
 
 def _on_the_path(config: TrialConfig, plain: TrialConfig) -> dict[str, Any]:
-    """The plain settings with the filter and the quantisation of this one."""
+    """The plain settings with the filter, the reward and the quantisation of this one."""
     tree = as_tree(plain)
     there = flatten(as_tree(config))
     changes = {key: there[key] for key in apart(config, plain) if is_of_the_path(key)}
@@ -135,9 +140,10 @@ def _on_the_path(config: TrialConfig, plain: TrialConfig) -> dict[str, Any]:
 
 
 def _words(config: TrialConfig, plain: TrialConfig) -> list[str]:
-    """Filter and precision of a control, where they are not those of the sweep's."""
+    """Filter, reward and precision of a control, where they are not those of the sweep's."""
     keys = apart(config, plain)
     words: list[str] = [config.grpo.filter_groups] if "grpo.filter_groups" in keys else []
+    words += [f"{config.grpo.reward}-reward"] if "grpo.reward" in keys else []
     if keys & {"quant.weights", "quant.activations"}:
         other = config.quant.mode != plain.quant.mode
         words.append(config.quant.mode.lower() if other else config.quant.weights)

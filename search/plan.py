@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median, variance
 
-from search.arms import Arm, Origin, control_for, paired_differences, read_arms, replicates_of, trial_folder
+from search.arms import (
+    Arm,
+    Origin,
+    control_for,
+    is_negative,
+    paired_differences,
+    read_arms,
+    replicates_of,
+    trial_folder,
+)
 from search.lineup import fixed_arms
 from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
@@ -196,7 +205,7 @@ def _spread(study: StudyConfig, arms: list[Arm]) -> list[tuple[float, int]]:
     that did not collapse."""
     found = []
     for arm in arms:
-        control = control_for(arm, arms)
+        control = None if is_negative(arm) else control_for(arm, arms)
         healthy = [run for run in replicates_of(study, arm, "accuracy") if not run.collapsed]
         plain = [] if control is None else replicates_of(study, control, "accuracy")
         differences = paired_differences(healthy, plain)

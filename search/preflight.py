@@ -11,6 +11,7 @@ from pathlib import Path
 from search.arms import Arm
 from search.store import StudyConfig
 from spaces.config import HUB, ModelConfig
+from trainable.negative_controls import check_reward
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
 from trainable.policy.loading import load_policy, skipped_layers
@@ -29,10 +30,11 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
         data = [path for path in (*trial.task.path, *trial.task.eval_path) if not path.startswith(HUB)]
         if config.address is None or ((trial.task.endless or data) and all(Path(path).exists() for path in data)):
             judged = (trial.eval.split, trial.eval.questions, trial.eval.draw)
-            questions = (trial.task, trial.grpo.batch_prompts, judged)
+            questions = (trial.task, trial.grpo.batch_prompts, trial.grpo.reward, judged)
             if questions not in asked:
                 asked.add(questions)
                 task = build_task(trial.task)
+                check_reward(trial.grpo.reward, task)
                 task.held_out(*judged)
                 task.sample(trial.grpo.batch_prompts, seed=0, step=0, batch=0)
         if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):

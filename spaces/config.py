@@ -40,6 +40,7 @@ Module = Literal["rmsnorm", "qk_norm", "post_norm", "linear"]
 Loss = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
 FilterPolicy = Literal["off", "drop", "resample"]
 Correction = Literal["none", "token", "sequence"]
+LearnedFrom = Literal["task", "random", "format"]
 HUB = "hub:"
 """hub:openai/gsm8k:main is no path: `datasets` fetches it."""
 Scalar = bool | int | float | str
@@ -374,6 +375,9 @@ class GRPOConfig(Record):
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: Number = Field(0.28, gt=0)
     """The ratio is clipped above at 1 + clip_high."""
+    reward: LearnedFrom = "task"
+    """What is learned from: the task's reward, or a negative control: a coin (random), any well-formed answer (format).
+    Correctness and evaluation are the task's in any case."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Advantages are divided by the std of their group, of the batch, or not at all."""
     kl_beta: Number = Field(0.0, ge=0)

@@ -1,4 +1,5 @@
-"""Every experiment of the plan as a point: what it changes, what it was meant to show, and what was recorded.
+"""Every experiment of the plan as a point: what it changes, what it was meant to show, and what was recorded. Two more
+beside them are negative controls: they learn from a reward that does not know the task.
 
 A point lies on top of any workload and any depth: layers are named by zone, multipliers are interpolated at relative
 depth. All experiments of the plan ran with a filter that resamples groups without variance (5 batches at most), so all
@@ -67,6 +68,22 @@ POINTS: dict[str, Point] = {
             name="bf16",
             hypothesis="no quantisation, no noise: the positive control, whether anything can be learned at all",
             settings=_QUIET | {"quant": {"weights": "none", "activations": "none"}},
+        ),
+        Point(
+            name="random-reward",
+            hypothesis=(
+                "negative control: a coin in the place of the reward; "
+                "a method that gains from this has not learned the task"
+            ),
+            settings=_QUIET | {"grpo": {"reward": "random"}},
+        ),
+        Point(
+            name="format-reward",
+            hypothesis=(
+                "negative control: any well-formed answer is rewarded, right or wrong; "
+                "a method that gains from this has not learned the task, but its form"
+            ),
+            settings=_QUIET | {"grpo": {"reward": "format"}},
         ),
         Point(
             name="e12",

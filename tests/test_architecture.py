@@ -15,7 +15,7 @@ import pytest
 
 from search import objectives, proposals, store
 from spaces import config, formats
-from trainable import noise, quantization
+from trainable import negative_controls, noise, quantization
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("spaces", "trainable", "search", "dashboards")  # left to right
@@ -237,13 +237,16 @@ CONTRACTS: list[tuple[dict[str, Any], Any]] = [
     (quantization.SCALE_RULES, config.ScaleRule),
     (noise.SCHEDULES, config.Schedule),
     (noise.ZONES, config.Zone),
+    (negative_controls.REWARDS, config.LearnedFrom),
     (proposals.SEARCHERS, store.SearcherName),
     (objectives.OBJECTIVES, store.ObjectiveName),
 ]
 
 
 @pytest.mark.parametrize(
-    ("table", "choices"), CONTRACTS, ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "SEARCHERS", "OBJECTIVES"]
+    ("table", "choices"),
+    CONTRACTS,
+    ids=["FORMATS", "SCALE_RULES", "SCHEDULES", "ZONES", "REWARDS", "SEARCHERS", "OBJECTIVES"],
 )
 def test_a_table_and_the_configuration_name_the_same_choices_in_the_same_order(
     table: dict[str, Any], choices: Any

@@ -75,6 +75,7 @@ SUMS: dict[str, Any] = {
     "grpo.loss": "dr_grpo",
     "grpo.clip_low": 0.1,
     "grpo.clip_high": 0.15,
+    "grpo.reward": "random",
     "grpo.advantage_scale": "batch",
     "grpo.kl_beta": 0.01,
     "grpo.overlong_buffer": 2,

@@ -39,16 +39,18 @@ def kept(arm: Arm) -> dict[str, Any]:
 def test_the_control_of_every_point_differs_from_it_in_its_noise_alone(
     tmp_path: Path, workload: str, space: str
 ) -> None:
-    """Alone in a sweep, and all together. A point without noise is a control itself."""
+    """Alone in a sweep, and all together. A point without noise is a control itself, but a negative one: it differs
+    from its control in what it learns from alone."""
     together = lineup(tmp_path, *POINTS, workload=workload, space=SPACES[space])
     for name in set(POINTS) - {"control"}:
         for arms in (lineup(tmp_path, name, workload=workload, space=SPACES[space]), together):
             arm, beside = arms[name], list(arms.values())
             plain = control_for(arm, beside)
-            assert is_noisy(arm.config) == (plain is not None) == (arm.origin == "point"), name
+            treated = is_noisy(arm.config) or arm.config.grpo.reward != "task"
+            assert treated == (plain is not None) == (arm.origin == "point"), name
             if plain is not None:
                 assert plain.config.noise.sigma_start == 0
-                assert kept(plain) == kept(arm), name
+                assert kept(plain) == {**kept(arm), "grpo.reward": "task"}, name
 
 
 def test_a_sweep_of_points_has_no_two_controls_that_are_one(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from spaces.points import POINTS, SRDD_MULTIPLIERS
 from spaces.reading import as_tree, dump_yaml, flatten_fields, merge, read_config, unflatten
 from spaces.workloads import WORKLOADS
 
+CONTROLS = ["random-reward", "format-reward"]  # negative ones, beside the plan
 PLAN = [
     "control",
     "bf16",
@@ -52,7 +53,7 @@ def value_of(trial: TrialConfig, key: str) -> Any:
 
 
 def test_the_points_are_the_experiments_of_the_plan() -> None:
-    assert sorted(POINTS) == sorted(PLAN)
+    assert sorted(POINTS) == sorted(PLAN + CONTROLS)
     assert all(name == point.name and point.hypothesis for name, point in POINTS.items())
 
 

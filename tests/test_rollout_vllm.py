@@ -517,7 +517,7 @@ def test_a_trial_has_the_receipt_and_the_sigmas_of_the_torch_backend_and_repeats
     assert outcome.eval == same.eval
     drawn, ours_drawn = (sum(scores.right_start) for scores in (outcome.eval, torch_outcome.eval))
     assert abs(drawn - ours_drawn) < 4 * math.sqrt(2 * 0.25 * 32 * 3), "samples of one distribution"
-    assert len(set(outcome.eval.right_start)) > 2
+    assert any(0 < right < 3 for right in outcome.eval.right_start), "samples of one question differ"
     assert [r.signals["grpo/reward"] for r in reports] == [r.signals["grpo/reward"] for r in again]
     assert "rollout_corr/floor_kl" in reports[0].signals
     assert "rollout_corr/floor_kl" not in reports[1].signals

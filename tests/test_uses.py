@@ -72,7 +72,14 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
             *("quant.backward=high_precision", "quant.exclude=[lm_head, q_proj]", "quant.skip_layers=[0]"),
             *("grpo.steps=2", "grpo.updates_per_step=1", "grpo.epochs=2", "grpo.prompts=6", "grpo.group_size=3"),
             *("grpo.learning_rate=1e-3", "grpo.warmup_updates=5", "grpo.weight_decay=0.5", "grpo.adam_beta2=0.5"),
-            *("grpo.max_grad_norm=0.01", "grpo.loss=dr_grpo", "grpo.advantage_scale=none", "grpo.kl_beta=0.5"),
+            *(
+                "grpo.max_grad_norm=0.01",
+                "grpo.loss=dr_grpo",
+                "grpo.reward=random",
+                "grpo.reward=format",
+                "grpo.advantage_scale=none",
+                "grpo.kl_beta=0.5",
+            ),
             *(
                 "grpo.overlong_buffer=3",
                 "grpo.filter_groups=drop",

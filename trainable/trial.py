@@ -45,6 +45,7 @@ from trainable.metrics import (
     TOO_LONG,
     UPDATE_SECONDS,
 )
+from trainable.negative_controls import check_reward, learned_from
 from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at
 from trainable.outcome import (
     HEALTHY,
@@ -113,6 +114,7 @@ class Trial:
         self.config = config.model_copy(update={"threads": torch.get_num_threads()})
         self.on_phase = on_phase
         self.task = build_task(config.task)
+        check_reward(config.grpo.reward, self.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
         self.policy, self.agreement = load_checked(config, progress)
         self.left_out = TooLong()
@@ -346,7 +348,8 @@ class Trial:
                 draw=("sample", config.seed, step, batch),
             )
             completions = self.backend.generate(self.policy, request)
-        return judge(self.policy, self.task, questions, encoded, completions)
+        groups = judge(self.policy, self.task, questions, encoded, completions)
+        return learned_from(config.grpo.reward, groups, self.task, (config.seed, step, batch))
 
     def _prove(self, step: int) -> None:
         """Measure what noise does to every target, once per stage."""

@@ -1,5 +1,6 @@
 """Sums of two numbers, the embedded model's own language: "123+45=" -> "168"."""
 
+import re
 from collections.abc import Iterator
 from random import Random
 
@@ -44,10 +45,22 @@ def unsigned_reward(question: Question, completion: str) -> float:
     return float(completion.removeprefix("+") == question.answer)
 
 
+def bare_number(question: Question, completion: str) -> float:
+    """1 for a whole number as a sum is written, whichever: digits alone, no sign, no leading zero."""
+    return float(re.fullmatch("0|[1-9][0-9]*", completion, re.ASCII) is not None)
+
+
 def build_addition(config: TaskConfig) -> Task:
     def draws(rng: Random, split: Split) -> Iterator[Question]:
         while True:
             yield addition_question(rng, config.digits, split)
 
     reward = each(exact=exact_reward, unsigned=unsigned_reward)
-    return ProceduralTask(name=config.name, reward=reward, weights={"exact": 1.0}, judges={"exact": RIGHT}, draws=draws)
+    return ProceduralTask(
+        name=config.name,
+        reward=reward,
+        weights={"exact": 1.0},
+        judges={"exact": RIGHT},
+        form=bare_number,
+        draws=draws,
+    )

@@ -7,8 +7,8 @@ from random import Random
 
 from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
-from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, strict_number
-from trainable.tasks.gym import open_gym
+from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, strict_number
+from trainable.tasks.gym import extract_answer, open_gym
 from trainable.tasks.open_instruct import build_open_instruct
 from trainable.tasks.task import RIGHT, FiniteTask, ProceduralTask, Question, Split, Task, each, split_of, template_of
 
@@ -29,6 +29,20 @@ def flexible_reward(question: Question, completion: str) -> float:
     return float(flexible_number(completion) == Decimal(question.answer))
 
 
+def numbered(question: Question, completion: str) -> float:
+    """1 when what follows the last "####" is a number, whichever."""
+    return float(strict_number(completion) is not None)
+
+
+def alone(question: Question, completion: str) -> float:
+    """1 for nothing but an answer, whichever: in its tags, or as many lines as the known one has; a number where that
+    is one."""
+    answer = extract_answer(completion, lines=1 + question.answer.count("\n"))
+    bare = answer == completion.strip() or completion.strip().endswith("</answer>")
+    number = parse_number(question.answer) is None or parse_number(answer) is not None
+    return float(bool(answer) and bare and number)
+
+
 def _build_gsm8k(config: TaskConfig) -> Task:
     problems, template = load_problems(config.path), template_of(config, GSM8K_PROMPT)
 
@@ -47,7 +61,12 @@ def _build_gsm8k(config: TaskConfig) -> Task:
     }
     reward = each(strict=strict_reward, flexible=flexible_reward)
     return FiniteTask(
-        name=config.name, reward=reward, weights={"strict": 1.0}, judges={"strict": RIGHT}, questions=sets
+        name=config.name,
+        reward=reward,
+        weights={"strict": 1.0},
+        judges={"strict": RIGHT},
+        form=numbered,
+        questions=sets,
     )
 
 
@@ -64,7 +83,12 @@ def _build_gym(config: TaskConfig) -> Task:
         return dataset.score(completion, question.entry)
 
     return ProceduralTask(
-        name=config.name, reward=each(score=score), weights={"score": 1.0}, judges={"score": RIGHT}, draws=draws
+        name=config.name,
+        reward=each(score=score),
+        weights={"score": 1.0},
+        judges={"score": RIGHT},
+        form=alone,
+        draws=draws,
     )
 
 

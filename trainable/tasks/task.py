@@ -114,6 +114,8 @@ class Task(ABC):
     """Of the marks that are learned from."""
     judges: Mapping[str, float]
     """Mark -> value from which on an answer is correct; the first of them that was given decides."""
+    form: RewardFunction | None = None
+    """1 for a well-formed answer, right or wrong, for the control `grpo.reward=format`; None: it does not say."""
     warnings: tuple[str, ...] = ()
     """What the user should know of the questions."""
 
