@@ -97,6 +97,8 @@ AQN = "[AQN] Applying noise injection: step="
 ROWS: list[tuple[str, str, str]] = [
     ("never-arrives", fork(f"++{N}.layer_multipliers=[1,2]"), fork(f"++{N}.layer_types=[linear]")),
     ("unknown-key", fork(f"++{N}.sigma=1"), fork("critic.anything=1", f"{N}.sigma_start=1")),
+    ("unknown-key", "accelerate launch grpo.py --epsilon_hi 0.3", "accelerate launch grpo.py --my_reward_scale 0.3"),
+    ("unknown-key", "uv run examples/run_grpo.py grpo.max_steps=9", "uv run examples/run_grpo.py grpo.max_num_steps=9"),
     ("set-twice", fork("data.seed=1", "data.seed=2"), fork("data.seed=1", "data.seed=1")),
     ("switched-off", fork(f"{N}.sigma_start=1", f"{N}.enabled=False"), fork(f"{N}.sigma_start=1", f"{N}.enabled=True")),
     ("model-without-nvfp4", QERL.replace("nvfp4", "bf16"), QERL),
@@ -291,6 +293,8 @@ def test_what_a_file_says_is_meant_is_no_finding(tmp_path: Path) -> None:
         ("missing.sh", None, "cannot be read"),
         ("latin.sh", b"caf\xe9", "no text in UTF-8"),
         ("other.sh", b"echo hello\n", "nothing of verl, TRL, QeRL or NeMo RL stands in it"),
+        ("parser.py", b"TrlParser((GRPOConfig,))", "no setting stands in it"),
+        ("best.yaml", b"noise: {sigma_start: 0.1}\ngrpo: {steps: 3}\nquant: {}", "a trial of this program"),
         ("broken.py", b"GRPOConfig(", "no Python of this version"),
         ("broken.yaml", b"a: [1", "no YAML or JSON"),
         ("list.json", b"[1, 2]", "nothing of verl"),

@@ -26,10 +26,12 @@ LOG_MARKS = ("[AQN]", "num_gen_batches", "critic/", "val-core/", "step:", "{'los
 """What a log of these trainers is known by."""
 RECORDS = ("GRPOConfig", "QeRLConfig", "NoiseConfig", "QuantConfig", "CollapseConfig", "LoraConfig")
 
-_LAUNCH = re.compile(r"(?:-m\s+|\s|^)((?:[\w.]+\.)?main_(?:ppo|dapo))\b|(\S*qerl\.py)\b")
+_LAUNCH = re.compile(r"(?:-m\s+|\s|^)((?:[\w.]+\.)?main_(?:ppo|dapo)|\S*\brun_grpo\.py)\b|(\S*(?:qerl|grpo\w*)\.py)\b")
+"""What takes overrides, and what takes options."""
 _OVERRIDE = re.compile(r"^(\+{0,2})([A-Za-z_]\w*(?:\.\w+)+)=(.*)$", re.DOTALL)
 _SECTIONS = {"actor_rollout_ref", "algorithm", "data", "trainer", "reward", "reward_model", "critic"}
 _SECTIONS |= {"custom_reward_function", "noise_injection", "hw_error_injection"}
+_NEMO = {"grpo", "policy", "loss_fn", "checkpointing", "cluster", "env", "logger"}
 _ASSIGNED = re.compile(r"^\s*(?:export\s+|local\s+|readonly\s+)?([A-Za-z_]\w*)=(.*)$")
 _INLINE = re.compile(r"(?:\bthen|\belse|\bdo|&&|\|\||;)\s*([A-Za-z_]\w*)=")
 _BLOCK = re.compile(r"^\s*(if|for|while|case|until)\b|^\s*[\w-]+\s*\(\)\s*\{?\s*$")
@@ -60,6 +62,10 @@ def read_runs(path: str) -> tuple[Run, ...]:
         raise ConfigError(f"{path}:{error.lineno}: no Python of this version: {error.msg}") from None
     except YAMLError as error:
         raise ConfigError(f"{path}: no YAML or JSON: {' '.join(str(error).split())[:200]}") from None
+    if not runs and suffix == ".py" and "GRPOConfig" in text:
+        raise ConfigError(
+            f"{path}: no setting stands in it: GRPOConfig comes from outside; give the script that starts it"
+        )
     if not runs:
         raise ConfigError(
             f"{path}: nothing of verl, TRL, QeRL or NeMo RL stands in it; give a script, a configuration or a log"
@@ -117,6 +123,10 @@ def _of_shell(path: str, text: str) -> Iterator[Run]:
 
 def _system(entry: str, given: Sequence[Setting], text: str) -> System | None:
     keys = {setting.key for setting in given}
+    if entry.endswith("run_grpo.py"):
+        return "nemo-rl"
+    if entry.endswith(".py") and not entry.endswith("qerl.py"):
+        return "trl"
     if entry.endswith("qerl.py") or any(setting.key in ("sigma_start", "num_stages") for setting in given):
         return "qerl"
     noise = any(".noise_injection" in f".{key}" or ".hw_error_injection" in f".{key}" for key in keys)
@@ -140,7 +150,7 @@ def _words(line: str) -> list[str]:
 def _settings(words: Sequence[str], number: int, variables: Mapping[str, Any], options: bool) -> Iterator[Setting]:
     for place, word in enumerate(words):
         override = _OVERRIDE.match(word)
-        if override and override[2].split(".")[0] in _SECTIONS:
+        if override and override[2].split(".")[0] in _SECTIONS | _NEMO:
             value = _scalar(_filled(override[3], variables))
             yield Setting(key=override[2], value=value, line=number, added=bool(override[1]))
         elif options and word.startswith("--") and len(word) > 2:
@@ -208,7 +218,9 @@ def _of_tree(path: str, text: str) -> Iterator[Run]:
     if tops & {"actor_rollout_ref", "trainer", "algorithm"}:
         noise = any("noise_injection" in setting.key or "hw_error" in setting.key for setting in given)
         system = "verl" if noise else "verl-upstream"
-    elif {"grpo", "policy"} <= tops or {"grpo", "loss_fn"} <= tops:
+    elif {"noise", "quant"} & tops and "grpo" in tops:
+        raise ConfigError(f"{path}: a trial of this program, which checks itself: rin trial --config {path}")
+    elif tops & {"grpo", "policy", "loss_fn"} or ("defaults" in tops and tops <= _NEMO | {"defaults", "data"}):
         system = "nemo-rl"
     elif tops & {"sigma_start", "num_stages", "ln"}:
         system = "qerl"

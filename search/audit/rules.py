@@ -91,6 +91,8 @@ def _unknown(run: Run) -> Iterator[Hit]:
             continue
         names = option_names(run.system)
         nearest = names.nearest(key)
+        if run.system == "trl" and run.entry and nearest is None:  # a script has arguments of its own, too
+            continue
         yield Hit(
             run=run,
             line=setting.line,
@@ -125,9 +127,12 @@ SWITCHES = {
 
 
 def _switched_off(run: Run) -> Iterator[Hit]:
+    """Who gives nothing (null, 0, []) gives nothing in vain; who switches a filter off in so many words keeps its
+    settings for the next run."""
     for switch, section in SWITCHES.items():
-        below = [s for s in run.given if s.key.startswith(section) and s.key != switch]
-        if below and run.value(switch, False) is False:
+        below = [s for s in run.given if s.key.startswith(section) and s.key != switch and s.value]
+        plain = switch in run.settings and "_injection" not in switch
+        if below and not plain and run.value(switch, False) is False:
             said = "is False" if switch in run.settings else "is not set, and False by default"
             yield Hit(
                 run=run,
