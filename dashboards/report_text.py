@@ -191,6 +191,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"(seeds {study.seed} to {last}), arm by arm",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
+        *_samples(plan),
         *_cost(plan),
         f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
         f"its {config.eval.questions} questions alone",
@@ -206,6 +207,19 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             "what it can decide will show after 3 replicates"
         )
     return lines + [f"warning: {line}" for line in plan.warnings]
+
+
+def _samples(plan: StudyPlan) -> list[str]:
+    """What pass@k costs beside the training."""
+    config, grpo = plan.config, plan.config.grpo
+    if not plan.sampled:
+        return []
+    trained = grpo.steps * grpo.batch_prompts * grpo.group_size
+    return [
+        f"pass@k: {config.eval.samples} samples of {config.eval.questions} questions before and after training, "
+        f"{plan.sampled:,} answers beside {trained:,} completions of training; "
+        "fewer eval.questions or eval.samples cost less"
+    ]
 
 
 def _cost(plan: StudyPlan) -> list[str]:

@@ -28,7 +28,7 @@ from search.store import StudyConfig, gpus_of, load_study_config, slots_of, swee
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
 from spaces.reading import read_config
-from spaces.workloads import WORKLOADS
+from spaces.workloads import WORKLOADS, Workload
 from trainable.disk.trial_folder import read_attempts
 from trainable.outcome import Ending
 
@@ -69,6 +69,11 @@ class StudyPlan:
     gpus: float
     config: TrialConfig
     """Of the control: what every configuration starts from."""
+
+    @property
+    def sampled(self) -> int:
+        """Answers that a trial samples for pass@k, before its first step and after its last."""
+        return 2 * self.config.eval.questions * self.config.eval.samples
 
     @property
     def wall_seconds(self) -> float | None:
@@ -136,32 +141,52 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     """For a machine with so many CPUs and GPUs. Raises ConfigError for whatever `rin sweep` would refuse."""
     workload = WORKLOADS[config.workload]
     arms = fixed_arms(config)
-    known = experience(config.store, arms[0].config)
-    as_it_stands = _work(arms[0].config) == _work(read_config(workload.settings))
+    control = arms[0].config
+    known = experience(config.store, control)
+    as_it_stands = _work(control) == _work(read_config(workload.settings))
+    seconds, source = _seconds(config.store, control, known, workload, as_it_stands)
     per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
     searched = config.trials - len(arms)
     share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
-    here = "in this store"
     return StudyPlan(
         study=config,
         arms=tuple(arms),
         searched=searched,
         slots=config.concurrent or max(1, min(cpus // per_trial, int(gpus_here / gpus)) if gpus else cpus // per_trial),
-        trial_seconds=known.trial_seconds or (workload.trial_seconds if as_it_stands else None),
-        seconds_source=f"median of completed trials {here}"
-        if known.trial_seconds
-        else "the workload's figure (README, Measurements)",
+        trial_seconds=seconds,
+        seconds_source=source,
         difference_sd=known.difference_sd or (workload.difference_sd if as_it_stands else None),
-        sd_source=f"from replicates {here}" if known.difference_sd else "the workload's figure (docs/science.md)",
+        sd_source="from replicates in this store" if known.difference_sd else "the workload's figure (docs/science.md)",
         adjusted_share=share / config.trials,
         cpus=per_trial,
         gpus=gpus,
-        config=arms[0].config,
+        config=control,
     )
 
 
+def _seconds(
+    store: str, control: TrialConfig, known: Experience, workload: Workload, as_it_stands: bool
+) -> tuple[float | None, str]:
+    """Of one trial, and where that is from. Where none has sampled so many answers, the time of one without samples
+    and what they take on this workload."""
+    here, figure = "median of completed trials in this store", "the workload's figure (README, Measurements)"
+    evaluated = control.eval
+    if known.trial_seconds is not None:
+        return known.trial_seconds, here
+    if not evaluated.samples:
+        return (workload.trial_seconds if as_it_stands else None), figure
+    greedy = control.model_copy(update={"eval": evaluated.model_copy(update={"samples": 0})})
+    seconds = experience(store, greedy).trial_seconds
+    source = figure if seconds is None else here
+    if not as_it_stands or workload.answer_seconds is None:
+        return None, source
+    sampling = 2 * evaluated.questions * evaluated.samples * workload.answer_seconds
+    return (seconds or workload.trial_seconds) + sampling, f"{source}, and {sampling:.0f} s of pass@k"
+
+
 def _work(config: TrialConfig) -> tuple[object, ...]:
-    """What decides how long a trial takes and how far seeds are apart: the model, the task, and how much of it."""
+    """What decides how long a trial takes (but for its samples) and how far seeds are apart: the model, the task, and
+    how much of it."""
     grpo, rollout = config.grpo, config.rollout
     sizes = (grpo.steps, grpo.updates_per_step, grpo.prompts, grpo.group_size, config.eval.questions, config.eval.every)
     return config.model, config.task, rollout.backend, rollout.max_new_tokens, *sizes
@@ -179,7 +204,8 @@ def experience(store: str, like: TrialConfig) -> Experience:
             arms = [arm for arm in read_arms(study) if _work(arm.config) == _work(like)]
         except ConfigError:
             continue
-        runs = [run for arm in arms for run in _runs(study, arm)]
+        timed = [arm for arm in arms if arm.config.eval.samples == like.eval.samples]
+        runs = [run for arm in timed for run in _runs(study, arm)]
         done = [taken for _, outcome, taken in runs if outcome == "completed"]
         seconds += done
         spent += [min(taken / median(done), 1.0) for origin, _, taken in runs if done and origin == "searcher"]

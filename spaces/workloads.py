@@ -23,6 +23,8 @@ class Workload:
     trial_seconds: float
     """One control trial beside another one, on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of
     `rin plan`."""
+    answer_seconds: float | None = None
+    """One sampled answer of pass@k (`eval.samples`) on such a core, measured; null = not known."""
     difference_sd: float | None = None
     """Std from seed to seed of the accuracy difference between two arms, a share, measured; null = not known."""
     trial_cpus: int = 1
@@ -38,6 +40,7 @@ WORKLOADS: dict[str, Workload] = {
         name="embedded",
         description="0.8 M parameters, 8 layers, three-digit sums; the base is trained here once, in about 2 minutes",
         trial_seconds=13.0,
+        answer_seconds=0.00021,
         difference_sd=0.014,  # e13m-rmsnorm against its control, 5 seeds (docs/science.md)
     ),
     "tiny": Workload(
@@ -64,6 +67,7 @@ WORKLOADS: dict[str, Workload] = {
             "eval": {"questions": 128, "every": 3},
         },
         trial_seconds=2.0,
+        answer_seconds=0.00003,
     ),
     "smollm2-135m": Workload(
         name="smollm2-135m",

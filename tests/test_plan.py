@@ -92,7 +92,7 @@ def finished(store: Path, seconds: list[float], **changes: Any) -> tuple[StudyCo
     for arm in arms:
         for replicate, took in enumerate(seconds):
             write_trial(
-                config, arm, replicate, outcome(arm, replicate, 280 + replicate), attempts=[attempt(100, 100 + took)]
+                config, arm, replicate, outcome(arm, replicate, 60 + replicate), attempts=[attempt(100, 100 + took)]
             )
     return config, arms
 
@@ -104,6 +104,36 @@ def test_times_of_the_same_workload_in_this_store_replace_the_workload_s_figure(
     assert "median of completed trials in this store" in text(plan)
     other = planned(tmp_path, workload="embedded", settings={})
     assert other.trial_seconds == WORKLOADS["embedded"].trial_seconds
+
+
+def test_samples_for_pass_at_k_are_counted_and_timed(tmp_path: Path) -> None:
+    sampled = {"settings": {"eval": {"samples": 8}}, "workload": "embedded"}
+    plan, workload = planned(tmp_path, **sampled), WORKLOADS["embedded"]
+    assert workload.answer_seconds is not None
+    assert plan.sampled == 2 * 2048 * 8
+    assert plan.trial_seconds == pytest.approx(workload.trial_seconds + plan.sampled * workload.answer_seconds)
+    assert "8 samples of 2048 questions" in text(plan)
+    assert "32,768 answers beside 7,424 completions of training" in text(plan)
+    assert " s of pass@k), " in text(plan)
+    bare = planned(tmp_path, workload="embedded", settings={})
+    assert (bare.sampled, bare.trial_seconds) == (0, workload.trial_seconds)
+    assert "pass@k" not in text(bare)
+
+
+def test_times_with_and_without_samples_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Trials that sampled as many answers are the measure; else the workload's figure for an answer is added, where it
+    has one."""
+    finished(tmp_path, [10.0, 20.0, 90.0], name="greedy", settings={})
+    answer = WORKLOADS["tiny"].answer_seconds
+    assert answer is not None
+    asked: dict[str, Any] = {"settings": {"eval": {"samples": 4}}}
+    assert planned(tmp_path, **asked).trial_seconds == pytest.approx(20.0 + 2 * 128 * 4 * answer)
+    finished(tmp_path, [31.0, 33.0, 32.0], name="sampled", **asked)
+    assert planned(tmp_path, **asked).trial_seconds == 32.0
+    assert planned(tmp_path, settings={}).trial_seconds == 20.0
+    other: dict[str, Any] = {"settings": {"eval": {"samples": 4, "questions": 64}}}
+    assert planned(tmp_path, **other).trial_seconds is None
+    assert "not known yet" in text(planned(tmp_path, **other))
 
 
 @pytest.mark.parametrize(
