@@ -20,6 +20,7 @@ from spaces.reading import read_config
 from tests.conftest import byte_tokenizer
 from trainable.trial import Trial
 
+SUMS = Path(__file__).parent / "data" / "short_sums.jsonl"
 SIZES = {
     "vocab_size": 260,
     "hidden_size": 64,
@@ -319,7 +320,6 @@ _tokenizer = cache(byte_tokenizer)
 
 
 def _config(row: Row, adapter: str) -> TrialConfig:
-    sums = Path(__file__).parent / "data" / "short_sums.jsonl"
     return read_config(
         {
             "model": {"name": row.kind, "attention": row.attention, "adapter": adapter},
@@ -328,6 +328,6 @@ def _config(row: Row, adapter: str) -> TrialConfig:
             "grpo": {"steps": 1, "prompts": 2, "group_size": 2, "updates_per_step": 1, "learning_rate": 1e-3},
             "rollout": {"max_prompt_tokens": 18, "max_new_tokens": 6},
             "eval": {"questions": 1, "every": 0},
-            "task": {"name": "gsm8k", "path": str(sums), "prompt": "{question}="},
+            "task": {"name": "gsm8k", "path": str(SUMS), "prompt": "{question}="},
         }
     )
