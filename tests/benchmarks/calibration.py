@@ -687,9 +687,9 @@ def boundaries_of_sigma(simulations: int, rng: np.random.Generator) -> Iterator[
     yield "## The sigma boundary"
     yield ""
     yield "Runs collapse by a logistic curve over log sigma, half of them at 0.02; the intervals are those of"
-    yield f"`rin report`, {count:,} sweeps per row (a share of 95 % is known to 0.7). Required: 93 to 98 %. Prior slopes are"
-    yield "1 to 50. Separated and open outcomes count; a sweep whose collapses do not grow with sigma has no interval, and"
-    yield "counts as held."
+    yield f"`rin report`, {count:,} sweeps per row (a share of 95 % is known to 0.7). Required: 93 to 98 %. Slopes of"
+    yield "1 to 50 are thought possible. Separated and open outcomes count; a sweep whose collapses do not grow with"
+    yield "sigma has no interval, and counts as held."
     yield ""
     yield from table(["design", "slope", "half: interval holds %", "a tenth: interval holds %"], rows)
 
