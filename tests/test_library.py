@@ -101,6 +101,12 @@ def script(trl: Any, model_folder: ModelFolder, tmp_path: Path) -> Script:
     return trainer
 
 
+def lora(**options: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **options)
+
+
 def weights(trainer: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
@@ -199,10 +205,8 @@ def test_the_example_of_the_documentation_runs(
 def test_noise_is_in_rollouts_alone_and_every_weight_is_as_it_was(
     script: Script, peft: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import LoraConfig
-
     trainer = script(
-        peft=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if peft else None,
+        peft=lora() if peft else None,
         eval_strategy="steps",
         eval_steps=3,
         steps_per_generation=2,
@@ -346,6 +350,20 @@ def test_a_reward_that_falls_is_a_collapse_and_only_an_alarm_where_that_is_wishe
     assert not rin.verdict.collapsed
 
 
+def test_where_no_stage_is_quiet_a_rollout_without_noise_comes_first_and_leaves_nothing_behind(script: Script) -> None:
+    """One stage of almost no noise: what is learned and logged is what it is without collapse rules."""
+    noise, runs = NoiseConfig(sigma_start=1e-12, sigma_end=1e-12, num_stages=1), []
+    for mode in ("enforce", "off"):
+        trainer = script(max_steps=3)
+        rin = RinCallback(noise, CollapseConfig(mode=mode)).attach(trainer)
+        trainer.train()
+        assert (rin.rollouts, len(rin.detector.baseline)) == (3, int(mode == "enforce"))
+        runs.append((numbers(trainer), weights(trainer)))
+    (watched, moved), (unwatched, plain) = runs
+    assert watched == unwatched
+    assert all(torch.equal(moved[name], plain[name]) for name in plain)
+
+
 def test_a_number_that_is_not_finite_ends_the_run_in_every_mode(script: Script) -> None:
     trainer = script(reward=lambda completions, **_: [float("nan")] * len(completions))
     rin = RinCallback(NOISE, CollapseConfig(mode="off")).attach(trainer)
@@ -390,10 +408,18 @@ def test_a_generation_that_noise_did_not_reach_is_an_error(script: Script, chang
         trainer.train()
 
 
+BEST = {
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_steps": 5,
+    "eval_steps": 5,
+}
+
+
 def refusals() -> Iterator[tuple[str, Any, str]]:
     yield "unquantised", lambda s: RinCallback(NOISE).attach(s(None)), "was not quantised; call quantize"
     yield "head", lambda s: RinCallback(NOISE).attach(s(QuantConfig(exclude=()))), "leave lm_head in quant.exclude"
-    yield "one stage", lambda s: RinCallback(NoiseConfig(num_stages=1)), "leaves no quiet rollout"
     yield "nothing", lambda s: RinCallback(NoiseConfig(layers=(7,))).attach(s()), "blocks 0 to 1"
     yield (
         "step",
@@ -409,7 +435,14 @@ def refusals() -> Iterator[tuple[str, Any, str]]:
         "RinCallback restores itself",
     )
     yield "no trainer", lambda s: Trl(SimpleNamespace()), "is no GRPOTrainer"
-    yield "moved", lambda s: resumed_without(s), "of a run without it"
+    yield (
+        "best",
+        lambda s: RinCallback(NOISE).attach(s(model=network_of("mixtral"), **BEST)),
+        "load_best_model_at_end=True: a checkpoint has the experts",
+    )
+    yield "dora", lambda s: RinCallback(NOISE).attach(s(peft=lora(use_dora=True))), "is no plain LoRA"
+    yield "again", lambda s: (trainer := attached(s)).train() and trainer.train(), "its run has begun already"
+    yield "resumed", lambda s: resumed_without(s), "of a run without it"
     yield "twice", lambda s: RinCallback(NOISE).attach(attached(s)), "has another RinCallback"
 
 
@@ -423,7 +456,7 @@ def resumed_without(script: Script) -> None:
 
 
 def attached(script: Script) -> Any:
-    trainer = script()
+    trainer = script(max_steps=1)
     RinCallback(NOISE).attach(trainer)
     return trainer
 
@@ -442,11 +475,11 @@ def test_a_trl_without_one_of_the_names_is_refused(script: Script, trl: Any, mon
         RinCallback(NOISE).attach(trainer)
 
 
-def test_adapters_come_after_quantize(script: Script, model_folder: ModelFolder) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_adapters_come_after_quantize(model_folder: ModelFolder) -> None:
+    from peft import get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(model_folder(layers=2), dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted = get_peft_model(model, lora())
     with pytest.raises(ConfigError, match="has adapters already"):
         quantize(adapted, W4A4)
 
@@ -535,9 +568,7 @@ def test_vllm_is_given_weights_with_noise_for_rollouts_and_clean_ones_for_evalua
 
 
 def test_adapters_are_merged_for_vllm_into_copies_and_the_base_is_not_rounded(colocated: Script) -> None:
-    from peft import LoraConfig
-
-    trainer = colocated(W4A16, peft=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), learning_rate=0.1)
+    trainer = colocated(W4A16, peft=lora(), learning_rate=0.1)
     RinCallback(QUIET, CollapseConfig(mode="off")).attach(trainer)
     base = {name: value for name, value in weights(trainer).items() if "lora" not in name}
     trainer.train()

@@ -114,10 +114,7 @@ class Trl:
         if not self.trainer.use_vllm:
             return
         turned = [name for name in policy.quantized if policy.linears[name].arithmetic.input != AS_IT_IS]
-        plain = all(
-            not any(getattr(module, "lora_variant", {}).values()) and not any(getattr(module, "lora_bias", {}).values())
-            for module in policy.model.modules()
-        )
+        biased = any(any(getattr(module, "lora_bias", {}).values()) for module in policy.model.modules())
         for holds, what, remedy in (
             (self.trainer.vllm_mode != "colocate", "vllm_mode=server was not tried with noise", "set colocate"),
             (
@@ -130,7 +127,7 @@ class Trl:
                 f"{policy.rearranged[0] if policy.rearranged else ''} lies otherwise in vLLM than in training",
                 "set use_vllm=False",
             ),
-            (not plain, "adapters other than plain LoRA, or with a bias, are not merged exactly", "set use_vllm=False"),
+            (biased, "adapters with a bias are not merged exactly", "set lora_bias=False, or use_vllm=False"),
         ):
             if holds:
                 raise ConfigError(f"RinCallback.attach: {what}; {remedy}")
@@ -228,6 +225,19 @@ class Trl:
         """The next generation sends its weights."""
         if self.trainer.use_vllm:
             self.trainer._last_loaded_step = -1
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is generated here leaves neither numbers behind nor another state of torch's random numbers."""
+        trainer, metrics = self.trainer, self.trainer._metrics["train"]
+        before, seen = {name: list(values) for name, values in metrics.items()}, trainer.state.num_input_tokens_seen
+        with torch.random.fork_rng():
+            try:
+                yield
+            finally:
+                metrics.clear()
+                metrics.update(before)
+                trainer.state.num_input_tokens_seen = seen
 
     def held(self) -> dict[str, Tensor]:
         """What a colocated engine computes with, under its own names: many of a model's, but not those it has fused."""
