@@ -33,6 +33,7 @@ from trainable.library import (
 )
 from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE, SIGMA
 from trainable.noise import noised_weight, target_sigma
+from trainable.quantization import fake_quantize
 from trainable.trial import Trial
 
 pytestmark = pytest.mark.slow  # TRL takes seconds to import
@@ -104,7 +105,7 @@ def script(trl: Any, model_folder: ModelFolder, tmp_path: Path) -> Script:
 def lora(**options: Any) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **options)
+    return LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], **options)
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -252,13 +253,19 @@ def test_noise_is_in_rollouts_alone_and_every_weight_is_as_it_was(
     assert {noisy for where, noisy in heard if where == "loss"} == {False}
     assert (rin.rollouts, rin.clean) == (3, 2)
     if peft:
-        assert set(rin.receipt().adapted) == {n for n in rin.policy.linears if n.endswith(("q_proj", "down_proj"))}
+        assert set(rin.receipt().adapted) == {
+            n for n in rin.policy.linears if n.endswith(("q_proj", "o_proj", "down_proj"))
+        }
 
 
-def test_without_noise_every_number_is_that_of_a_run_without_the_callback(script: Script) -> None:
+def test_without_noise_every_number_is_that_of_a_run_without_the_callback(
+    script: Script, model_folder: ModelFolder
+) -> None:
+    """Of a model with dropout, which draws random numbers whenever it computes."""
     runs = []
     for callback in (True, False):
-        trainer = script(eval_strategy="steps", eval_steps=2, num_iterations=2, max_steps=4)
+        model = AutoModelForCausalLM.from_pretrained(model_folder(layers=2), dtype=torch.float32, attention_dropout=0.3)
+        trainer = script(model=model, eval_strategy="steps", eval_steps=2, num_iterations=2, max_steps=4)
         if callback:
             RinCallback(QUIET).attach(trainer)
         trainer.train()
@@ -286,6 +293,18 @@ def test_stages_are_counted_in_rollouts_and_not_in_optimizer_steps(
     stages = [effect.stage for effect in rin.effects if effect.name == rin.targets[0].name]
     assert rin.rollouts == rollouts
     assert stages == ([1, 2, 3] if rollouts > 3 else [1, 2])
+
+
+def test_adapters_read_what_the_layer_beside_them_reads(script: Script) -> None:
+    trainer = script(peft=lora(lora_alpha=8))
+    rin = RinCallback(NOISE).attach(trainer)
+    beside = trainer.model.base_model.model.model.layers[0].self_attn.o_proj
+    torch.nn.init.normal_(beside.lora_B["default"].weight)
+    x = torch.randn(5, beside.in_features)
+    down, up = beside.lora_A["default"].weight, beside.lora_B["default"].weight
+    wanted = 2.0 * (fake_quantize(x) @ down.T) @ up.T
+    torch.testing.assert_close(beside(x) - beside.base_layer(x), wanted)
+    assert "model.layers.0.self_attn.o_proj" in rin.receipt().adapted
 
 
 def test_a_reference_model_computes_in_the_same_arithmetic(script: Script) -> None:
@@ -569,7 +588,18 @@ def test_vllm_is_given_weights_with_noise_for_rollouts_and_clean_ones_for_evalua
 
 def test_adapters_are_merged_for_vllm_into_copies_and_the_base_is_not_rounded(colocated: Script) -> None:
     trainer = colocated(W4A16, peft=lora(), learning_rate=0.1)
-    RinCallback(QUIET, CollapseConfig(mode="off")).attach(trainer)
+    rin = RinCallback(QUIET, CollapseConfig(mode="off")).attach(trainer)
+
+    def untouched(sync: Any) -> None:
+        deployed = [
+            (linear, linear.deployed_weight.clone())  # type: ignore[union-attr]
+            for linear in rin.policy.linears.values()
+        ]
+        sync()
+        assert all(torch.equal(linear.deployed_weight, weight) for linear, weight in deployed)
+
+    assert rin.trl is not None
+    rin.trl.around_sync(untouched)
     base = {name: value for name, value in weights(trainer).items() if "lora" not in name}
     trainer.train()
     after = weights(trainer)
@@ -587,6 +617,14 @@ def test_vllm_that_holds_other_values_than_it_was_given_is_an_error(
     RinCallback(NOISE).attach(trainer)
     monkeypatch.setattr(Engine, "load_weights", lambda self, pairs: None)
     with pytest.raises(ConfigError, match="holds other values"):
+        trainer.train()
+
+
+def test_vllm_that_computes_something_else_with_what_it_was_given_is_an_error(colocated: Script) -> None:
+    trainer = colocated(W4A16)
+    RinCallback(NOISE).attach(trainer)
+    trainer.vllm_generation.engine.network.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with pytest.raises(ConfigError, match="nats per token from those of the weights it was given"):
         trainer.train()
 
 

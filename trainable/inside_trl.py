@@ -16,6 +16,7 @@ noise included: TRL sends weights once per optimizer step) and `_get_per_token_l
 Read on TRL 1.16 with transformers 5.19; where one of them is missing the trainer is refused.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,6 +202,18 @@ class Trl:
         device = self.trainer.accelerator.device
         rows = said if said is not None else [[1] * len(completion) for completion in completions]
         return Sampled(completions=completions, prompts=prompts, mask=right_padded(rows, 0, device)[0].float())
+
+    def engine_logps(self, output: tuple[Any, ...], sampled: Sampled) -> Tensor | None:
+        """Those that an engine sampled with, [N, T], NaN where it had none; None where they are not of the whole
+        distribution."""
+        args, told = self.trainer.args, output[4]
+        whole = args.top_p == 1 and args.top_k in (0, -1, None) and not args.min_p and args.repetition_penalty == 1
+        if not (self.trainer.use_vllm and told and whole) or args.generation_kwargs:
+            return None
+        logps = torch.full_like(sampled.mask, math.nan)
+        for row, values in zip(logps, told, strict=True):
+            row[: len(values)] = torch.tensor([math.nan if value is None else value for value in values])
+        return logps
 
     def clean_logps(self, scored: dict[str, Any], sampled: Sampled) -> Tensor:
         """Of the clean policy, [N, T]: TRL's where it computed them."""

@@ -305,6 +305,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             sampled = trl.sampled(output)
             if self.collapse.mode != "off":
                 logps, entropies = trl.logps(sampled)
+                engine = trl.engine_logps(output, sampled)
+                logps = logps if engine is None else _agreed(engine, logps, sampled.mask)
                 sampled = replace(sampled, logps=logps, entropies=entropies)
         self.rollouts += not self._aside
         self._sampled = sampled
@@ -531,6 +533,20 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             },
         }
         self.folder.write(RECEIPT_FILE, json.dumps(tree, indent=1))
+
+
+def _agreed(engine: Tensor, ours: Tensor, mask: Tensor) -> Tensor:
+    """Log-probs [N, T] that vLLM sampled with; ours, by the weights that it was given, where it tells none.
+
+    Raises ConfigError where the two are apart: it computes something else than what it was given."""
+    told = (mask > 0) & engine.isfinite()
+    apart = (engine - ours)[told].abs().mean().item() if told.any() else 0.0
+    if not apart <= NARROW_LIMIT:
+        raise ConfigError(
+            f"RinCallback: vLLM's log-probs are {apart:.2g} nats per token from those of the weights it was given "
+            f"(allowed {NARROW_LIMIT:g}), so it computes with others, or otherwise; set use_vllm=False"
+        )
+    return engine.where(told, ours)
 
 
 def _check_adapters(model: nn.Module) -> None:
