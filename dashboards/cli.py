@@ -177,7 +177,7 @@ def trial(
     from dashboards.live import build_progress
     from dashboards.tables import say, terminal
     from dashboards.trial_text import outcome_lines, step_line
-    from trainable.engines.engine import TrialFailed
+    from trainable.failure import TrialFailed
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)

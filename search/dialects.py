@@ -881,6 +881,12 @@ ROWS: dict[str, Row] = {
         nemo=lambda c, v: Said(options={"policy.tokenizer.chat_template_kwargs": dict(v)} if v else {}),
     ),
     "task.chat_date": _HERE,
+    "task.reward": _NOWHERE,
+    "task.reward_weights": _NOWHERE,
+    "task.reward_options": _NOWHERE,
+    "task.reward_timeout_seconds": _HERE,
+    "task.reward_check": _HERE,
+    "task.reward_sha256": _HERE,
     "task.too_long": _row(
         verl=lambda c, v: Said(options={"data.filter_overlong_prompts": v == "leave_out", "data.truncation": "error"}),
         trl=no_key,

@@ -43,6 +43,8 @@ Correction = Literal["none", "token", "sequence"]
 LearnedFrom = Literal["task", "random", "format"]
 HUB = "hub:"
 """hub:openai/gsm8k:main is no path: `datasets` fetches it."""
+FUNCTION = "FILE.py:FUNCTION"
+"""Marks a setting that names code: a path where it is a file, which goes along wherever a sweep goes."""
 Scalar = bool | int | float | str
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
@@ -486,6 +488,21 @@ class TaskConfig(Record):
     """What else the chat template is told, e.g. {enable_thinking: false}."""
     chat_date: date = date(2024, 7, 26)
     """What a chat template that prints today's date takes for today: another day would be another prompt."""
+    reward: Texts = Field((), json_schema_extra={"path": [FUNCTION]})
+    """Your own reward, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, or several (docs/tasks.md): what is learned from.
+    For a task of ours, an answer stays right or wrong by the task's own mark."""
+    reward_weights: tuple[Number, ...] = ()
+    """Of several rewards, in their order; none = 1 each. Weight 0 is logged and not learned from."""
+    reward_options: Options = ()
+    """Keyword arguments that every reward is given besides its own, e.g. {penalty: 0.1}."""
+    reward_timeout_seconds: Number = Field(120.0, gt=0)
+    """Longest call of the rewards (all answers of a rollout, or of an evaluation), after which their process is ended
+    and asked once more."""
+    reward_check: Literal["error", "warn"] = "error"
+    """What follows when a reward does not keep its contract before step 0: known answers score high, empty and other
+    rows' answers low, the same answer twice the same."""
+    reward_sha256: tuple[str, ...] = ()
+    """Of the file of each reward; written down when a trial or a sweep begins, after which another file is an error."""
     too_long: Literal["error", "leave_out"] = "error"
     """A question longer than rollout.max_prompt_tokens: an error before step 0, or left out and counted
     (task/too_long)."""
@@ -504,6 +521,16 @@ class TaskConfig(Record):
                 raise ValueError(f"{field}={value} has no use without a chat template; set chat=true or remove it")
         if self.kind in ROWS and not self.path:
             raise ValueError(f"name={self.name} needs rows; set task.path")
+        for written in self.reward:
+            source, _, function = written.rpartition(":")
+            if not source or not function.isidentifier():
+                raise ValueError(
+                    f"reward={written}: names no function; write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION"
+                )
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise ValueError(
+                f"reward_weights={list(self.reward_weights)} and reward={list(self.reward)}: give one weight for each"
+            )
         if self.name == "addition" and (self.prompt is not None or self.chat):
             raise ValueError(
                 f"prompt={self.prompt} and chat={self.chat} have no use with name=addition, "
@@ -655,6 +682,11 @@ class TrialConfig(Record):
             raise ValueError(
                 f"task.digits={self.task.digits} is more than the base was trained on "
                 f"(model.recipe.digits={recipe.digits})"
+            )
+        if self.task.reward and 2 * self.task.reward_timeout_seconds >= self.hang_seconds:
+            raise ValueError(
+                f"task.reward_timeout_seconds={self.task.reward_timeout_seconds:g} is tried twice, and "
+                f"hang_seconds={self.hang_seconds:g} ends the trial before that; lower it, or raise hang_seconds"
             )
         if self.task.name == "addition" and self.model.name != "embedded":
             raise ValueError(

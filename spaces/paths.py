@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spaces.config import Record, TrialConfig
+from spaces.config import FUNCTION, Record, TrialConfig
 from spaces.reading import flatten, load_yaml, merge, parts, unflatten
 
 
@@ -43,6 +43,9 @@ def anchored_value(key: str, value: Any, folder: Path) -> Any:
         return type(value)(anchored_value(key, one, folder) for one in value)
     if key not in PATHS or not isinstance(value, str) or not value:
         return value
+    if PATHS[key] == (FUNCTION,):
+        file, colon, function = value.rpartition(":")
+        return f"{(folder / home(file)).absolute()}{colon}{function}" if file.endswith(".py") else value
     prefixes = tuple(name for name in PATHS[key] if name.endswith(":"))
     if value.startswith(prefixes):
         return value
@@ -53,8 +56,13 @@ def anchored_value(key: str, value: Any, folder: Path) -> Any:
 
 
 def relative_paths(tree: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """(dotted key, path) of every setting that means something else in another folder or on another machine."""
-    return [(key, value) for key, value in _given(tree) if anchored_value(key, value, folder) != value]
+    """(dotted key, path) of every setting that means something else in another folder or on another machine; code goes
+    along."""
+    return [
+        (key, value)
+        for key, value in _given(tree)
+        if PATHS[key] != (FUNCTION,) and anchored_value(key, value, folder) != value
+    ]
 
 
 def load_settings(path: Path) -> dict[str, Any]:

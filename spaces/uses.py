@@ -143,6 +143,7 @@ _CHILD = Use(
 )
 _TEXT = Use(holds=lambda c: c.task.name != "addition", needs="a task of texts (gsm8k, reasoning_gym:...)")
 _CHAT = Use(holds=lambda c: c.task.in_template, needs="task.chat=true, or a task of conversations without task.prompt")
+_REWARD = Use(holds=lambda c: bool(c.task.reward), needs="task.reward")
 _SIGNED = Use(holds=_recipe(lambda r: r.signed_steps > 0), needs="model.recipe.signed_steps above 0")
 _RULE = Use(
     holds=_can_fire,
@@ -214,6 +215,11 @@ USES: dict[str, Use] = {
     **{f"task.{field}": _of_kinds(kinds) for field, kinds in TAKEN_BY.items()},
     "task.prompt": _TEXT,
     "task.chat": _TEXT,
+    "task.reward_weights": _REWARD,
+    "task.reward_options": _REWARD,
+    "task.reward_timeout_seconds": _REWARD,
+    "task.reward_check": _REWARD,
+    "task.reward_sha256": _REWARD,
     "task.chat_options": _CHAT,
     "task.chat_date": _CHAT,
     "eval.draw": Use(

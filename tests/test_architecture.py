@@ -105,7 +105,7 @@ PRIVATE: dict[str, set[str]] = {
 def private(path: Path) -> set[str]:
     """What a file takes from inside other libraries; `_names` that it defines itself are its own."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     own |= {
         node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{node.attr}"
     } & {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}

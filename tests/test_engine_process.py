@@ -30,8 +30,9 @@ from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import read_trial
 from trainable.engines import process as engine_process
 from trainable.engines.backend import VllmBackend, start_backend
-from trainable.engines.engine import EngineSettings, Request, TrialFailed, deployed_weights, digest
+from trainable.engines.engine import EngineSettings, Request, deployed_weights, digest
 from trainable.engines.process import Child, EngineDied, ProcessEngine, receive, send, start_child
+from trainable.failure import TrialFailed
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import deployed
 from trainable.ray_trainable import RinTrainable

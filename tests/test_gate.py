@@ -12,8 +12,9 @@ import trainable.trial
 from tests.conftest import Tiny
 from trainable.engines import gate
 from trainable.engines.backend import TorchBackend
-from trainable.engines.engine import Request, TrialFailed, deployed_weights, digest
+from trainable.engines.engine import Request, deployed_weights, digest
 from trainable.episode import Completion
+from trainable.failure import TrialFailed
 from trainable.policy.policy import Policy, deployed, unshared
 from trainable.trial import Trial
 

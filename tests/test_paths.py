@@ -6,13 +6,33 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from spaces.config import Record
+from spaces.config import FUNCTION, Record
 from spaces.library import load_space
-from spaces.paths import PATHS, anchored, load_settings, path_settings, relative_paths
+from spaces.paths import PATHS, anchored, anchored_value, load_settings, path_settings, relative_paths
 
 
 def test_the_configuration_says_which_settings_are_paths() -> None:
-    assert PATHS == {"model.name": ("embedded", "smollm2-135m"), "task.path": ("hub:",), "task.eval_path": ("hub:",)}
+    assert PATHS == {
+        "model.name": ("embedded", "smollm2-135m"),
+        "task.path": ("hub:",),
+        "task.eval_path": ("hub:",),
+        "task.reward": (FUNCTION,),
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "anchored"),
+    [
+        ("r.py:f", "/here/r.py:f"),
+        ("../r.py:f", "/here/../r.py:f"),
+        ("/there/r.py:f", "/there/r.py:f"),
+        ("package.rewards:f", "package.rewards:f"),
+        (["r.py:f", "a.b:g"], ["/here/r.py:f", "a.b:g"]),
+    ],
+)
+def test_the_file_of_a_function_is_a_path_and_a_package_is_none(written: Any, anchored: Any) -> None:
+    assert anchored_value("task.reward", written, Path("/here")) == anchored
+    assert relative_paths({"task": {"reward": written}}, Path("/here")) == []  # it goes along with a sweep
 
 
 def test_a_mark_is_found_at_any_depth() -> None:

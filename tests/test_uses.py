@@ -10,7 +10,7 @@ import pytest
 
 from dashboards.options import SweepOptions, study_config, trial_config
 from search.lineup import fixed_arms
-from spaces.config import CollapseConfig, ConfigError, TrialConfig
+from spaces.config import CollapseConfig, ConfigError, TaskConfig, TrialConfig
 from spaces.reading import as_tree, dump_yaml, parse_overrides, read_config
 from spaces.uses import USES, idle, timetable
 from tests.conftest import Tiny
@@ -123,6 +123,7 @@ ELSEWHERE = {
         "task.chat_options",
         "task.chat_date",
         "task.too_long",
+        *(f"task.{name}" for name in TaskConfig.model_fields if name.startswith("reward")),  # test_foreign.py
     ),
     *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens", "grpo.micro_batch_size"),
     *("rollout.backend", "rollout.engine", "rollout.kv_cache_gib", "rollout.start_seconds", "rollout.answer_seconds"),
@@ -141,6 +142,7 @@ UNWRITABLE = [
         "task.eval_path=x.jsonl",
         "task.options={a: 1}",
     ),
+    "task.reward_weights=[0.5]",
     *("task.prompt=x", "task.chat=true", "task.chat_options={a: 1}", "task.chat_date=2025-01-02", "eval.draw=another"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")

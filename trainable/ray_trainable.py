@@ -33,7 +33,7 @@ from trainable.disk.trial_folder import (
     write_outcome,
 )
 from trainable.disk.watchdog import Watchdog
-from trainable.engines.engine import TrialFailed
+from trainable.failure import TrialFailed
 from trainable.outcome import Outcome, StepReport
 from trainable.trial import Trial
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from spaces.config import TrialConfig
+from spaces.config import ConfigError, TrialConfig
 from trainable import pass_at_k
 from trainable.collapse import CollapseDetector
 from trainable.engines import gate
@@ -65,6 +65,7 @@ from trainable.receipt import receipt_of
 from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
 from trainable.signals import Signals, UpdateMetrics, measure
+from trainable.tasks.contract import check_contract
 from trainable.tasks.table import build_task
 from trainable.tasks.task import FiniteTask, Question
 
@@ -116,6 +117,10 @@ class Trial:
         self.task = build_task(config.task)
         check_reward(config.grpo.reward, self.task)
         self.questions = self.task.held_out(config.eval.split, config.eval.questions, config.eval.draw)
+        if self.task.foreign is not None:
+            self.task.foreign.open()
+            reward = self.config.task.model_copy(update={"reward_sha256": self.task.foreign.hashes})
+            self.config = self.config.model_copy(update={"task": reward})
         self.policy, self.agreement = load_checked(config, progress)
         self.left_out = TooLong()
         self._measure_questions()
@@ -129,6 +134,7 @@ class Trial:
         )
         self.detector = CollapseDetector(config=config.collapse)
         self.so_far = Progression(warnings=[*self.task.warnings])
+        self._check_contract()
         self.backend = start_backend(self.config, self.policy)
         self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
 
@@ -138,8 +144,10 @@ class Trial:
         return self.so_far.verdict is not None or self.so_far.next_step >= self.config.grpo.steps
 
     def close(self) -> None:
-        """Free an engine."""
+        """Free an engine, and end the process of a reward."""
         self.backend.close()
+        if self.task.foreign is not None:
+            self.task.foreign.close()
 
     def step(self) -> StepReport:
         """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates.
@@ -255,6 +263,22 @@ class Trial:
             return
         for questions in self._may_ask():
             encode_prompts(self.policy, questions, config.task, limit)
+
+    def _check_contract(self) -> None:
+        """Raises ConfigError for a foreign reward that does not keep its contract; or warns, where that is wanted."""
+        if self.task.foreign is None:
+            return
+
+        def encode(text: str) -> list[int]:
+            return [*self.policy.tokenizer(text, add_special_tokens=False)["input_ids"], self.policy.ends[0]]
+
+        grpo = self.config.grpo
+        for finding in check_contract(self.task, self.questions, encode, grpo.batch_prompts * grpo.group_size):
+            said = f"task.reward: {finding.part}: {finding.state}: {finding.detail}"
+            if finding.state == "failed" and self.config.task.reward_check == "error":
+                raise ConfigError(f"{said}; mend the reward, or set task.reward_check=warn")
+            if finding.state != "holds":
+                self.so_far.warnings.append(said)
 
     def _may_ask(self) -> Iterator[Sequence[Question]]:
         if isinstance(self.task, FiniteTask):

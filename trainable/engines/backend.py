@@ -17,12 +17,12 @@ from trainable.engines.engine import (
     Engine,
     EngineSettings,
     Request,
-    TrialFailed,
     deployed_weights,
     quantization_tree,
     set_vllm_switches,
 )
 from trainable.episode import Completion
+from trainable.failure import TrialFailed
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
 from trainable.rollout import generate

@@ -44,17 +44,6 @@ def set_vllm_switches() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
-class TrialFailed(Exception):
-    """The trial cannot go on, and not because of its model: neither a collapse nor a bug. Its rule says what broke."""
-
-    def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(rule, reason)  # as Ray needs it to carry it to the driver
-        self.rule, self.reason = rule, reason
-
-    def __str__(self) -> str:
-        return f"{self.rule}: {self.reason}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """All that an engine is built from; plain values, so that it can travel to another process.

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from spaces.config import RolloutConfig
-from trainable.engines.engine import Engine, TrialFailed, deployed_weights, digest
+from trainable.engines.engine import Engine, deployed_weights, digest
+from trainable.failure import TrialFailed
 from trainable.floor import APART, Floor, gap, measure_floor
 from trainable.forward.logps import Batch, completion_logps
 from trainable.metrics import FLOOR_KL, GATE_KL

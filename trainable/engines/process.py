@@ -33,8 +33,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
-from trainable.engines.engine import Engine, EngineSettings, Request, TrialFailed, set_vllm_switches
+from trainable.engines.engine import Engine, EngineSettings, Request, set_vllm_switches
 from trainable.episode import Completion
+from trainable.failure import TrialFailed
 
 log = logging.getLogger(__name__)
 

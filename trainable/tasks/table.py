@@ -7,6 +7,7 @@ from random import Random
 
 from spaces.config import ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
+from trainable.tasks.foreign import with_reward
 from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, strict_number
 from trainable.tasks.gym import extract_answer, open_gym
 from trainable.tasks.open_instruct import build_open_instruct
@@ -99,7 +100,8 @@ def build_task(config: TaskConfig) -> Task:
         near = difflib.get_close_matches(kind, TASKS, n=1, cutoff=0.0)[0]
         near += f":{dataset or 'chain_sum'}" if near == "reasoning_gym" else ""
         raise ConfigError(f"task.name={config.name}: no such task; did you mean {near}?")
-    return TASKS[kind](config)
+    task = TASKS[kind](config)
+    return with_reward(task, config) if config.reward else task
 
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {

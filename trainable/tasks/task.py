@@ -35,7 +35,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from spaces.config import ConfigError, TaskConfig
 
@@ -100,6 +100,26 @@ RewardFunction = Callable[[Question, str], float]
 """Marks one answer."""
 Reward = Callable[[Sequence[Answer]], Sequence[Mapping[str, float | None]]]
 """Marks all of them, in their order; None is a mark that does not apply to an answer."""
+
+
+class Foreign(Protocol):
+    """A reward that is the user's own code, in a process of its own."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the functions' marks."""
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """sha256 of the file of each function; known once it is open."""
+
+    def open(self) -> None:
+        """Load it. Raises ConfigError."""
+
+    def close(self) -> None:
+        """End its process."""
+
+
 RIGHT = 1 - 1e-9
 """A mark that is full but for the rounding of a sum."""
 Draws = Callable[[Random, Split], Iterator[Question | None]]
@@ -118,6 +138,8 @@ class Task(ABC):
     """1 for a well-formed answer, right or wrong, for the control `grpo.reward=format`; None: it does not say."""
     warnings: tuple[str, ...] = ()
     """What the user should know of the questions."""
+    foreign: Foreign | None = None
+    """What of the reward must be closed in the end."""
 
     @abstractmethod
     def sample(self, count: int, *, seed: int, step: int, batch: int) -> list[Question]:
