@@ -9,34 +9,41 @@ every run held, the smallest from which on every run broke. Where all runs ended
 
 Half is late for whoever chooses a sigma, so the sigma at which a tenth collapse is told beside it.
 
-The interval is the profile likelihood's (Venzon & Moolgavkar 1988): all sigma_50 for which some slope of at least 0
-makes the runs likely enough (2 log likelihood ratio within a limit). It needs no finite slope, so it holds
-under separation too, where it is wider than the bracket (two runs that held prove little), and it is open on the side
-about which the runs say nothing. The limit is not chi-square's own (1 df), which is that of many runs: with the dozens
-that a sweep has, 3.84 holds the truth in 84 to 93 % instead of 95. It is the one at which chi-square would be exceeded
-a fifth as often, 6.63 (measured in docs/calibration.md).
+The interval is a posterior's: beforehand every sigma_50 is as likely as any other, on the log scale, and the slope is
+one of SLOPES. It needs no estimate of the slope, so it holds under separation too, where it lies within the bracket
+when runs are many and is wider when they are few. 96 % of the posterior lie between its ends, which hold the truth in
+about 95 % of sweeps whatever the slope (93 to 98, measured in docs/calibration.md; a likelihood ratio holds it in 81 to
+96 with chi-square's own limit, and in up to 99.9 with one that is never below 93). Where all runs ended alike nothing
+bounds the other side: the end is the sigma at which that would happen in TAIL of such sweeps.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 Status = Literal["fitted", "bracketed", "held", "broke", "one sigma", "unordered"]
 
-STEEP = 1e8
-"""Slope per unit of log sigma that stands for a step."""
-FLAT = 1e-10
-"""Slope that stands for none."""
-FAR = 30.0
-"""In units of log sigma from the runs: where an interval that has not ended yet is open."""
-FEW_RUNS = 5
-"""How much rarer than its name the limit of the likelihood ratio is exceeded in many runs."""
+FLATTEST, STEEPEST = 1.0, 50.0
+"""Slopes per unit of log sigma: from a tenth to nine tenths collapsing, sigma grows 81-fold at the first, 1.09-fold at
+the last."""
+_NARROW, _WIDE = STEEPEST**-0.5, FLATTEST**-0.5
+SLOPES: NDArray[np.float64] = (_NARROW + (_WIDE - _NARROW) * (np.arange(24) + 0.5) / 24) ** -2.0
+"""Equally likely beforehand: the square root of a curve's width, which is one by its slope, has an even chance."""
+LIKELY = 16.0
+"""How far below the highest a log likelihood counts: to a ten-millionth."""
+STEP = 1e8
+"""Slope that stands for a step: where a likelihood only rises with it."""
+TAIL = 0.02
+"""On each side of an interval."""
+TENTH = float(special.logit(0.1))
+REACH = 15.0
+"""In units of log sigma from the runs: where the flattest curve leaves a millionth."""
 ITERATIONS = 10_000
 """Brent's method always ends; scipy gives up after 100."""
 
@@ -93,35 +100,30 @@ class Boundary:
             tenth = f"a tenth at {_end(self.sigma_10)} [{_end(self.low_10)}, {_end(self.high_10)}]"
             return f"half the runs collapse at sigma {_end(self.sigma_50)} [{low}, {high}], {tenth}"
         if self.status == "held":
-            more = f"half collapse at more than {low}" if self.low_50 > 0 else "too few runs to say more"
-            return f"every run held, up to sigma {self.held:.3g}; {more}"
+            return f"every run held, up to sigma {self.held:.3g}; half collapse at more than {low}"
         if self.status == "broke":
-            more = "too few runs to say more" if math.isinf(self.high_50) else f"half collapse at less than {high}"
-            return f"every run broke, down to sigma {self.broke:.3g}; {more}"
+            return f"every run broke, down to sigma {self.broke:.3g}; half collapse at less than {high}"
         if self.status == "one sigma":
             return f"{self.collapsed} of {self.runs} runs broke at the only sigma tried"
         if self.status == "unordered":
             return "collapses do not grow with sigma: no boundary in these runs"
         all_held = None if self.held is None else f"every run held up to sigma {self.held:.3g}"
         all_broke = None if self.broke is None else f"every run broke from {self.broke:.3g}"
-        known = self.low_50 > 0 or math.isfinite(self.high_50)
-        within = f"half collapse within [{low}, {high}]" if known else "too few runs for an interval"
-        return f"{all_held or 'some broke at the smallest sigma'}, {all_broke or 'some held at the largest'}; {within}"
+        between = f"{all_held or 'some broke at the smallest sigma'}, {all_broke or 'some held at the largest'}"
+        return f"{between}; half collapse within [{low}, {high}]"
 
 
-def boundaries(runs: Iterable[NoisyRun], *, confidence: float = 0.95) -> tuple[Boundary, ...]:
+def boundaries(runs: Iterable[NoisyRun]) -> tuple[Boundary, ...]:
     """A line per mode and module kind, sorted by them. Raises ValueError for a sigma that is not above 0 and finite."""
-    if not 0.5 < confidence < 1:
-        raise ValueError(f"confidence is a share between 0.5 and 1 (0.95 = 95 %), but got {confidence}")
     groups: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     for run in runs:
         if not (math.isfinite(run.sigma) and run.sigma > 0):
             raise ValueError(f"sigma {run.sigma} has no logarithm: the boundary is about runs with noise")
         groups[run.mode, run.kind].append((run.sigma, run.collapsed))
-    return tuple(_boundary(mode, kind, groups[mode, kind], confidence) for mode, kind in sorted(groups))
+    return tuple(_boundary(mode, kind, groups[mode, kind]) for mode, kind in sorted(groups))
 
 
-def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: float) -> Boundary:
+def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]]) -> Boundary:
     sigmas = {sigma for sigma, _ in runs}
     first_broke = min((sigma for sigma, collapsed in runs if collapsed), default=math.inf)
     last_held = max((sigma for sigma, collapsed in runs if not collapsed), default=0.0)
@@ -129,10 +131,9 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
     broke = min((sigma for sigma in sigmas if sigma > last_held), default=None)
     x = np.log([sigma for sigma, _ in runs])
     y = np.array([collapsed for _, collapsed in runs], dtype=np.float64)
-    status, slope, offset = _fit(x, y, overlap=last_held > first_broke)
-    (low, high), (low_10, high_10) = (
-        (0.0, math.inf) if slope == 0 else _interval(x, y, slope, offset, share, confidence) for share in (0.5, 0.1)
-    )
+    status = _status(x, y, overlap=last_held > first_broke)
+    slope, offset = _likeliest(x, y) if status == "fitted" else (math.nan, math.nan)
+    (low, high), (low_10, high_10) = _intervals(x, y, status)
     return Boundary(
         mode=mode,
         kind=kind,
@@ -144,7 +145,7 @@ def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]], confidence: 
         sigma_50=_sigma(-offset / slope) if status == "fitted" else None,
         low_50=low,
         high_50=high,
-        sigma_10=_sigma((float(special.logit(0.1)) - offset) / slope) if status == "fitted" else None,
+        sigma_10=_sigma((TENTH - offset) / slope) if status == "fitted" else None,
         low_10=low_10,
         high_10=high_10,
     )
@@ -159,91 +160,85 @@ def _end(sigma: float) -> str:
     return "..." if math.isinf(sigma) else f"{sigma:.3g}"
 
 
-def _fit(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> tuple[Status, float, float]:
-    """Status, slope and offset of the logit; under separation a step in the middle of the bracket, from which the
-    interval is sought."""
+def _status(x: NDArray[np.float64], y: NDArray[np.float64], overlap: bool) -> Status:
     if y.min() == y.max():
-        edge = x.max() + FAR / 2 if y.max() == 0 else x.min() - FAR / 2
-        return ("held" if y.max() == 0 else "broke"), STEEP, -STEEP * float(edge)
+        return "held" if y.max() == 0 else "broke"
     if x.min() == x.max():
-        return "one sigma", 0.0, 0.0
-    scale, centre = float(x.std()), float(x.mean())
-    z = (x - centre) / scale
-    # The slope's sign is that of its score at 0: the likelihood is concave.
-    if float(((y - y.mean()) * z).sum()) <= 1e-9:
-        return "unordered", 0.0, 0.0
-    if not overlap:
-        middle = float(x[y == 0].max() + x[y == 1].min()) / 2
-        return "bracketed", STEEP, -STEEP * middle
-    slope, offset = _steepest(z, y)
-    return "fitted", slope / scale, offset - slope * centre / scale
+        return "one sigma"
+    # The sign of the likeliest slope is that of its score at 0: the likelihood is concave.
+    if float(((y - y.mean()) * (x - x.mean())).sum()) <= 1e-9 * float(x.std()):
+        return "unordered"
+    return "fitted" if overlap else "bracketed"
 
 
-def _steepest(z: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope and offset of the highest likelihood: the root of its score in the slope, the offset being the best for
-    each slope. Both scores only fall, so both roots are bracketed; nothing is inverted that could be singular."""
+def _likeliest(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Slope (at least the flattest) and offset of the highest likelihood: the root of its score in the slope, the
+    offset being the best for each slope. Both scores only fall, so both roots are bracketed; nothing is inverted that
+    could be singular."""
+    centre = float(x.mean())
+    z = x - centre
 
     def best_offset(slope: float) -> float:
         reach = slope * float(np.abs(z).max()) + 40
         return _root(lambda offset: float((y - special.expit(offset + slope * z)).sum()), -reach, reach)
 
-    def score(slope: float) -> float:
+    def falling(log_slope: float) -> float:
+        slope = math.exp(log_slope)
         return float(((y - special.expit(best_offset(slope) + slope * z)) * z).sum())
 
-    slope = _slope(score)
-    return slope, best_offset(slope)
+    flat, steep = math.log(FLATTEST), math.log(STEP)
+    slope = math.exp(flat if falling(flat) <= 0 else steep if falling(steep) >= 0 else _root(falling, flat, steep))
+    return slope, best_offset(slope) - slope * centre
 
 
-def _log_likelihood(logits: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    return float(special.log_expit(np.where(y == 1, logits, -logits)).sum())
-
-
-def _interval(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    slope: float,
-    offset: float,
-    share: float,
-    confidence: float,
-) -> tuple[float, float]:
-    """All sigma at which this share of the runs may collapse; slopes from 0 to a step."""
-    allowed = float(stats.chi2.isf((1 - confidence) / FEW_RUNS, 1)) / 2
-    level = float(special.logit(share))
-    inside = (level - offset) / slope
-    best = _profile(x - inside, y, level)
-
-    def missing(edge: float) -> float:
-        """How far the likelihood falls below what is allowed, if that share collapses at log sigma `edge`."""
-        return best - _profile(x - edge, y, level) - allowed
-
-    low, high = min(float(x.min()), inside) - FAR, max(float(x.max()), inside) + FAR
-    return (
-        _sigma(_root(missing, low, inside)) if missing(low) > 0 else 0.0,
-        _sigma(_root(missing, inside, high)) if missing(high) > 0 else math.inf,
+def _intervals(
+    x: NDArray[np.float64], y: NDArray[np.float64], status: Status
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of the sigma at which half the runs collapse, and a tenth; 0 and infinity where a side is open."""
+    if status in ("one sigma", "unordered"):
+        return (0.0, math.inf), (0.0, math.inf)
+    wide = np.union1d(
+        np.linspace(x.min() - REACH, x.max() + REACH, 300), np.linspace(x.min() - 1.0, x.max() + 1.0, 300)
     )
+    logs = _log_likelihoods(wide, x, y)
+    if status in ("held", "broke"):
+        return _one_end(wide, logs, 0.0, status), _one_end(wide, logs, TENTH, status)
+    likely = wide[logs.max(axis=1) > logs.max() - LIKELY]
+    edges = np.linspace(likely[0] - 0.1, likely[-1] + 0.1, 500)
+    logs = _log_likelihoods(edges, x, y)
+    return _central(edges, logs, 0.0), _central(edges, logs, TENTH)
 
 
-def _profile(distance: NDArray[np.float64], y: NDArray[np.float64], level: float) -> float:
-    """The highest log likelihood over slopes of at least 0, the logit being `level` at distance 0; concave in the
-    slope."""
-
-    def score(slope: float) -> float:
-        return float(((y - special.expit(level + slope * distance)) * distance).sum())
-
-    slope = _slope(score)
-    return _log_likelihood(level + slope * distance, y)
+def _log_likelihoods(edges: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[E, S]: of the runs, if half collapse at log sigma `edges`, for each of SLOPES."""
+    logs = np.zeros((len(edges), len(SLOPES)))
+    for (log_sigma, collapsed), count in Counter(zip(x, y, strict=True)).items():
+        sign = 1.0 if collapsed else -1.0
+        logs += count * special.log_expit(sign * SLOPES * (log_sigma - edges)[:, None])
+    return logs
 
 
-def _slope(score: Callable[[float], float]) -> float:
-    """The slope at which a falling score is 0, sought by its logarithm: it may be anything from nothing to a step."""
-    flat, steep = math.log(FLAT), math.log(STEEP)
+def _central(edges: NDArray[np.float64], logs: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The ends of the posterior without its tails, of the sigma at which the logit is `level`; edges are equally far
+    apart."""
+    where = (edges[:, None] + level / SLOPES).ravel()
+    order = np.argsort(where)
+    below = np.cumsum(np.exp(logs.ravel()[order] - logs.max()))
+    low, high = where[order][np.searchsorted(below, below[-1] * np.array([TAIL, 1 - TAIL]))]
+    return _sigma(float(low)), _sigma(float(high))
 
-    def falling(log_slope: float) -> float:
-        return score(math.exp(log_slope))
 
-    if falling(flat) <= 0:
-        return FLAT
-    return math.exp(_root(falling, flat, steep)) if falling(steep) < 0 else STEEP
+def _one_end(
+    edges: NDArray[np.float64], logs: NDArray[np.float64], level: float, status: Status
+) -> tuple[float, float]:
+    """Of runs that ended alike: the sigma from which on they are likely enough, over all slopes alike."""
+    chances = [
+        np.interp(edges, edges + level / slope, column) for slope, column in zip(SLOPES, np.exp(logs).T, strict=True)
+    ]
+    chance = np.mean(chances, axis=0)  # [E], rising where all held, falling where all broke
+    if status == "held":
+        return _sigma(float(np.interp(TAIL, chance, edges))), math.inf
+    return 0.0, _sigma(float(np.interp(TAIL, chance[::-1], edges[::-1])))
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

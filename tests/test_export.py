@@ -1,11 +1,14 @@
 """Every setting of a trial arrives in another trainer's lines, or is said to have no key there."""
 
 import ast
+import importlib
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -19,6 +22,7 @@ from spaces.points import POINTS
 from spaces.reading import as_tree, merge, parse_overrides, parse_yaml, read_config
 from spaces.schedules import sigma_of
 from spaces.workloads import WORKLOADS
+from tests.conftest import ModelFolder
 
 RICH = [  # every setting has an effect
     "model={name: /m, recipe: null, adapter: lora}",
@@ -334,9 +338,17 @@ def test_a_trl_script_is_python_that_makes_our_own_records() -> None:
             assert getattr(configuration, name)(**given) == getattr(config, name[:5].lower())
 
 
+@pytest.fixture(scope="module")
+def trl() -> Any:
+    """Without the seconds that an import of vLLM takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("trl.import_utils"), "is_vllm_available", lambda *_, **__: False)
+        importlib.import_module("trl.trainer.grpo_trainer")
+    return importlib.import_module("trl")
+
+
 @pytest.mark.slow
-def test_trl_s_options_are_those_of_the_installed_version_and_its_configuration_takes_them() -> None:
-    import trl
+def test_trl_s_options_are_those_of_the_installed_version_and_its_configuration_takes_them(trl: Any) -> None:
     from peft import LoraConfig
     from trl.rewards import get_soft_overlong_punishment
 
@@ -356,3 +368,30 @@ def test_trl_s_options_are_those_of_the_installed_version_and_its_configuration_
         updates = made.num_iterations * made.steps_per_generation / made.gradient_accumulation_steps
         assert updates == config.grpo.updates_per_step
         assert made.max_steps == config.grpo.steps * config.grpo.updates_per_step
+
+
+@pytest.mark.slow
+def test_the_trl_script_runs_as_it_is_written(
+    trl: Any, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters, an overlong penalty and two updates per rollout; the receipt is that of the candidate's settings."""
+    from datasets import Dataset
+
+    config = configured(
+        f"model.name={model_folder(layers=2)}",
+        "model.lora_rank=4",
+        "noise={num_stages: 2, sigma_start: 0.05}",
+        "grpo={steps: 2, prompts: 4, group_size: 4, updates_per_step: 2, epochs: 1}",
+        "rollout={backend: torch, engine: inside, correction: none, max_new_tokens: 6}",
+    )
+    rows = Dataset.from_list([{"prompt": f"{i}+2="} for i in range(9)])
+    reward = lambda completions, **_: [float(text.count("1")) for text in completions]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "my_task", cast(Any, SimpleNamespace(reward=reward, train_dataset=rows)))
+    monkeypatch.chdir(tmp_path)
+    done: dict[str, Any] = {"__name__": "script"}
+    exec(compile(to_trl(config), "script", "exec"), done)
+    assert done["trainer"].state.global_step == 4
+    receipt = done["rin"].receipt()
+    assert (done["rin"].rollouts, len(receipt.quantized)) == (2, 14)
+    assert {effect.nominal for effect in receipt.effects} == {0.05}
+    assert sum("lora_A" in name for name, _ in done["trainer"].model.named_parameters()) == 14

@@ -33,6 +33,7 @@ from trainable.library import (
 )
 from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE, SIGMA
 from trainable.noise import noised_weight, target_sigma
+from trainable.quantization import fake_quantize
 from trainable.trial import Trial
 
 pytestmark = pytest.mark.slow  # TRL takes seconds to import
@@ -99,6 +100,12 @@ def script(trl: Any, model_folder: ModelFolder, tmp_path: Path) -> Script:
         )
 
     return trainer
+
+
+def lora(**options: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], **options)
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -199,10 +206,8 @@ def test_the_example_of_the_documentation_runs(
 def test_noise_is_in_rollouts_alone_and_every_weight_is_as_it_was(
     script: Script, peft: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import LoraConfig
-
     trainer = script(
-        peft=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if peft else None,
+        peft=lora() if peft else None,
         eval_strategy="steps",
         eval_steps=3,
         steps_per_generation=2,
@@ -248,13 +253,19 @@ def test_noise_is_in_rollouts_alone_and_every_weight_is_as_it_was(
     assert {noisy for where, noisy in heard if where == "loss"} == {False}
     assert (rin.rollouts, rin.clean) == (3, 2)
     if peft:
-        assert set(rin.receipt().adapted) == {n for n in rin.policy.linears if n.endswith(("q_proj", "down_proj"))}
+        assert set(rin.receipt().adapted) == {
+            n for n in rin.policy.linears if n.endswith(("q_proj", "o_proj", "down_proj"))
+        }
 
 
-def test_without_noise_every_number_is_that_of_a_run_without_the_callback(script: Script) -> None:
+def test_without_noise_every_number_is_that_of_a_run_without_the_callback(
+    script: Script, model_folder: ModelFolder
+) -> None:
+    """Of a model with dropout, which draws random numbers whenever it computes."""
     runs = []
     for callback in (True, False):
-        trainer = script(eval_strategy="steps", eval_steps=2, num_iterations=2, max_steps=4)
+        model = AutoModelForCausalLM.from_pretrained(model_folder(layers=2), dtype=torch.float32, attention_dropout=0.3)
+        trainer = script(model=model, eval_strategy="steps", eval_steps=2, num_iterations=2, max_steps=4)
         if callback:
             RinCallback(QUIET).attach(trainer)
         trainer.train()
@@ -282,6 +293,18 @@ def test_stages_are_counted_in_rollouts_and_not_in_optimizer_steps(
     stages = [effect.stage for effect in rin.effects if effect.name == rin.targets[0].name]
     assert rin.rollouts == rollouts
     assert stages == ([1, 2, 3] if rollouts > 3 else [1, 2])
+
+
+def test_adapters_read_what_the_layer_beside_them_reads(script: Script) -> None:
+    trainer = script(peft=lora(lora_alpha=8))
+    rin = RinCallback(NOISE).attach(trainer)
+    beside = trainer.model.base_model.model.model.layers[0].self_attn.o_proj
+    torch.nn.init.normal_(beside.lora_B["default"].weight)
+    x = torch.randn(5, beside.in_features)
+    down, up = beside.lora_A["default"].weight, beside.lora_B["default"].weight
+    wanted = 2.0 * (fake_quantize(x) @ down.T) @ up.T
+    torch.testing.assert_close(beside(x) - beside.base_layer(x), wanted)
+    assert "model.layers.0.self_attn.o_proj" in rin.receipt().adapted
 
 
 def test_a_reference_model_computes_in_the_same_arithmetic(script: Script) -> None:
@@ -346,6 +369,20 @@ def test_a_reward_that_falls_is_a_collapse_and_only_an_alarm_where_that_is_wishe
     assert not rin.verdict.collapsed
 
 
+def test_where_no_stage_is_quiet_a_rollout_without_noise_comes_first_and_leaves_nothing_behind(script: Script) -> None:
+    """One stage of almost no noise: what is learned and logged is what it is without collapse rules."""
+    noise, runs = NoiseConfig(sigma_start=1e-12, sigma_end=1e-12, num_stages=1), []
+    for mode in ("enforce", "off"):
+        trainer = script(max_steps=3)
+        rin = RinCallback(noise, CollapseConfig(mode=mode)).attach(trainer)
+        trainer.train()
+        assert (rin.rollouts, len(rin.detector.baseline)) == (3, int(mode == "enforce"))
+        runs.append((numbers(trainer), weights(trainer)))
+    (watched, moved), (unwatched, plain) = runs
+    assert watched == unwatched
+    assert all(torch.equal(moved[name], plain[name]) for name in plain)
+
+
 def test_a_number_that_is_not_finite_ends_the_run_in_every_mode(script: Script) -> None:
     trainer = script(reward=lambda completions, **_: [float("nan")] * len(completions))
     rin = RinCallback(NOISE, CollapseConfig(mode="off")).attach(trainer)
@@ -390,10 +427,18 @@ def test_a_generation_that_noise_did_not_reach_is_an_error(script: Script, chang
         trainer.train()
 
 
+BEST = {
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "eval_strategy": "steps",
+    "save_steps": 5,
+    "eval_steps": 5,
+}
+
+
 def refusals() -> Iterator[tuple[str, Any, str]]:
     yield "unquantised", lambda s: RinCallback(NOISE).attach(s(None)), "was not quantised; call quantize"
     yield "head", lambda s: RinCallback(NOISE).attach(s(QuantConfig(exclude=()))), "leave lm_head in quant.exclude"
-    yield "one stage", lambda s: RinCallback(NoiseConfig(num_stages=1)), "leaves no quiet rollout"
     yield "nothing", lambda s: RinCallback(NoiseConfig(layers=(7,))).attach(s()), "blocks 0 to 1"
     yield (
         "step",
@@ -409,7 +454,14 @@ def refusals() -> Iterator[tuple[str, Any, str]]:
         "RinCallback restores itself",
     )
     yield "no trainer", lambda s: Trl(SimpleNamespace()), "is no GRPOTrainer"
-    yield "moved", lambda s: resumed_without(s), "of a run without it"
+    yield (
+        "best",
+        lambda s: RinCallback(NOISE).attach(s(model=network_of("mixtral"), **BEST)),
+        "load_best_model_at_end=True: a checkpoint has the experts",
+    )
+    yield "dora", lambda s: RinCallback(NOISE).attach(s(peft=lora(use_dora=True))), "is no plain LoRA"
+    yield "again", lambda s: (trainer := attached(s)).train() and trainer.train(), "its run has begun already"
+    yield "resumed", lambda s: resumed_without(s), "of a run without it"
     yield "twice", lambda s: RinCallback(NOISE).attach(attached(s)), "has another RinCallback"
 
 
@@ -423,7 +475,7 @@ def resumed_without(script: Script) -> None:
 
 
 def attached(script: Script) -> Any:
-    trainer = script()
+    trainer = script(max_steps=1)
     RinCallback(NOISE).attach(trainer)
     return trainer
 
@@ -442,11 +494,11 @@ def test_a_trl_without_one_of_the_names_is_refused(script: Script, trl: Any, mon
         RinCallback(NOISE).attach(trainer)
 
 
-def test_adapters_come_after_quantize(script: Script, model_folder: ModelFolder) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_adapters_come_after_quantize(model_folder: ModelFolder) -> None:
+    from peft import get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(model_folder(layers=2), dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted = get_peft_model(model, lora())
     with pytest.raises(ConfigError, match="has adapters already"):
         quantize(adapted, W4A4)
 
@@ -535,10 +587,19 @@ def test_vllm_is_given_weights_with_noise_for_rollouts_and_clean_ones_for_evalua
 
 
 def test_adapters_are_merged_for_vllm_into_copies_and_the_base_is_not_rounded(colocated: Script) -> None:
-    from peft import LoraConfig
+    trainer = colocated(W4A16, peft=lora(), learning_rate=0.1)
+    rin = RinCallback(QUIET, CollapseConfig(mode="off")).attach(trainer)
 
-    trainer = colocated(W4A16, peft=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), learning_rate=0.1)
-    RinCallback(QUIET, CollapseConfig(mode="off")).attach(trainer)
+    def untouched(sync: Any) -> None:
+        deployed = [
+            (linear, linear.deployed_weight.clone())  # type: ignore[union-attr]
+            for linear in rin.policy.linears.values()
+        ]
+        sync()
+        assert all(torch.equal(linear.deployed_weight, weight) for linear, weight in deployed)
+
+    assert rin.trl is not None
+    rin.trl.around_sync(untouched)
     base = {name: value for name, value in weights(trainer).items() if "lora" not in name}
     trainer.train()
     after = weights(trainer)
@@ -556,6 +617,14 @@ def test_vllm_that_holds_other_values_than_it_was_given_is_an_error(
     RinCallback(NOISE).attach(trainer)
     monkeypatch.setattr(Engine, "load_weights", lambda self, pairs: None)
     with pytest.raises(ConfigError, match="holds other values"):
+        trainer.train()
+
+
+def test_vllm_that_computes_something_else_with_what_it_was_given_is_an_error(colocated: Script) -> None:
+    trainer = colocated(W4A16)
+    RinCallback(NOISE).attach(trainer)
+    trainer.vllm_generation.engine.network.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with pytest.raises(ConfigError, match="nats per token from those of the weights it was given"):
         trainer.train()
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import trainable.trial
 from spaces.config import ConfigError, ModelConfig, Module, NoiseConfig, QuantConfig
+from tests.benchmarks.models import PAGE
 from tests.conftest import byte_tokenizer
 from tests.zoo import ZOO, network_of, trial_of
 from trainable.forward.logps import packs
@@ -84,7 +85,7 @@ def check_receipt(trial: Trial, network: Any) -> None:
     matrices = {
         name: parameter.numel()
         for name, parameter in network.named_parameters()
-        if block_of(name) is not None and parameter.dim() >= 2 and not re.search(r"norm|ln_|proj_bias", name)
+        if block_of(name) is not None and parameter.dim() >= 2 and not re.search(r"norm\.weight$|proj_bias", name)
     }
     assert coverage.weights == sum(matrices.values()) == coverage.quantized + coverage.excluded + coverage.left
     quantized = [name for name in receipt.quantized if block_of(name) is not None]
@@ -110,6 +111,16 @@ def test_a_folder_in_pieces_or_in_16_bits_is_the_same_model(tmp_path: Path, opti
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=ids).logits
         torch.testing.assert_close(found.model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_page_of_models_says_of_every_row_what_is_so() -> None:
+    lines = PAGE.read_text(encoding="utf-8").split("|---|---|---|---|---|---|\n")[1].splitlines()
+    for line, (name, row) in zip(lines, ZOO.items(), strict=True):
+        label, trains, *_, targets = (cell.strip() for cell in line.strip("|").split(" |"))
+        assert name.startswith(label)
+        assert trains.startswith("**refused**" if row.refused else "yes")
+        assert re.search(row.refused, trains)
+        assert {word for word in re.findall(r"[a-z_]+", targets.split("[")[0]) if word != "w"} == set(row.norms)
 
 
 def test_the_few_are_of_the_zoo_and_differ() -> None:

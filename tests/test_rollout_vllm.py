@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
 from spaces.reading import read_config
@@ -239,6 +239,29 @@ def with_model(folder: str, **changes: Any) -> TrialConfig:
     rollout = RolloutConfig(backend="vllm", kv_cache_gib=0.25, max_new_tokens=12)
     task = {"name": "reasoning_gym:chain_sum"}
     return TrialConfig.model_validate({"model": ModelConfig(name=folder), "rollout": rollout, "task": task, **changes})
+
+
+def test_noise_on_norms_of_queries_and_on_norms_behind_attention_reaches_the_engine(
+    engine_of: Engines, tmp_path: Path
+) -> None:
+    """Of Gemma 3, which has both kinds; a rollout without it is far from training with it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 32}
+    tokenizer, more = byte_tokenizer(), {"initializer_range": 0.2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3_text", vocab_size=len(tokenizer), **sizes, **heads, **more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, backend, _ = engine_of(with_model(str(tmp_path), quant=QuantConfig(activations="none")))
+    prompts = ragged_prompts(8, vocabulary=200)
+    for word in ("qk_norm", "post_norm"):
+        noise = NoiseConfig.model_validate({"modules": [word], "sigma_start": 0.5, "sigma_end": 0.5, "num_stages": 1})
+        with injected(policy, noise, noise_targets(policy, noise), step=0, total_steps=1, seed=3):
+            batch = rollout(policy, backend, prompts)
+            assert gaps(batch).max() <= 2e-5
+        with deployed(policy):
+            clean = clean_logps(policy, batch, 1.0, 1024)
+        assert (clean - batch.rollout_logps).abs().mean() > 0.05
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

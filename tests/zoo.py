@@ -20,6 +20,7 @@ from spaces.reading import read_config
 from tests.conftest import byte_tokenizer
 from trainable.trial import Trial
 
+SUMS = Path(__file__).parent / "data" / "short_sums.jsonl"
 SIZES = {
     "vocab_size": 260,
     "hidden_size": 64,
@@ -59,6 +60,12 @@ LONGROPE = {
 FALCON = {"head_dim": None, "alibi": False, "multi_query": True, "parallel_attn": True}
 JAMBA = EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+DBRX = {
+    **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+}
+LLAMA4 = EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 8}
 GEMMA3N = {
     **WINDOW,
     **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 0},
@@ -102,20 +109,8 @@ ZOO: dict[str, Row] = {
     "cohere": Row(kind="cohere", settings={"use_qk_norm": True}),
     "cohere2": Row(kind="cohere2", settings=WINDOW, packs=False),
     "cwm": Row(kind="cwm", settings=WINDOW, norms=(RMS,), packs=False),
-    "dbrx": Row(
-        kind="dbrx",
-        settings={
-            **{
-                "d_model": 64,
-                "n_heads": 4,
-                "n_layers": 2,
-                "max_seq_len": 512,
-                "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            },
-            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
-        },
-        refused=REACH,
-    ),
+    "dbrx": Row(kind="dbrx", settings=DBRX, refused=REACH),
+    "dbrx_excluded": Row(kind="dbrx", settings=DBRX, exclude=("lm_head", "experts.mlp.*")),
     "deepseek_v2": Row(kind="deepseek_v2", settings=DEEPSEEK, norms=(RMS,)),
     "deepseek_v3": Row(kind="deepseek_v3", settings=DEEPSEEK, norms=(RMS,)),
     "diffllama": Row(kind="diffllama", norms=(RMS,)),
@@ -187,6 +182,12 @@ ZOO: dict[str, Row] = {
         kind="jamba", settings=JAMBA, norms=(RMS,), packs=False, exclude=("lm_head", "mamba.dt_proj")
     ),
     "jetmoe": Row(kind="jetmoe", settings=EXPERTS | {"kv_channels": 16}, refused=REACH),
+    "jetmoe_excluded": Row(
+        kind="jetmoe",
+        settings=EXPERTS | {"kv_channels": 16},
+        norms=(RMS,),
+        exclude=("lm_head", "mlp.*", "self_attention.experts.*"),
+    ),
     "lfm2": Row(
         kind="lfm2",
         settings={"layer_types": ["conv", "full_attention"], "block_multiple_of": 32},
@@ -198,10 +199,13 @@ ZOO: dict[str, Row] = {
         kind="llama", settings={"max_position_embeddings": 16, "rope_parameters": DYNAMIC}, refused=SHORTER
     ),
     "llama_longrope": Row(kind="llama", settings={"rope_parameters": LONGROPE}, refused=SHORTER),
-    "llama4_text": Row(
+    "llama4_text": Row(kind="llama4_text", settings=LLAMA4, refused=REACH),
+    "llama4_text_excluded": Row(
         kind="llama4_text",
-        settings=EXPERTS | {"intermediate_size_mlp": 128, "attention_chunk_size": 8},
-        refused=REACH,
+        settings=LLAMA4,
+        norms=(RMS,),
+        packs=False,
+        exclude=("lm_head", "feed_forward.experts.*", "feed_forward.router"),
     ),
     "mamba": Row(
         kind="mamba", settings={"state_size": 8, "time_step_rank": 32}, norms=(RMS,), attention="eager", packs=False
@@ -319,7 +323,6 @@ _tokenizer = cache(byte_tokenizer)
 
 
 def _config(row: Row, adapter: str) -> TrialConfig:
-    sums = Path(__file__).parent / "data" / "short_sums.jsonl"
     return read_config(
         {
             "model": {"name": row.kind, "attention": row.attention, "adapter": adapter},
@@ -328,6 +331,6 @@ def _config(row: Row, adapter: str) -> TrialConfig:
             "grpo": {"steps": 1, "prompts": 2, "group_size": 2, "updates_per_step": 1, "learning_rate": 1e-3},
             "rollout": {"max_prompt_tokens": 18, "max_new_tokens": 6},
             "eval": {"questions": 1, "every": 0},
-            "task": {"name": "gsm8k", "path": str(sums), "prompt": "{question}="},
+            "task": {"name": "gsm8k", "path": str(SUMS), "prompt": "{question}="},
         }
     )

@@ -16,6 +16,7 @@ noise included: TRL sends weights once per optimizer step) and `_get_per_token_l
 Read on TRL 1.16 with transformers 5.19; where one of them is missing the trainer is refused.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,10 +115,7 @@ class Trl:
         if not self.trainer.use_vllm:
             return
         turned = [name for name in policy.quantized if policy.linears[name].arithmetic.input != AS_IT_IS]
-        plain = all(
-            not any(getattr(module, "lora_variant", {}).values()) and not any(getattr(module, "lora_bias", {}).values())
-            for module in policy.model.modules()
-        )
+        biased = any(any(getattr(module, "lora_bias", {}).values()) for module in policy.model.modules())
         for holds, what, remedy in (
             (self.trainer.vllm_mode != "colocate", "vllm_mode=server was not tried with noise", "set colocate"),
             (
@@ -130,7 +128,7 @@ class Trl:
                 f"{policy.rearranged[0] if policy.rearranged else ''} lies otherwise in vLLM than in training",
                 "set use_vllm=False",
             ),
-            (not plain, "adapters other than plain LoRA, or with a bias, are not merged exactly", "set use_vllm=False"),
+            (biased, "adapters with a bias are not merged exactly", "set lora_bias=False, or use_vllm=False"),
         ):
             if holds:
                 raise ConfigError(f"RinCallback.attach: {what}; {remedy}")
@@ -205,6 +203,18 @@ class Trl:
         rows = said if said is not None else [[1] * len(completion) for completion in completions]
         return Sampled(completions=completions, prompts=prompts, mask=right_padded(rows, 0, device)[0].float())
 
+    def engine_logps(self, output: tuple[Any, ...], sampled: Sampled) -> Tensor | None:
+        """Those that an engine sampled with, [N, T], NaN where it had none; None where they are not of the whole
+        distribution."""
+        args, told = self.trainer.args, output[4]
+        whole = args.top_p == 1 and args.top_k in (0, -1, None) and not args.min_p and args.repetition_penalty == 1
+        if not (self.trainer.use_vllm and told and whole) or args.generation_kwargs:
+            return None
+        logps = torch.full_like(sampled.mask, math.nan)
+        for row, values in zip(logps, told, strict=True):
+            row[: len(values)] = torch.tensor([math.nan if value is None else value for value in values])
+        return logps
+
     def clean_logps(self, scored: dict[str, Any], sampled: Sampled) -> Tensor:
         """Of the clean policy, [N, T]: TRL's where it computed them."""
         old = scored.get("old_per_token_logps")
@@ -228,6 +238,19 @@ class Trl:
         """The next generation sends its weights."""
         if self.trainer.use_vllm:
             self.trainer._last_loaded_step = -1
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is generated here leaves neither numbers behind nor another state of torch's random numbers."""
+        trainer, metrics = self.trainer, self.trainer._metrics["train"]
+        before, seen = {name: list(values) for name, values in metrics.items()}, trainer.state.num_input_tokens_seen
+        with torch.random.fork_rng():
+            try:
+                yield
+            finally:
+                metrics.clear()
+                metrics.update(before)
+                trainer.state.num_input_tokens_seen = seen
 
     def held(self) -> dict[str, Tensor]:
         """What a colocated engine computes with, under its own names: many of a model's, but not those it has fused."""

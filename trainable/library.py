@@ -19,9 +19,10 @@ a trial of that seed. Stages of the schedule are counted in rollouts, and not in
 `steps_per_generation` or accumulated gradients there are fewer, or more, of the one than of the other.
 
 Other than in a trial: TRL's forward is transformers' own; the baseline of the collapse rules is the quiet first stage
-alone; TRL filters no groups, so there is no `filter_rejection`; an update whose gradient is not finite is made (by
-TRL), and the run stopped behind it. A rollout costs up to two more forward passes, which tell how far the noise takes
-it from the clean policy; with collapse mode `off` it does not.
+(where there is none, a rollout without noise that is not learned from); TRL filters no groups, so there is no
+`filter_rejection`; an update whose gradient is not finite is made (by TRL), and the run stopped behind it. A rollout
+costs up to two more forward passes, which tell how far the noise takes it from the clean policy; with collapse mode
+`off` it does not.
 
 Left out, and refused in words: weights in pieces (FSDP, DeepSpeed), vLLM in 4-bit activations (its kernels are not
 ours) or as a server, a quantised head (TRL multiplies with its weight itself), continuous batching, Liger kernels.
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -52,6 +53,7 @@ from trainable.collapse import CollapseDetector, not_finite
 from trainable.disk.folder import Folder
 from trainable.forward.logps import importance_weights
 from trainable.inside_trl import Sampled, Trl
+from trainable.layers.experts import Experts
 from trainable.masters import followed, moved_shares
 from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE
 from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at, target_sigma
@@ -59,7 +61,7 @@ from trainable.outcome import HEALTHY, Alarm, CollapseVerdict, Effect, EffectRec
 from trainable.parity import LIMIT, NARROW_LIMIT
 from trainable.policy.anatomy import text_model
 from trainable.policy.loading import in_place, see_as_their_layers
-from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.policy.policy import Policy, bare_name, deployed, unquantized
 from trainable.quantization import QuantLinear
 from trainable.receipt import receipt_of
 from trainable.seeds import generator
@@ -161,11 +163,6 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """
 
     def __init__(self, noise: NoiseConfig, collapse: CollapseConfig = _USUAL_RULES) -> None:
-        if noise.num_stages == 1 and collapse.mode != "off":
-            raise ConfigError(
-                "noise.num_stages=1 leaves no quiet rollout for collapse rules to compare with; set it to 2 or more, "
-                "or collapse.mode=off"
-            )
         self.noise, self.collapse = noise, collapse
         self.detector = CollapseDetector(config=collapse)
         self.rollouts = 0
@@ -184,7 +181,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._norms: list[float] = []
         self._clipped: list[float] = []
         self._begun = (0, 0)
-        self._reached = False
+        self._reached = self._aside = False
+        self._sampled: Sampled | None = None
 
     def attach(self, trainer: Any) -> "RinCallback":
         """Wrap the trainer's generation (`inside_trl.py` says what) and join its callbacks.
@@ -205,6 +203,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "RinCallback.attach: the trainer's model was not quantised; call quantize(model, QuantConfig(...)) on "
                 "what you give GRPOTrainer (weights=none and activations=none leave it at 16 bits)"
             )
+        _check_adapters(model)
         see_as_their_layers(model)
         self.quantized: Quantized = held
         self.policy = replace(
@@ -215,6 +214,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if trainer.ref_model is not None and not hasattr(trainer.ref_model, _HOLDS):
             quantize(trainer.ref_model, held.quant)  # as in a trial, it computes as the policy does
         self.targets = noise_targets(self.policy, self.noise)
+        if trainer.args.load_best_model_at_end:
+            self._check_loads_back("load_best_model_at_end=True")
         self._warn_of_autocast(trainer)
         self.seed: int = trainer.args.seed
         self.start_weights = followed(self.policy.trainable())
@@ -248,6 +249,16 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "leave lm_head in quant.exclude"
             )
 
+    def _check_loads_back(self, setting: str) -> None:
+        """Raises ConfigError for weights that transformers saves under other names and does not find again: it would
+        say so in a warning, and go on with those that are there."""
+        inside = [name for name, module in self.policy.network.named_modules() if isinstance(module, Experts)]
+        if inside and not self.policy.adapted:
+            raise ConfigError(
+                f"{setting}: a checkpoint has the experts of {inside[0]} in one tensor, which transformers does not "
+                "load into layers of their own; begin from a saved model, or train adapters"
+            )
+
     def _warn_of_autocast(self, trainer: Any) -> None:
         """What is measured is the weight; autocast rounds it once more, but for MX numbers, which bf16 holds."""
         after, narrow = self.noise.placement == "after", trainer.args.fp16
@@ -278,9 +289,11 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._total is None:
             raise ConfigError("RinCallback: TRL generates before its training has begun; call trainer.train()")
         step, total = self.rollouts, self._total
-        self._prove(step, total)
-        noisy = any(target_sigma(self.noise, target, step, total) > 0 for target in self.targets)
-        with injected(self.policy, self.noise, self.targets, step=step, total_steps=total, seed=self.seed):
+        targets = () if self._aside else self.targets
+        if not self._aside:
+            self._prove(step, total)
+        noisy = any(target_sigma(self.noise, target, step, total) > 0 for target in targets)
+        with injected(self.policy, self.noise, targets, step=step, total_steps=total, seed=self.seed):
             with self._watched():
                 output = generate()
             if noisy and not self._reached:
@@ -292,22 +305,41 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             sampled = trl.sampled(output)
             if self.collapse.mode != "off":
                 logps, entropies = trl.logps(sampled)
+                engine = trl.engine_logps(output, sampled)
+                logps = logps if engine is None else _agreed(engine, logps, sampled.mask)
                 sampled = replace(sampled, logps=logps, entropies=entropies)
-        self.rollouts += 1
+        self.rollouts += not self._aside
         self._sampled = sampled
         return output
 
     def _score(self, score: Callable[[], Any]) -> Any:
         """Measure a rollout when its rewards are known; the verdict follows its updates."""
         trl = self._attached()
-        training, before = trl.training, self.rollouts
-        scored = score()
-        if training and self.rollouts == before:
-            raise ConfigError(_PAST)
-        if training:
-            self._values = trl.mean(self._measured(trl, scored)) | {"reward": trl.reward()}
-            self._norms, self._clipped = [], []
+        if not trl.training:
+            return score()
+        if self.noise.num_stages == 1 and self.collapse.mode != "off" and not self.detector.baseline:
+            self._take_baseline(trl, score)
+        scored, self._values = self._heard(trl, score)
+        self._norms, self._clipped = [], []
         return scored
+
+    def _take_baseline(self, trl: Trl, score: Callable[[], Any]) -> None:
+        """Where no stage is quiet: a noise-free rollout that is not learned from, and leaves nothing else behind."""
+        self._aside = True
+        try:
+            with trl.aside():
+                _, values = self._heard(trl, score)
+        finally:
+            self._aside = False
+        self.detector.judge(values, quiet=True)
+
+    def _heard(self, trl: Trl, score: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+        """A rollout with its rewards, and its signals."""
+        self._sampled = None
+        scored = score()
+        if self._sampled is None:
+            raise ConfigError(_PAST)
+        return scored, trl.mean(self._measured(trl, scored, self._sampled)) | {"reward": trl.reward()}
 
     def _grad_norm(self, measure: Callable[[], Any]) -> Any:
         norm = measure()
@@ -347,9 +379,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.effects += measure_effects(self.noise, self.targets, step=step, total_steps=total, seed=self.seed)
             self._write("running")
 
-    def _measured(self, trl: Trl, scored: dict[str, Any]) -> dict[str, float]:
+    def _measured(self, trl: Trl, scored: dict[str, Any], sampled: Sampled) -> dict[str, float]:
         """Signals of this process's completions, by field of `Signals`."""
-        sampled: Sampled = self._sampled
         values = {
             "length": mean(sampled.mask.sum(1).tolist()),
             "truncated": mean([float(not trl.finished(ids)) for ids in sampled.completions]),
@@ -377,6 +408,10 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trl is None:
             raise ConfigError("RinCallback: it is not attached, and noise would reach nothing; call attach(trainer)")
+        if self.rollouts > 0:
+            raise ConfigError(
+                "RinCallback: its run has begun already; a new one needs a new trainer and a new callback"
+            )
         if state.global_step > 0:
             self._restore(state)
         self._total = self.trl.rollouts(state.max_steps)
@@ -425,7 +460,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         values["sigma"] = sigma_at(self.noise, step, self._total)
         verdict = not_finite({NAMES[field]: value for field, value in values.items()})
         if not verdict.collapsed and self.collapse.mode != "off":
-            verdict = self.detector.judge(values, quiet=stage == 0)
+            verdict = self.detector.judge(values, quiet=stage == 0 and self.noise.num_stages > 1)
         for field, value in values.items():
             trl.report(NAMES[field], value)
         trl.report(DOSE, fmean([e.applied_relative for e in self.effects if e.stage == stage] or [0.0]))
@@ -469,11 +504,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"RinCallback: the checkpoint of step {state.global_step} is of a run without it, and stages cannot be "
                 "counted; begin anew"
             )
-        if self.policy.rearranged:
-            raise ConfigError(
-                f"RinCallback: {self.policy.rearranged[0]} lies otherwise in checkpoints than in this model, and "
-                "transformers does not load it back; begin anew from a saved model"
-            )
+        self._check_loads_back("resume_from_checkpoint")
         kept = kept["attributes"]
         self.rollouts, self.clean = kept["rollouts"], kept["clean"]
         self.effects = TypeAdapter(list[Effect]).validate_python(kept["effects"])
@@ -502,6 +533,32 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             },
         }
         self.folder.write(RECEIPT_FILE, json.dumps(tree, indent=1))
+
+
+def _agreed(engine: Tensor, ours: Tensor, mask: Tensor) -> Tensor:
+    """Log-probs [N, T] that vLLM sampled with; ours, by the weights that it was given, where it tells none.
+
+    Raises ConfigError where the two are apart: it computes something else than what it was given."""
+    told = (mask > 0) & engine.isfinite()
+    apart = (engine - ours)[told].abs().mean().item() if told.any() else 0.0
+    if not apart <= NARROW_LIMIT:
+        raise ConfigError(
+            f"RinCallback: vLLM's log-probs are {apart:.2g} nats per token from those of the weights it was given "
+            f"(allowed {NARROW_LIMIT:g}), so it computes with others, or otherwise; set use_vllm=False"
+        )
+    return engine.where(told, ours)
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raises ConfigError for adapters that do more than stand beside a layer: DoRA multiplies with the layer's weight
+    itself, unquantised."""
+    for name, module in model.named_modules():
+        beside = isinstance(getattr(module, "base_layer", None), QuantLinear)
+        if beside and (not hasattr(module, "lora_dropout") or any(getattr(module, "lora_variant", {}).values())):
+            raise ConfigError(
+                f"RinCallback.attach: the adapter of {bare_name(name)} is no plain LoRA and may compute past its 4-bit "
+                "layer; give LoraConfig without use_dora and the like"
+            )
 
 
 @contextmanager

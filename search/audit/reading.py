@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def _filled(text: str, variables: Mapping[str, Any]) -> Any:
     return UNKNOWN if any(value is UNKNOWN for value in values) or "$" in filled else filled
 
 
+@lru_cache(4096)
 def _scalar(text: Any) -> Any:
     """As hydra and transformers read it."""
     if text is UNKNOWN or not text:
