@@ -25,6 +25,8 @@ from spaces.errors import ConfigError
 
 LOG_MARKS = ("[AQN]", "num_gen_batches", "critic/", "val-core/", "step:", "{'loss'", "'reward'")
 """What a log of these trainers is known by."""
+LONGEST = 2000
+"""Characters of a line that rules look at; completions in logs are longer."""
 RECORDS = ("GRPOConfig", "QeRLConfig", "NoiseConfig", "QuantConfig", "CollapseConfig", "LoraConfig")
 
 _LAUNCH = re.compile(r"(?:-m\s+|\s|^)((?:[\w.]+\.)?main_(?:ppo|dapo)|\S*\brun_grpo\.py)\b|(\S*(?:qerl|grpo\w*)\.py)\b")
@@ -33,6 +35,7 @@ _OVERRIDE = re.compile(r"^(\+{0,2})([A-Za-z_]\w*(?:\.\w+)+)=(.*)$", re.DOTALL)
 _SECTIONS = {"actor_rollout_ref", "algorithm", "data", "trainer", "reward", "reward_model", "critic"}
 _SECTIONS |= {"custom_reward_function", "noise_injection", "hw_error_injection"}
 _NEMO = {"grpo", "policy", "loss_fn", "checkpointing", "cluster", "env", "logger"}
+_HINT = re.compile(rf"\b(?:{'|'.join(sorted(_SECTIONS | _NEMO))})\.[\w.]+=")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+|local\s+|readonly\s+)?([A-Za-z_]\w*)=(.*)$")
 _INLINE = re.compile(r"(?:\bthen|\belse|\bdo|&&|\|\||;)\s*([A-Za-z_]\w*)=")
 _BLOCK = re.compile(r"^\s*(if|for|while|case|until)\b|^\s*[\w-]+\s*\(\)\s*\{?\s*$")
@@ -93,14 +96,14 @@ def _of_shell(path: str, text: str) -> Iterator[Run]:
         line = raw.rstrip().removesuffix("\\").rstrip()
         if line.lstrip().startswith("#"):
             continue
-        kept.append(LogLine(number=number, text=line))
+        kept.append(LogLine(number=number, text=line[:LONGEST]))
         launch = _LAUNCH.search(line)
         if launch and not line.lstrip().startswith("echo"):
             parts.append((number, (launch[1] or launch[2]), []))
             options = launch[2] is not None
         inside = max(0, inside - bool(re.match(r"\s*(fi|esac)\b", line)))
         into = parts[-1][2] if parts else shared
-        found = _settings(_words(line), number, variables, options)
+        found = _settings(_words(line), number, variables, options) if options or _HINT.search(line) else ()
         into += [replace(setting, value=UNKNOWN) for setting in found] if inside else found
         inside += bool(re.match(r"\s*(if|case)\b", line) and not re.search(r"\b(fi|esac)\b\s*$", line))
         options = bare or (options and raw.rstrip().endswith("\\"))
