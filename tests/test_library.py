@@ -628,6 +628,14 @@ def test_vllm_that_computes_something_else_with_what_it_was_given_is_an_error(co
         trainer.train()
 
 
+def test_vllm_that_holds_fewer_bits_than_the_model_is_refused(colocated: Script) -> None:
+    """It turns fp32 into bfloat16 by itself, in which a gain near 1 does not move at sigma 0.0005."""
+    trainer = colocated(W4A16)
+    trainer.vllm_generation.engine.network.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"holds .* in torch\.bfloat16, the model in torch\.float32"):
+        RinCallback(NOISE).attach(trainer)
+
+
 @pytest.mark.parametrize(
     ("quant", "said"),
     [(W4A4, "set activations=none"), (QuantConfig(activations="none", hadamard=True), "hadamard=false")],

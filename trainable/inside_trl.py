@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spaces.config import ConfigError
 from trainable.forward.transformer import left_padded
-from trainable.policy.policy import Policy
+from trainable.policy.policy import Policy, bare_name
 from trainable.quantization import AS_IT_IS
 
 _TRAINER = "GRPOTrainer"
@@ -114,10 +114,19 @@ class Trl:
         """Raises ConfigError where vLLM would compute something else than training does."""
         if not self.trainer.use_vllm:
             return
+        if self.trainer.vllm_mode != "colocate":
+            raise ConfigError("RinCallback.attach: vllm_mode=server was not tried with noise; set colocate")
+        ours = {bare_name(name): parameter.dtype for name, parameter in policy.network.named_parameters()}
+        other = [(name, t.dtype, ours[name]) for name, t in self.held().items() if ours.get(name, t.dtype) != t.dtype]
+        name, theirs, wide = other[0] if other else ("", None, None)
         turned = [name for name in policy.quantized if policy.linears[name].arithmetic.input != AS_IT_IS]
         biased = any(any(getattr(module, "lora_bias", {}).values()) for module in policy.model.modules())
         for holds, what, remedy in (
-            (self.trainer.vllm_mode != "colocate", "vllm_mode=server was not tried with noise", "set colocate"),
+            (
+                bool(other),
+                f"vLLM holds {name} in {theirs}, the model in {wide}, and would round noise that was measured before",
+                f"load the model in {theirs}, or set use_vllm=False",
+            ),
             (
                 bool(turned),
                 f"vLLM would not do to the inputs of {turned[0] if turned else ''} what training does to them",

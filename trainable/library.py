@@ -563,21 +563,20 @@ def _check_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def _masters_stood_in_for(policy: Policy) -> Iterator[dict[str, Tensor]]:
-    """Deployed weights under the names of parameters, for who reads those; gives all that is to be read of blocks.
+    """Deployed weights under the names of parameters, for who reads those; gives what an engine then holds, by name.
 
     peft adds adapters to what lies there, and subtracts them again, which rounds: so it gets copies.
     """
     masters: list[tuple[Tensor, Tensor]] = []
-    adapted = bool(policy.adapted)
+    adapted = set(policy.adapted)
     try:
-        given = {name: p.data for name, p in policy.network.named_parameters() if not adapted}
+        given = {bare_name(name): parameter.data for name, parameter in policy.network.named_parameters()}
         for name, linear in policy.linears.items():
             assert linear.deployed_weight is not None, f"{name}: weights are sent from inside `deployed`"
             masters.append((linear.weight, linear.weight.data))
-            weight = linear.deployed_weight
-            linear.weight.data = weight.clone() if adapted else weight
-            if not adapted:
-                given[f"{name}.weight"] = weight
+            linear.weight.data = linear.deployed_weight.clone() if name in adapted else linear.deployed_weight
+            given[f"{name}.weight"] = linear.weight.data
+        given = {name: weight for name, weight in given.items() if name.removesuffix(".weight") not in adapted}
         yield given
     finally:
         for parameter, clean in reversed(masters):
