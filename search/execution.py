@@ -23,6 +23,7 @@ from search.budget import Budget
 from search.cluster import check_fits, connected, resources
 from search.evidence import read_evidence
 from search.interruption import Interruption
+from search.ray_internals import trials_leave_in_their_time
 from search.searchers import RinSearch
 from search.store import StudyConfig, gpus_of
 from search.tracking import Tracker
@@ -93,7 +94,7 @@ def run_trials(
             log_to_file=True,
         ),
     )
-    with _tune_ends_early(), interruption.passed_on(lambda: _end_early(budget.running)):
+    with trials_leave_in_their_time(), _tune_ends_early(), interruption.passed_on(lambda: _end_early(budget.running)):
         tuner.fit()
     return searcher.exhausted
 

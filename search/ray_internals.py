@@ -1,9 +1,10 @@
-"""What is taken from inside Ray, where it has no public way: five private names, pinned by Ray's version and named by
-a test.
+"""What is taken from inside Ray, where it has no public way: private names, pinned by Ray's version and named by tests.
 
-Four of them are written to, because Ray reads them as module globals. Each function says what would happen without it.
+Most are written to, because Ray reads them as module globals. Each function says what would happen without it.
 """
 
+import importlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 from ray._private import ray_constants, services, utils
 from ray.tune.execution import class_cache
+from ray.tune.execution.tune_controller import TuneController
 
 CLOUD_KEYS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
@@ -58,6 +60,28 @@ def in_a_group_of_its_own() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen, utils.set_sigterm_handler = popen, take
+
+
+class _Patient(TuneController):  # type: ignore[misc]
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._actor_cleanup_timeout = self._actor_force_cleanup_timeout = math.inf
+
+
+@contextmanager
+def trials_leave_in_their_time() -> Iterator[None]:
+    """`Tuner.fit` within this ends when every trial has left.
+
+    Tune kills one that takes longer: 10 minutes where the run goes on, 10 seconds where it ends. A trial that leaves
+    finishes its step, saves itself and evaluates itself, for which 10 seconds are too short on a busy machine, and
+    with a real model always. What hangs there its watchdog ends, and a second Ctrl-C does not wait.
+    """
+    runs: Any = importlib.import_module("ray.tune.tune")
+    runs.TuneController = _Patient
+    try:
+        yield
+    finally:
+        runs.TuneController = TuneController
 
 
 def host_names(client: Any) -> list[str]:

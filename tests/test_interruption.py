@@ -1,16 +1,22 @@
 """Signals: each is a first Ctrl-C, none tears what must not be torn, and a pipe that closes costs nothing."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 
 from dashboards.lasting import lasting_output
 from search.interruption import SIGNALS, interruptible
+from search.ray_internals import trials_leave_in_their_time
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +107,38 @@ def test_a_closed_pipe_does_no_harm() -> None:
     finally:
         sys.stdout = before
         stream.close()
+
+
+class Leaving:
+    """Tune's actors, of which one leaves after it has been waited for `waits` times."""
+
+    def __init__(self, waits: int) -> None:
+        self.waits, self.killed = waits, False
+
+    def is_actor_started(self, tracked_actor: object) -> bool:
+        return self.waits > 0
+
+    def next(self, timeout: float) -> None:
+        self.waits -= 1
+
+    def remove_actor(self, tracked_actor: object, kill: bool) -> None:
+        self.killed = kill
+
+
+@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("run_ends", [True, False])
+def test_a_trial_that_takes_an_hour_to_leave_is_waited_for(
+    patient: bool, run_ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Tune alone it would be killed: before it has evaluated itself, or in the middle of a step."""
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    with trials_leave_in_their_time() if patient else nullcontext():
+        nowhere: Any = SimpleNamespace()
+        controller = importlib.import_module("ray.tune.tune").TuneController(
+            resource_manager_factory=lambda: None, storage=nowhere
+        )
+    leaving = controller._actor_manager = Leaving(waits=3)
+    controller._earliest_stopping_actor = time.monotonic() - 3600
+    controller._stopping_actors = {"c01/0": controller._earliest_stopping_actor}
+    controller._cleanup_stopping_actors(force_all=run_ends)
+    assert leaving.killed != patient
