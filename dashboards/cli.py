@@ -98,7 +98,10 @@ def resume(
 ) -> None:
     """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
     if place.name is None:
-        raise ConfigError("NAME: say which sweep goes on; rin list shows them")
+        raise ConfigError(
+            "NAME: say which sweep goes on: the newest is enough to look at, but a wrong one would train for hours; "
+            "rin list shows them"
+        )
     if submit is not None:
         from search.submission import submit_resume
 
@@ -209,7 +212,7 @@ def plan(options: SweepOptions) -> None:
     import torch
 
     from dashboards.report_text import plan_lines
-    from search.cluster import usable_cpus
+    from search.cores import usable_cpus
     from search.plan import plan_study
 
     for line in plan_lines(plan_study(study, usable_cpus(), torch.cuda.device_count())):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from search.cores import usable_cpus
 from search.secrets import first_line
 
 VLLM_VERSION = "0.32.0"
@@ -47,7 +48,9 @@ def _attempt(check: Callable[[], Check]) -> Check:
 
 
 def _python() -> Check:
-    detail = f"{sys.version.split()[0]}, {os.cpu_count()} cores"
+    usable, there = usable_cpus(), os.cpu_count()
+    cores = f"{usable} cores" if usable == there else f"{usable} of {there} cores, by affinity or quota"
+    detail = f"{sys.version.split()[0]}, {cores}"
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         return Check("broken", detail, "use Python 3.11 or 3.12")
     return Check("ok", detail)

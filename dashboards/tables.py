@@ -38,7 +38,7 @@ def status_row(row: ArmReport) -> dict[str, Any]:
         "status": row.status,
         "rule": why(row),
         "step": steps_text(row),
-        **fields_of(row, "accuracy", "start", "measure", "score", "difference"),
+        **fields_of(row, "accuracy", "start", "measure", "score", "difference", "failed"),
         **fields_of(row, "replicates", "missing", "candidate", "hours"),
     }
 
@@ -99,10 +99,11 @@ def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
             steps_text(row),
             points(row.score_start),
             points(row.score),
-            "" if row.difference is None else f"{100 * row.difference:+.1f}",
+            "failed" if row.failed else "" if row.difference is None else f"{100 * row.difference:+.1f}",
             f"{row.replicates}" if not row.missing else f"{row.replicates}/{row.replicates + row.missing}",
             duration(3600 * sum(trial.hours for trial in row.trials)),
         )
+    table.caption = "\n".join(row.failed for row in rows if row.failed) or None
     return table
 
 

@@ -8,19 +8,18 @@ Left out: `ray://` clients, which die with the laptop.
 """
 
 import logging
-import os
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.exceptions import AuthenticationError
 
+from search.cores import usable_cpus
 from search.ray_internals import in_a_group_of_its_own, keep_cloud_keys, on_localhost
 from search.secrets import first_line, strip_password
 from spaces.errors import ConfigError
@@ -45,39 +44,6 @@ def resources(workload: Workload, cpus: int | None = None, gpus: float | None = 
     cpus = workload.trial_cpus if cpus is None else cpus
     gpus = workload.trial_gpus if gpus is None else gpus
     return tune.PlacementGroupFactory([{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})}])
-
-
-def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use: those that it may be put on (taskset, Slurm), and no more than its control
-    groups' quota pays for (containers)."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return max(1, int(min([cores, *_quotas(cgroups, own)])))
-
-
-def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
-    """Cores by the quota of each group that this process is in, of both versions of control groups."""
-    lines = own.read_text().splitlines() if own.exists() else []
-    for _, controllers, place in (line.split(":", 2) for line in lines):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / controllers if controllers else cgroups
-        for folder in (root / place.lstrip("/"), *(root / place.lstrip("/")).parents):
-            if not folder.is_relative_to(root):
-                break
-            limit = _numbers(folder / "cpu.max") or [
-                *_numbers(folder / "cpu.cfs_quota_us"),
-                *_numbers(folder / "cpu.cfs_period_us"),
-            ]
-            if len(limit) == 2 and min(limit) > 0:
-                yield limit[0] / limit[1]
-
-
-def _numbers(file: Path) -> list[int]:
-    """`150000 100000`; none for a file that is not there, or that says max."""
-    try:
-        return [int(word) for word in file.read_text().split()]
-    except (OSError, ValueError):
-        return []
 
 
 def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,7 @@ root that was not found must not hide them. Damaged files are still the user's t
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from statistics import fmean
@@ -104,6 +104,8 @@ class ArmReport:
     noise."""
     hours: float
     candidate: bool
+    failed: str = ""
+    """Why it could not be compared with its control."""
 
     @property
     def status(self) -> str:
@@ -162,14 +164,15 @@ def report_study(config: StudyConfig) -> StudyReport:
     if config.kind == "sweep":
         known = known_of(config, arms, read_evidence(config))
         mattered = _made("the importance of dimensions", lambda: importance(optuna_study(known)), failed)
+    rows = _rows(config, arms, ledger)
     return StudyReport(
         config=config,
-        arms=_rows(config, arms, ledger, failed),
+        arms=rows,
         ledger=ledger,
         unfinished=unfinished(config, arms),
         tolerance=tuple(tolerance),
         importance=tuple(mattered),
-        failed=tuple(failed),
+        failed=(*failed, *(row.failed for row in rows if row.failed)),
     )
 
 
@@ -186,15 +189,16 @@ def _made(what: str, analysis: Callable[[], Sequence[Row]], failed: list[str]) -
 
 def arm_reports(config: StudyConfig, arms: Sequence[Arm]) -> tuple[ArmReport, ...]:
     """A row per arm, in their order. Raises ConfigError for files that are damaged."""
-    return _rows(config, arms, read_ledger(config, arms), [])
+    return _rows(config, arms, read_ledger(config, arms))
 
 
-def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list[str]) -> tuple[ArmReport, ...]:
+def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger) -> tuple[ArmReport, ...]:
     best = None
     if config.kind != "confirm":  # which chooses nothing
         with suppress(NoCandidate):
             best = candidate_of(config, arms).arm.name
     controls = {arm.name: control_for(arm, arms) for arm in arms}
+    failed: dict[str, list[str]] = defaultdict(list)
     judged = _judged(config, arms, controls, (config.measure,), failed)
     samples = sampled_in(arms)
     passes = _judged(config, arms, controls, tuple(f"pass@{k}" for k in shown(samples)), failed)
@@ -203,7 +207,8 @@ def _rows(config: StudyConfig, arms: Sequence[Arm], ledger: Ledger, failed: list
     def row(arm: Arm) -> ArmReport:
         beside = {measure: found for (name, measure), found in passes.items() if name == arm.name}
         own = judged.get((arm.name, config.measure))
-        return _row(config, arm, controls[arm.name], driven, own, ledger, best, curve_of(arm, samples), beside)
+        made = _row(config, arm, controls[arm.name], driven, own, ledger, best, curve_of(arm, samples), beside)
+        return replace(made, failed="; ".join(failed[arm.name]))
 
     return tuple(map(row, arms))
 
@@ -223,7 +228,7 @@ def _judged(
     arms: Sequence[Arm],
     controls: Mapping[str, Arm | None],
     measures: Sequence[str],
-    failed: list[str],
+    failed: Mapping[str, list[str]],
 ) -> dict[tuple[str, str], Judged]:
     """(arm, measure) -> against its control; those that share one are corrected together, over all the measures."""
     runs = {(arm.name, measure): replicates_of(config, arm, measure) for arm in arms for measure in measures}
@@ -235,7 +240,7 @@ def _judged(
             if controls[arm.name] is control:
                 what = f"{arm.name} against its control" + (f" by {measure}" if measure != config.measure else "")
                 pair = runs[arm.name, measure], runs[control.name, measure]
-                for comparison in _made(what, partial(_against, *pair), failed):
+                for comparison in _made(what, partial(_against, *pair), failed[arm.name]):
                     family[arm.name, measure] = comparison
         corrected = adjust({key: comparison.primary for key, comparison in family.items()})
         for (name, measure), alone in family.items():

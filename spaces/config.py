@@ -90,6 +90,16 @@ Options = Annotated[
     BeforeValidator(_pairs),
     PlainSerializer(lambda pairs: dict(pairs), return_type=dict),
 ]
+
+
+def _day(value: Any) -> Any:
+    """A number would be seconds since 1970."""
+    if isinstance(value, date) or (isinstance(value, str) and value.count("-") == 2):
+        return value
+    raise ValueError("give a day as YYYY-MM-DD, for example 2025-01-31")
+
+
+Day = Annotated[date, BeforeValidator(_day)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_none_one_or_many)]
 """None, one or several."""
 
@@ -486,7 +496,7 @@ class TaskConfig(Record):
     """Wrap prompts in the tokenizer's chat template."""
     chat_options: Options = ()
     """What else the chat template is told, e.g. {enable_thinking: false}."""
-    chat_date: date = date(2024, 7, 26)
+    chat_date: Day = date(2024, 7, 26)
     """What a chat template that prints today's date takes for today: another day would be another prompt."""
     reward: Texts = Field((), json_schema_extra={"path": [FUNCTION]})
     """Your own reward, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, or several (docs/tasks.md): what is learned from.

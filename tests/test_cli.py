@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from dashboards import cli
-from dashboards.doctor import Check, examine
+from dashboards.doctor import CHECKS, Check, examine
 from search.arms import read_arms
 from search.store import StudyConfig, load_study_config, save_study_config, sweeps
 from spaces.config import TrialConfig
@@ -362,6 +362,14 @@ def test_a_new_user_s_walk(tmp_path: Path) -> None:
     assert next(line for line in verl if not line.startswith("#")).startswith("trainer.noise_injection.enabled=")
     refused = processes.rin("export", "first", "--to", "toml", cwd=tmp_path)
     assert (refused.code, "choose one of yaml, verl" in refused.err) == (2, True)
+
+
+def test_doctor_counts_the_cores_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dashboards.doctor.os.cpu_count", lambda: 64)
+    monkeypatch.setattr("dashboards.doctor.usable_cpus", lambda: 4)
+    assert CHECKS["Python"]().detail.endswith(", 4 of 64 cores, by affinity or quota")
+    monkeypatch.setattr("dashboards.doctor.usable_cpus", lambda: 64)
+    assert CHECKS["Python"]().detail.endswith(", 64 cores")
 
 
 @pytest.mark.slow

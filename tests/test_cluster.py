@@ -20,7 +20,8 @@ import typer
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
-from search.cluster import check_fits, connected, resources, usable_cpus
+from search.cluster import check_fits, connected, resources
+from search.cores import usable_cpus
 from search.execution import trial_environment
 from search.study import resume_study, run_study
 from spaces.config import BaseRecipe

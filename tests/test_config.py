@@ -513,3 +513,13 @@ def test_spaces_can_be_imported_without_torch_and_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("day", [0, 1738281600.5, True, "20250131", "2025", "2025-01-31T10:00", ["2025-01-31"]])
+def test_a_day_is_a_day(day: Any) -> None:
+    """pydantic would take a number for seconds since 1970."""
+    text = {"name": "reasoning_gym:chain_sum", "chat": True}
+    with pytest.raises(ValidationError, match="chat_date"):
+        TaskConfig.model_validate({**text, "chat_date": day})
+    task = TaskConfig.model_validate({**text, "chat_date": "2025-01-31"})
+    assert TaskConfig.model_validate(task.model_dump(mode="json")) == task

@@ -433,7 +433,10 @@ def test_commands_about_a_sweep_take_the_newest_without_a_name(
     for command in ("status", "report", "confirm", "export", "ui"):
         (name,) = (p for p in group.commands[command].params if p.name == "name")
         assert not name.required, command
-    with pytest.raises(ConfigError, match="NAME: say which sweep goes on"):
+    with pytest.raises(
+        ConfigError,
+        match=r"NAME: say which sweep goes on: .* a wrong one would train for hours",
+    ):
         group(["resume"], standalone_mode=False)
 
 

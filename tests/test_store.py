@@ -34,6 +34,7 @@ from search.store import (
 )
 from search.study import begin_study, resume_study
 from spaces.config import ConfigError
+from tests.processes import program
 from tests.written_sweeps import study
 
 
@@ -369,3 +370,38 @@ def test_a_new_database_is_made_by_one_process_at_a_time(tmp_path: Path, monkeyp
     mlflow_client.client(uri, create=True)
     assert made == ["tables"]
     mlflow_client._first_opening(uri).acquire(timeout=0).lock.release()
+
+
+OPENING = """
+import sys, time
+from types import ModuleType
+
+class MlflowClient:
+    def __init__(self, tracking_uri): ...
+    def search_experiments(self, max_results):
+        for word in ("makes", "made"):
+            print(word, file=open(sys.argv[2], "a"))
+            time.sleep(0.3)
+
+fake = ModuleType("mlflow")
+fake.MlflowClient = MlflowClient
+sys.modules["mlflow"] = fake
+from search.mlflow_client import client
+print("ready", flush=True)
+sys.stdin.readline()
+client(sys.argv[1], create=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_open_a_new_store_at_once_make_its_database_one_after_the_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENING, default_tracking_uri(str(tmp_path)), str(tmp_path / "said")]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with program(command, **pipes) as one, program(command, **pipes) as other:
+        for process in (one, other):
+            assert process.stdout.readline() == "ready\n"
+        for process in (one, other):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.wait(60) for process in (one, other)] == [0, 0]
+    assert (tmp_path / "said").read_text().split() == ["makes", "made"] * 2

@@ -279,6 +279,10 @@ ABSENT: list[tuple[dict[str, Any], str]] = [
     ({"eval": {"questions": 5000}}, "eval.questions=5000: gsm8k has"),
     ({"grpo": {"prompts": 5000}}, "gsm8k has"),
     ({"noise": {"layers": [7]}}, "noise.layers=7: the model has blocks 0 to 1"),
+    (
+        {"noise": {"layers": [1], "zones": [{"zone": "first", "sigma_start": 0.1, "sigma_end": 0.1}]}},
+        "noise.zones: first sets the sigma of no chosen block",
+    ),
     ({"quant": {"skip_layers": [-3]}}, "quant.skip_layers=-3: the model has blocks 0 to 1"),
 ]
 

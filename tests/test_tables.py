@@ -54,6 +54,23 @@ def test_hours_of_a_trial_that_was_resumed_are_those_in_which_something_ran(tmp_
     assert sum(trial.hours for trial in row.trials) == pytest.approx(90 / 3600)
 
 
+def test_a_comparison_that_failed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cell would be a control's."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no root")
+
+    monkeypatch.setattr("search.report.compare_arms", fails)
+    rows = rows_of(tmp_path, {"control": [200, 210], "c01": [240, 250]})
+    said = "c01 against its control could not be computed (RuntimeError: no root)"
+    assert (rows["control"].failed, rows["c01"].failed, status_row(rows["c01"])["failed"]) == ("", said, said)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(arm_table(list(rows.values()), "s"))
+    shown = console.file.getvalue()
+    assert said in " ".join(shown.split())
+    assert [line.split("│")[8].strip() for line in shown.splitlines() if "│ c01" in line] == ["failed"]
+
+
 def test_a_status_row_is_plain_data(tmp_path: Path) -> None:
     row = status_row(rows_of(tmp_path, {"control": [200, 210], "c01": [240, 250]})["c01"])
     assert (row["arm"], row["status"], row["step"], row["replicates"], row["candidate"]) == (

@@ -107,11 +107,6 @@ def noise_targets(policy: Policy, noise: NoiseConfig) -> tuple[NoiseTarget, ...]
         return ()
     chosen = chosen_layers(noise, policy.depth)
     sources = _sigma_sources(noise, policy.depth)
-    for unused in (zone for zone in noise.zones if not any(sources[i] is zone for i in chosen)):
-        raise ConfigError(
-            f"noise.zones: {unused.zone} sets the sigma of no chosen block (noise.layers={noise.layers}, "
-            f"{policy.depth} blocks); remove it"
-        )
     multipliers = layer_multipliers(noise, policy.depth)
 
     def target(name: str, kind: str, layer: int | None, module: nn.Module) -> NoiseTarget:
@@ -170,14 +165,23 @@ def _in_blocks(policy: Policy, kind: Module, chosen: Collection[int]) -> dict[st
 
 
 def chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:
-    """Blocks that may get noise. Raises ConfigError for one that the model does not have."""
+    """Blocks that may get noise. Raises ConfigError for one that the model does not have, and for a zone that sets the
+    sigma of none of them."""
     if noise.layers == "all":
-        return set(range(depth))
-    if isinstance(noise.layers, str):
-        return set(zone_layers(noise.layers, depth))
-    if max(noise.layers) >= depth:
+        chosen = set(range(depth))
+    elif isinstance(noise.layers, str):
+        chosen = set(zone_layers(noise.layers, depth))
+    elif max(noise.layers) >= depth:
         raise ConfigError(f"noise.layers={max(noise.layers)}: the model has blocks 0 to {depth - 1}")
-    return set(noise.layers)
+    else:
+        chosen = set(noise.layers)
+    sources = _sigma_sources(noise, depth)
+    for unused in (zone for zone in noise.zones if not any(sources[i] is zone for i in chosen)):
+        raise ConfigError(
+            f"noise.zones: {unused.zone} sets the sigma of no chosen block (noise.layers={noise.layers}, "
+            f"{depth} blocks); remove it"
+        )
+    return chosen
 
 
 def _sigma_sources(noise: NoiseConfig, depth: int) -> list[NoiseConfig | ZoneSigma]:
