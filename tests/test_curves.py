@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from dashboards.options import SweepOptions, study_config
-from dashboards.report_text import as_tree, report_lines
+from dashboards.report_text import as_tree, confirmation_lines, report_lines
 from dashboards.sweep_text import candidate_line
 from dashboards.tables import curve_rows
 from search.arms import Arm, candidate_of, measured, read_arms, trial_folder
-from search.confirm import planned_confirmation
+from search.confirm import planned_confirmation, read_confirmation
 from search.evidence import evidence_from_arms
 from search.lineup import fixed_arms
 from search.objectives import told
 from search.report import StudyReport, report_study
 from search.statistics import compare, mean_interval
-from search.store import StudyConfig
+from search.store import StudyConfig, load_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from tests.written_sweeps import make_arm, outcome, study, write_sweep
@@ -161,6 +161,24 @@ def test_a_confirmation_asks_what_the_sweep_was_chosen_by(tmp_path: Path) -> Non
     config, arms = planned_confirmation(written(tmp_path, "hours", "pass@4"), (3, 5))
     assert (config.measure, arms[1].name) == ("pass@4", "wide")
     assert [arm.config.eval.samples for arm in arms] == [SAMPLES] * 2
+
+
+def test_what_it_found_is_about_pass_at_k(tmp_path: Path) -> None:
+    config, arms = planned_confirmation(written(tmp_path, "pass@4"), (3, SEEDS))
+    config = config.model_copy(update={"replicates": SEEDS})
+    write_sweep(config, arms, {})
+    for arm, like in zip(arms, ("control", "wide"), strict=True):
+        for replicate in range(SEEDS):
+            ended = outcome(arm, replicate, GREEDY[like])
+            scores = replace(ended.eval, right=tuple(right_of(like, replicate)), right_start=(0,) * ASKED)
+            write_outcome(trial_folder(config, arm.name, replicate), replace(ended, eval=scores), [])
+    state = read_confirmation(load_study_config(config.store, config.name))
+    apart = [share(right_of("wide", seed), 4).mean() - share(right_of("control", seed), 4).mean() for seed in range(3)]
+    assert state.comparison.difference == pytest.approx(np.mean(apart)), "decided at the first look"
+    assert state.finding is not None
+    assert state.finding.accuracies.verdict == "better"
+    said = confirmation_lines(state)[1]
+    assert said.startswith(f"  difference {100 * np.mean(apart):+.2f} points of pass@4 [")
 
 
 def test_the_searcher_is_told_the_median_of_pass_at_k(tmp_path: Path) -> None:
