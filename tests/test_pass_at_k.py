@@ -142,6 +142,16 @@ def test_the_same_trial_draws_the_same_samples_and_another_seed_others(tiny: Tin
     ] == [True, False]
 
 
+def test_each_part_of_the_samples_is_heard_to_begin(tiny: Tiny) -> None:
+    """So that many samples are not taken for one evaluation that hangs."""
+    heard: dict[str, list[str]] = {"eval.samples=0": [], "eval.samples=4": []}
+    for samples, phases in heard.items():
+        trial = Trial(tiny(*SAMPLED, samples, "eval.batch_size=48"), on_phase=phases.append)
+        trial.outcome()
+    counts = [phases.count("evaluate") for phases in heard.values()]
+    assert counts[1] - counts[0] == 2 * (48 * 4 // 48 + 1)
+
+
 def test_samples_are_of_the_clean_model_at_the_rollouts_temperature(tiny: Tiny) -> None:
     """At a temperature near 0 all samples are the greedy answer, in the middle of a noisy run."""
     noisy = ("noise.num_stages=1", "noise.sigma_start=1", "noise.sigma_end=1", "rollout.temperature=1e-4")

@@ -6,7 +6,7 @@ the unquantised forward of the master weights in the model's dtype. Samples (`ev
 precision at the rollout's temperature, from a generator of their own: no other number of a trial hangs on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spaces.config import TrialConfig
@@ -48,12 +48,21 @@ def evaluate(
 
 
 def count_right(
-    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend, step: int
+    policy: Policy,
+    task: Task,
+    questions: list[Question],
+    config: TrialConfig,
+    backend: Backend,
+    *,
+    step: int,
+    on_part: Callable[[], None],
 ) -> tuple[int, ...]:
-    """Per question: how many of `eval.samples` sampled answers are right. `step`: steps done, which name the draw."""
+    """Per question: how many of `eval.samples` sampled answers are right. `step`: steps done, which name the draw.
+    `on_part` hears each `eval.batch_size` answers begin: all of them may take longer than a hang is waited for."""
     samples, counts = config.eval.samples, list[int]()
     at_once = max(1, config.eval.batch_size // samples)
     for start in range(0, len(questions), at_once):  # what is sampled is counted and forgotten
+        on_part()
         part, draw = questions[start : start + at_once], ("pass@k", config.seed, step, start)
         arguments = (policy, task, part, config, backend)
         groups = _answers(*arguments, answers=samples, temperature=config.rollout.temperature, draw=draw)

@@ -19,6 +19,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -476,8 +477,9 @@ class Trial:
         arguments = (self.policy, self.task, self.questions, self.config, self.backend)
         deployed_eval = evaluate(*arguments)
         if self.config.eval.samples:
-            self.on_phase("evaluate")
-            deployed_eval = replace(deployed_eval, right=count_right(*arguments, self.so_far.next_step))
+            step, begins = self.so_far.next_step, partial(self.on_phase, "evaluate")
+            deployed_eval = replace(deployed_eval, right=count_right(*arguments, step=step, on_part=begins))
+            begins()
         if not self.policy.quantized:
             return deployed_eval, deployed_eval
         with unquantized(self.policy):
