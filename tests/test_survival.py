@@ -15,6 +15,7 @@ from tests.benchmarks.faults import DEADLINE, FAULTS, TRIALS, Sweep, Tally
 pytestmark = pytest.mark.slow
 
 LONGER = ("--set", "grpo.steps=24")  # all faults are to strike one sweep
+LONG = ("--set", "grpo.steps=48")  # and to find it in work
 
 
 def assert_every_trial_is_there_once_with_the_undisturbed_numbers(sweep: Sweep) -> None:
@@ -38,7 +39,7 @@ def test_a_sweep_whose_driver_is_ended_thrice_and_resumed_has_every_trial_once_w
     waiting = ["driver", "group", "checkpoint"]
     for number in range(3):  # a sweep may have ended before all of them have struck
         with faults.new_store("driver") as store:
-            sweep = Sweep(f"driver{number}", store, random.Random(f"1 {number}"), Tally(), more=LONGER)
+            sweep = Sweep(f"driver{number}", store, random.Random(f"1 {number}"), Tally(), more=LONG)
             while waiting and sweep.outcomes() < TRIALS:
                 before = sweep.tally.faults
                 FAULTS[waiting[0]].strike(sweep)

@@ -1,7 +1,9 @@
 """What survives: sweeps on the workload `tiny` that are killed, starved and frozen at random moments, and resumed.
 
-    python -m tests.benchmarks.faults                 everything, about 40 minutes on two cores; writes docs/faults.md
+    python -m tests.benchmarks.faults                 everything, hours on two cores; writes docs/faults.md
     python -m tests.benchmarks.faults driver disk     some faults
+
+The page is written after each sweep. A row that was cut off before it had its moments goes on, a full one is remade.
 
 Each sweep suffers several faults of one kind, one after the other, so that what a fault leaves behind meets the next
 one. At the end its records are compared with the plan (trials expected, found, twice, lost, still open in MLflow) and
@@ -19,9 +21,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,9 @@ from tests.real_mlflow import mlflow_server, runs
 from trainable.trial import Trial
 
 SETTINGS = ("grpo.steps=12", "eval.questions=32", "eval.every=4", "task.digits=1", "noise.num_stages=4")
+LONG = 120  # steps of a trial that is to be in work when it is struck
 TRIALS = 4
+ROWS = DOCS / "faults.json"
 FAULTS_PER_SWEEP = 5
 DEADLINE = 600.0  # seconds until a process counts as stuck
 
@@ -83,6 +88,8 @@ class Tally:
     other_numbers: int = 0
     seconds: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    counted: str = ""
+    """The day of its last sweep; empty: before MLflow became a place that is only written to."""
 
 
 @dataclass(slots=True)
@@ -142,11 +149,19 @@ class Sweep:
     def outcomes(self) -> int:
         return len(list(self.folder.glob("trials/*/outcome.json")))
 
+    @property
+    def in_work(self) -> bool:
+        """Whether a trial has no outcome yet."""
+        return self.outcomes() < TRIALS
+
+    def attempts(self) -> int:
+        return len(list(self.folder.glob("trials/*/attempt-*.json")))
+
     def wait_for_life(self, running: subprocess.Popen[str]) -> None:
         """Until a trial's process has begun in this session, or the sweep has ended."""
-        before = len(list(self.folder.glob("trials/*/attempt-*.json")))
+        before = self.attempts()
         until = time.monotonic() + DEADLINE
-        while running.poll() is None and len(list(self.folder.glob("trials/*/attempt-*.json"))) == before:
+        while running.poll() is None and self.attempts() == before:
             assert time.monotonic() < until, "nothing happens"
             time.sleep(0.05)
 
@@ -154,7 +169,7 @@ class Sweep:
         """Resume until every trial has its outcome and the sweep has ended well; twice must be enough. A finished sweep
         is resumed too: it may have runs to close."""
         for _ in range(3):
-            if self.start().wait(DEADLINE) == 0 and self.outcomes() == TRIALS:
+            if self.start().wait(DEADLINE) == 0 and not self.in_work:
                 return
         self.tally.notes.append(f"{self.name}: not finished after three resumes")
 
@@ -173,68 +188,62 @@ def kill_driver(sweep: Sweep) -> None:
     time.sleep(sweep.draw.uniform(0, 6))
     if running.poll() is None:
         os.kill(running.pid, signal.SIGKILL)
-        sweep.tally.faults += 1
     running.wait()
     _wait_until_gone(running.pid)
+    sweep.tally.faults += sweep.in_work
 
 
-def _interrupt(*signals: int) -> Callable[[Sweep], None]:
-    def strike(sweep: Sweep) -> None:
-        running = sweep.start()
-        sweep.wait_for_life(running)
-        time.sleep(sweep.draw.uniform(0, 5))
-        if running.poll() is None:
-            sweep.tally.faults += 1
-            for number in signals:
-                if running.poll() is None:
-                    os.kill(running.pid, number)
-                    time.sleep(0.3)
-        started = time.monotonic()
-        running.wait(DEADLINE)
-        sweep.tally.seconds.append(time.monotonic() - started)
-
-    return strike
-
-
-def group(number: int) -> Callable[[Sweep], None]:
-    """To all processes of the sweep's group, as a batch system or a terminal that closes does it."""
+def interrupt(*signals: int, group: bool = False) -> Callable[[Sweep], None]:
+    """`group`: to all processes of the sweep's group, as a batch system or a terminal that closes does it."""
 
     def strike(sweep: Sweep) -> None:
         running = sweep.start()
         sweep.wait_for_life(running)
         time.sleep(sweep.draw.uniform(0, 5))
-        if running.poll() is None:
-            sweep.tally.faults += 1
-            os.killpg(running.pid, number)
-        started = time.monotonic()
-        running.wait(DEADLINE)
-        sweep.tally.seconds.append(time.monotonic() - started)
+        _end(sweep, running, signals, os.killpg if group else os.kill)
 
     return strike
+
+
+def _end(
+    sweep: Sweep, running: subprocess.Popen[str], signals: Sequence[int], send: Callable[[int, int], None]
+) -> None:
+    """Counts where work was cut off: a sweep that had done all of it was not struck."""
+    struck, started = running.poll() is None, time.monotonic()
+    for number in signals:
+        if running.poll() is None:
+            send(running.pid, number)
+            time.sleep(0.3)
+    running.wait(DEADLINE)
+    if struck and sweep.in_work:
+        sweep.tally.faults += 1
+        sweep.tally.seconds.append(time.monotonic() - started)
 
 
 def interrupt_start(sweep: Sweep) -> None:
     """While Ray starts: its first process is there, and no trial."""
-    running = sweep.start()
+    running, before = sweep.start(), sweep.attempts()
     until = time.monotonic() + DEADLINE
-    while running.poll() is None and not psutil.Process(running.pid).children():
+    while running.poll() is None and not _ray_starts(running.pid):
         assert time.monotonic() < until, "nothing happens"
         time.sleep(0.01)
     time.sleep(sweep.draw.uniform(0, 3))
-    if running.poll() is None:
-        sweep.tally.faults += 1
-        os.killpg(running.pid, signal.SIGINT)
-    running.wait(DEADLINE)
+    if sweep.attempts() > before:  # too late
+        running.wait(DEADLINE)
+    else:
+        _end(sweep, running, [signal.SIGINT], os.killpg)
 
 
 def close_pipe(sweep: Sweep) -> None:
-    """`rin sweep | head -1`."""
+    """`rin sweep | head`: whoever reads has enough at some moment."""
     running = sweep.start(read=True)
     assert running.stdout is not None
-    running.stdout.readline()
+    sweep.wait_for_life(running)
+    time.sleep(sweep.draw.uniform(0, 5))
     running.stdout.close()
-    sweep.tally.faults += 1
-    assert running.wait(DEADLINE) == 0, "a closed pipe does no harm"
+    sweep.tally.faults += running.poll() is None and sweep.in_work
+    if running.wait(DEADLINE) != 0 or sweep.in_work:
+        sweep.tally.notes.append(f"{sweep.name}: a closed pipe ended the sweep with {running.returncode}")
 
 
 def kill_actors(sweep: Sweep) -> None:
@@ -454,6 +463,11 @@ def _wait_until_gone(session: int) -> None:
         time.sleep(0.1)
 
 
+def _ray_starts(driver: int) -> bool:
+    processes = psutil.process_iter(["name", "ppid"])
+    return any(process.info["name"] == "gcs_server" and process.info["ppid"] == driver for process in processes)
+
+
 def _is_trial(process: psutil.Process, session: int) -> bool:
     try:
         return (
@@ -484,62 +498,60 @@ def new_store(fault: str) -> Iterator[Path]:
 class Fault:
     what: str
     strike: Callable[[Sweep], None]
-    moments: int
-    per_sweep: int
+    moments: int = 5
+    per_sweep: int = FAULTS_PER_SWEEP
     """How often `strike` is called on one sweep; 1: it strikes `Sweep.strikes` times itself."""
+    steps: int = 12
+    """Of each trial: many where a strike is to find it in work."""
 
 
 FAULTS: dict[str, Fault] = {
-    "driver": Fault(what="SIGKILL of the driver", strike=kill_driver, moments=20, per_sweep=FAULTS_PER_SWEEP),
+    "driver": Fault(what="SIGKILL of the driver", strike=kill_driver, moments=20, steps=LONG),
     "actor": Fault(what="SIGKILL of a trial's process", strike=kill_actors, moments=20, per_sweep=1),
-    "ctrl-c": Fault(what="Ctrl-C", strike=_interrupt(signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "ctrl-c-twice": Fault(
-        what="Ctrl-C, twice", strike=_interrupt(signal.SIGINT, signal.SIGINT), moments=5, per_sweep=FAULTS_PER_SWEEP
-    ),
-    "sigterm": Fault(what="SIGTERM", strike=_interrupt(signal.SIGTERM), moments=5, per_sweep=FAULTS_PER_SWEEP),
+    "ctrl-c": Fault(what="Ctrl-C", strike=interrupt(signal.SIGINT), steps=LONG),
+    "ctrl-c-twice": Fault(what="Ctrl-C, twice", strike=interrupt(signal.SIGINT, signal.SIGINT), steps=LONG),
+    "sigterm": Fault(what="SIGTERM", strike=interrupt(signal.SIGTERM), steps=LONG),
     "group": Fault(
-        what="SIGTERM to the process group", strike=group(signal.SIGTERM), moments=5, per_sweep=FAULTS_PER_SWEEP
+        what="SIGTERM to the process group", strike=interrupt(signal.SIGTERM, group=True), moments=20, steps=LONG
     ),
-    "hangup": Fault(what="SIGHUP", strike=group(signal.SIGHUP), moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "starting": Fault(what="Ctrl-C while Ray starts", strike=interrupt_start, moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "pipe": Fault(what="a closed pipe", strike=close_pipe, moments=5, per_sweep=1),
-    "checkpoint": Fault(
-        what="SIGKILL and a damaged newest checkpoint", strike=damage_checkpoint, moments=5, per_sweep=FAULTS_PER_SWEEP
-    ),
-    "disk": Fault(what="a full disk for some seconds", strike=fill_disk, moments=5, per_sweep=FAULTS_PER_SWEEP),
-    "hang": Fault(what="a rollout that never returns (limit 5 s)", strike=freeze, moments=5, per_sweep=1),
-    "second": Fault(what="a second driver", strike=second_driver, moments=5, per_sweep=1),
-    "mlflow": Fault(what="SIGKILL of the MLflow server", strike=kill_mlflow, moments=5, per_sweep=1),
-    "node": Fault(what="SIGKILL of a Ray node", strike=kill_node, moments=5, per_sweep=1),
+    "hangup": Fault(what="SIGHUP", strike=interrupt(signal.SIGHUP, group=True), moments=20, steps=LONG),
+    "starting": Fault(what="Ctrl-C while Ray starts", strike=interrupt_start, moments=20),
+    "pipe": Fault(what="a closed pipe", strike=close_pipe, moments=20, per_sweep=1, steps=LONG),
+    "checkpoint": Fault(what="SIGKILL and a damaged newest checkpoint", strike=damage_checkpoint, steps=LONG),
+    "disk": Fault(what="a full disk for some seconds", strike=fill_disk),
+    "hang": Fault(what="a rollout that never returns (limit 5 s)", strike=freeze, per_sweep=1),
+    "second": Fault(what="a second driver", strike=second_driver, per_sweep=1, steps=60),
+    "mlflow": Fault(what="SIGKILL of the MLflow server", strike=kill_mlflow, per_sweep=1),
+    "node": Fault(what="SIGKILL of a Ray node", strike=kill_node, per_sweep=1),
 }
 
 
-def run_fault(name: str, fault: Fault, seed: int, enough: int | None = None) -> Tally:
-    tally, moments = Tally(), enough or fault.moments
-    number = 0
-    while tally.faults < moments and number < 3 * moments:
-        with new_store(name) as store:
-            draw = random.Random(f"{seed} {name} {number}")
-            sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=min(FAULTS_PER_SWEEP, moments - tally.faults))
-            if name == "second":
-                sweep.more = ("--set", "grpo.steps=60")  # long enough for a second program to start beside it
-                sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
-            if name == "hang":
-                prepare_freeze(sweep)
-            for _ in range(fault.per_sweep):
-                if sweep.outcomes() < TRIALS and tally.faults < moments:
-                    fault.strike(sweep)
-            if name != "mlflow":
-                sweep.finish()
-                check(sweep)
-        number += 1
-    return tally
+def run_sweep(name: str, seed: int, tally: Tally, moments: int) -> None:
+    """One more sweep of a fault, whose row has not had all its moments."""
+    fault, number = FAULTS[name], tally.sweeps
+    with new_store(name) as store:
+        draw = random.Random(f"{seed} {name} {number}")
+        strikes = min(FAULTS_PER_SWEEP, moments - tally.faults)
+        sweep = Sweep(f"{name}{number}", store, draw, tally, strikes=strikes)
+        sweep.more = ("--set", f"grpo.steps={fault.steps}")
+        if name == "second":
+            sweep.strikes = FAULTS_PER_SWEEP  # the first may come too late, and a refusal disturbs nothing
+        if name == "hang":
+            prepare_freeze(sweep)
+        for _ in range(fault.per_sweep):
+            if sweep.in_work and tally.faults < moments:
+                fault.strike(sweep)
+        if name != "mlflow":
+            sweep.finish()
+            check(sweep)
+    tally.counted = f"{date.today()}"
 
 
 def table(results: dict[str, Tally]) -> list[str]:
     lines = [
-        "| fault | moments | sweeps | resumes | trials expected | found | twice | lost | unclosed | other numbers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| fault | moments | sweeps | resumes | trials expected | found | twice | lost | unclosed | other numbers "
+        "| counted |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, tally in results.items():
         numbers = (
@@ -552,7 +564,8 @@ def table(results: dict[str, Tally]) -> list[str]:
             tally.lost,
             tally.unclosed,
         )
-        lines.append(f"| {FAULTS[name].what} | {' | '.join(map(str, numbers))} | {tally.other_numbers} |")
+        cells = (FAULTS[name].what, *numbers, tally.other_numbers, tally.counted or "earlier")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     waits = {name: tally.seconds for name, tally in results.items() if tally.seconds}
     lines += [
         "",
@@ -565,33 +578,46 @@ def table(results: dict[str, Tally]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="default: all")
-    parser.add_argument("--moments", type=int, help="of each fault; default: 20 for driver and actor, 5 for the others")
+    parser.add_argument("--moments", type=int, help="of each fault; default: 20 or 5")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    page = DOCS / "faults.json"
+    for number in (signal.SIGINT, signal.SIGHUP):  # what this process was started to ignore, a sweep would ignore too
+        signal.signal(number, signal.SIG_DFL)
     for name in arguments.faults or FAULTS:
-        tally = run_fault(name, FAULTS[name], arguments.seed, arguments.moments)
-        results = {key: Tally(**tree) for key, tree in json.loads(page.read_text()).items()} if page.exists() else {}
-        results[name] = tally
-        print("\n".join(table({name: results[name]})), flush=True)
-        page.write_text(json.dumps({key: asdict(tally) for key, tally in results.items()}, indent=1))
-        text = [
-            "# What survives",
+        moments = arguments.moments or FAULTS[name].moments
+        tally = read_rows().get(name, Tally())
+        if tally.faults >= moments:
+            tally = Tally()
+        while tally.faults < moments and tally.sweeps < 3 * moments:
+            run_sweep(name, arguments.seed, tally, moments)
+            write_rows({**read_rows(), name: tally})
+            print("\n".join(table({name: tally})), flush=True)
+
+
+def read_rows() -> dict[str, Tally]:
+    return {name: Tally(**tree) for name, tree in json.loads(ROWS.read_text()).items()} if ROWS.exists() else {}
+
+
+def write_rows(rows: Mapping[str, Tally]) -> None:
+    """The numbers, and the page that is made of them."""
+    ROWS.write_text(json.dumps({name: asdict(tally) for name, tally in rows.items()}, indent=1))
+    text = [
+        "# What survives",
+        "",
+        "Sweeps of 4 trials on the workload `tiny`, hurt at random moments and resumed until they had ended",
+        "(`python -m tests.benchmarks.faults`; each sweep takes several faults of one kind). A moment counts where",
+        "work was under way. *Twice*: recorded more than once; *lost*: no record or no outcome; *unclosed*: a run",
+        "left open in MLflow; *other numbers*: trials whose steps, evaluation or receipt differ in any bit from the",
+        "same configuration run in a plain loop.",
+        "",
+        *table({name: rows[name] for name in FAULTS if name in rows}),
+    ]
+    if not all(tally.counted for tally in rows.values()):
+        text += [
             "",
-            "Sweeps of 4 trials on the workload `tiny`, hurt at random moments and resumed until they had ended",
-            (
-                "(`python -m tests.benchmarks.faults`; each sweep takes several faults of one kind). "
-                "*Twice*: recorded more than once;"
-            ),
-            (
-                "*lost*: no record or no outcome; *unclosed*: a run left open in MLflow; "
-                "*other numbers*: trials whose steps, evaluation"
-            ),
-            "or receipt differ in any bit from the same configuration run in a plain loop.",
-            "",
-            *table({key: results[key] for key in FAULTS if key in results}),
+            "*earlier*: before MLflow became a place that is only written to; tests run the same strikes since.",
         ]
-        (DOCS / "faults.md").write_text("\n".join(text) + "\n")
+    (DOCS / "faults.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
