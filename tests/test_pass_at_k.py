@@ -149,13 +149,26 @@ def test_each_part_of_the_samples_is_heard_to_begin(tiny: Tiny) -> None:
         trial = Trial(tiny(*SAMPLED, samples, "eval.batch_size=48"), on_phase=phases.append)
         trial.outcome()
     counts = [phases.count("evaluate") for phases in heard.values()]
-    assert counts[1] - counts[0] == 2 * (48 * 4 // 48 + 1)
+    assert counts[1] - counts[0] == 48 * 4 // 48 + 1
+
+
+def test_a_trial_that_is_asked_before_its_end_draws_none_and_the_end_is_the_undisturbed_one(
+    tiny: Tiny, sampled: Any
+) -> None:
+    """It may be waited for. What it drew before its first step stays."""
+    trial = with_checksums(Trial(tiny(*SAMPLED)))
+    trial.step()
+    stopped = trial.outcome()
+    assert (stopped.outcome, stopped.eval.right) == ("stopped", ())
+    assert stopped.eval.right_start == sampled[2].eval.right_start
+    finish(trial)
+    assert trial.outcome().eval == sampled[2].eval
 
 
 def test_samples_are_of_the_clean_model_at_the_rollouts_temperature(tiny: Tiny) -> None:
     """At a temperature near 0 all samples are the greedy answer, in the middle of a noisy run."""
     noisy = ("noise.num_stages=1", "noise.sigma_start=1", "noise.sigma_end=1", "rollout.temperature=1e-4")
-    trial = with_checksums(Trial(tiny(*SAMPLED, *noisy, "collapse.mode=off")))
+    trial = with_checksums(Trial(tiny(*SAMPLED, *noisy, "collapse.mode=off", "grpo.steps=1")))
     trial.step()
     scores = trial.outcome().eval
     assert list(scores.right) == [4 * correct for correct in scores.correct]

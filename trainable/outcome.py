@@ -124,7 +124,7 @@ class Scores:
     """Per question, in the fixed order of the split: 1 = right."""
     right: tuple[int, ...] = ()
     """Per question, in the same order: how many of its eval.samples samples are right (`pass_at_k.py`); empty where
-    none were drawn."""
+    none were drawn, and of a trial that was stopped from outside."""
     right_start: tuple[int, ...] = ()
 
 

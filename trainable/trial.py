@@ -472,11 +472,11 @@ class Trial:
 
     def _evaluate(self) -> tuple[Evaluation, Evaluation]:
         """In the deployed precision, with samples where they are wanted, and unquantised (the same thing when nothing
-        is quantised)."""
+        is quantised). A trial that is asked before its end draws none: it may be waited for."""
         self.on_phase("evaluate")
         arguments = (self.policy, self.task, self.questions, self.config, self.backend)
         deployed_eval = evaluate(*arguments)
-        if self.config.eval.samples:
+        if self.config.eval.samples and (self.so_far.start is None or self.done):
             step, begins = self.so_far.next_step, partial(self.on_phase, "evaluate")
             deployed_eval = replace(deployed_eval, right=count_right(*arguments, step=step, on_part=begins))
             begins()
