@@ -15,6 +15,7 @@ leaves one out, verl clips twice).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from search.foreign import System
@@ -419,6 +420,59 @@ def _trl_overlong(c: TrialConfig, value: Any) -> Said:
     return Said(options={"overlong.max_completion_len": c.rollout.max_new_tokens, "overlong.soft_punish_cache": value})
 
 
+def _trl_weights(c: TrialConfig, value: Any) -> Said:
+    """Of all rewards, the overlong penalty behind them."""
+    own = [float(weight) for weight in c.task.reward_weights] or [1.0] * max(1, len(c.task.reward))
+    penalty = [c.grpo.overlong_penalty] if c.grpo.overlong_buffer else []
+    return Said(options={"reward_weights": [*own, *penalty]} if penalty or c.task.reward_weights else {})
+
+
+def _of(kind: str) -> Callable[[TrialConfig], bool]:
+    """Whether the task came in that trainer's format, and may go back as it came."""
+    return lambda c: c.task.kind == kind
+
+
+def _as_it_came(c: TrialConfig, value: Any) -> Said:
+    return Said()
+
+
+_HELD_OUT = "all rows are trained on there; here some are kept for choosing, by a hash of the row"
+
+
+def _trl_rows(c: TrialConfig, value: Any) -> Said | None:
+    """JSONL and parquet, by the loaders of `datasets`; a folder or a hub id is loaded otherwise."""
+    loader = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    kinds = {loader.get(PurePath(path).suffix) for path in value}
+    if c.task.kind != "trl" or len(kinds) != 1 or None in kinds:
+        return None
+    return Said(
+        options={
+            "load_dataset.path": kinds.pop(),
+            "load_dataset.data_files": list(value),
+            "load_dataset.split": "train",
+        },
+        note=_HELD_OUT,
+    )
+
+
+def _verl_reward(section: str) -> Cell:
+    """One function of one file."""
+
+    def cell(c: TrialConfig, value: Any) -> Said | None:
+        source, _, function = value[0].rpartition(":") if value else ("", "", "")
+        if not value:
+            return Said()
+        if c.task.kind != "verl" or len(value) > 1 or not source.endswith(".py"):
+            return None
+        return Said(options={f"{section}.path": source, f"{section}.name": function})
+
+    return cell
+
+
+def _verl_options(section: str) -> Cell:
+    return lambda c, value: Said(options={f"{section}.reward_kwargs.{key}": item for key, item in value})
+
+
 def _in_vllm(c: TrialConfig) -> bool:
     """In TRL, stock vLLM generates with our weights; what we do to inputs it does not do, and is refused with."""
     return c.rollout.backend == "vllm" and c.quant.activations == "none" and not c.quant.hadamard
@@ -790,7 +844,7 @@ ROWS: dict[str, Row] = {
     "grpo.overlong_penalty": _row(
         verl=to("reward_model.overlong_buffer.penalty_factor"),
         upstream=to("reward.reward_kwargs.overlong_buffer_cfg.penalty_factor"),
-        trl=options(lambda c: {"reward_weights": [1.0, c.grpo.overlong_penalty]}),
+        trl=_trl_weights,
         qerl=no_key,
         nemo=to("grpo.reward_shaping.overlong_buffer_penalty"),
     ),
@@ -867,13 +921,20 @@ ROWS: dict[str, Row] = {
         qerl=no_key,
         nemo=if_(lambda c: c.rollout.correction == "token", to("loss_fn.truncated_importance_sampling_ratio")),
     ),
-    "task.name": _NOWHERE,
+    "task.name": _row(verl=if_(_of("verl"), _as_it_came), trl=if_(_of("trl"), _as_it_came), qerl=no_key, nemo=no_key),
     "task.digits": _NOWHERE,
-    "task.path": _NOWHERE,
-    "task.eval_path": _NOWHERE,
+    "task.path": _row(
+        verl=if_(_of("verl"), to("data.train_files", note=_HELD_OUT)), trl=_trl_rows, qerl=no_key, nemo=no_key
+    ),
+    "task.eval_path": _row(verl=if_(_of("verl"), to("data.val_files")), trl=no_key, qerl=no_key, nemo=no_key),
     "task.options": _row(verl=anyway(()), trl=anyway(()), qerl=anyway(()), nemo=anyway(())),
     "task.prompt": _row(verl=anyway(None), trl=anyway(None), qerl=anyway(None), nemo=anyway(None)),
-    "task.chat": _row(verl=anyway(True), trl=anyway(True, False), qerl=anyway(True), nemo=anyway(True)),
+    "task.chat": _row(
+        verl=lambda c, v: Said() if c.task.in_template else None,
+        trl=anyway(True, False),
+        qerl=anyway(True),
+        nemo=anyway(True),
+    ),
     "task.chat_options": _row(
         verl=lambda c, v: Said(options={f"data.apply_chat_template_kwargs.{key}": item for key, item in v}),
         trl=lambda c, v: Said(options={"chat_template_kwargs": dict(v)} if v else {}),
@@ -881,9 +942,21 @@ ROWS: dict[str, Row] = {
         nemo=lambda c, v: Said(options={"policy.tokenizer.chat_template_kwargs": dict(v)} if v else {}),
     ),
     "task.chat_date": _HERE,
-    "task.reward": _NOWHERE,
-    "task.reward_weights": _NOWHERE,
-    "task.reward_options": _NOWHERE,
+    "task.reward": _row(
+        verl=_verl_reward("custom_reward_function"),
+        upstream=_verl_reward("reward.custom_reward_function"),
+        trl=if_(_of("trl"), to("rewards.functions")),
+        qerl=no_key,
+        nemo=no_key,
+    ),
+    "task.reward_weights": _row(verl=anyway(()), trl=if_(_of("trl"), _trl_weights), qerl=anyway(()), nemo=anyway(())),
+    "task.reward_options": _row(
+        verl=_verl_options("custom_reward_function"),
+        upstream=_verl_options("reward.custom_reward_function"),
+        trl=anyway(()),
+        qerl=anyway(()),
+        nemo=anyway(()),
+    ),
     "task.reward_timeout_seconds": _HERE,
     "task.reward_check": _HERE,
     "task.reward_sha256": _HERE,

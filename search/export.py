@@ -120,19 +120,25 @@ def to_trl(config: TrialConfig) -> str:
     model = parts.pop("from_pretrained", {})
     named = model.pop("pretrained_model_name_or_path", None)
     loaded = f"AutoModelForCausalLM.from_pretrained({named or 'MODEL'!r}, dtype={model['dtype']!r})"
-    overlong = parts.get("overlong")
-    rewards = "[reward, " + _call("get_soft_overlong_punishment", overlong, "") + "]" if overlong else "[reward]"
+    overlong, rows = parts.get("overlong"), parts.get("load_dataset")
+    imports, functions = _reward_lines(parts.get("rewards", {}).get("functions", ()))
+    yours = [name for name, given in (("reward", functions), ("train_dataset", rows)) if not given]
+    asked = [*(functions or ["reward"]), *([_call("get_soft_overlong_punishment", overlong, "")] if overlong else [])]
     return _text(
         f"# for {option_names('trl').origin}",
+        *(["import runpy", ""] if any("runpy" in name for name in functions) else []),
+        *(["from datasets import load_dataset"] if rows else []),
         *(["from peft import LoraConfig"] if "LoraConfig" in parts else []),
         "from transformers import AutoModelForCausalLM",
         "from trl import GRPOConfig, GRPOTrainer",
         *(["from trl.rewards import get_soft_overlong_punishment"] if overlong else []),
         "",
-        "from my_task import reward, train_dataset  # yours",
+        *([f"from my_task import {', '.join(yours)}  # yours"] if yours else []),
+        *imports,
         "from trainable.library import CollapseConfig, NoiseConfig, QuantConfig, RinCallback, quantize",
         "",
         f"args = {_call('GRPOConfig', parts['GRPOConfig'])}",
+        *([f"train_dataset = {_call('load_dataset', rows)}"] if rows else []),
         f"model = {loaded}",
         f"quantize(model, {_call('QuantConfig', parts['QuantConfig'])})",
         *([f"adapters = {_call('LoraConfig', parts['LoraConfig'])}"] if "LoraConfig" in parts else []),
@@ -141,7 +147,7 @@ def to_trl(config: TrialConfig) -> str:
         "trainer = GRPOTrainer(",
         "    model=model,",
         "    args=args,",
-        f"    reward_funcs={rewards},",
+        f"    reward_funcs=[{', '.join(asked)}],",
         "    train_dataset=train_dataset,",
         *(["    peft_config=adapters,"] if "LoraConfig" in parts else []),
         ")",
@@ -149,6 +155,18 @@ def to_trl(config: TrialConfig) -> str:
         "trainer.train()",
         *said.comments(),
     )
+
+
+def _reward_lines(written: Sequence[str]) -> tuple[list[str], list[str]]:
+    """FILE.py:FUNCTION and PACKAGE.MODULE:FUNCTION -> imports, and how each is called."""
+    imports, names = list[str](), list[str]()
+    for source, _, function in (one.rpartition(":") for one in written):
+        if source.endswith(".py"):
+            names.append(f"runpy.run_path({source!r})[{function!r}]")
+        else:
+            imports.append(f"from {source} import {function}")
+            names.append(function)
+    return imports, names
 
 
 def _call(name: str, arguments: Mapping[str, Any], indent: str | None = None) -> str:
@@ -204,7 +222,16 @@ def _mean(accuracies: Sequence[float]) -> str:
     )
 
 
-SCRIPT = ("from_pretrained.", "LoraConfig.", "QuantConfig.", "NoiseConfig.", "CollapseConfig.", "overlong.")
+SCRIPT = (
+    "from_pretrained.",
+    "load_dataset.",
+    "rewards.",
+    "LoraConfig.",
+    "QuantConfig.",
+    "NoiseConfig.",
+    "CollapseConfig.",
+    "overlong.",
+)
 """What a TRL script calls beside GRPOConfig."""
 
 EXPORTS: dict[str, Callable[[Candidate], str]] = {

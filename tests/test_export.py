@@ -395,3 +395,44 @@ def test_the_trl_script_runs_as_it_is_written(
     assert (done["rin"].rollouts, len(receipt.quantized)) == (2, 14)
     assert {effect.nominal for effect in receipt.effects} == {0.05}
     assert sum("lora_A" in name for name, _ in done["trainer"].model.named_parameters()) == 14
+
+
+@pytest.mark.parametrize(
+    ("kind", "system", "key", "value", "said"),
+    [
+        ("verl", "verl", "task.path", ("/train.parquet",), {"data.train_files": ("/train.parquet",)}),
+        ("verl", "verl", "task.eval_path", ("/val.parquet",), {"data.val_files": ("/val.parquet",)}),
+        (
+            *("verl", "verl", "task.reward", ("/r.py:compute_score",)),
+            {"custom_reward_function.path": "/r.py", "custom_reward_function.name": "compute_score"},
+        ),
+        ("verl", "verl-upstream", "task.reward", ("/r.py:f",), {"reward.custom_reward_function.path": "/r.py"}),
+        ("verl", "verl", "task.reward", ("pack.age:f",), None),
+        ("verl", "verl", "task.reward", ("/r.py:f", "/r.py:g"), None),
+        ("verl", "verl", "task.reward_options", (("a", 1),), {"custom_reward_function.reward_kwargs.a": 1}),
+        ("verl", "trl", "task.path", ("/train.parquet",), None),
+        ("trl", "trl", "task.path", ("/a.jsonl", "/b.jsonl"), {"load_dataset.path": "json"}),
+        ("trl", "trl", "task.path", ("/folder",), None),
+        ("trl", "trl", "task.reward", ("/r.py:f", "pack.age:g"), {"rewards.functions": ("/r.py:f", "pack.age:g")}),
+        ("trl", "trl", "task.reward_weights", (0.5,), {"reward_weights": [0.5, 1.0]}),  # of the overlong penalty
+        ("trl", "verl", "task.reward", ("/r.py:f",), None),
+        ("gsm8k", "trl", "task.reward", ("/r.py:f",), None),
+    ],
+)
+def test_a_task_goes_back_to_the_trainer_that_it_came_from(
+    kind: str, system: System, key: str, value: tuple[Any, ...], said: dict[str, Any] | None
+) -> None:
+    config = configured()
+    task = config.task.model_copy(update={"name": kind, key.removeprefix("task."): value})
+    found = ROWS[key].cell(system)(config.model_copy(update={"task": task}), value)
+    assert (found is None) == (said is None)
+    assert found is None or said is None or said.items() <= found.options.items()
+    assert found is None or all(option_names(system).knows(o) or o.startswith(SCRIPT) for o in found.options)
+
+
+def test_rewards_of_files_and_of_packages_are_called_in_a_trl_script() -> None:
+    task = configured().task.model_copy(update={"name": "trl", "path": ("/a.jsonl",), "reward": ("/r.py:f", "p.q:g")})
+    script = to_trl(configured().model_copy(update={"task": task}))
+    assert "reward_funcs=[runpy.run_path('/r.py')['f'], g, get_soft_overlong_punishment(" in script
+    assert "from p.q import g" in script
+    ast.parse(script)
