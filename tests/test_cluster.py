@@ -17,12 +17,14 @@ from typing import Any
 import jsonschema
 import pytest
 import typer
+from ray._private import services
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
 from search.cluster import check_fits, connected, resources
 from search.cores import usable_cpus
 from search.execution import trial_environment
+from search.ray_internals import in_a_group_of_its_own
 from search.study import resume_study, run_study
 from spaces.config import BaseRecipe
 from spaces.errors import ConfigError
@@ -357,6 +359,31 @@ def test_a_temporary_folder_too_long_for_ray_s_sockets_is_one_line(monkeypatch: 
     monkeypatch.setattr("search.cluster.ray.init", refuse)
     with pytest.raises(ConfigError, match=r"TMPDIR=.*AF_UNIX path length .*; set TMPDIR"), connected(None, {}):
         pass
+
+
+def test_without_an_address_a_sweep_has_a_ray_of_its_own_with_the_cores_that_it_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever RAY_ADDRESS names, and whatever Ray runs on this machine already."""
+    begun: list[tuple[Any, ...]] = []
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("search.cluster.usable_cpus", lambda: 3)
+    monkeypatch.setattr("search.cluster.ray.init", lambda *given, num_cpus, **named: begun.append((*given, num_cpus)))
+    monkeypatch.setattr("search.cluster.ray.shutdown", lambda: begun.append(("ended",)))
+    with connected(None, {}):
+        assert begun == [("local", 3)]
+    assert begun[1:] == [("ended",)]
+
+
+def test_ray_s_processes_are_out_of_reach_of_signals_to_the_group() -> None:
+    with in_a_group_of_its_own():
+        apart = services.ConsolePopen(["sleep", "60"])
+    beside = services.ConsolePopen(["sleep", "60"])
+    groups = [os.getpgid(process.pid) for process in (apart, beside)]
+    for process in (apart, beside):
+        process.kill()
+        process.wait()
+    assert groups == [apart.pid, os.getpgid(0)]
 
 
 def test_a_home_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

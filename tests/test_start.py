@@ -44,3 +44,19 @@ def test_no_other_python_is_started_that_looks_into_the_current_directory_first(
     started = [line for path in MODULES for line in re.findall(r"sys\.executable, .*", path.read_text())]
     assert len(started) >= 3
     assert [line for line in started if '"-m"' in line and '"-P", "-m"' not in line] == []
+
+
+def recipe(target: str, **given: str) -> str:
+    """What make would run."""
+    command = ["make", "-n", target, *(f"{name}={value}" for name, value in given.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_sets_up_what_it_needs_and_the_limit_of_coverage_is_that_of_the_run_that_has_everything() -> None:
+    """On a fresh machine `make test` once failed by a limit that only a run with vLLM reaches."""
+    fresh = recipe("test", VENV="/nowhere/venv", CI="")
+    assert "-m venv /nowhere/venv" in fresh
+    assert "vllm" in fresh
+    assert "--cov" not in fresh
+    assert "--cov-fail-under" in recipe("test", VENV="/nowhere/venv", CI="true")
+    assert recipe("ui", VENV="/nowhere/venv").splitlines()[-1].split() == ["/nowhere/venv/bin/rin", "ui"], "the newest"

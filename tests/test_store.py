@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from filelock import Timeout
 
+from dashboards.listing import sweep_line, sweep_row
 from search import mlflow_client
 from search.arms import trial_folder
 from search.mlflow_client import absolute_uri
@@ -35,7 +36,7 @@ from search.store import (
 from search.study import begin_study, resume_study
 from spaces.config import ConfigError
 from tests.processes import program
-from tests.written_sweeps import study
+from tests.written_sweeps import make_arm, study, write_sweep
 
 
 def changed(place: Path, /, **changes: Any) -> None:
@@ -266,6 +267,17 @@ def test_a_sweep_is_known_to_run_while_a_living_process_drives_it(
     second = driver(store)  # whoever only looked holds nothing
     second.kill()
     second.wait()
+
+
+def test_a_sweep_that_nobody_drives_is_not_listed_as_running(tmp_path: Path) -> None:
+    """Its driver was killed, and its trial has an attempt that never ended."""
+    config = study(tmp_path)
+    write_sweep(config, [make_arm(config, "control")], {"control": [None]})
+    row = sweep_row(str(tmp_path), config.name)
+    assert (row["driven"], "running" in row["status"], "running" in sweep_line(row)) == (False, False, False)
+    with only_driver(config):
+        row = sweep_row(str(tmp_path), config.name)
+        assert (row["status"], row["driven"], sweep_line(row).endswith(" (running)")) == ({"running": 1}, True, True)
 
 
 def test_two_sweeps_of_a_store_are_driven_side_by_side(tmp_path: Path) -> None:
