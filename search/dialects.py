@@ -268,9 +268,16 @@ def _decay(sigma_end: str, others: Cell = no_key) -> Cell:
     return cell
 
 
-def _stages(option: str) -> Cell:
-    """Below three stages QeRL's code has no noise at all (K = 1) or 0/0 (K = 2)."""
-    return if_(lambda c: c.noise.num_stages >= 3, to(option))
+def _qerl_stages(c: TrialConfig, value: Any) -> Said | None:
+    """Below three stages its code has no noise at all (K = 1) or 0/0 (K = 2)."""
+    if value < 3:
+        return None
+    prompts = c.grpo.steps * c.grpo.prompts
+    return Said(
+        options={"num_stages": value},
+        note="stages are counted in optimizer steps from 1, so that one may begin a rollout early, and every epoch "
+        f"begins the schedule anew: the data must hold {prompts} prompts",
+    )
 
 
 def _stretch(c: TrialConfig) -> int:
@@ -648,7 +655,7 @@ ROWS: dict[str, Row] = {
         verl=_fork_stages,
         upstream=lambda c, v: None if _noisy(c) else Said(),
         trl=_ours("NoiseConfig", "num_stages"),
-        qerl=_stages("num_stages"),
+        qerl=_qerl_stages,
         nemo=lambda c, v: None if _noisy(c) else Said(),
     ),
     "noise.schedule": _row(

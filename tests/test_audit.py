@@ -157,6 +157,7 @@ ROWS: list[tuple[str, str, str]] = [
         fork(*ON, *FILTER, f"{F}.max_num_gen_batches=5"),
         fork(*FILTER, f"{F}.max_num_gen_batches=5"),
     ),
+    ("schedule-restarts", QERL + "--num_train_epochs 2", QERL + "--num_train_epochs 1"),
     ("endless-filter", fork(*FILTER), fork(*FILTER, f"{F}.max_num_gen_batches=5")),
     (
         "filter-without-recipe",

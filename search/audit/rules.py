@@ -277,6 +277,12 @@ def _epoch_aware(run: Run) -> Iterator[Hit]:
         yield Hit(run=run, line=run.line(f"{N}.epoch_aware"))
 
 
+def _restarts(run: Run) -> Iterator[Hit]:
+    epochs = run.number("num_train_epochs", 1)
+    if run.given and run.noisy and epochs is not None and epochs > 1 and (run.number("max_steps", -1) or 0) <= 0:
+        yield Hit(run=run, line=run.line("num_train_epochs"), values={"epochs": f"{epochs:g}"})
+
+
 def _loader(run: Run) -> float | None:
     """Batches of an epoch, where the file tells."""
     samples = run.number("data.train_max_samples")
@@ -701,6 +707,15 @@ RULES: tuple[Rule, ...] = (
         message="the run has {steps} steps and its schedule counts {counts}: it gets as far as stage {reached} of {of}",
         remedy="make both equal (the fork counts total_epochs x batches of the loader: total_epochs=1, "
         "data.train_max_samples = steps x batch), or take fewer stages",
+    ),
+    Rule(
+        id="schedule-restarts",
+        severity="wrong",
+        looks_at="num_train_epochs of QeRL",
+        find=_each(_restarts, "qerl"),
+        message="num_train_epochs={epochs}: QeRL counts the step anew in every epoch and divides by the steps of all: "
+        "each epoch has the first stages alone",
+        remedy="num_train_epochs=1 on data that are long enough",
     ),
     Rule(
         id="filter-eats-schedule",
