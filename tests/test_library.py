@@ -102,10 +102,10 @@ def script(trl: Any, model_folder: ModelFolder, tmp_path: Path) -> Script:
     return trainer
 
 
-def lora(**options: Any) -> Any:
+def lora(*more: str, **options: Any) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], **options)
+    return LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj", *more], **options)
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -459,6 +459,11 @@ def refusals() -> Iterator[tuple[str, Any, str]]:
         lambda s: RinCallback(NOISE).attach(s(model=network_of("mixtral"), **BEST)),
         "load_best_model_at_end=True: a checkpoint has the experts",
     )
+    yield (
+        "experts",
+        lambda s: RinCallback(NOISE).attach(s(model=network_of("qwen3_moe"), peft=lora("gate_proj", "up_proj"))),
+        "has put no adapter beside down_proj",
+    )
     yield "dora", lambda s: RinCallback(NOISE).attach(s(peft=lora(use_dora=True))), "is no plain LoRA"
     yield "again", lambda s: (trainer := attached(s)).train() and trainer.train(), "its run has begun already"
     yield "resumed", lambda s: resumed_without(s), "of a run without it"
@@ -480,6 +485,7 @@ def attached(script: Script) -> Any:
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore:.*did not match any:RuntimeWarning", "ignore:.*no parameter was:RuntimeWarning")
 @pytest.mark.parametrize(("call", "said"), [pytest.param(c, s, id=name) for name, c, s in refusals()])
 def test_what_cannot_be_done_is_refused_in_one_line(script: Script, call: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as error:
@@ -492,6 +498,15 @@ def test_a_trl_without_one_of_the_names_is_refused(script: Script, trl: Any, mon
     monkeypatch.delattr(trl.Trainer, "_generate")
     with pytest.raises(ConfigError, match=r"has no _generate, .* install trl==1\.16"):
         RinCallback(NOISE).attach(trainer)
+
+
+def test_adapters_beside_every_expert_are_those_that_the_receipt_names(script: Script) -> None:
+    from peft import LoraConfig
+
+    model = network_of("qwen3_moe")
+    named = quantize(model, W4A4).quantized
+    trainer = script(None, model=model, peft=LoraConfig(r=4, target_modules=list(named)))
+    assert RinCallback(NOISE).attach(trainer).receipt().adapted == named
 
 
 def test_adapters_come_after_quantize(model_folder: ModelFolder) -> None:

@@ -550,8 +550,18 @@ def _agreed(engine: Tensor, ours: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Raises ConfigError for adapters that do more than stand beside a layer: DoRA multiplies with the layer's weight
-    itself, unquantised."""
+    """Raises ConfigError for adapters that do more than stand beside a layer (DoRA multiplies with the layer's weight
+    itself, unquantised), and for those that are named and not there: peft looks for some mixtures' experts in tensors
+    that quantised ones have no more."""
+    there = {bare_name(name) for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for config in getattr(model, "peft_config", {}).values():
+        listed = [getattr(config, key, None) for key in ("target_modules", "target_parameters")]
+        for named in sorted(name for names in listed if isinstance(names, set | list) for name in names):
+            if not any(f".{name}".endswith(f".{named}") for name in there):
+                raise ConfigError(
+                    f"RinCallback.attach: peft has put no adapter beside {named}; name layers as quantize told them: "
+                    "LoraConfig(target_modules=list(receipt.quantized))"
+                )
     for name, module in model.named_modules():
         beside = isinstance(getattr(module, "base_layer", None), QuantLinear)
         if beside and (not hasattr(module, "lora_dropout") or any(getattr(module, "lora_variant", {}).values())):
