@@ -33,8 +33,8 @@ is said before step 0, with the remedy where one was tried and helps.
 - *quantised*: the share of the text model's block matrices that computes in W4A4. Routers, convolutions and decay rates
   are a larger share of a tiny model than of a real one.
 - *left out*: what gets neither few bits nor noise nor adapters, as the receipt names it. Routers and gates that are
-  plain linear layers are quantised like any other (*quantised too*); name them in `quant.exclude` to keep them in 16
-  bits.
+  plain linear layers, and linear layers beside the blocks, are quantised like any other (*quantised too*); name them in
+  `quant.exclude` to keep them in 16 bits.
 - *rows*: completions share one row with their prompt where that was shown to be equal; with rows of their own training
   computes the prompt once for each.
 - *noise.modules*: the words that it has targets for, and how many targets a block has (in hybrids on average); `linear`
@@ -89,12 +89,14 @@ def _left_out(policy: Policy) -> Iterator[str]:
 
 
 def _small(policy: Policy) -> Iterator[str]:
-    inside = {
-        any_number(after_block(name)): policy.linears[name] for name in policy.quantized if block_of(name) is not None
-    }
-    names = [name for name, linear in inside.items() if linear.out_features <= _SMALL]
+    """Routers, gates, and linear layers beside the blocks."""
+    names = [
+        any_number(after_block(name))
+        for name in policy.quantized
+        if block_of(name) is None or policy.linears[name].out_features <= _SMALL
+    ]
     if names:
-        yield f"*quantised too*: {', '.join(f'`{name}`' for name in names)}"
+        yield f"*quantised too*: {', '.join(f'`{name}`' for name in dict.fromkeys(names))}"
 
 
 def _norms(policy: Policy) -> str:

@@ -1,9 +1,10 @@
 """The policy: a causal language model whose projections compute in 4 bits, and the names by which its parts are spoken
 of.
 
-Every projection inside a decoder block becomes a `QuantLinear`, also one that stays at 16 bits (its formats are then
-`none`): one kind of layer carries quantisation, noise and the receipt, so none of them can miss a layer that another
-one sees. The head is wrapped only when the configuration does not exclude it; embeddings and norms are never quantised.
+Every linear layer of the text model becomes a `QuantLinear`, within the blocks also one that stays at 16 bits (its
+formats are then `none`): one kind of layer carries quantisation, noise and the receipt, so none of them can miss a
+layer that another one sees. The head, and what else is beside the blocks, is wrapped only when the configuration does
+not exclude it; embeddings and norms are never quantised.
 
 With LoRA the frozen base is quantised and adapters are not; they see the quantised input, because that is what the
 layer sees (quantised adapters cost an earlier system half of its accuracy). Names are those of the bare model: peft's
