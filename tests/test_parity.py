@@ -14,6 +14,7 @@ from torch import nn
 
 import trainable.forward.logps
 import trainable.parity
+import trainable.trial
 from spaces.config import ConfigError, ModelConfig, QuantConfig, RolloutConfig, TaskConfig, TrialConfig
 from tests.conftest import Tiny, byte_tokenizer
 from tests.zoo import GEMMA, Row, network_of
@@ -168,6 +169,31 @@ def test_a_trial_says_how_far_it_is_from_transformers(tiny: Tiny) -> None:
     assert found == asdict(trial.agreement)
     assert max(found[way] for way in ("rows", "packed", "sampler")) < 1e-4
     assert found["lengths"] == (trial.config.rollout.max_prompt_tokens + trial.config.rollout.max_new_tokens,)
+
+
+@pytest.mark.parametrize(
+    ("found", "ways"),
+    [
+        ({"rows": 1.4e-5, "packed": 9e-6, "sampler": 1.4e-5}, []),
+        ({"sampler": 6.8e-4}, ["generation from a cache is 0.00068 "]),
+        (
+            {"rows": 2e-4, "packed": 2e-4},
+            ["training's forward is 0.0002 ", "training's forward of completions side by "],
+        ),
+        ({"packed": 3.0}, []),  # they have rows of their own
+        ({"rows": 0.02, "sampler": 0.02, "limit": 0.1, "dtype": "bfloat16"}, []),
+    ],
+)
+def test_what_is_allowed_and_yet_more_than_rounding_is_told(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], ways: list[str]
+) -> None:
+    agreement = Agreement(
+        **{"rows": 1e-6, "packed": 1e-6, "sampler": 1e-6, "limit": LIMIT, "dtype": "float32", "lengths": (24,)} | found
+    )
+    monkeypatch.setattr(trainable.trial, "load_checked", lambda *asked: (load_checked(*asked)[0], agreement))
+    told = Trial(tiny("noise.sigma_start=0")).receipt().warnings
+    assert len(told) == len(ways)
+    assert all(line.startswith(way) for line, way in zip(told, ways, strict=True))
 
 
 def test_a_trial_whose_forward_is_wrong_does_not_start(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ from trainable.seeds import generator
 
 LIMIT = 1e-3
 """Largest distance of a token's log-probs in fp32, in nats."""
+DOUBTFUL = 1e-4
+"""What a receipt warns of, in nats: the order of sums makes 1e-5, also in thirty blocks. An architecture whose cached
+step differs a little from its forward (Zamba 2) can stay below the limit."""
 NARROW_LIMIT = 0.1
 """Mean distance in 16 bits, in nats: rounding alone makes 0.01 to 0.03."""
 _GROUP, _TOKENS = 2, 8
@@ -129,6 +132,16 @@ def load_checked(config: TrialConfig, progress: Progress | None = None) -> tuple
                 f"transformers' own (allowed {agreement.limit:g}); {remedy or 'take another model'}"
             )
     return replace(policy, packs=agreement.packed <= agreement.limit), agreement
+
+
+def doubts(agreement: Agreement) -> list[str]:
+    """A line for each way that is allowed, and further off than rounding explains."""
+    far = [way for way in WAYS if agreement.limit == LIMIT and DOUBTFUL < getattr(agreement, way) <= LIMIT]
+    return [
+        f"{WAYS[way]} is {getattr(agreement, way):.2g} nats per token from transformers' own: allowed, but rounding "
+        "makes 1e-05"
+        for way in far
+    ]
 
 
 def _wrong(policy: Policy, agreement: Agreement) -> str | None:

@@ -59,7 +59,7 @@ from trainable.outcome import (
     Scores,
     StepReport,
 )
-from trainable.parity import load_checked
+from trainable.parity import doubts, load_checked
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import deployed, unquantized
 from trainable.receipt import receipt_of
@@ -134,7 +134,7 @@ class Trial:
             parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
         )
         self.detector = CollapseDetector(config=config.collapse)
-        self.so_far = Progression(warnings=[*self.task.warnings])
+        self.so_far = Progression(warnings=[*self.task.warnings, *doubts(self.agreement)])
         self._check_contract()
         self.backend = start_backend(self.config, self.policy)
         self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
