@@ -485,15 +485,6 @@ def _in_vllm(c: TrialConfig) -> bool:
     return c.rollout.backend == "vllm" and c.quant.activations == "none" and not c.quant.hadamard
 
 
-def _trl_mode(c: TrialConfig, value: Any) -> Said:
-    """There, a baseline is the quiet first stage, or nothing."""
-    if value == "off" or c.noise.num_stages > 1:
-        return Said(options={"CollapseConfig.mode": value})
-    return Said(
-        options={"CollapseConfig.mode": "off"}, note="off: with one stage there are no quiet rollouts to compare with"
-    )
-
-
 def _trl_correction(c: TrialConfig, value: Any) -> Said | None:
     if value == "none":
         return Said(options={"vllm_importance_sampling_correction": False})
@@ -976,9 +967,7 @@ ROWS: dict[str, Row] = {
     **{
         f"collapse.{name}": _row(verl=local, trl=_ours("CollapseConfig", name), qerl=local, nemo=local)
         for name in CollapseConfig.model_fields
-        if name != "mode"
     },
-    "collapse.mode": _row(verl=local, trl=_trl_mode, qerl=local, nemo=local),
     "eval.questions": _row(verl=to("data.val_max_samples"), trl=no_key, qerl=no_key, nemo=to("grpo.max_val_samples")),
     "eval.every": _row(
         verl=_fork_evaluation,

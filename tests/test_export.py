@@ -265,7 +265,7 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("trl", "quant.activations=none", {"vllm_importance_sampling_mode": "token_truncate", "use_vllm": True}),
         ("trl", "seed=3", "rollout.backend=vllm"),  # stock vLLM does not quantise inputs
         ("trl", "seed=3", "rollout.correction=token"),  # and without it nothing is corrected
-        ("trl", "noise.num_stages=1", {"CollapseConfig.mode": "off"}),  # no quiet rollout to compare with
+        ("trl", "noise.num_stages=1", {"NoiseConfig.num_stages": 1, "CollapseConfig.mode": "enforce"}),
         ("trl", "rollout.correction=none", {"vllm_importance_sampling_correction": False}),  # on by default
         ("trl", "rollout={backend: torch, engine: inside}", "rollout.correction=token"),
         ("nemo-rl", "rollout.correction=sequence", "rollout.correction=sequence"),
