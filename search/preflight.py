@@ -10,12 +10,12 @@ from pathlib import Path
 
 from search.arms import Arm
 from search.store import StudyConfig
-from spaces.config import HUB, ModelConfig
+from spaces.config import HUB, ModelConfig, QuantConfig
 from trainable.negative_controls import check_reward
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
-from trainable.policy.loading import load_policy, skipped_layers
-from trainable.policy.sources import depth_of
+from trainable.policy.loading import check_names, load_policy, skipped_layers
+from trainable.policy.sources import depth_of, skeleton_of
 from trainable.tasks.table import build_task
 
 
@@ -25,7 +25,7 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
     What a cluster's nodes share need not be on this machine.
     """
     depths: dict[ModelConfig, int] = {}
-    asked = set()
+    asked, looked = set(), set()
     for trial in (arm.config for arm in arms):
         data = [path for path in (*trial.task.path, *trial.task.eval_path) if not path.startswith(HUB)]
         if config.address is None or ((trial.task.endless or data) and all(Path(path).exists() for path in data)):
@@ -42,6 +42,10 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
                 depths[trial.model] = depth_of(trial.model)
             depth = depths[trial.model]
             skipped_layers(trial.quant, depth)
+            named = trial.model, trial.quant.exclude
+            if named not in looked and named[1] != QuantConfig().exclude and Path(trial.model.name).is_dir():
+                looked.add(named)
+                check_names(skeleton_of(trial.model), trial.quant)
             if trial.noise.sigma_start > 0:
                 chosen_layers(trial.noise, depth)
 

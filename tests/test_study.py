@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import CONFIG_MAPPING
 
 import search.study
 from search.arms import Arm, read_trials, replicates_of, trial_folder
@@ -28,14 +29,15 @@ from search.report import report_study
 from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
 from search.study import StudyResult, begin_study, resume_study, run_study
 from search.tracking import Tracker
-from spaces.config import ConfigError, ModelConfig
+from spaces.config import ConfigError, ModelConfig, QuantConfig
 from spaces.library import SPACES
 from spaces.reading import load_yaml, merge, parse_yaml, read_config
 from tests.conftest import ModelFolder
 from tests.real_mlflow import points, runs, text
 from tests.written_sweeps import attempt
 from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
-from trainable.policy.sources import depth_of, load_network
+from trainable.policy.loading import check_names
+from trainable.policy.sources import depth_of, load_network, skeleton_of
 from trainable.trial import Trial
 
 CRASHING = {"noise": {"modules": ["linear"], "sigma_start": 5.0, "sigma_end": 5.0}}
@@ -271,6 +273,13 @@ def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_e
 
 # What every trial would fail by is said before Ray starts
 
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+}
 GSM8K = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
 ABSENT: list[tuple[dict[str, Any], str]] = [
     ({"model": {"name": "/nope"}}, "model.name=/nope: cannot be loaded (there is no such folder)"),
@@ -284,6 +293,7 @@ ABSENT: list[tuple[dict[str, Any], str]] = [
         "noise.zones: first sets the sigma of no chosen block",
     ),
     ({"quant": {"skip_layers": [-3]}}, "quant.skip_layers=-3: the model has blocks 0 to 1"),
+    ({"quant": {"exclude": ["lm_head", "q_prj"]}}, "quant.exclude=q_prj: matches no linear layer"),
 ]
 
 
@@ -301,6 +311,14 @@ def test_what_is_not_there_is_refused_before_anything_starts(
     config = study(place, workload="embedded", points=("e13i-v3",), settings=merge(settings, wrong))
     with pytest.raises(ConfigError, match=re.escape(said)):
         check_sources(config, fixed_arms(config))
+
+
+def test_patterns_that_match_are_taken_and_of_experts_nothing_is_said_before_they_are_loaded(tmp_path: Path) -> None:
+    dense, mixture = (CONFIG_MAPPING[kind](**SMALL) for kind in ("llama", "mixtral"))
+    for config, pattern in ((dense, "layers.1.mlp"), (dense, "lm_head"), (dense, "*_proj"), (mixture, "experts.*.up")):
+        config.save_pretrained(tmp_path)
+        model = ModelConfig(name=str(tmp_path), recipe=None)
+        check_names(skeleton_of(model), QuantConfig(exclude=(pattern,)))
 
 
 def test_a_sweep_looks_for_its_model_before_its_tracking(tmp_path: Path) -> None:

@@ -149,6 +149,15 @@ def skipped_layers(quant: QuantConfig, depth: int) -> set[int]:
     return {index % depth for index in quant.skip_layers}
 
 
+def check_names(skeleton: Any, quant: QuantConfig) -> None:
+    """Raises ConfigError for a pattern that matches no part of a model without weights. Of a mixture nothing is said:
+    experts that lie in one tensor get names of their own when they are loaded."""
+    parts = dict(skeleton.named_parameters())
+    if all(parameter.dim() <= 2 for parameter in parts.values()):
+        linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        _check_patterns(quant, [*linears, *(name.removesuffix(".weight") for name in parts), _HEAD])
+
+
 def _check_patterns(quant: QuantConfig, names: Sequence[str]) -> None:
     for pattern in quant.exclude:
         if not any(matches(pattern, name) for name in names):

@@ -69,6 +69,13 @@ def depth_of(model: ModelConfig) -> int:
     return depth
 
 
+def skeleton_of(model: ModelConfig) -> Any:
+    """A model's modules by their names, without a weight, of one that `depth_of` has found. Raises ConfigError."""
+    config = _read_config(model, model.name)
+    with _told(model), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=model.attention)
+
+
 def _read_config(model: ModelConfig, source: str) -> Any:
     """A model's config.json. Raises ConfigError, also for what could not be computed with."""
     folder = Path(source)
