@@ -479,7 +479,7 @@ class RolloutConfig(Record):
 class TaskConfig(Record):
     name: str = "addition"
     """`addition`, `gsm8k`, `reasoning_gym:DATASET` (any procedural data set of that package, or several: a+b), or
-    another trainer's format (docs/tasks.md): `open_instruct`."""
+    another trainer's format (docs/tasks.md): `verl`, `trl`, `open_instruct`, `verifiers:ENVIRONMENT`, `python`."""
     digits: Whole = Field(3, ge=1, le=6)
     """Longest operand of `addition`."""
     path: Texts = Field((), json_schema_extra={"path": [HUB]})
@@ -529,8 +529,12 @@ class TaskConfig(Record):
             if (value := getattr(self, field)) != type(self).model_fields[field].default and not self.in_template:
                 value = dict(value) if field == "chat_options" else value
                 raise ValueError(f"{field}={value} has no use without a chat template; set chat=true or remove it")
-        if self.kind in ROWS and not self.path:
+        if self.kind in (*ROWS, "python") and not self.path:
             raise ValueError(f"name={self.name} needs rows; set task.path")
+        if self.kind == "verifiers" and self.reward:
+            raise ValueError(f"reward={', '.join(self.reward)}: name={self.name} has rewards of its own; remove it")
+        if self.kind == "trl" and not self.reward:
+            raise ValueError("name=trl needs a reward; set task.reward=my_rewards.py:FUNCTION")
         for written in self.reward:
             source, _, function = written.rpartition(":")
             if not source or not function.isidentifier():
@@ -563,7 +567,7 @@ class TaskConfig(Record):
     @property
     def in_template(self) -> bool:
         """Whether prompts may go through a chat template."""
-        return self.chat or (self.kind in ROWS and self.prompt is None)
+        return self.chat or (self.kind in (*ROWS, "python", "verifiers") and self.prompt is None)
 
     @property
     def endless(self) -> bool:
@@ -571,12 +575,16 @@ class TaskConfig(Record):
         return self.kind in ("addition", "reasoning_gym")
 
 
-ROWS = ("open_instruct",)
-"""Kinds of task in another trainer's format: files of rows, whose prompts may be conversations."""
+ROWS = ("open_instruct", "trl", "verl")
+"""Kinds of task in another trainer's format: files of rows."""
+NAMED = {"reasoning_gym": "chain_sum", "verifiers": "ENVIRONMENT"}
+"""Kinds whose name goes on, reasoning_gym:gcd, and how it may."""
+FOREIGN = ("python", "trl", "verifiers", "verl")
+"""Kinds whose rewards run in a process of their own (docs/tasks.md)."""
 TAKEN_BY: dict[str, tuple[str, ...]] = {
-    "path": ("gsm8k", *ROWS),
+    "path": ("gsm8k", "python", *ROWS),
     "eval_path": ROWS,
-    "options": ("reasoning_gym",),
+    "options": tuple(NAMED),
 }
 """Setting of a task -> the kinds of task that have a use for it."""
 _SET_BY_US = {

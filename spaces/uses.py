@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from spaces.config import TAKEN_BY, CollapseConfig, ConfigError, NoiseConfig, Schedule, TrialConfig, Zone, ZoneSigma
+from spaces.config import (
+    FOREIGN,
+    TAKEN_BY,
+    CollapseConfig,
+    ConfigError,
+    NoiseConfig,
+    Schedule,
+    TrialConfig,
+    Zone,
+    ZoneSigma,
+)
 from spaces.reading import flatten_fields
 from spaces.schedules import sigma_of, stage_at
 
@@ -143,7 +153,8 @@ _CHILD = Use(
 )
 _TEXT = Use(holds=lambda c: c.task.name != "addition", needs="a task of texts (gsm8k, reasoning_gym:...)")
 _CHAT = Use(holds=lambda c: c.task.in_template, needs="task.chat=true, or a task of conversations without task.prompt")
-_REWARD = Use(holds=lambda c: bool(c.task.reward), needs="task.reward")
+_REWARDS = Use(holds=lambda c: bool(c.task.reward), needs="task.reward")
+_WORKER = Use(holds=lambda c: bool(c.task.reward) or c.task.kind in FOREIGN, needs="task.reward")
 _SIGNED = Use(holds=_recipe(lambda r: r.signed_steps > 0), needs="model.recipe.signed_steps above 0")
 _RULE = Use(
     holds=_can_fire,
@@ -215,11 +226,13 @@ USES: dict[str, Use] = {
     **{f"task.{field}": _of_kinds(kinds) for field, kinds in TAKEN_BY.items()},
     "task.prompt": _TEXT,
     "task.chat": _TEXT,
-    "task.reward_weights": _REWARD,
-    "task.reward_options": _REWARD,
-    "task.reward_timeout_seconds": _REWARD,
-    "task.reward_check": _REWARD,
-    "task.reward_sha256": _REWARD,
+    "task.reward_weights": _REWARDS,
+    "task.reward_options": Use(
+        holds=lambda c: bool(c.task.reward) or c.task.kind == "python", needs="task.reward, or task.name=python"
+    ),
+    "task.reward_timeout_seconds": _WORKER,
+    "task.reward_check": _WORKER,
+    "task.reward_sha256": _WORKER,
     "task.chat_options": _CHAT,
     "task.chat_date": _CHAT,
     "eval.draw": Use(

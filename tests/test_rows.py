@@ -111,6 +111,14 @@ def test_names_say_what_is_for_judging_and_nothing_of_it_is_trained_on(tmp_path:
         sets(str(tmp_path))
 
 
+def test_the_only_set_is_for_training_whatever_its_name(tmp_path: Path) -> None:
+    import datasets
+
+    write(tmp_path / "test.jsonl")
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    assert prompts(sets(str(tmp_path / "saved"))) == prompts(sets(str(tmp_path / "test.jsonl")))
+
+
 def test_rows_that_are_given_for_judging_are_for_confirming_alone(tmp_path: Path) -> None:
     found = sets(write(tmp_path / "train.jsonl", ROWS[:40]), eval_path=write(tmp_path / "eval.parquet", ROWS[40:]))
     assert sorted(prompts(found)["confirm"]) == sorted(row["prompt"] for row in ROWS[40:])

@@ -91,7 +91,7 @@ class UserCode:
     def _module(self, source: str) -> tuple[ModuleType, str]:
         if source not in self.modules:
             try:
-                self.modules[source] = _from_file(Path(source)) if source.endswith(".py") else _from_package(source)
+                self.modules[source] = from_file(Path(source)) if source.endswith(".py") else _from_package(source)
             except Mistake as mistake:
                 raise Mistake(f"{source} {mistake}") from None
             except BaseException as error:
@@ -179,7 +179,7 @@ class UserCode:
         return None
 
 
-def _from_file(path: Path) -> tuple[ModuleType, str]:
+def from_file(path: Path) -> tuple[ModuleType, str]:
     try:
         content = path.read_bytes()
     except OSError as error:

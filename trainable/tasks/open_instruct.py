@@ -100,7 +100,7 @@ def build_open_instruct(config: TaskConfig) -> Task:
         truth = dict(_verified(row))
         answer = next(iter(truth.values())) if len(truth) == 1 else truth
         prompt = messages[:-1] or messages
-        return row.question(config, prompt, answer if isinstance(answer, str) else str(answer), truth=truth)
+        return row.question(config, prompt, answer if isinstance(answer, str) else str(answer), {"truth": truth})
 
     sets = three_sets(read_sets(config.path, config.eval_path, NEEDS), question_of)
     used = {name for part in sets.questions.values() for question in part for name in question.entry["truth"]}

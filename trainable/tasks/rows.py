@@ -7,7 +7,7 @@ one line with the file, the row, the column and the remedy: bytes that are no UT
 that is not there, nothing where text belongs, a column whose rows differ in type. Rows of JSONL are lines, from 1;
 other rows count from 0, as pandas and `datasets` count them.
 
-Sets: in a folder or data set the names say what is what (train; test; validation, valid, val, dev). A test set, or
+Sets: where there are several, their names say what is what (train; test; validation, valid, val, dev). A test set, or
 what `task.eval_path` names, is for confirm, a validation set for selection; a set that is missing is a share of train,
 by the hash of a question, so that order does nothing and a row that is added moves no other one. A question that stands
 in two sets stays in one, confirm before selection before train, and a row that stands twice in a set stays there once.
@@ -75,12 +75,13 @@ class Row:
                 raise self.mistake(f"{at}.{more[0]}", "holds what a prompt of texts has no place for")
         return tuple((message["role"], message["content"]) for message in value)
 
-    def question(self, config: TaskConfig, messages: tuple[Message, ...], answer: str, **entry: Any) -> Question:
+    def question(
+        self, config: TaskConfig, messages: tuple[Message, ...], answer: str, entry: Mapping[str, Any]
+    ) -> Question:
         """Asks a conversation, or its text in task.prompt where that is given."""
         if messages[-1][0] == "assistant":
-            raise self.mistake(
-                "of the prompt", "ends with words of the assistant, and the answer would go on from there"
-            )
+            column = "messages" if "messages" in self.values else "prompt"
+            raise self.mistake(column, "ends with words of the assistant, from which the answer would go on")
         text = as_text(messages)
         if config.prompt is not None:
             text, messages = template_of(config, "").replace("{question}", text), ()
@@ -155,14 +156,14 @@ def _open(path: str, key: str) -> Iterator[tuple[Split | None, str, _Rows]]:
         named = data if isinstance(data, Mapping) else {"train": data}
         for name, rows in named.items():
             shown = f"{path} {name}" if named is data else path
-            yield _set_of(str(name), shown, key), shown, _of_datasets(rows, shown)
+            yield _set_of(str(name), shown, key) if len(named) > 1 else None, shown, _of_datasets(rows, shown)
         return
     files = [place]
     if place.is_dir():
         files = sorted(file for file in place.iterdir() if file.suffix in _READERS)
         if not files:
             raise ConfigError(f"{key}: {place} holds no .jsonl or .parquet file; name the folder that does")
-    named_after_sets = place.is_dir() and any(_word(file.stem) in _NAMES for file in files)
+    named_after_sets = len(files) > 1 and any(_word(file.stem) in _NAMES for file in files)
     for file in files:
         if not file.exists():
             raise ConfigError(f"{key}: {file} cannot be read (No such file or directory); give a file or a folder")

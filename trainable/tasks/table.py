@@ -5,13 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from random import Random
 
-from spaces.config import ConfigError, TaskConfig
+from spaces.config import NAMED, ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
 from trainable.tasks.foreign import with_reward
 from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, strict_number
 from trainable.tasks.gym import extract_answer, open_gym
 from trainable.tasks.open_instruct import build_open_instruct
+from trainable.tasks.python_file import build_python
 from trainable.tasks.task import RIGHT, FiniteTask, ProceduralTask, Question, Split, Task, each, split_of, template_of
+from trainable.tasks.trl import build_trl
+from trainable.tasks.verifiers import build_verifiers
+from trainable.tasks.verl import build_verl
 
 GYM_SHARE = 0.25
 GSM8K_PROMPT = (
@@ -96,17 +100,21 @@ def _build_gym(config: TaskConfig) -> Task:
 def build_task(config: TaskConfig) -> Task:
     """Raises ConfigError for a task, a data set, an option or a file that does not exist."""
     kind, colon, dataset = config.name.partition(":")
-    if kind not in TASKS or bool(colon) != (kind == "reasoning_gym"):
+    if kind not in TASKS or bool(colon and dataset) != (kind in NAMED):
         near = difflib.get_close_matches(kind, TASKS, n=1, cutoff=0.0)[0]
-        near += f":{dataset or 'chain_sum'}" if near == "reasoning_gym" else ""
+        near += f":{dataset or NAMED[near]}" if near in NAMED else ""
         raise ConfigError(f"task.name={config.name}: no such task; did you mean {near}?")
     task = TASKS[kind](config)
-    return with_reward(task, config) if config.reward else task
+    return with_reward(task, config) if config.reward and task.foreign is None else task
 
 
 TASKS: dict[str, Callable[[TaskConfig], Task]] = {
     "addition": build_addition,
     "gsm8k": _build_gsm8k,
     "open_instruct": build_open_instruct,
+    "python": build_python,
+    "trl": build_trl,
+    "verifiers": build_verifiers,
+    "verl": build_verl,
     "reasoning_gym": _build_gym,
 }
