@@ -274,12 +274,6 @@ def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_e
 # What every trial would fail by is said before Ray starts
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-}
 GSM8K = Path(__file__).parent / "data" / "gsm8k_small.jsonl"
 ABSENT: list[tuple[dict[str, Any], str]] = [
     ({"model": {"name": "/nope"}}, "model.name=/nope: cannot be loaded (there is no such folder)"),
