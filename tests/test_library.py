@@ -464,6 +464,11 @@ def refusals() -> Iterator[tuple[str, Any, str]]:
         lambda s: RinCallback(NOISE).attach(s(model=network_of("qwen3_moe"), peft=lora("gate_proj", "up_proj"))),
         "has put no adapter beside down_proj",
     )
+    yield (
+        "copied",
+        lambda s: RinCallback(NOISE).attach(s(peft=lora(modules_to_save=["input_layernorm"]))),
+        "another model.layers.0.input_layernorm than quantize saw",
+    )
     yield "dora", lambda s: RinCallback(NOISE).attach(s(peft=lora(use_dora=True))), "is no plain LoRA"
     yield "again", lambda s: (trainer := attached(s)).train() and trainer.train(), "its run has begun already"
     yield "resumed", lambda s: resumed_without(s), "of a run without it"

@@ -209,6 +209,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.policy = replace(
             held.policy, model=model, tokenizer=trainer.processing_class, ends=tuple(trainer.eos_token_ids)
         )
+        _check_in_place(self.policy)
         self._check_head()
         trl.check_engine(self.policy)
         if trainer.ref_model is not None and not hasattr(trainer.ref_model, _HOLDS):
@@ -568,6 +569,18 @@ def _check_adapters(model: nn.Module) -> None:
             raise ConfigError(
                 f"RinCallback.attach: the adapter of {bare_name(name)} is no plain LoRA and may compute past its 4-bit "
                 "layer; give LoraConfig without use_dora and the like"
+            )
+
+
+def _check_in_place(policy: Policy) -> None:
+    """Raises ConfigError where the model computes with another module than the one that was wrapped, or would get
+    noise: peft's modules_to_save are copies."""
+    places = {id(module): name.split(".") for name, module in policy.model.named_modules()}
+    for name, module in {**policy.linears, **policy.norms, **policy.final_norm}.items():
+        if "original_module" in places.get(id(module), ["original_module"]):
+            raise ConfigError(
+                f"RinCallback.attach: the model computes with another {name} than quantize saw, without formats or "
+                "noise; leave it out of modules_to_save, and change nothing behind quantize"
             )
 
 
