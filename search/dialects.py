@@ -329,7 +329,7 @@ def _fork_evaluation(c: TrialConfig, value: Any) -> Said:
     """Its validation is noisy after the quiet stage: it keeps checkpoints instead."""
     every = value or c.grpo.steps
     if not _noisy(c):
-        return Said(options={"trainer.val_before_train": True, "trainer.test_freq": every})
+        return Said(options={"trainer.val_before_train": True, "trainer.test_freq": every, "trainer.save_freq": every})
     return Said(
         options={"trainer.val_before_train": True, "trainer.test_freq": -1, "trainer.save_freq": every},
         note="this fork leaves the noise in during validation: it keeps checkpoints in place of that; evaluate them, "

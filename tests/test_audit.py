@@ -336,3 +336,12 @@ def test_the_page_names_every_rule() -> None:
     page = (Path(__file__).parents[1] / "docs/audit.md").read_text(encoding="utf-8")
     table = page[page.index("| what | rules |") :]
     assert set(re.findall(r"`([\w-]+)`", table[: table.index("Examples")])) == {rule.id for rule in RULES}
+
+
+def test_a_log_that_echoes_its_command_has_no_findings_of_its_metrics(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(
+        "+ " + fork(*FILTER, f"{F}.max_num_gen_batches=5", "trainer.test_freq=5") + "\n"
+        "step:5 - critic/score/mean:0.42 - val-core/openai/gsm8k/acc/mean@1:0.71 - timing_s/step:31.2\n" * 3
+    )
+    assert audit([str(log)]) == []

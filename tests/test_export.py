@@ -271,7 +271,7 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("nemo-rl", "rollout.correction=sequence", "rollout.correction=sequence"),
         ("verl-upstream", "eval.every=0", {"trainer.test_freq": 29}),  # at the end, which happens here in any case
         ("verl", "eval.every=7", {"trainer.test_freq": -1, "trainer.save_freq": 7}),  # its validation is noisy
-        ("verl", "noise.sigma_start=0", {"trainer.test_freq": 15}),
+        ("verl", "noise.sigma_start=0", {"trainer.test_freq": 15, "trainer.save_freq": 15}),  # to be evaluated alike
         ("verl", "seed=3", {"data.seed": 3, f"{ACTOR}.data_loader_seed": 3}),
         ("qerl", "seed=3", {"mask_truncated_completions": False}),  # its default is another method
         ("nemo-rl", "seed=3", {"grpo.use_leave_one_out_baseline": False}),

@@ -570,7 +570,7 @@ def _disagrees(found: re.Match[str]) -> bool:
 def _share_of_kept(run: Run) -> Iterator[Hit]:
     filtered = run.value(f"{F}.enable") is True
     for line in run.lines if filtered else ():
-        if re.search(r"grep|accuracy|acc\b", line.text) and re.search(r"(critic/)?(score|reward)s?/mean", line.text):
+        if re.search(r"\bgrep\b.*(score|reward)s?/mean", line.text) and "val-core" not in line.text:
             yield Hit(run=run, line=line.number)
 
 
