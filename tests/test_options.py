@@ -223,7 +223,7 @@ def test_files_that_trials_read_are_named_from_the_root(tmp_path: Path, monkeypa
 
 def places(tree: Any) -> tuple[str, str]:
     """The model's and the data's, without the `..` that may be in them."""
-    paths = tree["model"]["name"], tree["task"]["path"]
+    paths = tree["model"]["name"], *tree["task"]["path"]
     assert all(path.startswith("/") for path in paths)
     return os.path.normpath(paths[0]), os.path.normpath(paths[1])
 
