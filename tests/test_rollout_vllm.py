@@ -579,6 +579,7 @@ def test_a_mismatch_fails_the_trial_and_is_no_collapse(tiny: Tiny, monkeypatch: 
     monkeypatch.setattr(VllmBackend, "sync", forgets_a_norm)
     trial = Trial(tiny(*SHORT))
     with pytest.raises(
+        TrialFailed,
         match=r"rollout_mismatch: weights: the engine has other values of model\.layers\.0\.input_layernorm\.weight",
     ):
         trial.step()
