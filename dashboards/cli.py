@@ -448,8 +448,25 @@ def probe(
 
 
 @app.command()
-def doctor() -> None:
-    """What works here, and what to install."""
+def doctor(
+    task: Annotated[
+        str | None, typer.Option(help="A task's name: its questions, and whether its reward keeps its contract.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="With --task: task.x=..., as in a trial.")
+    ] = None,
+) -> None:
+    """What works here, and what to install; or what a trial would do with a task."""
+    if task is not None:
+        from dashboards.task_text import examine_task
+
+        report = examine_task(task, overrides or [])
+        print("\n".join(report.lines))
+        if not report.good:
+            raise typer.Exit(1)
+        return
+    if overrides:
+        raise ConfigError(f"--set {overrides[0]}: has no use without --task; give --task NAME")
     from dashboards.doctor import examine
 
     checks = examine()

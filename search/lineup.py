@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 from search.arms import Arm, apart, control_for, is_negative, is_of_the_path
+from search.rewards import pinned
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
@@ -48,7 +49,7 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
         if name != "control":
             # A point says what it changes; what the user sets himself wins.
             tree = merge(merge(base, settings), config.settings)
-            made = read_config(tree, origin=name)
+            made = pinned(read_config(tree, origin=name))
             other = is_noisy(made) or made.grpo.reward != usual
             points.append(Arm(name=name, origin="point" if other else "control", config=made))
             files.append({} if name in POINTS or is_record(settings) else settings)
@@ -107,7 +108,7 @@ def _refuse_too_few_samples(objectives: Sequence[str], trials: Sequence[TrialCon
 def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
     """The control of the sweep, those that the points need and do not bring themselves, the points."""
     quiet = merge(base, {"noise": {"sigma_start": 0.0, "zones": []}})
-    controls = [Arm(name="control", origin="control", config=read_config(quiet, origin="control"))]
+    controls = [Arm(name="control", origin="control", config=pinned(read_config(quiet, origin="control")))]
     for point in points:
         if missing := missing_control(point, [*controls, *points]):
             controls.append(missing)

@@ -37,6 +37,9 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
                 check_reward(trial.grpo.reward, task)
                 task.held_out(*judged)
                 task.sample(trial.grpo.batch_prompts, seed=0, step=0, batch=0)
+                if task.foreign is not None:
+                    task.foreign.open()
+                    task.foreign.close()
         if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):
             if trial.model not in depths:
                 depths[trial.model] = depth_of(trial.model)

@@ -19,6 +19,7 @@ from search.coordinates import Params, settings_of
 from search.evidence import Evidence, known_of
 from search.lineup import base_tree, missing_control
 from search.proposals import SEARCHERS, every
+from search.rewards import pinned
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
@@ -119,13 +120,19 @@ class RinSearch(Searcher):  # type: ignore[misc]
             f"space {space.name}: no draw gave a configuration that is valid and new; the last: {last}; {remedy}",
         )
 
+    def _with_rewards(self, config: TrialConfig) -> TrialConfig:
+        """As the sweep began with them, which may have been in another process."""
+        known = [arm.config.task for arm in self.arms if arm.config.task.reward == config.task.reward]
+        update = {"reward_sha256": known[0].reward_sha256} if known else {}
+        return pinned(config.model_copy(update={"task": config.task.model_copy(update=update)}))
+
     def _first_new(self, candidates: Iterable[Params]) -> tuple[Arm | None, str]:
         """The first candidate that is valid and was not run yet; else what was wrong with the last invalid one."""
         problem = ""
         for params in candidates:
             tree = merge(self.base, unflatten(settings_of(self.study.space, params)))
             try:
-                config = read_config(tree, origin=f"space {self.study.space.name}")
+                config = self._with_rewards(read_config(tree, origin=f"space {self.study.space.name}"))
             except ConfigError as error:
                 # Two ranges that overlap the wrong way (sigma_end above sigma_start): not a finding, draw again.
                 problem = str(error)

@@ -30,6 +30,7 @@ from search.lineup import fixed_arms
 from search.mirror import catch_up, tell_endings
 from search.mlflow_client import check_tracking, claim
 from search.preflight import build_once, check_sources
+from search.rewards import bring_rewards, keep_rewards
 from search.store import (
     BEST_FILE,
     STUDY_FILE,
@@ -107,6 +108,7 @@ def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Eviden
             )
         config.folder.remove("arms")  # of a start that was killed before it wrote its study.json
         write_evidence(config, evidence)
+        keep_rewards(config, arms)
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
         save_study_config(config)
@@ -119,6 +121,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         arms = read_arms(config)
+        bring_rewards(config, arms)
         check_sources(config, arms)
         build_once(arms, progress)
         runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent

@@ -43,6 +43,7 @@ from search.cluster import TOKEN_REMEDY, refuse_secrets
 from search.evidence import read_evidence
 from search.mlflow_client import absolute_uri
 from search.ray_internals import host_names
+from search.rewards import bring_rewards, keep_rewards
 from search.secrets import first_line, strip_password
 from search.store import STUDY_FILE, StudyConfig, absolute_store, check_name, sweeps
 from search.study import begin_study
@@ -311,8 +312,10 @@ def _told_by_the_cluster(address: str) -> Iterator[None]:
 def ship(study: StudyConfig, arms: Sequence[Arm], folder: Path) -> None:
     """Write the sweep into `folder` as into a store; its own store stays named in it."""
     (Folder(str(folder)) / study.name).write(STUDY_FILE, study.model_dump_json(indent=1))
+    lying = _lying_in(folder, study)
+    keep_rewards(lying, arms)
     for number, arm in enumerate(arms):
-        write_arm(_lying_in(folder, study), number, arm)
+        write_arm(lying, number, arm)
 
 
 def begin_shipped(folder: str, progress: Progress | None = None) -> list[str]:
@@ -325,7 +328,9 @@ def begin_shipped(folder: str, progress: Progress | None = None) -> list[str]:
     told: list[str] = []
     for name in sweeps(str(here)):
         study = StudyConfig.model_validate_json((here / name / STUDY_FILE).read_bytes())
-        begin_study(study, progress, read_arms(_lying_in(here, study)))
+        arms = read_arms(_lying_in(here, study))
+        bring_rewards(_lying_in(here, study), arms)
+        begin_study(study, progress, arms)
         told += [evidence.source for evidence in read_evidence(study)]
     return told
 

@@ -17,10 +17,21 @@ from typing import Any
 import pytest
 import torch
 
+from dashboards.options import SweepOptions, study_config
+from dashboards.task_text import examine_task
+from search.lineup import fixed_arms
+from search.preflight import check_sources
+from search.rewards import bring_rewards, keep_rewards, pinned
+from search.searchers import RinSearch
+from search.store import StudyConfig
+from search.submission import ship
 from spaces.config import ConfigError, TaskConfig
 from tests.conftest import Tiny
 from tests.test_trial import comparable, comparable_outcome, finish
+from trainable.disk.folder import Folder
 from trainable.failure import TrialFailed
+from trainable.ray_trainable import TrialWorker
+from trainable.tasks import code
 from trainable.tasks.contract import Finding, check_contract
 from trainable.tasks.foreign import Convention, ForeignReward, Worker, metric_name
 from trainable.tasks.table import build_task
@@ -500,3 +511,80 @@ def test_a_trial_does_not_begin_with_a_reward_that_breaks_its_contract_unless_it
     trial = Trial(tiny(f"task.reward={path}:f", "task.reward_check=warn"))
     assert "another row's answer is wrong: failed" in trial.receipt().warnings[0]
     trial.close()
+
+
+# --- in a sweep -------------------------------------------------------------------------------------------------------
+
+
+def sweep(tmp_path: Path, *overrides: str) -> StudyConfig:
+    return study_config(
+        SweepOptions(workload="tiny", name="s", store=str(tmp_path / "runs"), overrides=list(overrides), trials=3)
+    )
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "cache_folder", lambda: tmp_path / "cache")
+
+
+def test_every_arm_of_a_sweep_has_the_hash_of_its_reward(tmp_path: Path) -> None:
+    path = written(tmp_path, EXACT)
+    study = sweep(tmp_path, f"task.reward={path}:f")
+    arms = fixed_arms(study)
+    search = RinSearch(study, arms)
+    path.write_text(EXACT + "# changed since the sweep began\n")
+    drawn = [search.suggest(str(number)) for number in range(3)]
+    sha256 = hashlib.sha256(EXACT.encode()).hexdigest()
+    assert [arm.config.task.reward_sha256 for arm in search.arms] == [(sha256,)] * 3
+    assert all(one["config"]["task"]["reward_sha256"] == [sha256] for one in drawn if isinstance(one, dict))
+    with pytest.raises(ConfigError, match="its file has changed"):
+        check_sources(study, arms)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_reward_goes_along_with_its_sweep_to_a_machine_that_does_not_have_it(tmp_path: Path) -> None:
+    path = written(tmp_path, EXACT)
+    study = sweep(tmp_path, f"task.reward={path}:f")
+    arms = fixed_arms(study)
+    ship(study, arms, tmp_path / "job")
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"reward\.py cannot be read"):
+        check_sources(study, arms)
+    there = study.model_copy(update={"store": str(tmp_path / "job")})
+    bring_rewards(there, arms)
+    check_sources(study, arms)
+    keep_rewards(study, arms)  # from the copy that came with the job, into the sweep's own store
+    [kept] = (tmp_path / "runs" / "s" / "code").glob("*/*")
+    assert kept.read_text() == EXACT
+    task = build_task(arms[0].config.task)
+    assert isinstance(task.foreign, ForeignReward)
+    opened.append(task.foreign)
+    assert task.foreign(ANSWERS)[0] == {"f": 1.0}
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_trial_on_another_node_brings_its_reward_from_the_store(tmp_path: Path, tiny: Tiny) -> None:
+    path = written(tmp_path, EXACT)
+    config = pinned(tiny(f"task.reward={path}:f", "grpo.steps=1", "noise.num_stages=1"))
+    code.keep(config.task, Folder(str(tmp_path / "runs" / "s" / "code")))
+    path.unlink()
+    worker = TrialWorker(Folder(str(tmp_path / "runs" / "s" / "trials" / "control-0")), config)
+    assert worker.step()["outcome"] == "completed"
+    worker.leave()
+
+
+# --- rin doctor -------------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_checks_a_task_and_its_reward(tmp_path: Path) -> None:
+    good = examine_task("addition", [f"task.reward={written(tmp_path, EXACT)}:f"])
+    assert good.good
+    assert "holds       known answers are right: 8 rows, as '" in "\n".join(good.lines)
+    assert good.lines[-1].endswith(hashlib.sha256(EXACT.encode()).hexdigest())
+    always = written(tmp_path, "def f(row, completion):\n    return 1.0\n")
+    bad = examine_task("addition", [f"task.reward={always}:f"])
+    assert not bad.good
+    assert "failed      an empty answer is wrong: " in "\n".join(bad.lines)
+    assert examine_task("addition", [f"task.reward={always}:f", "task.reward_check=warn"]).good
+    with pytest.raises(ConfigError, match="--set seed: rin doctor --task takes settings of the task alone"):
+        examine_task("addition", ["seed=3"])

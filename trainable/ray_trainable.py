@@ -15,6 +15,7 @@ write its weights.
 
 import gc
 import logging
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,7 @@ from trainable.disk.trial_folder import (
 from trainable.disk.watchdog import Watchdog
 from trainable.failure import TrialFailed
 from trainable.outcome import Outcome, StepReport
+from trainable.tasks.code import bring
 from trainable.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -155,6 +157,7 @@ class TrialWorker:
 
     def _load(self) -> Trial:
         self.watchdog.enter("load")
+        bring(self.settings.task, Folder(re.sub(r"/trials/[^/?]+", "/code", self.folder.uri)))
         trial = Trial(self.settings, on_phase=self.watchdog.enter)
         state, passed = newest_checkpoint(self.folder)
         for line in passed:
