@@ -153,7 +153,8 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
     console, runs = terminal(), study.runs
     left = f", {to_go} to go" if to_go is not None else ""
     say(console, [f"sweep {study.name}: {runs} trials{left}"])
-    with build_progress(console) as progress, sweep_view(console, runs if to_go is None else to_go) as view:
+    to_come = runs if to_go is None else to_go
+    with _interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
         result = run(view, progress)
     title = f"sweep {study.name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
@@ -163,6 +164,16 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
         print(line, file=sys.stderr)
     if ending.code:
         raise typer.Exit(ending.code)
+
+
+@contextlib.contextmanager
+def _interruption_told() -> Iterator[None]:
+    """Of one that comes before there is a trial: while the base is built, or Ray starts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted before its first trial; the same command begins again", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -311,7 +322,8 @@ def confirm(
     from search.sequential import CONFIRM
 
     console = terminal(stderr=as_json)
-    with build_progress(console) as progress, sweep_view(console, 2 * (planned or CONFIRM.looks)[-1]) as view:
+    to_come = 2 * (planned or CONFIRM.looks)[-1]
+    with _interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
         cluster = given.ray_address(address, study.address)
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=cluster)
     if as_json:

@@ -273,6 +273,18 @@ def test_a_full_disk_is_told_as_such(
     assert "no space left for /data/runs/s/arms/0003.json" in err
 
 
+def test_an_interruption_before_the_first_trial_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """While Ray starts; click would end with an empty line."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.study.run_study", interrupted)
+    ended = processes.rin("sweep", "--workload", "tiny", cwd=tmp_path)
+    said = "interrupted before its first trial; the same command begins again\n"
+    assert (ended.code, ended.err) == (1, said)
+
+
 def test_a_bug_is_not_hidden(
     swept: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
