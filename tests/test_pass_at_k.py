@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import special
 
 from tests.conftest import Tiny
 from tests.test_trial import (
@@ -63,14 +64,15 @@ def test_the_mean_over_questions_is_that_of_the_questions() -> None:
 @pytest.mark.parametrize("spread", [(0.3, 0.7), (8, 8), (0.05, 0.05), (1, 30)])
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_the_interval_holds_the_truth_in_about_95_of_100(spread: tuple[float, float], k: int) -> None:
-    """Truth: over all questions there are. 60 questions in 1,000 draws."""
+    """Truth: over all questions there are. 60 questions in 1,000 draws: few, and skewed where nearly all are right."""
     rng = np.random.default_rng(k)
-    truth = float((1 - (1 - rng.beta(*spread, 2_000_000)) ** k).mean())
+    a, b = spread
+    truth = 1 - float(special.beta(a, b + k) / special.beta(a, b))
     held = 0
     for right in rng.binomial(8, rng.beta(*spread, (1000, 60))).tolist():
         at = pass_at(right, 8, k)
         held += at.low <= truth <= at.high
-    assert 0.925 <= held / 1000 <= 0.999
+    assert 0.91 <= held / 1000 <= 0.985
 
 
 @pytest.mark.parametrize("right", [[0] * 20, [8] * 20, [3] * 20, [3]])
