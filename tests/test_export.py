@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -22,7 +23,9 @@ from spaces.points import POINTS
 from spaces.reading import as_tree, merge, parse_overrides, parse_yaml, read_config
 from spaces.schedules import sigma_of
 from spaces.workloads import WORKLOADS
+from tests import processes
 from tests.conftest import ModelFolder
+from tests.written_sweeps import make_arm, study, write_sweep
 
 RICH = [  # every setting has an effect
     "model={name: /m, recipe: null, adapter: lora}",
@@ -436,3 +439,26 @@ def test_rewards_of_files_and_of_packages_are_called_in_a_trl_script() -> None:
     assert "reward_funcs=[runpy.run_path('/r.py')['f'], g, get_soft_overlong_punishment(" in script
     assert "from p.q import g" in script
     ast.parse(script)
+
+
+def test_the_command_exports_a_sweep_for_every_system_and_audits_what_it_wrote(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [200, 202], "c01": [260, 262]})
+    written = []
+    for system in SYSTEMS:
+        said = processes.rin("export", "s", "--to", system, "--store", str(tmp_path))
+        assert said.code == 0, said.err
+        assert f"for {option_names(system).origin}" in said.out
+        assert re.search(r"sigma_start[= ]0\.01\b|noise.sigma_start=0.01", said.out), said.out
+        written.append(tmp_path / f"{system}.{SUFFIX[system]}")
+        written[-1].write_text(said.out)
+    assert processes.rin("audit", *map(str, written)).code == 0  # each of them is recognised
+    refused = processes.rin("export", "s", "--to", "toml", "--store", str(tmp_path))
+    assert (refused.code, "choose one of yaml, verl, verl-upstream, trl, qerl, nemo-rl, checkpoint" in refused.err) == (
+        2,
+        True,
+    )
+
+
+SUFFIX = {"verl": "sh", "verl-upstream": "sh", "trl": "py", "qerl": "sh", "nemo-rl": "yaml"}
