@@ -579,6 +579,8 @@ ROWS = ("open_instruct", "trl", "verl")
 """Kinds of task in another trainer's format: files of rows."""
 NAMED = {"reasoning_gym": "chain_sum", "verifiers": "ENVIRONMENT"}
 """Kinds whose name goes on, reasoning_gym:gcd, and how it may."""
+CONVERSATIONS = ("open_instruct", "verifiers", "verl")
+"""Kinds whose prompts are conversations, in every row."""
 FOREIGN = ("python", "trl", "verifiers", "verl")
 """Kinds whose rewards run in a process of their own (docs/tasks.md)."""
 TAKEN_BY: dict[str, tuple[str, ...]] = {
@@ -701,7 +703,8 @@ class TrialConfig(Record):
                 f"task.digits={self.task.digits} is more than the base was trained on "
                 f"(model.recipe.digits={recipe.digits})"
             )
-        if self.task.reward and 2 * self.task.reward_timeout_seconds >= self.hang_seconds:
+        foreign = self.task.reward or self.task.kind in FOREIGN
+        if foreign and 2 * self.task.reward_timeout_seconds >= self.hang_seconds:
             raise ValueError(
                 f"task.reward_timeout_seconds={self.task.reward_timeout_seconds:g} is tried twice, and "
                 f"hang_seconds={self.hang_seconds:g} ends the trial before that; lower it, or raise hang_seconds"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from spaces.config import (
+    CONVERSATIONS,
     FOREIGN,
     TAKEN_BY,
     CollapseConfig,
@@ -225,7 +226,10 @@ USES: dict[str, Use] = {
     "task.digits": Use(holds=lambda c: c.task.name == "addition", needs="task.name=addition"),
     **{f"task.{field}": _of_kinds(kinds) for field, kinds in TAKEN_BY.items()},
     "task.prompt": _TEXT,
-    "task.chat": _TEXT,
+    "task.chat": Use(
+        holds=lambda c: c.task.name != "addition" and not (c.task.kind in CONVERSATIONS and c.task.prompt is None),
+        needs="prompts that are texts (conversations are in the chat template anyway)",
+    ),
     "task.reward_weights": _REWARDS,
     "task.reward_options": Use(
         holds=lambda c: bool(c.task.reward) or c.task.kind == "python", needs="task.reward, or task.name=python"

@@ -115,6 +115,7 @@ async def compute_score(data_source, solution_str, ground_truth, extra_info=None
 TRL_REWARD = '''"""TRL's: batched, with a column, and not for every row."""
 
 def brief(prompts, completions, solution, log_metric=None, **kwargs):
+    assert kwargs.keys() <= {"completion_ids", "trainer_state", "log_extra"}, kwargs.keys()
     said = [completion[0]["content"] for completion in completions]
     return [None if len(p[0]["content"]) % 7 == 0 else 1 - min(len(s), 20) / 20 for p, s in zip(prompts, said)]
 '''

@@ -16,6 +16,7 @@ import pytest
 from dashboards.options import trial_config
 from spaces.config import NAMED, ROWS, ConfigError, TaskConfig
 from spaces.reading import read_config
+from spaces.uses import idle
 from tests.conftest import ModelFolder
 from tests.outside import COUNT, files, open_instruct_rows, verl_rows, write
 from trainable.metrics import REWARD
@@ -342,6 +343,15 @@ def test_questions_without_a_split_are_split_by_their_hash_and_may_be_conversati
     question = task.questions["train"][0]
     assert question.messages[0] == ("system", "Add.")
     assert task.scores([Answer(question=question, text="")])[0].reward == 1.0
+
+
+def test_a_chat_template_is_not_asked_for_where_every_prompt_is_a_conversation() -> None:
+    def idle_chat(**task: Any) -> bool:
+        return "task.chat" in idle(read_config({"model": {"name": "m"}, "task": {"chat": True, **task}}))
+
+    assert idle_chat(name="verl", path="q.parquet")
+    assert not idle_chat(name="verl", path="q.parquet", prompt="{question}")
+    assert not idle_chat(name="trl", path="q.parquet", reward="a.py:f")
 
 
 def test_rows_that_were_left_out_are_told_in_the_receipt(model_folder: ModelFolder, tmp_path: Path) -> None:

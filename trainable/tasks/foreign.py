@@ -182,7 +182,7 @@ class ForeignReward:
         marks = self._ask(
             "score",
             answers,
-            rows=[_row(question) for question in rows.values()],
+            rows=[_row(question, self.convention) for question in rows.values()],
             asked=[(numbers[id(answer.question)], answer.text, answer.ids) for answer in answers],
         )
         if not isinstance(marks, list) or len(marks) != len(answers):
@@ -296,7 +296,8 @@ def metric_name(mark: str) -> str:
     return f"{plain}_mark" if f"{EVAL}{plain}" in METRICS or plain.endswith("_start") else plain
 
 
-def _row(question: Question) -> dict[str, Any]:
-    """What the user's functions see of a question."""
+def _row(question: Question, convention: Convention) -> dict[str, Any]:
+    """What the user's functions see of a question; TRL's see the columns of its row, and no others."""
     messages = [{"role": role, "content": content} for role, content in question.messages]
-    return {"prompt": messages or question.prompt, "answer": question.answer, **question.entry}
+    known = {} if convention == "trl" else {"answer": question.answer}
+    return {"prompt": messages or question.prompt, **known, **question.entry}
