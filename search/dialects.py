@@ -955,6 +955,7 @@ ROWS: dict[str, Row] = {
         qerl=anyway(()),
         nemo=anyway(()),
     ),
+    "task.correct_at": _HERE,
     "task.reward_timeout_seconds": _HERE,
     "task.reward_check": _HERE,
     "task.reward_sha256": _HERE,

@@ -505,6 +505,8 @@ class TaskConfig(Record):
     """Of several rewards, in their order; none = 1 each. Weight 0 is logged and not learned from."""
     reward_options: Options = ()
     """Keyword arguments that every reward is given besides its own, e.g. {penalty: 0.1}."""
+    correct_at: Number = Field(1.0, gt=0)
+    """Of tasks python, trl and verl: what the first reward that applies must give for an answer to be right."""
     reward_timeout_seconds: Number = Field(120.0, gt=0)
     """Longest call of the rewards (all answers of a rollout, or of an evaluation), after which their process is ended
     and asked once more."""
@@ -535,6 +537,11 @@ class TaskConfig(Record):
             raise ValueError(f"reward={', '.join(self.reward)}: name={self.name} has rewards of its own; remove it")
         if self.kind == "trl" and not self.reward:
             raise ValueError("name=trl needs a reward; set task.reward=my_rewards.py:FUNCTION")
+        if self.correct_at != 1 and self.kind not in MARKED:
+            raise ValueError(
+                f"correct_at={self.correct_at:g} has no use with name={self.name}, which tells right from wrong "
+                f"itself; remove it or choose {' or '.join(MARKED)}"
+            )
         for written in self.reward:
             source, _, function = written.rpartition(":")
             if not source or not function.isidentifier():
@@ -583,6 +590,8 @@ CONVERSATIONS = ("open_instruct", "verifiers", "verl")
 """Kinds whose prompts are conversations, in every row."""
 FOREIGN = ("python", "trl", "verifiers", "verl")
 """Kinds whose rewards run in a process of their own (docs/tasks.md)."""
+MARKED = ("python", "trl", "verl")
+"""Those of them whose answers are right by what a reward gives."""
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     "path": ("gsm8k", "python", *ROWS),
     "eval_path": ROWS,

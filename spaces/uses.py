@@ -16,6 +16,7 @@ from typing import Any, get_args
 from spaces.config import (
     CONVERSATIONS,
     FOREIGN,
+    MARKED,
     TAKEN_BY,
     CollapseConfig,
     ConfigError,
@@ -234,6 +235,7 @@ USES: dict[str, Use] = {
     "task.reward_options": Use(
         holds=lambda c: bool(c.task.reward) or c.task.kind == "python", needs="task.reward, or task.name=python"
     ),
+    "task.correct_at": Use(holds=lambda c: c.task.kind in MARKED, needs=f"task.name={' or '.join(MARKED)}"),
     "task.reward_timeout_seconds": _WORKER,
     "task.reward_check": _WORKER,
     "task.reward_sha256": _WORKER,

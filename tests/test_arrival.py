@@ -121,7 +121,7 @@ TEXTS: dict[str, Any] = {
     "task.chat_options": {"enable_thinking": False},
     "task.chat_date": "2025-01-02",
     "task.too_long": "leave_out",
-    "task.reward": ["/data/reward.py:f", "package.module:g"],
+    "task.reward": ["math:sqrt", "cmath:sqrt"],
     "task.reward_weights": [0.5, 0.25],
     "task.reward_options": {"penalty": 0.1},
     "task.reward_timeout_seconds": 7.0,
@@ -142,8 +142,8 @@ TRIALS = {
     },
     "problems": {**TEXTS, "task.name": "gsm8k", "task.path": "/data/q.jsonl", "task.options": {}},
     "rows": {
-        **{**TEXTS, "task.name": "open_instruct", "task.path": ["/data/a.parquet", "/data/b.jsonl"]},
-        **{"task.eval_path": "/data/e.jsonl", "task.options": {}},
+        **{**TEXTS, "task.name": "trl", "task.path": ["/data/a.parquet", "/data/b.jsonl"]},
+        **{"task.eval_path": "/data/e.jsonl", "task.options": {}, "task.correct_at": 0.5},
     },
     "puzzles": {**TEXTS, "task.name": "reasoning_gym:chain_sum", "task.options": {"min_terms": 3}},
 }

@@ -73,6 +73,7 @@ TOGETHER = {
     "task.eval_path": ["task={name: open_instruct, eval_path: /e.jsonl}"],
     "task.chat": ["task.chat=false"],
     "task.reward_weights": ["task.reward_weights=[0.5]"],
+    "task.correct_at": ["task={name: trl, correct_at: 0.5}"],
 }
 
 

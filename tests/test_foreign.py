@@ -513,6 +513,34 @@ def test_a_trial_does_not_begin_with_a_reward_that_breaks_its_contract_unless_it
     trial.close()
 
 
+def test_a_trial_goes_on_only_with_the_reward_it_began_with(tiny: Tiny, tmp_path: Path) -> None:
+    """Also where nobody wrote down its hash beforehand."""
+    path = written(tmp_path, EXACT)
+    config = tiny(f"task.reward={path}:f")
+    first = Trial(config)
+    state = first.state_dict()
+    first.close()
+    path.write_text(EXACT + "# changed\n")
+    again = Trial(config)
+    with pytest.raises(ConfigError, match="the file of its reward has changed"):
+        again.load_state_dict(state)
+    again.close()
+
+
+def test_from_which_mark_on_an_answer_is_right_can_be_said(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "def questions(split):\n    return [{'prompt': f'{split}{n}', 'answer': str(n)} for n in range(9)]\n"
+        "def reward(row, completion):\n    return 0.5 * (completion == row['answer'])\n",
+    )
+    half, whole = (build_task(TaskConfig(name="python", path=str(path), correct_at=at)) for at in (0.5, 1.0))  # type: ignore[arg-type]
+    for task, right in ((half, True), (whole, False)):
+        assert isinstance(task.foreign, ForeignReward)
+        opened.append(task.foreign)
+        question = task.held_out("selection", 1)[0]
+        assert task.scores([Answer(question=question, text=question.answer)])[0].correct is right
+
+
 # --- in a sweep -------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,7 @@ ELSEWHERE = {
         "task.chat_options",
         "task.chat_date",
         "task.too_long",
+        "task.correct_at",
         *(f"task.{name}" for name in TaskConfig.model_fields if name.startswith("reward")),  # test_foreign.py
     ),
     *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens", "grpo.micro_batch_size"),
@@ -142,7 +143,7 @@ UNWRITABLE = [
         "task.eval_path=x.jsonl",
         "task.options={a: 1}",
     ),
-    "task.reward_weights=[0.5]",
+    *("task.reward_weights=[0.5]", "task.correct_at=0.5"),
     *("task.prompt=x", "task.chat=true", "task.chat_options={a: 1}", "task.chat_date=2025-01-02", "eval.draw=another"),
 ]
 W16A16 = ("quant.weights=none", "quant.activations=none")

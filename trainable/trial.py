@@ -236,11 +236,22 @@ class Trial:
                 for index, values in self.optimizer.state_dict()["state"].items()
                 for key, value in values.items()
             },
-            "progress": {"so_far": asdict(self.so_far), "detector": copy.deepcopy(self.detector.state())},
+            "progress": {
+                "so_far": asdict(self.so_far),
+                "detector": copy.deepcopy(self.detector.state()),
+                "reward": list(self.config.task.reward_sha256),
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken from a trial of the same configuration."""
+        """Continue where `state_dict` was taken from a trial of the same configuration. Raises ConfigError where the
+        user's reward has changed since."""
+        reward = list(self.config.task.reward_sha256)
+        if (was := state["progress"].get("reward", [])) != reward:
+            raise ConfigError(
+                f"task.name={self.config.task.name}: the file of its reward has changed (sha256 {reward}, and {was} "
+                "when this trial began); put it back, or begin anew"
+            )
         with torch.no_grad():
             for name, parameter in self.policy.trainable().items():
                 parameter.copy_(state["model"][name])

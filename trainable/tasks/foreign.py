@@ -39,6 +39,7 @@ Convention = Literal["verl", "trl", "verifiers", "python"]
 
 _LONGEST_REPLY = 1 << 28
 _LOOK_SECONDS = 0.1
+_ROUNDING = 1e-9
 _START_SECONDS = 120.0
 """Longest time to load the user's code, which may import much."""
 _KEPT_OUTPUT = 2000
@@ -174,6 +175,11 @@ class ForeignReward:
     def weights(self) -> dict[str, float]:
         weights = self.config.reward_weights or (1.0,) * len(self.functions)
         return dict(zip(map(metric_name, self.names), weights, strict=True))
+
+    @property
+    def judges(self) -> dict[str, float]:
+        """In their order: the first that applies to an answer decides."""
+        return dict.fromkeys(map(metric_name, self.names), self.config.correct_at - _ROUNDING)
 
     def __call__(self, answers: Sequence[Answer]) -> list[dict[str, float | None]]:
         """Raises ConfigError for what the user's code gets wrong, TrialFailed when its process died twice."""

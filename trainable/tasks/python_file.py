@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spaces.config import ConfigError, TaskConfig
-from trainable.tasks.foreign import ForeignReward, metric_name
+from trainable.tasks.foreign import ForeignReward
 from trainable.tasks.python_questions import NEEDS
 from trainable.tasks.rows import Row, three_sets
-from trainable.tasks.task import RIGHT, FiniteTask, Question, Split, Task, template_of
+from trainable.tasks.task import FiniteTask, Question, Split, Task, template_of
 
 
 def build_python(config: TaskConfig) -> Task:
@@ -55,7 +55,7 @@ def build_python(config: TaskConfig) -> Task:
         name=config.name,
         reward=reward,
         weights=reward.weights,
-        judges=dict.fromkeys(map(metric_name, reward.names), RIGHT),
+        judges=reward.judges,
         foreign=reward,
         questions=sets.questions,
         warnings=sets.warnings,

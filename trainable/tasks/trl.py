@@ -7,9 +7,9 @@ no place here.
 """
 
 from spaces.config import TaskConfig
-from trainable.tasks.foreign import ForeignReward, metric_name
+from trainable.tasks.foreign import ForeignReward
 from trainable.tasks.rows import Row, SameKind, read_sets, three_sets
-from trainable.tasks.task import RIGHT, FiniteTask, Question, Task, template_of
+from trainable.tasks.task import FiniteTask, Question, Task, template_of
 
 NEEDS = "a row of task.name=trl has prompt (text, or messages), and columns for its reward functions"
 ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
@@ -38,7 +38,7 @@ def build_trl(config: TaskConfig) -> Task:
         name=config.name,
         reward=reward,
         weights=reward.weights,
-        judges=dict.fromkeys(map(metric_name, reward.names), RIGHT),
+        judges=reward.judges,
         foreign=reward,
         questions=sets.questions,
         warnings=sets.warnings,

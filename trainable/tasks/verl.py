@@ -10,7 +10,7 @@ functions that tell none, where the score is. Images, videos and tools have no p
 from importlib.util import find_spec
 
 from spaces.config import ConfigError, TaskConfig
-from trainable.tasks.foreign import ForeignReward, metric_name
+from trainable.tasks.foreign import ForeignReward
 from trainable.tasks.rows import Row, SameKind, read_sets, three_sets
 from trainable.tasks.task import RIGHT, FiniteTask, Question, Task
 from trainable.tasks.verl_scores import SOURCES, gsm8k, scorer_of
@@ -47,7 +47,7 @@ def build_verl(config: TaskConfig) -> Task:
         name=config.name,
         reward=reward,
         weights=reward.weights,
-        judges=dict.fromkeys(["acc", *map(metric_name, reward.names)], RIGHT),
+        judges={"acc": RIGHT, **reward.judges},
         foreign=reward,
         questions=sets.questions,
         warnings=sets.warnings,
