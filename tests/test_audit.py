@@ -273,6 +273,16 @@ def test_what_the_shell_alone_knows_is_unknown_and_no_rule_looks_at_it(tmp_path:
     assert "one-stage" not in {one.rule for one in audit([str(script)])}
 
 
+def test_what_is_merged_into_a_mapping_is_given_there(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "base: &b\n  sigma_start: 0.1\ntrainer:\n  noise_injection:\n    <<: *b\n    enabled: true\n    num_stages: 1\n"
+    )
+    (run,) = read_runs(str(config))
+    assert run.settings[f"{N}.sigma_start"].value == 0.1
+    assert run.settings[f"{N}.num_stages"].line == 7
+
+
 def test_each_launch_of_a_script_is_a_run_of_its_own(tmp_path: Path) -> None:
     script = tmp_path / "two.sh"
     script.write_text(f"{fork('data.seed=1')}\n{fork('data.seed=2', *ON)}\n")
@@ -298,6 +308,7 @@ def test_what_a_file_says_is_meant_is_no_finding(tmp_path: Path) -> None:
         ("best.yaml", b"noise: {sigma_start: 0.1}\ngrpo: {steps: 3}\nquant: {}", "a trial of this program"),
         ("broken.py", b"GRPOConfig(", "no Python of this version"),
         ("broken.yaml", b"a: [1", "no YAML or JSON"),
+        ("deep.yaml", b"trainer:\n" + b"".join(b" " * n + b"a:\n" for n in range(1, 900)), "nested too deeply"),
         ("list.json", b"[1, 2]", "nothing of verl"),
     ],
 )

@@ -62,8 +62,10 @@ def read_runs(path: str) -> tuple[Run, ...]:
             runs = tuple(_of_tree(path, text))
         else:
             runs = tuple(_of_shell(path, text))
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply to be a configuration of these trainers") from None
     except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: no Python of this version: {error.msg}") from None
+        raise ConfigError(f"{path}:{error.lineno or 1}: no Python of this version: {error.msg}") from None
     except YAMLError as error:
         raise ConfigError(f"{path}: no YAML or JSON: {' '.join(str(error).split())[:200]}") from None
     if not runs and suffix == ".py" and "GRPOConfig" in text:
@@ -245,7 +247,9 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[Setting]:
         else:
             plain = UNKNOWN if isinstance(value, str) and "${" in value else value
             items = list(plain) if isinstance(plain, list) else plain
-            yield Setting(key=f"{prefix}{key}", value=items, line=tree.lc.key(key)[0] + 1)
+            own = tree.lc.data or {}  # what another mapping was merged into has no place of its own
+            line = (own[key][0] if key in own else tree.lc.line) + 1
+            yield Setting(key=f"{prefix}{key}", value=items, line=line, added=True)
 
 
 # --- Python -----------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def _unknown(run: Run) -> Iterator[Hit]:
             values={
                 "key": key,
                 "origin": names.origin,
-                "so": "nothing reads it" if setting.added or run.system == "nemo-rl" else "the run does not start",
+                "so": "nothing reads it" if setting.added and "." in key else "the run does not start",
                 "meant": f"did you mean {nearest}? " if nearest else "",
             },
         )
