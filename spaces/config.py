@@ -707,6 +707,12 @@ class TrialConfig(Record):
             raise ValueError(
                 f"the embedded model only knows sums, but task.name={self.task.name}; choose another model.name"
             )
+        absent = [kind for kind in self.noise.modules if kind in ("qk_norm", "post_norm")]
+        if recipe is not None and absent and self.noise.sigma_start > 0:
+            raise ValueError(
+                f"noise.modules={absent[0]}: the embedded model has RMSNorms in front of attention and MLP alone; "
+                "set it to rmsnorm or linear, or choose another model.name"
+            )
         if recipe is not None and self.task.digits > recipe.digits:
             raise ValueError(
                 f"task.digits={self.task.digits} is more than the base was trained on "

@@ -358,6 +358,8 @@ REFUSED: list[tuple[list[str], list[str]]] = [
         ["noise", "final_norm=true", "a kind of norm", "['linear']", "set final_norm=false"],
     ),
     (["noise.placement=after"], ["noise", "placement=after", "add linear", "set placement=before"]),
+    (["noise.modules=[linear, qk_norm]"], ["noise.modules=qk_norm", "embedded", "set it to rmsnorm or linear"]),
+    (["noise.modules=post_norm"], ["noise.modules=post_norm", "embedded", "choose another model.name"]),
     (["noise.scale=step"], ["noise", "scale=step", "['rmsnorm']", "set scale=rms"]),
     (
         ["noise.scale=step", "noise.modules=linear", "quant.weights=none"],
