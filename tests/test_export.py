@@ -3,13 +3,13 @@
 import ast
 import importlib
 import inspect
+import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -276,6 +276,10 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("verl-upstream", "eval.every=0", {"trainer.test_freq": 29}),  # at the end, which happens here in any case
         ("verl", "eval.every=7", {"trainer.test_freq": -1, "trainer.save_freq": 7}),  # its validation is noisy
         ("verl", "noise.sigma_start=0", {"trainer.test_freq": 15, "trainer.save_freq": 15}),  # to be evaluated alike
+        (
+            *("verl", "task={name: verl, path: /t.parquet, reward: '/r.py:f', chat: false}"),
+            {"data.train_files": ("/t.parquet",), "custom_reward_function.path": "/r.py"},
+        ),
         ("verl", "seed=3", {"data.seed": 3, f"{ACTOR}.data_loader_seed": 3}),
         ("qerl", "seed=3", {"mask_truncated_completions": False}),  # its default is another method
         ("nemo-rl", "seed=3", {"grpo.use_leave_one_out_baseline": False}),
@@ -379,18 +383,17 @@ def test_the_trl_script_runs_as_it_is_written(
     trl: Any, model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters, an overlong penalty and two updates per rollout; the receipt is that of the candidate's settings."""
-    from datasets import Dataset
-
+    rows, reward = tmp_path / "rows.jsonl", tmp_path / "rewards.py"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{i}+2="}) for i in range(9)))
+    reward.write_text("def ones(completions, **_):\n    return [float(text.count('1')) for text in completions]\n")
     config = configured(
+        f"task={{name: trl, path: {rows}, reward: '{reward}:ones', chat: false}}",
         f"model.name={model_folder(layers=2)}",
         "model.lora_rank=4",
         "noise={num_stages: 2, sigma_start: 0.05}",
         "grpo={steps: 2, prompts: 4, group_size: 4, updates_per_step: 2, epochs: 1}",
         "rollout={backend: torch, engine: inside, correction: none, max_new_tokens: 6}",
     )
-    rows = Dataset.from_list([{"prompt": f"{i}+2="} for i in range(9)])
-    reward = lambda completions, **_: [float(text.count("1")) for text in completions]  # noqa: E731
-    monkeypatch.setitem(sys.modules, "my_task", cast(Any, SimpleNamespace(reward=reward, train_dataset=rows)))
     monkeypatch.chdir(tmp_path)
     done: dict[str, Any] = {"__name__": "script"}
     exec(compile(to_trl(config), "script", "exec"), done)
