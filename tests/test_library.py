@@ -4,6 +4,7 @@ itself without the callback, and with its own weights."""
 import gc
 import importlib
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +23,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, dump_yaml
 from tests.conftest import ModelFolder
 from tests.test_zoo import network_of
+from trainable.engines.engine import NAME, arithmetic_of
 from trainable.inside_trl import Trl
 from trainable.library import (
     RECEIPT_FILE,
@@ -28,12 +31,13 @@ from trainable.library import (
     NoiseConfig,
     QuantConfig,
     RinCallback,
+    for_vllm,
     quantize,
     settings,
 )
 from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE, SIGMA
 from trainable.noise import noised_weight, target_sigma
-from trainable.quantization import fake_quantize
+from trainable.quantization import Arithmetic, QuantLinear, fake_quantize
 from trainable.trial import Trial
 
 pytestmark = pytest.mark.slow  # TRL takes seconds to import
@@ -545,6 +549,9 @@ class Engine:
     def named_parameters(self) -> Any:
         return self.network.named_parameters()
 
+    def modules(self) -> Any:
+        return self.network.modules()
+
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], **_: Any) -> Any:
         """Prompts of one length; nothing ends before the limit."""
@@ -648,6 +655,42 @@ def test_vllm_that_computes_something_else_with_what_it_was_given_is_an_error(co
         trainer.train()
 
 
+def test_vllm_with_our_layers_computes_inputs_as_training_does(colocated: Script) -> None:
+    """They say what they are by `rin_parts`, as in `engines/vllm.py`."""
+    trainer = colocated(W4A4, max_steps=4)
+    engine = trainer.vllm_generation.engine
+    quantize(engine.network, W4A4)
+    layers = [module for module in engine.network.modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        layer.rin_parts = [layer]  # type: ignore[assignment]
+    layers[3].rin_parts = [SimpleNamespace(name=layers[3].name, arithmetic=Arithmetic(scale_rule="even"))]  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=re.escape(f"would not do to the inputs of {layers[3].name}")):
+        RinCallback(NOISE).attach(trainer)
+    layers[3].rin_parts = [layers[3]]  # type: ignore[assignment]
+    RinCallback(NoiseConfig(sigma_start=0.05, num_stages=2), CollapseConfig(mode="monitor")).attach(trainer)
+    trainer.train()
+    gaps = [entry[GAP] for entry in trainer.state.log_history if GAP in entry]
+    assert max(gaps[:2]) < 1e-4 < 1e-2 < min(gaps[2:])
+
+
+def test_a_folder_for_vllm_names_our_method_and_layers_and_is_where_trl_begins(
+    model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    folder = model_folder(layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="was not quantised"):
+        for_vllm(model, AutoTokenizer.from_pretrained(folder), tmp_path)
+    quantized = quantize(model, W4A4).quantized
+    for_vllm(model, AutoTokenizer.from_pretrained(folder), tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (told["quant_method"], told["synced"], model.name_or_path) == (NAME, True, str(tmp_path))
+    assert {name for name, how in arithmetic_of(told).items() if how == Arithmetic()} == set(quantized)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters() if name in stored)
+    assert {f"{name}.weight" for name in quantized} < set(stored)
+
+
 def test_vllm_that_holds_fewer_bits_than_the_model_is_refused(colocated: Script) -> None:
     """It turns fp32 into bfloat16 by itself, in which a gain near 1 does not move at sigma 0.0005."""
     trainer = colocated(W4A16)
@@ -658,7 +701,7 @@ def test_vllm_that_holds_fewer_bits_than_the_model_is_refused(colocated: Script)
 
 @pytest.mark.parametrize(
     ("quant", "said"),
-    [(W4A4, "set activations=none"), (QuantConfig(activations="none", hadamard=True), "hadamard=false")],
+    [(W4A4, "call for_vllm"), (QuantConfig(activations="none", hadamard=True), "hadamard=false")],
 )
 def test_vllm_is_refused_where_it_would_compute_inputs_otherwise(colocated: Script, quant: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -28,9 +28,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spaces.config import ConfigError
+from trainable.floor import cached_logps
+from trainable.forward.logps import Batch
 from trainable.forward.transformer import left_padded
 from trainable.policy.policy import Policy, bare_name
-from trainable.quantization import AS_IT_IS
+from trainable.quantization import AS_IT_IS, Arithmetic
 
 _TRAINER = "GRPOTrainer"
 _SEAMS = (
@@ -119,7 +121,13 @@ class Trl:
         ours = {bare_name(name): parameter.dtype for name, parameter in policy.network.named_parameters()}
         other = [(name, t.dtype, ours[name]) for name, t in self.held().items() if ours.get(name, t.dtype) != t.dtype]
         name, theirs, wide = other[0] if other else ("", None, None)
-        turned = [name for name in policy.quantized if policy.linears[name].arithmetic.input != AS_IT_IS]
+        theirs_too = self.engine_layers()
+        turned = [
+            name
+            for name in policy.quantized
+            if policy.linears[name].arithmetic.input != AS_IT_IS
+            and theirs_too.get(name) != policy.linears[name].arithmetic
+        ]
         biased = any(any(getattr(module, "lora_bias", {}).values()) for module in policy.model.modules())
         for holds, what, remedy in (
             (
@@ -130,7 +138,8 @@ class Trl:
             (
                 bool(turned),
                 f"vLLM would not do to the inputs of {turned[0] if turned else ''} what training does to them",
-                "set activations=none and hadamard=false in QuantConfig (W4A16), or use_vllm=False",
+                "call for_vllm(model, tokenizer, FOLDER) behind quantize, or set activations=none and hadamard=false "
+                "in QuantConfig (W4A16), or use_vllm=False",
             ),
             (
                 bool(policy.rearranged),
@@ -212,6 +221,26 @@ class Trl:
         rows = said if said is not None else [[1] * len(completion) for completion in completions]
         return Sampled(completions=completions, prompts=prompts, mask=right_padded(rows, 0, device)[0].float())
 
+    @torch.no_grad()
+    def cached_logps(self, policy: Policy, sampled: Sampled) -> Tensor:
+        """Those of `logps`, a token at a time: how far the policy is from itself. Inside `deployed`."""
+        trainer = self.trainer
+        pad, device = trainer.processing_class.pad_token_id, trainer.accelerator.device
+        prompt_ids, prompt_mask = left_padded(sampled.prompts, pad, device)
+        completion_ids, said = right_padded(sampled.completions, pad, device)
+        zeros = torch.zeros_like(sampled.mask)
+        batch = Batch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            mask=said.float(),
+            rollout_logps=zeros,
+            advantages=zeros[:, 0],
+            old_logps=zeros,
+        )
+        with _without_dropout(trainer.model):
+            return cached_logps(policy, batch, trainer.temperature, trainer.args.per_device_train_batch_size)
+
     def engine_logps(self, output: tuple[Any, ...], sampled: Sampled) -> Tensor | None:
         """Those that an engine sampled with, [N, T], NaN where it had none; None where they are not of the whole
         distribution."""
@@ -263,10 +292,15 @@ class Trl:
 
     def held(self) -> dict[str, Tensor]:
         """What a colocated engine computes with, under its own names: many of a model's, but not those it has fused."""
-        if not self.trainer.use_vllm:
-            return {}
-        engine = self.trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        return dict(engine.named_parameters())
+        return dict(self._engine().named_parameters()) if self.trainer.use_vllm else {}
+
+    def engine_layers(self) -> dict[str, Arithmetic]:
+        """How it computes its linear layers, where they are ours (`engines/vllm.py`)."""
+        parts = [part for module in self._engine().modules() for part in getattr(module, "rin_parts", ())]
+        return {part.name: part.arithmetic for part in parts}
+
+    def _engine(self) -> Any:
+        return self.trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
 
 
 def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ Other than in a trial: TRL's forward is transformers' own; the baseline of the c
 costs up to two more forward passes, which tell how far the noise takes it from the clean policy; with collapse mode
 `off` it does not.
 
-Left out, and refused in words: weights in pieces (FSDP, DeepSpeed), vLLM in 4-bit activations (its kernels are not
-ours) or as a server, a quantised head (TRL multiplies with its weight itself), continuous batching, Liger kernels.
+A colocated vLLM computes with our layers when it begins from a folder that `for_vllm` wrote; without one it is fit for
+weights in few bits alone. Left out, and refused in words: weights in pieces (FSDP, DeepSpeed), vLLM as a server, a
+quantised head (TRL multiplies with its weight itself), continuous batching, Liger kernels.
 """
 
 import json
@@ -51,6 +52,8 @@ from spaces.config import QuantConfig as QuantConfig
 from spaces.reading import as_tree, load_yaml, read_config
 from trainable.collapse import CollapseDetector, not_finite
 from trainable.disk.folder import Folder
+from trainable.engines.engine import NAME, quantization_tree
+from trainable.engines.gate import FLOOR_FACTOR
 from trainable.forward.logps import importance_weights
 from trainable.inside_trl import Sampled, Trl
 from trainable.layers.experts import Experts
@@ -62,7 +65,7 @@ from trainable.parity import LIMIT, NARROW_LIMIT
 from trainable.policy.anatomy import text_model
 from trainable.policy.loading import in_place, see_as_their_layers
 from trainable.policy.policy import Policy, bare_name, deployed, unquantized
-from trainable.quantization import QuantLinear
+from trainable.quantization import AS_IT_IS, QuantLinear
 from trainable.receipt import receipt_of
 from trainable.seeds import generator
 from trainable.signals import NAMES, distinct_share, mean
@@ -141,6 +144,25 @@ def quantize(model: Any, quant: QuantConfig) -> EffectReceipt:
     return held.receipt()
 
 
+def for_vllm(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Writes a quantised model where TRL's colocated vLLM then starts from, with our layers in it: it quantises inputs
+    as training does (`engines/vllm.py`), and takes weights on a CPU too, where its own layers take none.
+
+    Behind `quantize`, before GRPOTrainer. Raises ConfigError for a model that was not quantised.
+    """
+    held: Quantized | None = getattr(model, _HOLDS, None)
+    if held is None:
+        raise ConfigError("for_vllm: the model was not quantised; call quantize(model, QuantConfig(...)) first")
+    place = Path(folder)
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    told = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    layers = quantization_tree(held.policy.linears, synced=True)
+    told["quantization_config"] = {"quant_method": NAME, **layers}
+    (place / "config.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    model.name_or_path = str(place)  # where TRL lets vLLM begin
+
+
 @torch.no_grad()
 def _logps(model: Any, ids: Tensor) -> Tensor:
     """Of every next token, [rows, tokens, vocabulary], without dropout."""
@@ -183,6 +205,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._begun = (0, 0)
         self._reached = self._aside = False
         self._sampled: Sampled | None = None
+        self._limit: float | None = None
+        """How far an engine's log-probs may be from ours, on average."""
 
     def attach(self, trainer: Any) -> "RinCallback":
         """Wrap the trainer's generation (`inside_trl.py` says what) and join its callbacks.
@@ -307,8 +331,9 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if self.collapse.mode != "off":
                 logps, entropies = trl.logps(sampled)
                 engine = trl.engine_logps(output, sampled)
-                logps = logps if engine is None else _agreed(engine, logps, sampled.mask)
                 sampled = replace(sampled, logps=logps, entropies=entropies)
+                if engine is not None:
+                    sampled = replace(sampled, logps=self._agreed(trl, engine, logps, sampled))
         self.rollouts += not self._aside
         self._sampled = sampled
         return output
@@ -359,6 +384,26 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 if theirs.shape == ours.shape and not torch.equal(ours.to(theirs), theirs):
                     raise ConfigError(f"RinCallback: vLLM was given {name} and holds other values; set use_vllm=False")
         self._reached = True
+
+    def _agreed(self, trl: Trl, engine: Tensor, ours: Tensor, sampled: Sampled) -> Tensor:
+        """Log-probs [N, T] that vLLM sampled with; ours, by the weights that it was given, where it tells none.
+
+        Raises ConfigError where the two are apart: it computes something else than what it was given. With inputs in
+        few bits roundings flip, and a policy is as far from itself: that is measured in the first rollout.
+        """
+        if self._limit is None:
+            self._limit = NARROW_LIMIT
+            if any(arithmetic.input != AS_IT_IS for arithmetic in self.policy.arithmetic):
+                itself = (trl.cached_logps(self.policy, sampled) - ours)[sampled.mask > 0].abs().mean().item()
+                self._limit = max(NARROW_LIMIT, FLOOR_FACTOR * itself)
+        told = (sampled.mask > 0) & engine.isfinite()
+        apart = (engine - ours)[told].abs().mean().item() if told.any() else 0.0
+        if not apart <= self._limit:
+            raise ConfigError(
+                f"RinCallback: vLLM's log-probs are {apart:.2g} nats per token from those of the weights it was given "
+                f"(allowed {self._limit:.2g}), so it computes with others, or otherwise; set use_vllm=False"
+            )
+        return engine.where(told, ours)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -534,20 +579,6 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             },
         }
         self.folder.write(RECEIPT_FILE, json.dumps(tree, indent=1))
-
-
-def _agreed(engine: Tensor, ours: Tensor, mask: Tensor) -> Tensor:
-    """Log-probs [N, T] that vLLM sampled with; ours, by the weights that it was given, where it tells none.
-
-    Raises ConfigError where the two are apart: it computes something else than what it was given."""
-    told = (mask > 0) & engine.isfinite()
-    apart = (engine - ours)[told].abs().mean().item() if told.any() else 0.0
-    if not apart <= NARROW_LIMIT:
-        raise ConfigError(
-            f"RinCallback: vLLM's log-probs are {apart:.2g} nats per token from those of the weights it was given "
-            f"(allowed {NARROW_LIMIT:g}), so it computes with others, or otherwise; set use_vllm=False"
-        )
-    return engine.where(told, ours)
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -23,6 +23,8 @@ from trainable.hashing import stable_hash
 from trainable.policy.policy import Policy, bare_name
 from trainable.quantization import Arithmetic, QuantLinear
 
+NAME = "rin"
+"""Of our quantisation method, as vLLM knows it."""
 CONFIG_FILE = "rin_quantization.json"
 """How each linear layer computes, beside a model's config.json; what `rin export --to checkpoint` writes and our vLLM
 method reads."""

@@ -43,11 +43,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from trainable.engines.engine import CONFIG_FILE, EngineSettings, Request, arithmetic_of, digest
+from trainable.engines.engine import CONFIG_FILE, NAME, EngineSettings, Request, arithmetic_of, digest
 from trainable.episode import Completion
 from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic
 
-NAME = "rin"
 _GIB = 1 << 30
 _MOST_BATCHED_TOKENS = 8192
 
