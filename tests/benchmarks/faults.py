@@ -615,7 +615,8 @@ def write_rows(rows: Mapping[str, Tally]) -> None:
     if not all(tally.counted for tally in rows.values()):
         text += [
             "",
-            "*earlier*: before MLflow became a place that is only written to; tests run the same strikes since.",
+            "*earlier*: before MLflow became a place that is only written to, and whether or not work was under way;",
+            "tests run these strikes since.",
         ]
     (DOCS / "faults.md").write_text("\n".join(text) + "\n")
 
