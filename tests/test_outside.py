@@ -138,6 +138,22 @@ def test_rows_without_a_reward_are_marked_by_their_source(build: Build, tmp_path
     ]
 
 
+@pytest.mark.slow
+def test_mathematics_are_the_same_where_math_verify_says_so(build: Build, tmp_path: Path) -> None:
+    from math_verify import parse, verify
+
+    rows = verl_rows()
+    for number, row in enumerate(rows):
+        truth = f"\\frac{{{number + 1}}}{{4}}" if number % 3 else str(number)
+        row |= {"data_source": "HuggingFaceH4/MATH-500", "reward_model": {"ground_truth": truth}}
+    task = build(name="verl", path=write(tmp_path / "math.parquet", rows))
+    answers = completions(task)
+    scores = task.scores(answers)
+    assert different(scores)
+    for answer, score in zip(answers, scores, strict=True):
+        assert score.correct == verify(parse(f"${answer.question.answer}$"), parse(answer.text)), answer.text
+
+
 def changed(**columns: Any) -> list[dict[str, Any]]:
     rows = verl_rows()
     rows[3] |= columns

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,25 @@ def test_a_data_set_that_cannot_be_fetched_is_told_in_one_line(monkeypatch: pyte
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ConfigError, match=r"task\.path=hub:a/b: cannot be had \(ConnectionError: no network\); give f"):
         sets("hub:a/b")
+
+
+def test_a_data_set_that_breaks_off_or_is_damaged_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def broken() -> Iterator[dict[str, str]]:
+        yield from ROWS[:5]
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: {"train": broken()})
+    with pytest.raises(ConfigError, match=r"task\.path=hub:a/b train: cannot be had \(ConnectionError: reset\); give"):
+        sets("hub:a/b")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for file in (tmp_path / "saved").glob("*.arrow"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"task\.path=.*saved: cannot be had \(FileNotFoundError: .*\); give files"):
+        sets(str(tmp_path / "saved"))
 
 
 def test_names_say_what_is_for_judging_and_nothing_of_it_is_trained_on(tmp_path: Path) -> None:

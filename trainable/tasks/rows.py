@@ -152,11 +152,11 @@ def _open(path: str, key: str) -> Iterator[tuple[Split | None, str, _Rows]]:
     """The files or sets of one place: what they are for, their names, and their rows."""
     place = Path(path)
     if path.startswith(HUB) or any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        data = _from_hub(path, key) if path.startswith(HUB) else _datasets(key).load_from_disk(path)
+        data = _data_set(path, key)
         named = data if isinstance(data, Mapping) else {"train": data}
         for name, rows in named.items():
             shown = f"{path} {name}" if named is data else path
-            yield _set_of(str(name), shown, key) if len(named) > 1 else None, shown, _of_datasets(rows, shown)
+            yield _set_of(str(name), shown, key) if len(named) > 1 else None, shown, _of_datasets(rows, shown, key)
         return
     files = [place]
     if place.is_dir():
@@ -249,17 +249,33 @@ def _datasets(key: str) -> Any:
     return datasets
 
 
-def _from_hub(path: str, key: str) -> Any:
+def _data_set(path: str, key: str) -> Any:
+    """From the hub or a folder, row by row."""
+    datasets = _datasets(key)
     name, _, config = path.removeprefix(HUB).partition(":")
     try:
-        return _datasets(key).load_dataset(name, config or None, streaming=True)
-    except (OSError, ValueError) as error:  # no network, no such data set, a configuration that must be chosen
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise ConfigError(f"{key}={path}: cannot be had ({reason}); give files in its place") from None
+        if path.startswith(HUB):
+            return datasets.load_dataset(name, config or None, streaming=True)
+        return datasets.load_from_disk(path)
+    except _UNAVAILABLE as error:
+        raise _unavailable(path, key, error) from None
 
 
-def _of_datasets(rows: Iterable[Any], shown: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((f"{shown} row {number}", values) for number, values in enumerate(rows))
+def _of_datasets(rows: Iterable[Any], shown: str, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        for number, values in enumerate(rows):
+            yield f"{shown} row {number}", values
+    except _UNAVAILABLE as error:
+        raise _unavailable(shown, key, error) from None
+
+
+_UNAVAILABLE = (OSError, ValueError)
+"""No network, no such data set, a configuration that must be chosen, files that are not what they should be."""
+
+
+def _unavailable(path: str, key: str, error: Exception) -> ConfigError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return ConfigError(f"{key}={path}: cannot be had ({reason}); give files in its place")
 
 
 # --- three sets -------------------------------------------------------------------------------------------------------
