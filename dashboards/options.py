@@ -82,11 +82,15 @@ class SweepOptions:
     workload: Annotated[
         str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")
     ] = "embedded"
+    runs: Annotated[
+        int | None,
+        typer.Option(min=2, help="Trials in all: new configurations first, then replicates where they matter."),
+    ] = None
     trials: Annotated[
         int | None,
         typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need."),
     ] = None
-    replicates: Annotated[int, typer.Option(min=1, help="Runs per configuration, with paired seeds.")] = 1
+    replicates: Annotated[int | None, typer.Option(min=1, help="Runs per configuration, with paired seeds. [1]")] = None
     concurrent: Concurrent = None
     seed: Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")] = 0
     overrides: Overrides = None
@@ -201,6 +205,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
     from search.store import (
+        MOST,
         ObjectiveName,
         SearcherName,
         StudyConfig,
@@ -233,6 +238,12 @@ def study_config(options: SweepOptions) -> "StudyConfig":
 
     for point in _names(options.points):
         read_point(point)
+    for option, given in (("--trials", options.trials), ("--replicates", options.replicates)):
+        if options.runs is not None and given is not None:
+            raise ConfigError(
+                f"{option} {given}: with --runs {options.runs} the sweep decides how many configurations and how many "
+                "replicates there are; leave one of the two out"
+            )
     _known("--searcher", options.searcher, get_args(SearcherName))
     for objective in options.objectives or []:
         if not k_of(objective):
@@ -250,7 +261,9 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         "settings": settings,
         "points": _names(options.points),
         "evidence": _names(options.evidence),
-        "trials": options.trials or 1000,
+        "trials": options.trials or options.runs or 1000,
+        "replicates": options.replicates or (1 if options.runs is None else MOST),
+        "total": options.runs,
         "objectives": tuple(dict.fromkeys(options.objectives or ["accuracy"])),
         "budget_hours": options.budget,
         "store": store,
@@ -259,13 +272,13 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     }
     study = StudyConfig(**same | changed)
     arms = fixed_arms(study)  # a setting that the sweep would not take is told here
-    return study.model_copy(update={"trials": options.trials or (len(arms) if options.points else 8)})
+    return study.model_copy(update={"trials": options.trials or options.runs or (len(arms) if options.points else 8)})
 
 
 def refuse_with_ablate(options: SweepOptions) -> None:
     """An ablation's arms come from its sweep alone. Raises ConfigError."""
     plain = SweepOptions()
-    for option in ("space", "workload", "trials", "overrides", "points", "evidence", "warm_start"):
+    for option in ("space", "workload", "runs", "trials", "overrides", "points", "evidence", "warm_start"):
         if getattr(options, option) != getattr(plain, option):
             flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
             raise ConfigError(

@@ -186,9 +186,15 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             )
             lines.append(f"        {dimension.key:22s} {values}{condition}")
     last = study.seed_of(study.replicates - 1)
+    counted = f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates"
+    if study.total is not None:
+        first = len(plan.arms) + plan.searched
+        counted = (
+            f"runs: {study.runs}: {first} configurations once, then replicates where they matter, "
+            f"up to {study.replicates} of an arm"
+        )
     lines += [
-        f"runs: {study.runs} = {study.trials} configurations x {study.replicates} replicates "
-        f"(seeds {study.seed} to {last}), arm by arm",
+        f"{counted} (seeds {study.seed} to {last}){', arm by arm' if study.total is None else ''}",
         f"each: {config.grpo.steps} steps of {config.grpo.prompts} x {config.grpo.group_size} completions, "
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
         *_samples(plan),
@@ -201,7 +207,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
             f"smallest difference of one arm that is seen with 80 % power: {100 * plan.detectable:.1f} points "
             f"(seed to seed {100 * plan.difference_sd:.1f}, {plan.sd_source})"
         )
-    elif plan.difference_sd is None:
+    elif plan.difference_sd is None and study.total is None:
         lines.append(
             "how much differences vary from seed to seed is not known yet: "
             "what it can decide will show after 3 replicates"

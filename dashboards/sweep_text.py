@@ -57,7 +57,7 @@ def _candidate_lines(result: StudyResult, where: str, folder: str) -> Iterator[s
     objectives, name, place = result.config.objectives, result.config.name, result.config.folder.local
     if len(objectives) > 1:
         treated = [arm for arm in result.arms if arm.origin != "control" and not is_negative(arm)]
-        front = pareto_front(treated, objectives, result.config.replicates)
+        front = pareto_front(treated, objectives, result.config.each)
         yield f"Pareto front of {', '.join(objectives)}: {', '.join(arm.name for arm in front) or 'empty'}"
     if place is not None:
         yield f"  rin trial --config {place / BEST_FILE}   # repeat it"

@@ -53,6 +53,8 @@ class Arm:
     """Dimension name -> drawn value, labels for choices; empty for fixed arms."""
     results: dict[int, Outcome] = field(default_factory=dict)
     """Replicate -> how it ended; one without an entry has not."""
+    planned: int = 1
+    """Replicates that were decided on so far, of a sweep that decides run by run; the others give each arm the same."""
     failed: set[int] = field(default_factory=set)
     """Replicates that this run of the sweep has given up; the next run tries them again."""
 
@@ -69,11 +71,18 @@ def trial_config(study: StudyConfig, arm: Arm, replicate: int) -> TrialConfig:
     return arm.config.model_copy(update={"seed": study.seed_of(replicate)})
 
 
+def planned(study: StudyConfig, arm: Arm) -> range:
+    """Its replicates: those that have run, run, or are to run."""
+    return range(study.each or arm.planned)
+
+
 def write_arm(study: StudyConfig, number: int, arm: Arm) -> None:
     """The whole configuration, so that another version's defaults do not change what a resumed sweep runs."""
     config = as_tree(arm.config)
     del config["seed"]
-    tree = {"name": arm.name, "origin": arm.origin, "config": config, "params": dict(arm.params)}
+    tree: dict[str, Any] = {"name": arm.name, "origin": arm.origin, "config": config, "params": dict(arm.params)}
+    if study.total is not None:
+        tree["planned"] = arm.planned
     (study.folder / "arms").write(f"{number:04d}.json", json.dumps(tree, indent=1))
 
 
@@ -89,6 +98,7 @@ def read_arms(study: StudyConfig) -> list[Arm]:
                 origin=tree["origin"],
                 config=read_config(tree["config"], origin=f"{folder.uri}/{name}"),
                 params=tree["params"],
+                planned=int(tree.get("planned", 1)),
             )
         except ConfigError:  # a ValueError, too: a configuration that this version does not take
             raise
@@ -96,7 +106,7 @@ def read_arms(study: StudyConfig) -> list[Arm]:
             raise ConfigError(
                 f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup"
             ) from None
-        for replicate in range(study.replicates):
+        for replicate in planned(study, arm):
             outcome = read_outcome(trial_folder(study, arm.name, replicate))
             if outcome is not None:
                 arm.results[replicate] = outcome
@@ -106,7 +116,7 @@ def read_arms(study: StudyConfig) -> list[Arm]:
 
 def read_trials(study: StudyConfig, arm: Arm, *, driven: bool) -> list[TrialState]:
     """Where each replicate stands, in order; `driven`: a process runs the sweep now."""
-    folders = (trial_folder(study, arm.name, replicate) for replicate in range(study.replicates))
+    folders = (trial_folder(study, arm.name, replicate) for replicate in planned(study, arm))
     return [read_trial(folder, driven=driven) for folder in folders]
 
 
@@ -118,6 +128,13 @@ def failures(study: StudyConfig, arms: Sequence[Arm]) -> list[str]:
         for replicate, trial in enumerate(read_trials(study, arm, driven=False))
         if trial.status == "failed"
     ]
+
+
+def as_far_as_it_goes(study: StudyConfig) -> StudyConfig:
+    """Of a sweep whose space came to its end: what was decided on is all there is."""
+    arms = read_arms(study)
+    runs = None if study.total is None else sum(len(planned(study, arm)) for arm in arms)
+    return study.model_copy(update={"trials": len(arms), "total": runs})
 
 
 def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
@@ -277,7 +294,8 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
         runs = replicates_of(study, arm)
         differences = paired_differences(runs, replicates_of(study, control))
         difference = fmean(differences) if differences else None
-        completed = len(runs) == study.replicates and not any(run.collapsed for run in runs)
+        held = not any(run.collapsed for run in runs)
+        completed = held and len(runs) >= (study.each or 1)
         if named is not None or (completed and difference is not None):
             found.append(Candidate(study=study, arm=arm, control=control, difference=difference))
     if not found:
@@ -287,32 +305,7 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
         )
     if len(found) == 1:
         return found[0]
-    promise = _promises(study, arms)
+    from search.promise import promises  # numpy and scipy: who reads arms without choosing does without
+
+    promise = promises(study, arms)
     return max(found, key=lambda candidate: (promise[candidate.arm.name], candidate.difference))
-
-
-def _promises(study: StudyConfig, arms: Sequence[Arm]) -> dict[str, float]:
-    """What another run of each arm would gain on its control, by all that has been run: a collapsed one is worth
-    nothing, so it loses what the control has."""
-    from search.surrogate import Seen, expected  # numpy and scipy: who reads arms without choosing does without
-
-    seen, levels = {}, {}
-    for arm in arms:
-        control = control_for(arm, arms)
-        runs = replicates_of(study, arm)
-        plain = [] if control is None else replicates_of(study, control)
-        if not runs or not plain or is_negative(arm):
-            continue
-        held = [run for run in runs if not run.collapsed]
-        gains = paired_differences(held, plain)
-        if not gains and len(held) == len(runs):
-            continue  # no seed of its control's, and no collapse: it says nothing
-        levels[arm.name] = fmean(run.accuracy for run in plain)
-        seen[arm.name] = Seen(
-            params=arm.params,
-            gain=fmean(gains) if gains else None,
-            held=len(gains),
-            collapsed=len(runs) - len(held),
-        )
-    both = zip(levels.items(), expected(study.space, list(seen.values())), strict=True)
-    return {name: what.holds * (level + what.gain) - level for (name, level), what in both}

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from search.arms import Arm, trial_folder
+from search.arms import Arm, planned, trial_folder
 from search.store import StudyConfig, slots_of
 from trainable.disk.trial_folder import read_attempts, read_reports
 
@@ -24,7 +24,7 @@ class Budget(tune.Stopper):  # type: ignore[misc]
     def __init__(self, config: StudyConfig, arms: Sequence[Arm]) -> None:
         self.limit_hours = math.inf if config.budget_hours is None else config.budget_hours
         self.slots = slots_of(config)
-        folders = [trial_folder(config, arm.name, replicate) for arm in arms for replicate in range(config.replicates)]
+        folders = [trial_folder(config, arm.name, replicate) for arm in arms for replicate in planned(config, arm)]
         self.earlier_hours = self.slots * sum(attempt.hours for folder in folders for attempt in read_attempts(folder))
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0

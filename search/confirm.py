@@ -85,6 +85,7 @@ def planned_confirmation(
             "seed": parent.seed + parent.replicates + FRESH,
             "trials": 2,
             "replicates": looks[0],
+            "total": None,
             "points": (),
             "evidence": (),
             "warm_start": "",

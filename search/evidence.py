@@ -13,7 +13,7 @@ from typing import Any
 from search.arms import Arm, read_arms
 from search.coordinates import Params
 from search.lineup import base_tree
-from search.objectives import Told, told
+from search.objectives import Told, told, told_by_run, told_in_full
 from search.store import EVIDENCE_FILE, StudyConfig, load_study_config
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
@@ -54,10 +54,11 @@ class Evidence:
     """Where it comes from, and what else was different there."""
 
 
-def known_of(study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence]) -> Known:
-    """All that the next proposal of a study may depend on."""
+def known_of(study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence], *, by_run: bool = True) -> Known:
+    """All that the next proposal of a study may depend on. `by_run`: where each arm has its own number of replicates
+    each run is told, else what a configuration came to."""
     drawn = [arm for arm in arms if arm.origin == "searcher"]
-    results = [(arm, told(arm, study.objectives, study.replicates)) for arm in drawn]
+    results = [(arm, _told(study, arm, by_run)) for arm in drawn]
     return Known(
         space=study.space,
         objectives=study.objectives,
@@ -65,10 +66,20 @@ def known_of(study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidenc
         number=len(drawn),
         told=(
             *(_told_evidence(item, study.objectives) for item in evidence),
-            *(result for _, result in results if result is not None),
+            *(result for _, found in results for result in found),
         ),
-        running=tuple(arm.params for arm, result in results if result is None),
+        running=tuple(arm.params for arm, found in results if not found),
     )
+
+
+def _told(study: StudyConfig, arm: Arm, by_run: bool) -> list[Told]:
+    if study.each is None and by_run:
+        return told_by_run(arm, study.objectives)
+    if study.each is None:
+        result = told_in_full(arm, study.objectives, None)
+    else:
+        result = told(arm, study.objectives, study.each)
+    return [] if result is None else [result]
 
 
 def write_evidence(study: StudyConfig, evidence: Sequence[Evidence]) -> None:
@@ -97,7 +108,7 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
                 f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
             )
         arms, source = read_arms(earlier), f"sweep {config.warm_start}"
-        evidence += evidence_from_arms(arms, earlier.replicates, config.space, source, base, config.objectives)
+        evidence += evidence_from_arms(arms, earlier.each, config.space, source, base, config.objectives)
     return evidence
 
 
@@ -142,20 +153,20 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
 
 def evidence_from_arms(
     arms: Sequence[Arm],
-    replicates: int,
+    replicates: int | None,
     space: Space,
     source: str,
     base: Mapping[str, Any],
     objectives: Sequence[str] = (),
 ) -> list[Evidence]:
-    """Results of an earlier sweep of so many replicates as evidence (a warm start). Arms that lack an outcome of any of
-    them, that do not lie in this space, that were noised or quantised otherwise than `base`, or did not sample the
-    pass@k that is an objective, are left out; `source` says how many."""
+    """Results of an earlier sweep of so many replicates (None: each arm has its own number) as evidence (a warm start).
+    Arms that lack an outcome of any of them, that do not lie in this space, that were noised or quantised otherwise
+    than `base`, or did not sample the pass@k that is an objective, are left out; `source` says how many."""
     passes = tuple(filter(k_of, objectives))
     here = read_config(base)
     fitting: list[tuple[Arm, Params, Told]] = []
     for arm in arms:
-        result = told(arm, ("accuracy", "hours", *passes), replicates) if len(arm.results) == replicates else None
+        result = told_in_full(arm, ("accuracy", "hours", *passes), replicates)
         try:
             params = _params_of(arm.config, space, arm.name)
         except ConfigError:
@@ -170,7 +181,7 @@ def evidence_from_arms(
             params=params,
             accuracy=result.values[0] if result.values else None,
             collapses=result.collapses,
-            replicates=replicates,
+            replicates=len(arm.results),
             hours=result.values[1] if result.values else None,
             passed=dict(zip(passes, result.values[2:], strict=True)) if result.values else {},
             source=f"{note}: {arm.name}",

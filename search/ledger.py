@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from search.arms import Arm, trial_folder
+from search.arms import Arm, planned, trial_folder
 from search.store import StudyConfig, gpus_of, slots_of
 from trainable.disk.trial_folder import read_attempts, read_reports
 from trainable.metrics import ROLLOUT_SECONDS, WASTED
@@ -38,7 +38,7 @@ def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
     by_arm: dict[str, float] = {}
     collapsed = repeated = filtered = 0.0
     for arm in arms:
-        for replicate in range(config.replicates):
+        for replicate in planned(config, arm):
             folder = trial_folder(config, arm.name, replicate)
             attempts, reports = read_attempts(folder), read_reports(folder)
             hours = slots * sum(attempt.hours for attempt in attempts)

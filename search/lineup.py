@@ -65,10 +65,10 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"--points {','.join(config.points)}: {name} would be there twice; name each point once")
-    if config.trials < len(arms):
+    option, most = ("--trials", config.trials) if config.total is None else ("--runs", config.total)
+    if most < len(arms):
         raise ConfigError(
-            f"--trials {config.trials}: the control and the points are {len(arms)} ({', '.join(names)}); "
-            "raise --trials to that"
+            f"{option} {most}: the control and the points are {len(arms)} ({', '.join(names)}); raise {option} to that"
         )
     return arms
 

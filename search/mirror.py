@@ -7,7 +7,7 @@ everything once more, which has no effect on what it has heard before.
 
 from collections.abc import Sequence
 
-from search.arms import Arm, read_arms, trial_folder
+from search.arms import Arm, planned, read_arms, trial_folder
 from search.store import StudyConfig
 from search.tracking import Tracker, known_trials, standing, trial_key
 from trainable.disk.trial_folder import read_trial
@@ -17,7 +17,7 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
     """Of a sweep that nobody runs at this moment. Raises ConfigError when MLflow cannot be asked."""
     known = known_trials(study.tracking_uri, study.name, study.owner)
     for number, arm in enumerate(arms):
-        for replicate in range(study.replicates):
+        for replicate in planned(study, arm):
             folder = trial_folder(study, arm.name, replicate)
             state = read_trial(folder, driven=False)
             heard = known.get(trial_key(study.name, arm.name, replicate))

@@ -8,7 +8,7 @@ nothing and is told as failed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Literal
 
@@ -68,15 +68,31 @@ def objective(name: str) -> Objective:
     return Objective(direction="maximize", value=passed) if k_of(name) else OBJECTIVES[name]
 
 
-def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int) -> list[Arm]:
+def told_in_full(arm: Arm, objectives: Sequence[str], replicates: int | None) -> Told | None:
+    """Of an arm with all its outcomes; None for another. `replicates`: None = as many as it has, at least one."""
+    count = len(arm.results) if replicates is None else replicates
+    return told(arm, objectives, count) if 0 < count == len(arm.results) else None
+
+
+def told_by_run(arm: Arm, objectives: Sequence[str]) -> list[Told]:
+    """Each run that is over, so that a model knows how many there are and how far apart they lie."""
+    over = sorted(arm.results.keys() | arm.failed)
+    alone = [
+        replace(arm, results={0: arm.results[n]}) if n in arm.results else replace(arm, results={}, failed={0})
+        for n in over
+    ]
+    return [result for one in alone if (result := told(one, objectives, 1)) is not None]
+
+
+def pareto_front(arms: Sequence[Arm], objectives: Sequence[str], replicates: int | None) -> list[Arm]:
     """The arms that no other arm beats in one objective without losing in another, in their order.
 
-    Arms that lack an outcome of any replicate are left out; so are those with a collapse, unless collapses are an
-    objective themselves.
+    `replicates`: of every arm; None = as many as each has. Arms that lack an outcome of any are left out; so are those
+    with a collapse, unless collapses are an objective themselves.
     """
     judged = []
     for arm in arms:
-        result = told(arm, objectives, replicates) if len(arm.results) == replicates else None
+        result = told_in_full(arm, objectives, replicates)
         if result is None or result.values is None or (result.collapses and "collapses" not in objectives):
             continue
         signs = [-1 if objective(name).direction == "maximize" else 1 for name in objectives]

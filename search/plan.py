@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median, variance
 
+from search.allocation import new_configurations
 from search.arms import (
     Arm,
     Origin,
@@ -55,7 +56,8 @@ class StudyPlan:
     arms: tuple[Arm, ...]
     """Known beforehand, in order: controls, then points."""
     searched: int
-    """Configurations that the searcher will choose after them."""
+    """Configurations that the searcher will choose after them, the controls of those included; before it gives
+    replicates, where it is told how many runs there are."""
     slots: int
     """Trials at once."""
     trial_seconds: float | None
@@ -94,19 +96,21 @@ class StudyPlan:
 
     @property
     def affordable(self) -> int | None:
-        """Configurations, with all their replicates, that the budget pays for if nothing collapses; all of them without
-        a budget, None where nobody knows."""
-        budget = self.study.budget_hours
+        """Configurations, with all their replicates, that the budget pays for if nothing collapses, or runs where those
+        are what is given; all of them without a budget, None where nobody knows."""
+        budget, asked = self.study.budget_hours, self.study.total or self.study.trials
         if self.hours is None:
-            return self.study.trials if budget is None else None
+            return asked if budget is None else None
         if budget is None or budget >= self.hours:
-            return self.study.trials
-        return int(budget / (self.hours / self.study.trials))
+            return asked
+        return int(budget / (self.hours / asked))
 
     @property
     def detectable(self) -> float | None:
-        """Smallest true difference of one arm that would be seen with 80 % power; None where the spread is unknown."""
-        return None if self.difference_sd is None else detectable_difference(self.difference_sd, self.study.replicates)
+        """Smallest true difference of one arm that would be seen with 80 % power; None where the spread or the number
+        of replicates is not known."""
+        each = self.study.each
+        return None if self.difference_sd is None or each is None else detectable_difference(self.difference_sd, each)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -115,13 +119,12 @@ class StudyPlan:
         budget = self.study.budget_hours
         if budget is not None and self.affordable is None:
             lines.append(f"what the budget of {budget:g} hours pays for is not known yet")
-        if budget is not None and self.affordable is not None and self.affordable < self.study.trials:
-            lines.append(
-                f"the budget of {budget:g} hours pays for about {self.affordable} of {self.study.trials} configurations"
-            )
+        asked, what = self.study.total or self.study.trials, "runs" if self.study.total else "configurations"
+        if budget is not None and self.affordable is not None and self.affordable < asked:
+            lines.append(f"the budget of {budget:g} hours pays for about {self.affordable} of {asked} {what}")
         if budget is not None and self.affordable is not None and self.affordable < 2:
             lines.append("so it cannot decide anything: no configuration would have a control to be compared with")
-        if self.study.replicates < 3:
+        if self.study.each is not None and self.study.each < 3:
             lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
         elif self.detectable is not None and self.detectable > 0.02:
             lines.append(
@@ -146,7 +149,7 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     as_it_stands = _work(control) == _work(read_config(workload.settings))
     seconds, source = _seconds(config.store, control, known, workload, as_it_stands)
     per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
-    searched = config.trials - len(arms)
+    searched = config.trials - len(arms) if config.total is None else new_configurations(config.total, len(arms))
     share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
     return StudyPlan(
         study=config,
@@ -157,7 +160,7 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
         seconds_source=source,
         difference_sd=known.difference_sd or (workload.difference_sd if as_it_stands else None),
         sd_source="from replicates in this store" if known.difference_sd else "the workload's figure (docs/science.md)",
-        adjusted_share=share / config.trials,
+        adjusted_share=share / (len(arms) + searched),
         cpus=per_trial,
         gpus=gpus,
         config=control,

@@ -29,6 +29,7 @@ from search.arms import (
     candidate_of,
     control_for,
     measured,
+    planned,
     read_arms,
     read_trials,
     replicates_of,
@@ -162,7 +163,7 @@ def report_study(config: StudyConfig) -> StudyReport:
         tolerance += _made(f"the boundary of {mode}, noise on {kind}", partial(boundaries, runs), failed)
     mattered: Sequence[Importance] = ()
     if config.kind == "sweep":
-        known = known_of(config, arms, read_evidence(config))
+        known = known_of(config, arms, read_evidence(config), by_run=False)
         mattered = _made("the importance of dimensions", lambda: importance(optuna_study(known)), failed)
     rows = _rows(config, arms, ledger)
     return StudyReport(
@@ -308,7 +309,7 @@ def _row(
         config=arm.config,
         trials=tuple(read_trials(config, arm, driven=driven)),
         replicates=len(runs),
-        missing=config.replicates - len(runs),
+        missing=len(planned(config, arm)) - len(runs),
         collapsed=sum(run.collapsed for run in runs),
         rules=tuple(sorted({outcome.rule for outcome in outcomes} - {""})),
         measure=config.measure,

@@ -3,8 +3,9 @@
 The truth about a sweep is in its files: an arm is written down before its first replicate is handed out, an outcome
 when a trial ends. `RinSearch` is made anew from those whenever a sweep starts or resumes: it hands out what is
 unfinished first (the control is always configuration 0), then what its study's method proposes (`search/proposals.py`).
-Every configuration is run once per replicate, with the same seeds in every arm. The Optuna study is in memory and is
-made from the arms for each draw: nothing stale, nothing left running, nothing unpickled.
+Every configuration is run once per replicate, with the same seeds in every arm; where only the number of runs is given,
+`search/allocation.py` says run by run whether that is a new configuration or an old one again. The Optuna study is in
+memory and is made from the arms for each draw: nothing stale, nothing left running, nothing unpickled.
 """
 
 import json
@@ -14,13 +15,16 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from search.arms import Arm, trial_config, trial_folder, write_arm
+from search.allocation import NEW, Run, Standing, next_run
+from search.arms import Arm, control_for, planned, trial_config, trial_folder, write_arm
 from search.coordinates import Params, settings_of
 from search.evidence import Evidence, known_of
 from search.lineup import base_tree, missing_control
+from search.promise import seen_of
 from search.proposals import SEARCHERS, every
 from search.rewards import pinned
 from search.store import StudyConfig
+from search.surrogate import Seen
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.uses import SCHEDULE, idle, timetable
@@ -45,7 +49,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
         self.base = base_tree(study)
         self.evidence = tuple(evidence)
         self.arms = list(arms)
-        self.waiting = [(arm, k) for arm in self.arms for k in range(study.replicates) if k not in arm.results]
+        self.waiting = [(arm, k) for arm in self.arms for k in planned(study, arm) if k not in arm.results]
         if study.kind == "confirm":
             self.waiting.sort(key=lambda run: run[1])  # pair by pair: a budget that ends leaves whole pairs
         self.running: dict[str, tuple[Arm, int]] = {}
@@ -53,26 +57,18 @@ class RinSearch(Searcher):  # type: ignore[misc]
         """A finite space came to its end before the configurations that were asked for."""
         self._seen = {_identity(arm.config) for arm in self.arms}
 
-    def record(self, arm: Arm) -> None:
-        """Write a new arm down, before its first replicate is handed out. Raises OSError."""
-        write_arm(self.study, len(self.arms), arm)
+    def record(self, number: int, arm: Arm) -> None:
+        """Write an arm down, before a replicate that it has not had is handed out. Raises OSError."""
+        write_arm(self.study, number, arm)
 
     def outcome(self, arm: Arm, replicate: int) -> Outcome | None:
         """How a trial ended; None while it has steps to go. Raises ConfigError for a damaged file."""
         return read_outcome(trial_folder(self.study, arm.name, replicate))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if not self.waiting:
-            arm = self._next_arm()
-            if arm is None:
-                self.exhausted = len(self.arms) < self.study.trials
-                return str(Searcher.FINISHED)
-            # What it is compared with runs before it; a sweep that is killed between the two proposes it again.
-            for new in [arm] if (control := missing_control(arm, self.arms)) is None else [control, arm]:
-                self.record(new)
-                self.arms.append(new)
-                self._seen.add(_identity(new.config))
-                self.waiting += [(new, replicate) for replicate in range(self.study.replicates)]
+        if not self.waiting and not self._decide():
+            self.exhausted = self._room() > 0
+            return str(Searcher.FINISHED)
         arm, replicate = self.waiting.pop(0)
         self.running[trial_id] = (arm, replicate)
         return {
@@ -82,6 +78,56 @@ class RinSearch(Searcher):  # type: ignore[misc]
             "number": [known.name for known in self.arms].index(arm.name),
             "folder": trial_folder(self.study, arm.name, replicate).uri,
         }
+
+    def _decide(self) -> bool:
+        """Write down what is handed out next; False when nothing is left."""
+        run = self._next_run(exhausted=False)
+        if run is None:
+            return False
+        arm = self._next_arm() if run is NEW else None
+        if run is NEW and arm is None:
+            run = self._next_run(exhausted=True)
+        if arm is not None:
+            # What it is compared with runs before it; a sweep that is killed between the two proposes it again.
+            for new in [arm] if (control := missing_control(arm, self.arms)) is None else [control, arm]:
+                self.record(len(self.arms), new)
+                self.arms.append(new)
+                self._seen.add(_identity(new.config))
+                self.waiting += [(new, replicate) for replicate in planned(self.study, new)]
+        elif run is not None and run.arm is not None:
+            again = self.arms[run.arm]
+            self.record(run.arm, replace(again, planned=run.replicate + 1))
+            again.planned = run.replicate + 1
+            self.waiting = [(again, run.replicate)]
+        return bool(self.waiting)
+
+    def _next_run(self, *, exhausted: bool) -> Run | None:
+        study = self.study
+        if study.total is None:
+            return None if exhausted else NEW
+        found = seen_of(study, self.arms)
+        names = [arm.name for arm in self.arms]
+        standings = []
+        for arm in self.arms:
+            level, seen = found.get(arm.name, (0.0, Seen(params=arm.params, gain=None, held=0, collapsed=0)))
+            control = control_for(arm, self.arms)
+            standings.append(
+                Standing(
+                    seen=seen,
+                    level=level,
+                    control=None if control is None else names.index(control.name),
+                    planned=arm.planned,
+                    ended=len(arm.results.keys() | arm.failed),
+                )
+            )
+        return next_run(study.space, standings, runs=study.total, most=study.replicates, exhausted=exhausted)
+
+    def _room(self) -> int:
+        """How many more arms there may be."""
+        study = self.study
+        if study.total is None:
+            return study.trials - len(self.arms)
+        return study.total - sum(arm.planned for arm in self.arms)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """How it ended stands in its folder. Without an outcome there it has failed, or was stopped and has steps to
@@ -103,7 +149,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
         """None when the search has ended: enough configurations, a finite space without a new one, or a last trial that
         would need a control of its own as well."""
         study, space = self.study, self.study.space
-        if len(self.arms) >= study.trials:
+        if self._room() <= 0:
             return None
         known = known_of(study, self.arms, self.evidence)
         found, problem = self._first_new(SEARCHERS[study.searcher](known))
@@ -140,9 +186,9 @@ class RinSearch(Searcher):  # type: ignore[misc]
             if _identity(config) in self._seen:
                 continue
             arm = Arm(name="", origin="searcher", config=config, params=dict(params))
-            number = len(self.arms) + (missing_control(arm, self.arms) is not None)
-            if number < self.study.trials:
-                return replace(arm, name=f"c{number:02d}"), ""
+            controls = int(missing_control(arm, self.arms) is not None)
+            if controls < self._room():
+                return replace(arm, name=f"c{len(self.arms) + controls:02d}"), ""
             problem = _NO_ROOM
         return None, problem
 

@@ -2,7 +2,8 @@
 
     STORE/mlflow.db                       every run of every sweep, for looking at
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
-    STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs
+    STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs; where replicates go
+                                          where they matter, again before each further one
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
     STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it
                                           (`trainable/disk/trial_folder.py`)
@@ -48,6 +49,8 @@ from trainable.pass_at_k import k_of
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
 VERSION = 3
+MOST = 8
+"""Replicates of one arm in a sweep that gives them where they matter: a confirmation knows more by further ones."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -87,9 +90,12 @@ class StudyConfig(BaseModel):
     warm_start: str = ""
     """Name of an earlier sweep in the same store whose results the searcher is told."""
     trials: int = Field(8, ge=1)
-    """Configurations, the control included; runs = trials x replicates."""
+    """Configurations, the controls included."""
     replicates: int = Field(1, ge=1)
     """Runs per configuration, with seeds seed, seed + 1, ..."""
+    total: int | None = Field(None, ge=1)
+    """Runs in all, where replicates go where they matter (`search/allocation.py`): `trials` and `replicates` are then
+    the most that there may be. Null = trials x replicates."""
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: SearcherName = "gp"
@@ -116,7 +122,12 @@ class StudyConfig(BaseModel):
     @property
     def runs(self) -> int:
         """Trials in all."""
-        return self.trials * self.replicates
+        return self.trials * self.replicates if self.total is None else self.total
+
+    @property
+    def each(self) -> int | None:
+        """Replicates of every arm; None where each has a number of its own."""
+        return self.replicates if self.total is None else None
 
     @property
     def measure(self) -> str:

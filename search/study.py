@@ -3,8 +3,8 @@
     refuse what cannot work        a name that is taken, tracking that is down, a point that contradicts its workload
     write down what will run       STORE/NAME/study.json, the fixed arms, what the searcher is told beforehand
     the arms                       controls first (one per code path), then named points, then the searcher's own
-    run what has no outcome yet    Ray Tune: arms x replicates, paired by seed; collapses end trials early and are
-                                   results
+    run what has no outcome yet    Ray Tune: arms x replicates, paired by seed, or --runs in all, where they matter;
+                                   collapses end trials early and are results
     choose                         the arm with the most to expect of another run -> STORE/NAME/best.yaml
                                    (`arms.candidate_of`)
 
@@ -20,7 +20,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from search.arms import Arm, Candidate, candidate_of, read_arms, trial_folder, unfinished, write_arm
+from search.arms import (
+    Arm,
+    Candidate,
+    as_far_as_it_goes,
+    candidate_of,
+    planned,
+    read_arms,
+    trial_folder,
+    unfinished,
+    write_arm,
+)
 from search.budget import Budget
 from search.evidence import Evidence, evidence_of, write_evidence
 from search.execution import View, run_trials, sweep_ray
@@ -140,12 +150,12 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
     try:
         catch_up(config, arms, tracker)
         if unfinished(config, arms) and not budget.spent:
-            for folder in (trial_folder(config, arm.name, n) for arm in arms for n in range(config.replicates)):
+            for folder in (trial_folder(config, arm.name, n) for arm in arms for n in planned(config, arm)):
                 end_attempt(folder, KILLED)  # with an earlier driver: it waits, and does not run
             config.folder.remove(BEST_FILE)  # of the state that it goes on from: whoever is killed leaves none behind
             exhausted = run_trials(config, arms, budget, tracker, view, interruption)
             if exhausted:  # a finite space: what there is has been run
-                config = config.model_copy(update={"trials": len(read_arms(config))})
+                config = as_far_as_it_goes(config)
                 save_study_config(config)
     except KeyboardInterrupt:
         pass  # twice Ctrl-C, or once before the first trial; what is missing says the rest

@@ -49,10 +49,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """Example: Expected(gain=0.012, holds=0.87)."""
+    """Example: Expected(gain=0.012, sd=0.006, holds=0.87)."""
 
     gain: float
     """Posterior mean, a share; NaN where nothing that held was seen at all."""
+    sd: float
+    """Posterior standard deviation of that mean; NaN likewise."""
     holds: float
     """Probability that it does not collapse."""
 
@@ -62,17 +64,20 @@ def expected(space: Space, arms: Sequence[Seen]) -> list[Expected]:
     distances = _distances(space, [arm.params for arm in arms])  # [D, A, A]
     runs = np.array([arm.held + arm.collapsed for arm in arms], dtype=np.float64)
     held = np.array([arm.held > 0 and arm.gain is not None for arm in arms])
-    gains = np.full(len(arms), np.nan)
+    gains, spreads = np.full((2, len(arms)), np.nan)
     if held.any():
         seen = np.array([arm.gain for arm in arms if arm.held > 0 and arm.gain is not None])
         counts = np.array([arm.held for arm in arms], dtype=np.float64)[held]
-        gains, _ = _posterior(distances[:, held][:, :, held], seen, 1 / counts, distances[:, :, held])
+        gains, spreads = _posterior(distances[:, held][:, :, held], seen, 1 / counts, distances[:, :, held])
     holds = np.ones(len(arms))
     collapsed = np.array([arm.collapsed for arm in arms], dtype=np.float64)
     if collapsed.any():
         mean, spread = _posterior(distances, collapsed / runs, 1 / runs, distances)
         holds = special.ndtr((0.5 - mean) / spread)
-    return [Expected(gain=float(gain), holds=float(chance)) for gain, chance in zip(gains, holds, strict=True)]
+    return [
+        Expected(gain=float(gain), sd=float(sd), holds=float(chance))
+        for gain, sd, chance in zip(gains, spreads, holds, strict=True)
+    ]
 
 
 def _distances(space: Space, params: Sequence[Params]) -> Array:

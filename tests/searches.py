@@ -34,7 +34,7 @@ class Search(RinSearch):
         self.written: list[str] = []
         self.ended: dict[tuple[str, int], Outcome] = {}
 
-    def record(self, arm: Arm) -> None:
+    def record(self, number: int, arm: Arm) -> None:
         self.written.append(arm.name)
 
     def outcome(self, arm: Arm, replicate: int) -> Outcome | None:
@@ -146,6 +146,7 @@ def reread(arms: Sequence[Arm]) -> list[Arm]:
             origin=arm.origin,
             config=read_config(as_tree(arm.config)),
             params=json.loads(json.dumps(dict(arm.params))),
+            planned=arm.planned,
             results={replicate: Outcome.from_tree(ended.as_tree()) for replicate, ended in arm.results.items()},
         )
         for arm in arms

@@ -70,7 +70,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "tracking_uri": "http://host:5000",
         "address": "HEAD:6379",
     }
-    assert set(given) | {"store"} == {field.name for field in fields(SweepOptions)}, (
+    assert set(given) | {"store", "runs"} == {field.name for field in fields(SweepOptions)}, (
         "a new option belongs into this test"
     )
     config = made(tmp_path, **given)
@@ -85,6 +85,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
     assert config.settings == {"noise": {"modules": "linear"}, "eval": {"questions": 16}}
     assert (config.points, config.evidence, config.warm_start) == (("e12", "e13h"), ("e13i-baseline",), "earlier")
     assert config.objectives == ("accuracy", "collapses")
+    assert (config.total, config.runs) == (None, 36)
     assert (config.budget_hours, config.cpus, config.gpus) == (1.5, 2, 0.5)
     assert (config.tracking_uri, config.address) == ("http://host:5000", "HEAD:6379")
 
@@ -95,6 +96,12 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"space": "nothing"}, f"SPACE=nothing: unknown; choose one of {', '.join(SPACES)}, or give a YAML file"),
         ({"space": "missing.yaml"}, "missing.yaml"),
         ({"workload": "big"}, f"--workload big: unknown; choose one of {', '.join(WORKLOADS)}"),
+        ({"runs": 9, "trials": 3}, "--trials 3: with --runs 9 the sweep decides how many configurations"),
+        ({"runs": 9, "replicates": 1}, "--replicates 1: with --runs 9 the sweep decides how many configurations"),
+        (
+            {"runs": 2, "points": "e12"},
+            "--runs 2: the control and the points are 3 (control, control-resample",
+        ),
         ({"searcher": "magic"}, f"--searcher magic: unknown; choose one of {', '.join(SEARCHERS)}"),
         ({"objectives": ["fun"]}, f"--objective fun: unknown; choose one of {', '.join(OBJECTIVES)}"),
         ({"points": "e99"}, "--points e99: unknown point"),

@@ -59,7 +59,7 @@ def test_an_arm_is_written_down_before_its_first_replicate_is_handed_out() -> No
 
 def test_an_arm_that_could_not_be_written_down_is_not_run() -> None:
     class Full(Search):
-        def record(self, arm: Arm) -> None:
+        def record(self, number: int, arm: Arm) -> None:
             raise OSError("no space left on device")
 
     search = Full(searcher().study, [control()])

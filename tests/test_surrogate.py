@@ -11,7 +11,7 @@ from sklearn.gaussian_process.kernels import Matern
 
 from search import surrogate
 from search.arms import Arm, candidate_of, read_arms, write_arm
-from search.surrogate import Expected, Seen, expected
+from search.surrogate import Seen, expected
 from spaces.library import SPACES
 from tests.written_sweeps import make_arm, outcome, study, write_trial
 
@@ -77,7 +77,13 @@ def test_the_order_of_arms_does_not_matter() -> None:
 
 
 def test_one_arm_alone_is_what_it_is() -> None:
-    assert expected(SPACE, [at(0.01, 0.02)]) == [Expected(gain=pytest.approx(0.02), holds=1.0)]
+    (alone,) = expected(SPACE, [at(0.01, 0.02)])
+    assert (alone.gain, alone.holds) == (pytest.approx(0.02), 1.0)
+
+
+def test_what_was_run_more_often_is_known_better() -> None:
+    once, often = expected(SPACE, [at(0.01, 0.02), at(0.09, 0.021, held=8)])
+    assert 0 < often.sd < once.sd
 
 
 def test_the_candidate_of_a_sweep_is_the_one_with_the_most_to_expect(tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from search.finding import Finding, find, lowest_collapsed, risk_bound
 from search.replicates import Replicate
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import Comparison, adjust, compare, compare_arms
+from search.store import MOST
 from search.tolerance import NoisyRun, boundaries
+from tests.searches import drive, outcome, searcher
 
 DOCS = Path(__file__).parents[2] / "docs"
 QUESTIONS = 2048
@@ -650,6 +652,59 @@ def sweeps_with_collapses(count: int, rng: np.random.Generator) -> Iterator[str]
     yield from table(["world", "replicates", "accuracies alone %", "ahead %", "ahead where it holds %"], rows)
 
 
+def sweeps_by_runs(count: int, rng: np.random.Generator) -> Iterator[str]:
+    """A tenth of the simulations: each is a whole search with its models."""
+    simulations = max(1, count // 10)
+    rows = []
+    for sd in (0.01, 0.02, 0.04):
+        for runs in (24, 48):
+            world = World(sd=sd)
+            tallied: Counter[str] = Counter()
+            confirmation = Tally(truth=0.0, verdicts=Counter())
+            most = 0
+            for _ in range(simulations):
+                arms = swept_by_runs(world, runs, rng)
+                most += max(len(treated) for treated, _ in arms)
+                said = {comparison.verdict for comparison in adjust(dict(each_against_its_control(arms))).values()}
+                tallied.update(said)
+            for _ in range(count):
+                confirmation.add(confirmed(world.answers(rng, CONFIRM.looks[-1]), CONFIRM))
+            shares = [tallied[word] / simulations for word in ("better", "worse")]
+            used = f"{most / simulations:.1f}"
+            rows.append([points(sd), runs, used, *map(percent, shares), percent(confirmation.false)])
+    yield "## Sweeps that spend a number of runs, without a true difference"
+    yield ""
+    yield "`rin sweep --runs`: the arm that promises most runs again (`search/allocation.py`), so how many replicates"
+    yield "it has hangs on what its first were. Share of sweeps in which `rin report` calls the accuracies of any arm"
+    yield "`ahead`, or `behind`; then what `rin confirm` says of the candidate, with seeds and questions of its own."
+    chance = 100 * math.sqrt(0.05 * 0.95 / count)
+    yield f"{simulations} sweeps and {count} confirmations per row (5 % would come out as 5 ± {chance:.1f})."
+    yield "Required: at most 6 %."
+    yield ""
+    head = ["sd, points", "runs", "most replicates of an arm", "ahead %", "behind %", "confirmation: false %"]
+    yield from table(head, rows)
+
+
+def swept_by_runs(world: World, runs: int, rng: np.random.Generator) -> list[tuple[list[float], list[float]]]:
+    """Accuracies of each arm and its control, on the seeds of both."""
+    search = searcher(total=runs, trials=runs, replicates=MOST, searcher="random", seed=int(rng.integers(2**31)))
+    luck = CONTROL + world.luck(rng, runs, MOST) + math.sqrt(ANSWERING / 2) * rng.standard_normal((runs, MOST))
+    drive(search, lambda given: outcome(float(luck[given["number"], given["replicate"]])))
+    control, *arms = search.arms
+    return [
+        (
+            [arm.results[k].eval.accuracy for k in sorted(arm.results)],
+            [control.results[k].eval.accuracy for k in sorted(arm.results)],
+        )
+        for arm in arms
+    ]
+
+
+def each_against_its_control(arms: Sequence[tuple[list[float], list[float]]]) -> Iterator[tuple[str, Comparison]]:
+    for number, (treated, control) in enumerate(arms):
+        yield str(number), compare(treated, control, margin=MARGIN)
+
+
 def difference(gains: NDArray[np.float64]) -> Comparison:
     """`compare` of accuracies that differ by these, without what it says of more replicates."""
     count = len(gains)
@@ -697,7 +752,7 @@ def boundaries_of_sigma(simulations: int, rng: np.random.Generator) -> Iterator[
 Sigmas = Callable[[], NDArray[np.float64]]
 PARTS = (
     *(whole_way, known_differences, confirmation_finds, hard_worlds, unmatched_seeds, many_arms, naive_ways),
-    *(rare_collapses, price_of_the_second_part, sweeps_with_collapses, boundaries_of_sigma),
+    *(rare_collapses, price_of_the_second_part, sweeps_with_collapses, boundaries_of_sigma, sweeps_by_runs),
 )
 
 

@@ -34,7 +34,10 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, quantiles, stdev
 from types import SimpleNamespace
@@ -46,10 +49,11 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from search.arms import Arm
+from search.arms import Arm, candidate_of
 from search.proposals import SEARCHERS
-from search.surrogate import Seen, expected
-from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA, SPACES
+from search.store import MOST, StudyConfig
+from spaces.errors import NoCandidate
+from spaces.library import LINEAR_SIGMA, RMSNORM_SIGMA
 from tests.searches import control, outcome, searcher
 from trainable.hashing import stable_hash
 from trainable.outcome import Ending
@@ -163,7 +167,9 @@ def flat(seed: int) -> Landscape:
 
 
 CONTROL = 0.70
-RUNS = (24, 30, 48)
+RUNS = 24
+NOISES = (0.01, 0.02, 0.04)
+"""From run to run, a share, of the table of candidates."""
 LANDSCAPES: dict[str, Callable[[int], Landscape]] = {
     "hill": hill,
     "best at the collapse boundary": at_the_boundary,
@@ -345,84 +351,101 @@ def quartiles(values: list[float]) -> list[str]:
 # --- who is put forward ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tried:
-    """One configuration of a search."""
-
-    seen: Seen
-    difference: float
-    """Mean over its runs, as if its control were known; below all others where one collapsed."""
-    worth: float
-    """What another run would come to in the mean."""
-
-
-def tried(truth: Landscape, runs: int, replicates: int) -> list[Tried]:
-    """By `gp`, so many runs in all."""
-    known = [ran(replicates)]
-    search = searcher(known=known, trials=runs // replicates + 1, seed=truth.seed, searcher="gp", replicates=replicates)
-    for number in range(runs // replicates * replicates):
-        suggestion = search.suggest(f"t{number}")
-        assert isinstance(suggestion, dict)
-        noise = suggestion["config"]["noise"]
-        setting = Setting(module=noise["modules"][0], sigma=noise["sigma_start"], sigma_end=noise["sigma_end"])
-        done = truth.run(setting, suggestion["replicate"])
-        how: Ending = "collapsed" if done.collapsed else "completed"
-        search.ended[suggestion["arm"], suggestion["replicate"]] = outcome(done.accuracy, how)
+def spent(truth: Landscape, runs: int, **how: int | None) -> tuple[StudyConfig, list[Arm]]:
+    """A sweep of so many runs by `gp`, its control among them; `how`: replicates of each arm, or all that there are."""
+    study = {"trials": runs // (how.get("replicates") or 1), "replicates": MOST, **how}
+    search = searcher(known=[control()], seed=truth.seed, searcher="gp", **study)
+    number = 0
+    while isinstance(suggestion := search.suggest(f"t{number}"), dict):
+        arm, replicate = suggestion["arm"], suggestion["replicate"]
+        done = truth.run(setting_of(search.arms[suggestion["number"]]), replicate) if arm != "control" else None
+        if done is None:
+            rng = np.random.default_rng(stable_hash("control", truth.seed, replicate))
+            search.ended[arm, replicate] = outcome(CONTROL + truth.noise * float(rng.standard_normal()))
+        else:
+            search.ended[arm, replicate] = outcome(done.accuracy, "collapsed" if done.collapsed else "completed")
         search.on_trial_complete(f"t{number}")
-    return [_tried(truth, arm) for arm in search.arms[1:]]
+        number += 1
+    assert number == runs, f"{number=} {runs=}"
+    return search.study, search.arms
 
 
-def _tried(truth: Landscape, arm: Arm) -> Tried:
+def setting_of(arm: Arm) -> Setting:
     noise = arm.config.noise
-    gains = [ended.eval.accuracy - CONTROL for ended in arm.results.values() if not ended.collapsed]
-    collapsed = len(arm.results) - len(gains)
-    seen = Seen(params=arm.params, gain=mean(gains) if gains else None, held=len(gains), collapsed=collapsed)
-    setting = Setting(module=noise.modules[0], sigma=noise.sigma_start, sigma_end=noise.sigma_end)
-    return Tried(seen=seen, difference=-1.0 if collapsed else mean(gains), worth=truth.worth(setting))
+    return Setting(module=noise.modules[0], sigma=noise.sigma_start, sigma_end=noise.sigma_end)
 
 
-def regrets(truth: Landscape, arms: list[Tried]) -> tuple[float, float] | None:
-    """Of the arm with the highest difference, and of the one with the most to expect; None without an arm that held."""
-    if all(arm.difference == -1.0 for arm in arms):
+def regrets(truth: Landscape, study: StudyConfig, arms: list[Arm]) -> tuple[float, float] | None:
+    """Of the arm with the highest difference to its control, and of the candidate; None without an arm that held."""
+    try:
+        candidate = candidate_of(study, arms).arm
+    except NoCandidate:
         return None
-    promise = [what.holds * (CONTROL + what.gain) for what in expected(SPACES["sigma"], [arm.seen for arm in arms])]
-    before = max(arms, key=lambda arm: arm.difference)
-    after = max(zip(promise, arms, strict=True), key=lambda both: (both[1].difference > -1.0, both[0]))[1]
+    held = [arm for arm in arms[1:] if arm.results and not any(run.collapsed for run in arm.results.values())]
+    highest = max(held, key=lambda arm: mean(run.eval.accuracy for run in arm.results.values()))
     best = truth.best_worth()
-    return best - before.worth, best - after.worth
+    return best - truth.worth(setting_of(highest)), best - truth.worth(setting_of(candidate))
 
 
-def candidates(seeds: int) -> Iterator[str]:
-    """Rows of the table: landscape, replicates, and before and after for each number of runs."""
-    for name, make in LANDSCAPES.items():
-        for replicates in (1, 3):
-            arms = {seed: tried(make(seed), RUNS[-1], replicates) for seed in range(seeds)}
-            yield candidate_row(name, replicates, {seed: (make(seed), found) for seed, found in arms.items()})
+HOW: dict[str, dict[str, int | None]] = {
+    "one each": {"replicates": 1},
+    "three each": {"replicates": 3},
+    "`--runs`": {"total": RUNS},
+}
 
 
-def candidate_row(name: str, replicates: int, searched: Mapping[int, tuple[Landscape, list[Tried]]]) -> str:
-    cells = []
-    for runs in RUNS:
-        both = [regrets(truth, arms[: runs // replicates]) for truth, arms in searched.values()]
-        before, after = zip(*[pair for pair in both if pair is not None], strict=True)
-        won = [b - a for b, a in zip(before, after, strict=True)]
-        error = 100 * stdev(won) / math.sqrt(len(won))
-        cells.append(f"{100 * mean(before):.2f} -> {100 * mean(after):.2f} (± {error:.2f})")
-    return f"| {name} | {replicates} | {' | '.join(cells)} |"
+Cell = dict[str, list[tuple[float, float] | None]]
+"""Of a landscape and a run sd: for each way to spend runs the regrets per seed."""
+
+
+def cell(name: str, noise: float, seeds: int, first: int) -> Cell:
+    truths = [replace(LANDSCAPES[name](first + seed), noise=noise) for seed in range(seeds)]
+    return {how: [regrets(truth, *spent(truth, RUNS, **given)) for truth in truths] for how, given in HOW.items()}
+
+
+def candidates(seeds: int, first: int, workers: int) -> Iterator[str]:
+    """Rows of the table: a landscape, and how far runs differ."""
+    places = [(name, noise) for name in LANDSCAPES for noise in NOISES]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = pool.map(cell, *zip(*places, strict=True), repeat(seeds), repeat(first))
+        yield from candidate_rows(dict(zip(places, found, strict=True)))
+
+
+def candidate_rows(found: Mapping[tuple[str, float], Cell]) -> Iterator[str]:
+    """Over the seeds in which every way put something forward."""
+    lost: dict[float, list[tuple[float, ...]]] = {noise: [] for noise in NOISES}
+    for (name, noise), of_cell in found.items():
+        whole = [pairs for pairs in zip(*of_cell.values(), strict=True) if all(pairs)]
+        befores = [mean(pairs[n][0] for pairs in whole if pairs[n]) for n in range(len(HOW))]
+        afters = [tuple(100 * pair[1] for pair in pairs if pair) for pairs in whole]
+        lost[noise] += afters
+        cells = (f"{100 * a:.2f} -> {mean(b):.2f}" for a, b in zip(befores, zip(*afters, strict=True), strict=True))
+        yield f"| {name} | {100 * noise:g} | {' | '.join(cells)} |"
+    everything = [*((f"{100 * noise:g}", of_noise) for noise, of_noise in lost.items())]
+    for label, of_all in [*everything, ("all", [row for _, rows in everything for row in rows])]:
+        *others, ours = zip(*of_all, strict=True)
+        cells = []
+        for other in others:
+            won = [a - b for a, b in zip(other, ours, strict=True)]
+            cells.append(
+                f"{mean(other):.2f}: `--runs` {mean(won):+.2f} ± {stdev(won) / math.sqrt(len(won)):.2f} nearer"
+            )
+        yield f"| **all landscapes** | {label} | {' | '.join(cells)} | {mean(ours):.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=100, help="of the table of methods; 0 = not that one")
+    parser.add_argument("--candidates", type=int, default=16, help="seeds of the table of candidates; 0 = not that one")
     parser.add_argument("--first", type=int, default=0, help="first seed; anything but 0 prints and writes nothing")
     parser.add_argument("--trials", type=int, default=30)
-    parser.add_argument("--candidates", type=int, default=30, help="seeds of the second table; 0 = not that one")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the table of candidates")
     parser.add_argument("--only", default="", help="methods whose name contains this; prints, writes nothing")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows = []
     for name, method in METHODS.items():
-        if arguments.only not in name:
+        if arguments.only not in name or not arguments.seeds:
             continue
         started = time.process_time()
         scores = [
@@ -431,20 +454,19 @@ def main() -> None:
         rows.append(row(name, scores, (time.process_time() - started) / sum(s.trials for s in scores)))
         print(rows[-1], flush=True)
     found = []
-    for line in [] if arguments.only else candidates(arguments.candidates) if arguments.candidates else []:
+    for line in candidates(arguments.candidates, arguments.first, arguments.workers) if arguments.candidates else []:
         found.append(line)
         print(line, flush=True)
     if not arguments.only and not arguments.first:
-        text = PAGE.format(
-            command=COMMAND,
-            trials=arguments.trials,
-            seeds=arguments.seeds,
-            rows="\n".join(rows),
-            machine=machine(),
-            candidates="\n".join(found),
-            candidate_seeds=arguments.candidates,
-        )
-        (DOCS / "search-quality.md").write_text(text, encoding="utf-8")
+        page = DOCS / "search-quality.md"
+        methods, heading, put_forward = page.read_text(encoding="utf-8").partition(HEADING)
+        if rows:
+            methods = METHODS_PAGE.format(
+                trials=arguments.trials, seeds=arguments.seeds, rows="\n".join(rows), machine=machine()
+            )
+        if found:
+            put_forward = CANDIDATES_PAGE.format(rows="\n".join(found), seeds=arguments.candidates)
+        page.write_text(methods + heading + put_forward, encoding="utf-8")
 
 
 def machine() -> str:
@@ -463,9 +485,9 @@ COLUMNS = (
     "trials run",
     "CPU s per trial",
 )
-PAGE = f"""# Search quality: how quickly a good sigma is found, and how many trials collapse on the way
+METHODS_PAGE = f"""# Search quality: how quickly a good sigma is found, and how many trials collapse on the way
 
-Made by `{{command}}` ({{machine}}). The landscapes, their collapse regions and the methods are described at the top of
+Made by `{COMMAND}` ({{machine}}). The landscapes, their collapse regions and the methods are described at the top of
 `tests/benchmarks/search_quality.py`. {{trials}} trials per search, {{seeds}} seeds (each a landscape of its own), one
 replicate, one trial at a time. "Never" in a quartile: that search did not get there within its trials.
 
@@ -477,20 +499,25 @@ Twenty seeds are too few to rank these methods: two runs of random search with o
 methods do (the rows `random` and "stock random search" are the same method). ASHA's trials are cut short where faster
 learning looks better: it needs more trials, which cost less each.
 
-## Who is put forward
+"""
+HEADING = "## Who is put forward\n"
+CANDIDATES_PAGE = f"""
+How far the mean of what is put forward (a collapse counts {100 * COLLAPSED:g} %) truly lies below the best possible
+one, in points: of the arm with the highest difference -> of the candidate, the one with the most to expect of another
+run (`search/surrogate.py`). `gp`, {RUNS} runs in all, the control's among them: spent on one replicate of each
+configuration, on three, or by `--runs {RUNS}` (`search/allocation.py`). {{seeds}} seeds per row, the same for all; runs
+of one configuration differ by as many points as stands in the second column. The landscapes: `LANDSCAPES` in the
+benchmark. The rule was chosen on other seeds.
 
-How far the candidate's own mean (a collapse counts {100 * COLLAPSED:g} %) lies below the best possible one, in points:
-of the arm with the highest difference (before) -> of the one with the most to expect of another run
-(`search/surrogate.py`); ± one standard error of what that wins. `gp`, {{candidate_seeds}} seeds per landscape,
-runs that differ by {100 * HARDER_NOISE:g} points, the same number of runs spent on one replicate each or on three.
-The landscapes: `LANDSCAPES` in the benchmark.
+| landscape | run sd | {" | ".join(HOW)} |
+|{"---|" * (2 + len(HOW))}
+{{rows}}
 
-| landscape | replicates | {" | ".join(f"{runs} runs" for runs in RUNS)} |
-|{"---|" * (2 + len(RUNS))}
-{{candidates}}
-
-With one replicate each there are three times the candidates to choose from, and the model lends each the runs of its
-neighbours: at equal runs that is better everywhere but on the flat landscape, where three replicates see who breaks.
+Three replicates each leave a third of the configurations to choose from, and lose by it. Against one replicate each
+`--runs` is *not* shown to be better over all rows: the surrogate lends each configuration the runs of its neighbours,
+so that a new one beside it teaches about as much as the old one again. Whether it gains where runs differ most, the
+last rows say. What it gives beyond that are replicates of the control and of what is put forward, from which a report
+can tell how far runs differ. A landscape in which neighbours say nothing of each other was not tried.
 """
 
 if __name__ == "__main__":
