@@ -106,13 +106,14 @@ def _refuse_too_few_samples(objectives: Sequence[str], trials: Sequence[TrialCon
 
 
 def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
-    """The control of the sweep, those that the points need and do not bring themselves, the points."""
+    """The control of the sweep, those that the points need and do not bring themselves, the points; of these too, those
+    without noise come first."""
     quiet = merge(base, {"noise": {"sigma_start": 0.0, "zones": []}})
     controls = [Arm(name="control", origin="control", config=pinned(read_config(quiet, origin="control")))]
     for point in points:
         if missing := missing_control(point, [*controls, *points]):
             controls.append(missing)
-    return [*controls, *points]
+    return [*controls, *sorted(points, key=lambda point: point.origin != "control")]
 
 
 def missing_control(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
