@@ -481,8 +481,13 @@ def _verl_options(section: str) -> Cell:
 
 
 def _in_vllm(c: TrialConfig) -> bool:
-    """In TRL, stock vLLM generates with our weights; what we do to inputs it does not do, and is refused with."""
-    return c.rollout.backend == "vllm" and c.quant.activations == "none" and not c.quant.hadamard
+    return c.rollout.backend == "vllm"
+
+
+def _trl_engine(c: TrialConfig, value: Any) -> Said:
+    """vLLM begins from a folder that names our layers, so that it quantises inputs, too."""
+    folder = {"for_vllm.folder": "for-vllm"} if _in_vllm(c) else {}
+    return Said(options={"use_vllm": _in_vllm(c), **folder})
 
 
 def _trl_correction(c: TrialConfig, value: Any) -> Said | None:
@@ -864,7 +869,7 @@ ROWS: dict[str, Row] = {
     "grpo.micro_batch_size": _HERE,
     "rollout.backend": _row(
         verl=local,
-        trl=lambda c, v: None if v == "vllm" and not _in_vllm(c) else Said(options={"use_vllm": v == "vllm"}),
+        trl=_trl_engine,
         qerl=local,
         nemo=local,
     ),

@@ -123,24 +123,34 @@ def to_trl(config: TrialConfig) -> str:
     overlong, rows = parts.get("overlong"), parts.get("load_dataset")
     imports, functions = _reward_lines(parts.get("rewards", {}).get("functions", ()))
     yours = [name for name, given in (("reward", functions), ("train_dataset", rows)) if not given]
+    served = parts.get("for_vllm")
     asked = [*(functions or ["reward"]), *([_call("get_soft_overlong_punishment", overlong, "")] if overlong else [])]
     return _text(
         f"# for {option_names('trl').origin}",
         *(["import runpy", ""] if any("runpy" in name for name in functions) else []),
         *(["from datasets import load_dataset"] if rows else []),
         *(["from peft import LoraConfig"] if "LoraConfig" in parts else []),
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if served else ''}",
         "from trl import GRPOConfig, GRPOTrainer",
         *(["from trl.rewards import get_soft_overlong_punishment"] if overlong else []),
         "",
         *([f"from my_task import {', '.join(yours)}  # yours"] if yours else []),
         *imports,
-        "from trainable.library import CollapseConfig, NoiseConfig, QuantConfig, RinCallback, quantize",
+        "from trainable.library import CollapseConfig, NoiseConfig, QuantConfig, RinCallback, "
+        f"{'for_vllm, ' if served else ''}quantize",
         "",
         f"args = {_call('GRPOConfig', parts['GRPOConfig'])}",
         *([f"train_dataset = {_call('load_dataset', rows)}"] if rows else []),
         f"model = {loaded}",
         f"quantize(model, {_call('QuantConfig', parts['QuantConfig'])})",
+        *(
+            [
+                f"tokenizer = AutoTokenizer.from_pretrained({named or 'MODEL'!r})",
+                f"for_vllm(model, tokenizer, {served['folder']!r})",
+            ]
+            if served
+            else []
+        ),
         *([f"adapters = {_call('LoraConfig', parts['LoraConfig'])}"] if "LoraConfig" in parts else []),
         f"noise = {_call('NoiseConfig', parts['NoiseConfig'])}",
         f"collapse = {_call('CollapseConfig', parts['CollapseConfig'])}",
@@ -149,6 +159,7 @@ def to_trl(config: TrialConfig) -> str:
         "    args=args,",
         f"    reward_funcs=[{', '.join(asked)}],",
         "    train_dataset=train_dataset,",
+        *(["    processing_class=tokenizer,"] if served else []),
         *(["    peft_config=adapters,"] if "LoraConfig" in parts else []),
         ")",
         "rin = RinCallback(noise, collapse).attach(trainer)",
@@ -226,6 +237,7 @@ SCRIPT = (
     "from_pretrained.",
     "load_dataset.",
     "rewards.",
+    "for_vllm.",
     "LoraConfig.",
     "QuantConfig.",
     "NoiseConfig.",

@@ -267,8 +267,7 @@ NOISE, ACTOR = "trainer.noise_injection", "actor_rollout_ref.actor"
         ("nemo-rl", "noise.sigma_start=0.03", "noise.sigma_start=0.03"),
         ("verl", "rollout.correction_cap=3", {"algorithm.rollout_correction.rollout_is_threshold": 3.0}),
         ("trl", "quant.activations=none", {"vllm_importance_sampling_mode": "token_truncate", "use_vllm": True}),
-        ("trl", "seed=3", "rollout.backend=vllm"),  # stock vLLM does not quantise inputs
-        ("trl", "seed=3", "rollout.correction=token"),  # and without it nothing is corrected
+        ("trl", "seed=3", {"use_vllm": True, "for_vllm.folder": "for-vllm"}),  # so that it quantises inputs, too
         ("trl", "noise.num_stages=1", {"NoiseConfig.num_stages": 1, "CollapseConfig.mode": "enforce"}),
         ("trl", "rollout.correction=none", {"vllm_importance_sampling_correction": False}),  # on by default
         ("trl", "rollout={backend: torch, engine: inside}", "rollout.correction=token"),
@@ -466,3 +465,16 @@ def test_the_command_exports_a_sweep_for_every_system_and_audits_what_it_wrote(t
 
 
 SUFFIX = {"verl": "sh", "verl-upstream": "sh", "trl": "py", "qerl": "sh", "nemo-rl": "yaml"}
+
+
+def test_a_trl_script_lets_vllm_begin_with_our_layers() -> None:
+    lines = to_trl(configured()).splitlines()
+    quantized, begun, trainer = (
+        next(number for number, line in enumerate(lines) if line.startswith(start))
+        for start in ("quantize(", "for_vllm(model, tokenizer, 'for-vllm')", "trainer = ")
+    )
+    assert quantized < begun < trainer
+    assert "    processing_class=tokenizer," in lines
+    assert not any(
+        "for_vllm" in line for line in to_trl(configured("rollout={backend: torch, engine: inside}")).splitlines()
+    )
