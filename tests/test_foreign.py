@@ -64,6 +64,10 @@ def leaves_children(row, completion):
     subprocess.Popen(["sleep", "600"], start_new_session=True)
     return same(row, completion)
 
+def lingers(row, completion):
+    leaves_children(row, completion)
+    time.sleep(600)
+
 def moves(row, completion):
     os.chdir("/")
     os.environ["HOME"] = "/nowhere"
@@ -157,8 +161,8 @@ def marked(given: ForeignReward, answers: Sequence[Answer] = ANSWERS) -> list[di
 def test_whatever_a_reward_does_around_its_marks_they_arrive(function: str, tmp_path: Path) -> None:
     before = random.getstate(), os.getcwd(), os.environ["HOME"], torch.get_num_threads()
     given = reward("python", f"{written(tmp_path, HOSTILE)}:{function}")
-    for _ in range(2):
-        assert marked(given) == [{function: 1.0}, {function: 0.0}, {function: 0.0}]
+    assert marked(given) == [{function: 1.0}, {function: 0.0}, {function: 0.0}]
+    assert marked(given, ANSWERS[::-1]) == [{function: 0.0}, {function: 0.0}, {function: 1.0}]
     assert given.deaths == []
     assert (random.getstate(), os.getcwd(), os.environ["HOME"], torch.get_num_threads()) == before
 
@@ -190,17 +194,25 @@ def test_children_of_a_reward_end_with_it_also_those_that_left_its_session(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are adopted on Linux alone")
-def test_a_trial_that_is_killed_leaves_no_process_of_its_reward(tmp_path: Path) -> None:
+def test_a_trial_that_is_killed_in_a_call_leaves_no_process_of_its_reward(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from tests.test_foreign import *\n"
-        "given = reward('python', sys.argv[1]); marked(given)\n"
-        "print(given._worker._process.pid, flush=True); given(ANSWERS[:1]); time.sleep(600)\n"
+        "import sys, time\n"
+        "from spaces.config import TaskConfig\n"
+        "from trainable.tasks.foreign import ForeignReward\n"
+        "from trainable.tasks.task import Answer, Question\n"
+        "given = ForeignReward(convention='python', config=TaskConfig(), functions=(sys.argv[1],))\n"
+        "given.open()\n"
+        "print(given._worker._process.pid, flush=True)\n"
+        "given([Answer(question=Question(prompt='', answer=''), text='')])\n"
     )
-    command = [sys.executable, "-c", code, f"{written(tmp_path, HOSTILE)}:leaves_children"]
+    command = [sys.executable, "-c", code, f"{written(tmp_path, HOSTILE)}:lingers"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trial:
         assert trial.stdout is not None
-        family = descendants(int(trial.stdout.readline()))
-        assert len(family) >= 2 + 2 * len(ANSWERS)
+        guard = int(trial.stdout.readline())
+        until = time.monotonic() + 30
+        while len(family := descendants(guard)) < 4:  # guard, worker, and two that left it
+            assert time.monotonic() < until, family
+            time.sleep(0.02)
         trial.kill()
     until = time.monotonic() + 10
     while left := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
