@@ -129,7 +129,7 @@ def test_the_same_results_in_the_same_order_lead_to_the_same_runs() -> None:
     assert ran(by_runs()) == ran(by_runs())
 
 
-@pytest.mark.parametrize("cut", [1, 7, 15, 16, 18])
+@pytest.mark.parametrize("cut", [7, 15, 18])
 def test_a_search_that_was_killed_goes_on_with_what_it_had_decided(cut: int) -> None:
     whole, first = by_runs(), by_runs()
     expected = ran(whole)
@@ -163,9 +163,7 @@ def test_a_finite_space_gives_the_rest_to_replicates_and_then_ends() -> None:
         description="",
         dimensions=(Dimension(key="noise.sigma_start", domain=Choice(options={"a": 0.01, "b": 0.02, "c": 0.005})),),
     )
-    search = searcher(few, total=12, trials=12, replicates=4, searcher="gp")
-    assert (len(ran(search)), search.exhausted) == (12, False)
-    search = searcher(few, total=40, trials=40, replicates=3, searcher="gp")
+    search = searcher(few, total=14, trials=14, replicates=3, searcher="random")
     done = ran(search)
     assert (Counter(name for name, _ in done), search.exhausted) == (
         dict.fromkeys(["control", "c01", "c02", "c03"], 3),
