@@ -72,11 +72,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
     if undecided:
         lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
-    lines += [
-        f"{row.arm}: {marks}; the first is the accuracy, others forgive the form of an answer"
-        for row in report.arms
-        if (marks := marks_apart(row.marks))
-    ]
+    lines += [f"{row.arm}: {marks}" for row in report.arms if (marks := marks_apart(row.marks))]
     lines += [
         f"{row.arm}: warning: {row.warnings[0]}" + (f" (and {more} more)" if (more := len(row.warnings) - 1) else "")
         for row in report.arms

@@ -38,7 +38,7 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         f"{outcome.outcome}{rule} {when}, {outcome.seconds:.1f} s",
         f"accuracy {scores.accuracy_start:.4f} -> {scores.accuracy:.4f} ({mode}), "
         f"{scores.accuracy_bf16_start:.4f} -> {scores.accuracy_bf16:.4f} (unquantised), {scores.n} questions",
-        *([f"of them {marks}; the first is the accuracy, others forgive the form of an answer"] if marks else []),
+        *([marks] if marks else []),
         *_pass_lines(outcome),
         f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights"
         + (f", adapters beside {len(receipt.adapted)} layers" if receipt.adapted else ""),

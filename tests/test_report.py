@@ -453,7 +453,7 @@ def test_marks_that_differ_by_a_point_or_more_are_told(tmp_path: Path) -> None:
         marked = replace(ended.eval, parts={"strict": 0.4, "flexible": flexible})
         write_trial(config, arm, 0, replace(ended, eval=marked))
     report = report_study(config)
-    assert "control: strict 40.0 %, flexible 63.0 %" in text_of(report)
+    assert "control: marks (means): strict 40.0 %, flexible 63.0 %" in text_of(report)
     assert "c01: strict" not in text_of(report)
     assert strict(report)["arms"][0]["marks"] == {"strict": 0.4, "flexible": 0.63}
 

@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+from dashboards.tables import marks_apart
 from dashboards.trial_text import outcome_lines, step_line
 from spaces.config import EvalConfig, TrialConfig
 from trainable.outcome import Alarm, Coverage, LeftOut, in_step
@@ -70,7 +71,7 @@ def test_steps_count_from_0_and_people_from_1() -> None:
 
 def test_marks_of_a_task_that_differ_are_told() -> None:
     lines = outcome_lines(outcome(parts={"strict": 0.12, "flexible": 0.63}), "W4A4")
-    assert lines[2].startswith("of them strict 12.0 %, flexible 63.0 %; the first is the accuracy")
+    assert lines[2].startswith("marks (means): strict 12.0 %, flexible 63.0 %; one of them tells right from wrong")
     assert outcome_lines(outcome(parts={"strict": 0.62, "flexible": 0.625}), "W4A4") == outcome_lines(outcome(), "W4A4")
 
 
@@ -97,3 +98,8 @@ def test_what_is_not_quantised_is_said_with_its_reason() -> None:
         "of the blocks' 1,000 weights 85.0 % quantised, 10.0 % excluded by name, 5.0 % left out "
         "(layers.*.gate: Router computes with it itself)",
     ]
+
+
+def test_marks_that_are_no_shares_are_numbers() -> None:
+    assert marks_apart({"acc": 0.5, "length": 23.25}).startswith("marks (means): acc 0.5, length 23.2; one of them")
+    assert marks_apart({"acc": 0.5, "exact": 0.501}) == ""
