@@ -6,6 +6,7 @@ from functools import lru_cache
 from search.arms import Arm
 from search.store import StudyConfig
 from spaces.config import TaskConfig, TrialConfig
+from trainable.disk.folder import Folder
 from trainable.tasks.code import bring, keep
 from trainable.tasks.foreign import ForeignReward
 
@@ -40,5 +41,7 @@ def keep_rewards(study: StudyConfig, arms: Iterable[Arm]) -> None:
 
 
 def bring_rewards(study: StudyConfig, arms: Iterable[Arm]) -> None:
-    for task in {arm.config.task for arm in arms}:
-        bring(task, study.folder / CODE)
+    """From the sweep's own folder, or from that of the one that it confirms or takes apart."""
+    for name in filter(None, (study.name, study.parent)):
+        for task in {arm.config.task for arm in arms}:
+            bring(task, Folder(study.store) / name / CODE)

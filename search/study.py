@@ -103,6 +103,7 @@ def _checked(
     refuse_taken_name(config)
     evidence = evidence_of(config)
     check_writable(config.store)
+    bring_rewards(config, arms)
     check_sources(config, arms)
     check_tracking(config.tracking_uri, config.name, config.owner)
     build_once(arms, progress)

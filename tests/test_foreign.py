@@ -582,7 +582,10 @@ def test_every_arm_of_a_sweep_has_the_hash_of_its_reward(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_reward_goes_along_with_its_sweep_to_a_machine_that_does_not_have_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("from_sweep", [{}, {"name": "s-confirm", "parent": "s"}], ids=["its own", "its parent's"])
+def test_a_reward_goes_along_with_its_sweep_to_a_machine_that_does_not_have_it(
+    from_sweep: dict[str, str], tmp_path: Path
+) -> None:
     path = written(tmp_path, EXACT)
     study = sweep(tmp_path, f"task.reward={path}:f")
     arms = fixed_arms(study)
@@ -590,7 +593,7 @@ def test_a_reward_goes_along_with_its_sweep_to_a_machine_that_does_not_have_it(t
     path.unlink()
     with pytest.raises(ConfigError, match=r"reward\.py cannot be read"):
         check_sources(study, arms)
-    there = study.model_copy(update={"store": str(tmp_path / "job")})
+    there = study.model_copy(update={"store": str(tmp_path / "job"), **from_sweep})
     bring_rewards(there, arms)
     check_sources(study, arms)
     keep_rewards(study, arms)  # from the copy that came with the job, into the sweep's own store
