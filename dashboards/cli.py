@@ -464,11 +464,21 @@ def doctor(
     task: Annotated[
         str | None, typer.Option(help="A task's name: its questions, and whether its reward keeps its contract.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A workload, a folder or a hub id: its layers, norms, shares, forward, memory.")
+    ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="With --task: task.x=..., as in a trial.")
+        list[str] | None, typer.Option("--set", help="With --task: task.x=...; with --model: any setting of a trial.")
     ] = None,
 ) -> None:
-    """What works here, and what to install; or what a trial would do with a task."""
+    """What works here, and what to install; or what a trial would do with a task, or with a model."""
+    if task is not None and model is not None:
+        raise ConfigError(f"--model {model}: has no use beside --task; ask for one of them at a time")
+    if model is not None:
+        from dashboards.model_text import examine_model
+
+        print("\n".join(examine_model(model, overrides or [])))
+        return
     if task is not None:
         from dashboards.task_text import examine_task
 
@@ -478,7 +488,7 @@ def doctor(
             raise typer.Exit(1)
         return
     if overrides:
-        raise ConfigError(f"--set {overrides[0]}: has no use without --task; give --task NAME")
+        raise ConfigError(f"--set {overrides[0]}: has no use without --task or --model; give one of them")
     from dashboards.doctor import examine
 
     checks = examine()
