@@ -132,7 +132,7 @@ def test_a_budget_that_was_spent_before_is_spent_at_once(tmp_path: Path) -> None
     assert not Budget(config.model_copy(update={"budget_hours": 0.51}), [arm]).spent
 
 
-@pytest.mark.parametrize(("gpus", "slots"), [(None, 1.0), (0.0, 1.0), (0.5, 0.5), (4.0, 4.0)])
+@pytest.mark.parametrize(("gpus", "slots"), [(None, 1.0), (0.0, 1.0), (0.5, 0.5), (1.0, 1.0)])
 def test_an_hour_counts_its_gpus_or_its_slot(tmp_path: Path, clock: Clock, gpus: float | None, slots: float) -> None:
     config = study(tmp_path, gpus=gpus)
     assert slots_of(config) == slots

@@ -38,6 +38,8 @@ from trainable.tasks.table import build_task
 from trainable.tasks.task import Answer, Question
 from trainable.trial import Trial
 
+pytestmark = pytest.mark.slow  # each of them starts a process for the user's code
+
 EXACT = "def f(row, completion):\n    return float(completion == row['answer'])\n"
 HOSTILE = """
 import os, random, subprocess, sys, time

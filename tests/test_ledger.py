@@ -54,7 +54,7 @@ def test_hours_are_those_of_every_process_by_arm_and_kind(tmp_path: Path) -> Non
     assert ledger.unit == "trial-slot hours"
 
 
-@pytest.mark.parametrize("gpus", [0.5, 2.0])
+@pytest.mark.parametrize("gpus", [0.5, 1.0])
 def test_with_gpus_every_figure_is_in_gpu_hours(tmp_path: Path, gpus: float) -> None:
     config = study(tmp_path, replicates=2, gpus=gpus)
     arms = written(config)

@@ -467,6 +467,7 @@ def test_a_model_whose_projections_are_no_linear_layers_has_a_floor(
 ) -> None:
     place, tokenizer = tmp_path_factory.mktemp("gpt2"), byte_tokenizer()
     config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=1)
+    torch.manual_seed(0)  # in another model a rounding may fall the other way
     GPT2LMHeadModel(config).save_pretrained(place)
     tokenizer.save_pretrained(place)
     code, out, err = rin("probe", str(place), "--dtype", "float32", "--json")
