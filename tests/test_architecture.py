@@ -321,6 +321,6 @@ def programs_as_text() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "program"), programs_as_text())
 def test_programs_kept_as_text_know_every_name_they_use(name: str, program: str) -> None:
     """No linter looks into a string: a line that an editor's replacement put there is found here, before it is run."""
-    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821", "-"]
+    ruff = [Path(sys.executable).with_name("ruff"), "check", "--isolated", "--quiet", "--select", "F821", "-"]
     found = subprocess.run(ruff, input=program, capture_output=True, text=True, check=False)
     assert found.returncode == 0, f"{name}: {found.stdout}"
