@@ -518,6 +518,8 @@ Three replicates each leave a third of the configurations to choose from, and lo
 so that a new one beside it teaches about as much as the old one again. Whether it gains where runs differ most, the
 last rows say. What it gives beyond that are replicates of the control and of what is put forward, from which a report
 can tell how far runs differ. A landscape in which neighbours say nothing of each other was not tried.
+
+The same rule at 24, 30 and 48 runs, before there was `--runs`: [candidate.md](candidate.md).
 """
 
 if __name__ == "__main__":
