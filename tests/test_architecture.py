@@ -200,10 +200,9 @@ def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").exists()
 
 
-def test_our_names_belong_to_this_distribution_alone() -> None:
+def test_the_four_names_belong_to_this_distribution_alone() -> None:
     owners = importlib.metadata.packages_distributions()
-    names = (*PACKAGES, "rin_search")
-    assert {name: sorted(set(owners.get(name, []))) for name in names} == {name: ["rin-search"] for name in names}
+    assert {name: sorted(set(owners.get(name, []))) for name in PACKAGES} == {name: ["rin-search"] for name in PACKAGES}
 
 
 def test_only_the_trial_knows_the_method_that_learns() -> None:

@@ -2,22 +2,29 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from rin_search import KNOWN_BY, namesake
 from tests.test_architecture import MODULES, PACKAGES, ROOT
 
-START = [sys.executable, "-c", "import sys; del sys.path[0]; from rin_search import main; main()"]
+RIN = ROOT / "dashboards" / "rin"
+SCRIPT = runpy.run_path(str(RIN))
+START = [
+    sys.executable,
+    "-c",
+    f"import sys, runpy; del sys.path[0]; sys.argv[0] = 'rin'; runpy.run_path({str(RIN)!r}, run_name='__main__')",
+]
 
 
 def test_ours_are_no_namesakes() -> None:
-    assert tuple(KNOWN_BY) == PACKAGES
-    assert all((ROOT / package / f"{module}.py").is_file() for package, module in KNOWN_BY.items())
-    assert namesake() is None
+    assert tuple(SCRIPT["KNOWN_BY"]) == PACKAGES
+    assert all((ROOT / package / f"{module}.py").is_file() for package, module in SCRIPT["KNOWN_BY"].items())
+    assert SCRIPT["namesake"]() is None
 
 
 @pytest.mark.slow
@@ -44,6 +51,16 @@ def test_no_other_python_is_started_that_looks_into_the_current_directory_first(
     started = [line for path in MODULES for line in re.findall(r"sys\.executable, .*", path.read_text())]
     assert len(started) >= 3
     assert [line for line in started if '"-m"' in line and '"-P", "-m"' not in line] == []
+
+
+def test_the_program_is_a_script_of_the_distribution_and_no_entry_point() -> None:
+    """An entry point is a module, of a name that a person may have too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["script-files"] == ["dashboards/rin"]
+    assert "scripts" not in project["project"]
+    installed = Path(sys.executable).with_name("rin").read_text().partition("\n")
+    assert installed[0].startswith("#!/")
+    assert installed[2] == RIN.read_text().partition("\n")[2]
 
 
 def recipe(target: str, **given: str) -> str:
