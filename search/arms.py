@@ -200,17 +200,24 @@ def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
 
     A configuration of the searcher may differ in what the space searches of training, too (a learning rate): that is
     part of what is tried, and ranges have no control for each value. Never in the filter, the reward and the
-    quantisation.
+    quantisation; and never in what a point of the user's changes.
     """
     if arm.origin == "control":
         return None
+    controls = [other for other in arms if other.origin == "control"]
     fitting = []
-    for other in arms:
-        if other.origin == "control":
-            keys = apart(arm.config, other.config) - ({"grpo.reward"} if is_negative(arm) else set())
-            if not keys or (arm.origin != "point" and not any(is_of_the_path(key) for key in keys)):
-                fitting.append((len(keys), other))
+    for other in controls:
+        keys = apart(arm.config, other.config) - ({"grpo.reward"} if is_negative(arm) else set())
+        if not keys or (arm.origin != "point" and _differs_in_what_is_tried(keys, other, controls[0])):
+            fitting.append((len(keys), other))
     return min(fitting, key=lambda found: found[0])[1] if fitting else None
+
+
+def _differs_in_what_is_tried(keys: set[str], control: Arm, plain: Arm) -> bool:
+    """Whether these keys hold nothing of the path, and nothing that the control has from a point of its own: it trains
+    like the sweep's."""
+    own = apart(control.config, plain.config)
+    return not any(is_of_the_path(key) for key in keys) and all(is_of_the_path(key) for key in own)
 
 
 def is_negative(arm: Arm) -> bool:

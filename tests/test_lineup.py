@@ -116,6 +116,19 @@ def test_what_the_searcher_draws_brings_its_control_and_what_it_trains_with_is_t
     assert len({str(besides_noise(arm)) for arm in controls}) == len(controls)
 
 
+def test_a_draw_is_not_compared_with_what_a_point_of_one_s_own_trains_without_noise(tmp_path: Path) -> None:
+    """It has the draw's precision, and a learning rate of its own: only a control that trains like the sweep's will
+    do."""
+    own = make_arm(study(tmp_path), "control-own", "quant.activations=mxfp8", "grpo.learning_rate=1e-3")
+    eight = Dimension(key="quant.activations", domain=Choice(options={"8": "mxfp8"}))
+    search = searcher(mixed(eight), trials=6, settings={}, known=[control(), own])
+    drive(search, lambda suggestion: outcome(0.5))
+    drawn = [arm for arm in search.arms if arm.origin == "searcher"]
+    assert len(drawn) == 3
+    plain = [control_for(arm, search.arms) for arm in drawn]
+    assert [arm.name for arm in plain if arm is not None] == ["control-w4a8"] * 3
+
+
 def test_a_search_that_was_killed_between_a_control_and_its_arm_goes_on_with_the_arm() -> None:
     whole = searcher(mixed(PRECISION), trials=6)
     drive(whole, lambda suggestion: outcome(0.5))
