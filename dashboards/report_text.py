@@ -16,7 +16,7 @@ from search.importance import Importance
 from search.lineup import overridden
 from search.plan import StudyPlan, recorded_collapse
 from search.replicates import MIN_REPLICATES
-from search.report import ArmReport, StudyReport, screening
+from search.report import ArmReport, ControlsApart, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
 from spaces.reading import as_tree as config_tree
 from spaces.uses import is_noisy
@@ -67,6 +67,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     for row in report.arms:
         if row.finding is not None and (said := row.finding.risk_words()):
             lines.append(f"{row.arm}: {said}")
+    lines += [_controls_line(pair, report.config.measure) for pair in report.controls]
     lines += _negative_lines(report)
     lines += _curve_lines(report)
     undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
@@ -88,6 +89,18 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     if report.candidate is not None and report.config.kind == "sweep":
         lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
     return lines
+
+
+def _controls_line(pair: ControlsApart, measure: str) -> str:
+    """What a precision, or a filter, does without noise."""
+    settings = ", ".join(f"{key}={here} (there {there})" for key, (here, there) in pair.settings.items())
+    seen, judged = pair.comparison, ""
+    if any(key.startswith("quant.") for key in pair.settings):
+        judged = ", each judged in its own precision"
+    return (
+        f"{pair.control} against {pair.other}, both without noise: {_apart(seen)} points of {measure} {interval(seen)} "
+        f"over {seen.replicates} seed{'s'[: seen.replicates != 1]}{judged}; {settings or 'the same settings'}"
+    )
 
 
 def _negative_lines(report: StudyReport) -> list[str]:
@@ -296,6 +309,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
         "unfinished": report.unfinished,
         "candidate": report.candidate.arm if report.candidate is not None else None,
         "arms": [_row(row) for row in report.arms],
+        "controls": [_controls(pair) for pair in report.controls],
         "tolerance": [_finite(asdict(boundary)) for boundary in report.tolerance],
         "importance": [asdict(item) for item in report.importance],
         "failed": list(report.failed),
@@ -320,6 +334,11 @@ def confirmation_tree(state: Confirmation) -> dict[str, object]:
         "unfinished": state.unfinished,
         "notes": list(state.notes),
     }
+
+
+def _controls(pair: ControlsApart) -> dict[str, object]:
+    settings = {key: list(both) for key, both in pair.settings.items()}
+    return {"control": pair.control, "other": pair.other, "settings": settings, **(_comparison(pair.comparison) or {})}
 
 
 def _row(row: ArmReport) -> dict[str, object]:

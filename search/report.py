@@ -10,6 +10,9 @@ is ahead is told with the collapse risk that its runs do not exclude (`search/fi
 A sweep's report never says better or worse: arms were chosen and judged on the same questions, so one that stands out
 is `ahead` or `behind` and the best one a `candidate`. Only a confirmation says more (`search/confirm.py`).
 
+Controls are compared with one another, too, apart from the arms: what the precision, or the filter, does without noise
+(W4A4 against bf16). Each is compared with the one before it that is most like it; all settings that differ are named.
+
 An analysis that fails is a line in its place (`failed`): whoever asks for a report has hours of runs to read, and a
 root that was not found must not hide them. Damaged files are still the user's to mend.
 """
@@ -21,11 +24,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from search.arms import (
     Arm,
     Origin,
+    apart,
     candidate_of,
     control_for,
     measured,
@@ -47,6 +51,7 @@ from search.store import StudyConfig, is_driven
 from search.tolerance import Boundary, NoisyRun, boundaries
 from spaces.config import TrialConfig
 from spaces.errors import ConfigError, NoCandidate
+from spaces.reading import as_tree, flatten
 from trainable.disk.trial_folder import TrialState
 from trainable.outcome import EffectReceipt
 from trainable.pass_at_k import shown
@@ -131,11 +136,29 @@ class ArmReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlsApart:
+    """A control against another one: neither has noise.
+
+    Example: ControlsApart(control="bf16", other="control", settings={"quant.weights": ("none", "mxfp4"), ...},
+    comparison=Comparison(...))
+    """
+
+    control: str
+    other: str
+    settings: Mapping[str, tuple[Any, Any]]
+    """In which they differ: key -> (here, of the other)."""
+    comparison: Comparison
+    """Over common seeds, corrected for the number of controls that are compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyReport:
     """What a study says so far."""
 
     config: StudyConfig
     arms: tuple[ArmReport, ...]
+    controls: tuple[ControlsApart, ...]
+    """A sweep with one control has none."""
     ledger: Ledger
     unfinished: int
     tolerance: tuple[Boundary, ...]
@@ -169,6 +192,7 @@ def report_study(config: StudyConfig) -> StudyReport:
     return StudyReport(
         config=config,
         arms=rows,
+        controls=tuple(_made("the controls among themselves", partial(_controls_apart, config, arms), failed)),
         ledger=ledger,
         unfinished=unfinished(config, arms),
         tolerance=tuple(tolerance),
@@ -249,6 +273,32 @@ def _judged(
             finding = find(*both, collapsed_elsewhere=worth[measure], arms=len(family))
             found[name, measure] = Judged(alone=alone, corrected=both[0], finding=finding, family=len(family))
     return found
+
+
+def _controls_apart(config: StudyConfig, arms: Sequence[Arm]) -> list[ControlsApart]:
+    """In the order in which they hang together, from the sweep's own on."""
+    runs = {arm.name: replicates_of(config, arm) for arm in arms}
+    left = [arm for arm in arms if arm.origin == "control" and runs[arm.name]]
+    joined: list[Arm] = []
+    pairs: list[tuple[Arm, Arm]] = []
+    while left:
+        if joined:
+            pairs.append(min(product(left, joined), key=lambda pair: len(apart(pair[0].config, pair[1].config))))
+        joined.append(pairs[-1][0] if pairs else left[0])
+        left.remove(joined[-1])
+    alone = {one.name: compare_arms(runs[one.name], runs[other.name], margin=MARGIN).primary for one, other in pairs}
+    corrected = adjust(alone)
+    return [
+        ControlsApart(
+            control=one.name, other=other.name, settings=_differing(one, other), comparison=corrected[one.name]
+        )
+        for one, other in pairs
+    ]
+
+
+def _differing(one: Arm, other: Arm) -> dict[str, tuple[Any, Any]]:
+    here, there = flatten(as_tree(one.config)), flatten(as_tree(other.config))
+    return {key: (here.get(key), there.get(key)) for key in sorted(apart(one.config, other.config))}
 
 
 def screening(words: str) -> str:

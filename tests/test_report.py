@@ -174,6 +174,45 @@ def test_each_arm_is_compared_with_the_control_of_its_own_filter_policy(tmp_path
     )
 
 
+def test_what_a_precision_does_without_noise_is_told_between_the_controls(tmp_path: Path) -> None:
+    """bf16 hangs on the control; nvfp4 behind a filter on the one with that filter, not on the sweep's own."""
+    config = study(tmp_path, trials=5, replicates=5)
+    bf16, nvfp4 = (("quant.weights=" + name, "quant.activations=" + name) for name in ("none", "nvfp4"))
+    arms = [make_arm(config, "control"), make_arm(config, "control-bf16", *bf16)]
+    arms += [make_arm(config, "control-nvfp4", *nvfp4, "grpo.filter_groups=resample")]
+    arms += [make_arm(config, "control-resample", "grpo.filter_groups=resample"), make_arm(config, "c01")]
+    write_sweep(
+        config,
+        arms,
+        {
+            "control": CONTROL,
+            "control-bf16": AHEAD,
+            "control-nvfp4": CONTROL[:2] + [None] * 3,
+            "control-resample": CLOSE,
+            "c01": CLOSE,
+        },
+    )
+    report = report_study(config)
+    assert [(pair.control, pair.other) for pair in report.controls] == [
+        ("control-resample", "control"),
+        ("control-bf16", "control"),
+        ("control-nvfp4", "control-resample"),
+    ]
+    differences = (np.array(AHEAD) - np.array(CONTROL)) / QUESTIONS
+    seen = report.controls[1].comparison
+    ends = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.05 / 3)
+    assert (seen.difference, seen.low, seen.high) == pytest.approx((differences.mean(), *ends))
+    assert row(report, "control-bf16").verdict == "", "a precision is no effect of noise"
+    text = text_of(report)
+    assert (
+        f"control-bf16 against control, both without noise: {100 * seen.difference:+.1f} points of accuracy [" in text
+    )
+    assert "each judged in its own precision; quant.activations=none (there mxfp4), quant.weights=none (th" in text
+    assert re.search(r"control-nvfp4 against control-resample, .* \[unknown\] over 2 seeds", text)
+    assert "control-resample against control, both without noise" in text
+    assert strict(report)["controls"][1]["settings"]["quant.weights"] == ["none", "mxfp4"]
+
+
 def test_an_arm_without_a_control_of_its_policy_is_not_compared_with_another(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=5)
     arms = [make_arm(config, "control"), make_arm(config, "c01", "grpo.filter_groups=resample")]
