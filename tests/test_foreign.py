@@ -3,6 +3,7 @@
 Or an end with a name."""
 
 import hashlib
+import json
 import os
 import random
 import resource
@@ -358,6 +359,24 @@ def length(prompts, completions, completion_ids, solution, **kwargs):
     kwargs["log_metric"]("half", 0.5)
     return [None if text == "5" else len(text) / 2 for text in completions]
 
+def costs(completions, log_extra, log_metric, each=0.0, **kwargs):
+    log_extra("whole", [99.0] * len(completions))
+    for text in completions:
+        log_metric("letters", len(text))
+    return [-each] * len(completions)
+
+def whole(completions, **kwargs):
+    return [1.0] * len(completions)
+
+def other(data_source, solution_str, ground_truth, extra_info):
+    return {"score": 0.5, "acc": 0.0, "turns@": 7}
+
+def same_mark(data_source, solution_str, ground_truth, extra_info):
+    return {"score": 0.5, "f1@10": 1, "f1_10": 0}
+
+def pops(row, completion):
+    return row["left"].pop()
+
 async def chat_right(prompts, completions, solution, trainer_state, **kwargs):
     await asyncio.sleep(0)
     return [float(c[0]["content"] == s and p[-1]["role"] == "user") for p, c, s in zip(prompts, completions, solution)]
@@ -406,11 +425,27 @@ def test_trl_is_called_with_the_whole_batch_and_none_does_not_apply(tmp_path: Pa
     given = reward("trl", f"{path}:length", f"{path}:length", reward_weights=(1.0, 0.5))
     assert given.weights == {"length": 1.0, "length_2": 0.5}
     found = marked(given, rows(prompt="1+2=", solution="3")[:2])
-    logged = {"half": 0.5}
-    assert found[0] == {"length": 0.5, "length_2": 0.5, "tokens": 1.0, **logged}
-    assert found[1] == {"length": 2.0, "length_2": 2.0, "tokens": 2.0, **logged}
+    logged = {"half": 0.5, "length_2/half": 0.5}
+    assert found[0] == {"length": 0.5, "length_2": 0.5, "tokens": 1.0, "length_2/tokens": 1.0, **logged}
+    assert found[1] == {"length": 2.0, "length_2": 2.0, "tokens": 2.0, "length_2/tokens": 2.0, **logged}
     with pytest.raises(ConfigError, match="length, length_2 gave None"):
         marked(given, rows(prompt="1+2=", solution="3")[2:] * 2)
+
+
+def test_what_a_function_logs_takes_no_other_functions_place_and_options_reach_trls_too(tmp_path: Path) -> None:
+    path = written(tmp_path, CONVENTIONS)
+    given = reward("trl", f"{path}:whole", f"{path}:costs", reward_options={"each": 0.25})
+    assert marked(given, rows(prompt="1+2="))[0] == {"whole": 1.0, "costs": -0.25, "costs/whole": 99.0, "letters": 2.0}
+    row = {"data_source": "openai/gsm8k", "ground_truth": "3", "extra_info": {"index": 4}}
+    both = marked(reward("verl", f"{path}:compute_score", f"{path}:other"), rows(**row))
+    assert (both[0]["acc"], both[0]["other/acc"]) == (1.0, 0.0)
+    with pytest.raises(ConfigError, match=r"two of the marks f1@10, f1_10, same_mark would be tracked under one name"):
+        marked(reward("verl", f"{path}:same_mark"), rows(**row))
+
+
+def test_what_a_reward_does_to_a_row_is_not_there_for_the_next_answer(tmp_path: Path) -> None:
+    given = reward("python", f"{written(tmp_path, CONVENTIONS)}:pops")
+    assert marked(given, rows(left=[1.0, 2.0, 3.0])) == [{"pops": 3.0}] * 3
 
 
 def test_trl_completions_are_messages_where_prompts_are(tmp_path: Path) -> None:
@@ -539,6 +574,19 @@ def test_a_trial_goes_on_only_with_the_reward_it_began_with(tiny: Tiny, tmp_path
     with pytest.raises(ConfigError, match="the file of its reward has changed"):
         again.load_state_dict(state)
     again.close()
+
+
+@pytest.mark.parametrize(("settings", "right"), [({}, False), ({"correct_at": 0.5}, True)])
+def test_what_is_said_of_a_score_goes_before_acc(settings: dict[str, Any], right: bool, tmp_path: Path) -> None:
+    rows = [{"data_source": "s", "prompt": [{"role": "user", "content": f"{n}?"}]} for n in range(60)]
+    lines = [json.dumps({**row, "reward_model": {"ground_truth": "1"}, "extra_info": None}) for row in rows]
+    path = written(tmp_path, "\n".join(lines), "q.jsonl")
+    source = f"{written(tmp_path, CONVENTIONS)}:other"
+    task = build_task(TaskConfig(name="verl", path=(str(path),), reward=(source,), **settings))
+    assert isinstance(task.foreign, ForeignReward)
+    opened.append(task.foreign)
+    question = task.held_out("selection", 1)[0]
+    assert task.scores([Answer(question=question, text="1")])[0].correct is right
 
 
 def test_from_which_mark_on_an_answer_is_right_can_be_said(tmp_path: Path) -> None:

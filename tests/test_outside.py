@@ -115,6 +115,7 @@ DEFAULTS = [
     ("openai/gsm8k", "1234", "#### 5 and then #### 1,234", 1.0, True),
     ("openai/gsm8k", "42", "#### 42.", 0.0, False),  # the full stop is taken for a part of the number, there too
     ("openai/gsm8k", "42", "42", 0.0, False),
+    ("openai/gsm8k", "42", "#### 42" + " and so on" * 30, 0.0, False),  # its last 300 characters hold none
     ("lighteval/MATH", "\\frac{1}{2}", "it is $0.5$", 1.0, True),
     ("lighteval/MATH", "\\frac{1}{2}", "\\boxed{\\frac{2}{4}}", 1.0, True),
     ("DigitalLearningGmbH/MATH-lighteval", "x^2-1", "\\boxed{(x-1)(x+1)}", 1.0, True),
@@ -227,6 +228,22 @@ def test_trl_s_prompts_are_texts_or_messages_and_not_both(build: Build, tmp_path
         build(name="trl", path=write(tmp_path / "q.jsonl", rows), reward="trl.rewards:accuracy_reward")
     with pytest.raises(ValueError, match=r"name=trl needs a reward; set task\.reward"):
         TaskConfig(name="trl", path=(str(tmp_path / "q.jsonl"),))
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ("completions", "column completions has the name of an argument that TRL gives; call it otherwise"),
+        ("log_metric", "column log_metric has the name of an argument that TRL gives; call it otherwise"),
+        ("image", "column image holds what a prompt of texts has no place for"),
+    ],
+)
+def test_trl_s_columns_are_neither_its_arguments_nor_images(
+    column: str, said: str, build: Build, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}?", "solution": "1", column: {"bytes": "00"}} for n in range(60)]
+    with pytest.raises(ConfigError, match=rf"q\.jsonl:1: {said}"):
+        build(name="trl", path=write(tmp_path / "q.jsonl", rows), reward="trl.rewards:accuracy_reward")
 
 
 # --- verifiers --------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 - `verl`: one answer at a time, `f(data_source=..., solution_str=..., ground_truth=..., extra_info=..., **options)`;
   gives a number, or a mapping with `score`, whose other numbers are marks too.
 - `trl`: all answers in one call, `f(prompts=..., completions=..., completion_ids=..., <columns>, trainer_state=...,
-  log_extra=..., log_metric=...)`; gives a list of numbers, and None where it does not apply. Completions are messages
-  where the prompt is messages, else texts. What it logs is a mark.
+  log_extra=..., log_metric=..., **options)`; gives a list of numbers, and None where it does not apply. Completions are
+  messages where the prompt is messages, else texts. What it logs is a mark.
 - `verifiers`: one answer at a time, and only the arguments that the function names, of `completion` and `prompt`
   (messages), `answer`, `info`, `task`, `state`. `state` is one mapping for all functions of an answer, which are called
   in their order.
 - `python`: one answer at a time, `f(row, completion)`: the row is what `questions` gave, the completion its text.
+
+Every answer has a row of its own: what a function does to one is not there for the next answer. What a function says
+beside its score never takes the place of another mark: it then stands behind the function's name.
 
 Each may be `async def`: answers are then waited for together. An error is told with the file and line of the user's
 code that it came from, and with the row. In a batched call the row is looked for, by calling with halves of the batch.
@@ -18,6 +21,7 @@ read, and run in its own folder, which is also where its imports begin.
 """
 
 import asyncio
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -83,7 +87,7 @@ class UserCode:
 
     def score(self, rows: Sequence[Row], asked: Sequence[tuple[int, str, Sequence[int]]]) -> list[Marks]:
         """`asked`: (number of the row, text, token ids) of every answer."""
-        answers = [(rows[row], text, ids) for row, text, ids in asked]
+        answers = [(copy.deepcopy(rows[row]), text, ids) for row, text, ids in asked]
         return self._batched(answers) if self.convention == "trl" else self._one_by_one(answers)
 
     # --- loading ------------------------------------------------------------------------------------------------------
@@ -134,26 +138,29 @@ class UserCode:
                 raise Mistake(_told(error), number) from error
 
     def _marks(self, number: int, given: Iterable[Any]) -> Marks:
-        """Of all functions for one answer. What a mapping holds besides `score` is put behind the function's name where
-        a function has that name too."""
+        """Of all functions for one answer."""
         marks: Marks = {}
         for name, result in zip(self.names, given, strict=True):
             if isinstance(result, Mapping):
                 if "score" not in result:
                     raise Mistake(f"{name} returned a mapping without score: {result!r:.60}", number)
-                more = {str(key): _float(value) for key, value in result.items() if key != "score"}
-                result = result["score"]
-                marks |= {f"{name}/{key}" if key in self.names else key: value for key, value in more.items()}
+                more, result = {key: _float(value) for key, value in result.items() if key != "score"}, result["score"]
+                for key, value in more.items():
+                    self._put(marks, name, str(key), value)
             marks[name] = _number(name, result, number)
         return marks
+
+    def _put(self, marks: Marks, name: str, key: str, value: float | None) -> None:
+        """What function `name` says beside its score; behind its name where something else is called so."""
+        marks[f"{name}/{key}" if key in self.names or marks.get(key) is not None else key] = value
 
     def _batched(self, asked: Sequence[Asked]) -> list[Marks]:
         marks: list[Marks] = [{} for _ in asked]
         for name, function in zip(self.names, self.functions, strict=True):
             try:
-                given = self._call_batched(function, asked, marks)
+                given = self._call_batched(name, function, asked, marks)
             except BaseException as error:
-                raise Mistake(_told(error), self._culprit(function, asked, 0)) from error
+                raise Mistake(_told(error), self._culprit(name, function, asked, 0)) from error
             if isinstance(given, str | Mapping) or not hasattr(given, "__len__"):
                 raise Mistake(f"{name} returned {given!r:.60}, and should return a list of numbers")
             if len(given) != len(asked):
@@ -162,20 +169,37 @@ class UserCode:
                 marks[number][name] = _number(name, one, number)
         return marks
 
-    def _call_batched(self, function: Callable[..., Any], asked: Sequence[Asked], marks: list[Marks]) -> Any:
-        given = function(**_columns(asked, marks))
-        return self.runner.run(_value_of(given)) if inspect.isawaitable(given) else given
+    def _call_batched(
+        self, name: str, function: Callable[..., Any], asked: Sequence[Asked], marks: Sequence[Marks]
+    ) -> Any:
+        """What is logged becomes marks: of each answer, and of all of them the mean of what was said of the batch."""
+        of_batch: dict[str, list[float]] = {}
 
-    def _culprit(self, function: Callable[..., Any], asked: Sequence[Asked], first: int) -> int | None:
+        def log_extra(column: str, values: Sequence[Any]) -> None:
+            for mark, value in zip(marks, values, strict=True):
+                if (number := _float(value)) is not None:
+                    self._put(mark, name, column, number)
+
+        def log_metric(metric: str, value: float) -> None:
+            of_batch.setdefault(metric, []).append(float(value))
+
+        given = function(**_columns(asked), log_extra=log_extra, log_metric=log_metric, **self.options)
+        given = self.runner.run(_value_of(given)) if inspect.isawaitable(given) else given
+        for metric, values in of_batch.items():
+            for mark in marks:
+                self._put(mark, name, metric, sum(values) / len(values))
+        return given
+
+    def _culprit(self, name: str, function: Callable[..., Any], asked: Sequence[Asked], first: int) -> int | None:
         """The answer that alone makes it raise, if one does."""
         if len(asked) == 1:
             return first
         half = len(asked) // 2
         for start, part in ((0, asked[:half]), (half, asked[half:])):
             try:
-                self._call_batched(function, part, [{} for _ in part])
+                self._call_batched(name, function, part, [{} for _ in part])
             except BaseException:
-                return self._culprit(function, part, first + start)
+                return self._culprit(name, function, part, first + start)
         return None
 
 
@@ -262,18 +286,8 @@ class _NoState:
         raise AttributeError(f"trainer_state.{name}: a reward is not told here how far training is")
 
 
-def _columns(asked: Sequence[Asked], marks: list[Marks]) -> dict[str, Any]:
-    """TRL's arguments. What is logged becomes marks."""
-
-    def log_extra(column: str, values: Sequence[Any]) -> None:
-        for mark, value in zip(marks, values, strict=True):
-            if (number := _float(value)) is not None:
-                mark[column] = number
-
-    def log_metric(name: str, value: float) -> None:
-        for mark in marks:
-            mark[name] = float(value)
-
+def _columns(asked: Sequence[Asked]) -> dict[str, Any]:
+    """TRL's arguments, but for those that log. No column has the name of one of them (`trl.py`)."""
     messages = isinstance(asked[0][0]["prompt"], list)
     own = ("prompt", "completion", "completion_ids")
     keys = dict.fromkeys(key for row, _, _ in asked for key in row if key not in own)
@@ -283,8 +297,6 @@ def _columns(asked: Sequence[Asked], marks: list[Marks]) -> dict[str, Any]:
         "completion_ids": [list(ids) for _, _, ids in asked],
         **{key: [row.get(key) for row, _, _ in asked] for key in keys},
         "trainer_state": _NoState(),
-        "log_extra": log_extra,
-        "log_metric": log_metric,
     }
 
 

@@ -204,7 +204,13 @@ class ForeignReward:
                 raise ConfigError(f"task.reward: {name} is {mark}{_of(answer)}; give a finite number")
         if all(marks[name] is None for name in self.names):
             raise ConfigError(f"task.reward: {', '.join(self.names)} gave None{_of(answer)}: nothing marks it; mend it")
-        return {metric_name(name): mark for name, mark in marks.items()}
+        tracked = {metric_name(name): mark for name, mark in marks.items()}
+        if len(tracked) < len(marks):
+            raise ConfigError(
+                f"task.reward: two of the marks {', '.join(marks)} would be tracked under one name ("
+                f"{', '.join(tracked)}); call one of them otherwise"
+            )
+        return tracked
 
     def call(self, function: str, *arguments: Any) -> Any:
         """What another function of the first file gives, as JSON can hold it."""

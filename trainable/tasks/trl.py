@@ -2,8 +2,8 @@
 
 A column `prompt`, a text or messages, the same in all rows; every other column goes to the reward functions by its
 name. `task.reward` names one or several, `my_rewards.py:f` or `trl.rewards:accuracy_reward`; `task.reward_weights` are
-TRL's. An answer is correct where the first function that has anything to say of it gives 1. Tools and environments have
-no place here.
+TRL's. An answer is correct where the first function that has anything to say of it gives 1. Images, tools and
+environments have no place here.
 """
 
 from spaces.config import TaskConfig
@@ -15,6 +15,10 @@ NEEDS = "a row of task.name=trl has prompt (text, or messages), and columns for 
 ANSWERS = ("answer", "solution", "ground_truth", "target", "label")
 """Columns that may hold what is true, for people to read and for the check of the reward; the first that is there."""
 
+ARGUMENTS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+"""What a reward function is given by TRL itself."""
+IMAGES = ("image", "images")
+
 
 def build_trl(config: TaskConfig) -> Task:
     """Raises ConfigError for rows that are not so."""
@@ -23,6 +27,12 @@ def build_trl(config: TaskConfig) -> Task:
     def question_of(row: Row) -> Question:
         prompt = row.take("prompt")
         prompts.check(row, prompt)
+        for column in ARGUMENTS:
+            if column in row.values:
+                raise row.mistake(column, "has the name of an argument that TRL gives; call it otherwise")
+        for column in IMAGES:
+            if row.values.get(column):
+                raise row.mistake(column, "holds what a prompt of texts has no place for")
         columns = {name: value for name, value in row.values.items() if name != "prompt"}
         known = next((name for name in ANSWERS if columns.get(name) is not None), None)
         answer = "" if known is None else columns[known]

@@ -4,7 +4,8 @@
 
 `task.reward=path/to/reward.py:compute_score` names the function that verl is given as custom_reward_function; without
 one the row's data_source chooses among verl's own (`verl_scores.py`). An answer is correct where `acc` is 1, or, from
-functions that tell none, where the score is. Images, videos and tools have no place in prompts here.
+functions that tell none, where the score is; where task.correct_at says of which score, by that. Images, videos and
+tools have no place in prompts here.
 """
 
 from importlib.util import find_spec
@@ -47,7 +48,7 @@ def build_verl(config: TaskConfig) -> Task:
         name=config.name,
         reward=reward,
         weights=reward.weights,
-        judges={"acc": RIGHT, **reward.judges},
+        judges={"acc": RIGHT, **reward.judges} if config.correct_at == 1 else reward.judges,
         foreign=reward,
         questions=sets.questions,
         warnings=sets.warnings,

@@ -1,6 +1,7 @@
 """What verl gives an answer whose rows come without a reward function: by the row's `data_source`, as there.
 
-- `openai/gsm8k`: 1 when the number behind the last "#### " is the truth, as text without commas; else 0.
+- `openai/gsm8k`: 1 when the number behind the last "#### " is the truth, as text without commas; else 0. Only the end
+  of an answer is looked at, 300 characters.
 - MATH (`lighteval/MATH` and its namesakes, `math_dapo`, `aime...`): whether the two are the same mathematics, asked of
   the package math-verify, as verl's own `math_verify.py` asks it. Its defaults compare texts that were brought into one
   form by long lists of exceptions; the two differ where such a list fails (0.5 against \\frac{1}{2}). `math_dapo` and
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 _GSM8K = re.compile(r"#### (-?[0-9.,]+)")
+_LOOKED_AT = 300
 _MATH = ("lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500")
 _DAPO = ("math_dapo", "math", "math_dapo_reasoning")
 
@@ -40,7 +42,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 
 def gsm8k(text: str, truth: str) -> float:
-    found = _GSM8K.findall(text)
+    found = _GSM8K.findall(text[-_LOOKED_AT:])
     return float(bool(found) and found[-1].replace(",", "") == truth)
 
 
