@@ -157,6 +157,14 @@ def test_what_stands_in_two_sets_is_for_judging_and_what_stands_twice_stands_onc
     )
 
 
+def test_a_question_that_is_spaced_otherwise_is_the_same_question(tmp_path: Path) -> None:
+    spaced = [{**row, "prompt": f" {row['prompt']}\n"} for row in ROWS]
+    questions = prompts(found := sets(write(tmp_path / "q.jsonl", [*ROWS, *spaced])))
+    asked = [{prompt.strip() for prompt in part} for part in questions.values()]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == len(ROWS)
+    assert "whose question stands in a held-out set too were left out" in found.warnings[0]
+
+
 def test_a_row_that_is_added_moves_no_other(tmp_path: Path) -> None:
     before, after = (prompts(sets(write(tmp_path / "q.jsonl", rows))) for rows in (ROWS[:50], ROWS))
     assert all(set(before[split]) <= set(after[split]) for split in before)

@@ -443,6 +443,13 @@ def test_the_order_of_the_rows_does_nothing_and_a_row_that_is_added_moves_no_oth
     assert {question: grown[question] for question in sets_of(problems)} == sets_of(problems)
 
 
+def test_a_problem_that_is_spaced_otherwise_is_the_same_problem() -> None:
+    spaced = [Problem(question=f"{problem.question} ", answer=problem.answer) for problem in numbered(60)]
+    problems = split_problems([*numbered(60), *spaced], [*spaced[:9]])
+    asked = [question.strip() for question in sets_of(problems)]
+    assert len(asked) == len(set(asked)) == 60
+
+
 def test_question_in_two_files_stays_in_confirm() -> None:
     problems = split_problems([*numbered(8), *numbered(2), *numbered(2, start=100)], numbered(1))
     sets = [{p.question for p in part} for part in (problems.train, problems.selection, problems.confirm)]

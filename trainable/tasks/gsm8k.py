@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from spaces.config import ConfigError
-from trainable.tasks.task import position_of, split_of
+from trainable.tasks.task import plainly, position_of, split_of
 
 HELD_OUT_SHARE = 0.15
 """Of a file: for selection, where there is no validation file, and as much for confirm, where there is no test file."""
@@ -114,7 +114,8 @@ def split_problems(
     train: Sequence[Problem], test: Sequence[Problem] | None = None, validation: Sequence[Problem] | None = None
 ) -> Problems:
     """A test set is for confirm, a validation set for selection; a set that is missing is a share of train, by the hash
-    of a question. A question that occurs in two sets stays in one: confirm before selection before train.
+    of a question. A question that occurs in two sets, however it is spaced, stays in one: confirm before selection
+    before train.
     """
     parts: dict[str, list[Problem]] = {"confirm": [*(test or ())], "selection": [*(validation or ())], "train": []}
     given = {"confirm": test is not None, "selection": validation is not None}
@@ -125,7 +126,8 @@ def split_problems(
     sets: dict[str, tuple[Problem, ...]] = {}
     for name, part in parts.items():
         in_order = sorted(part, key=lambda problem: (position_of(problem.question), problem.question, problem.answer))
-        unique = {problem.question: problem for problem in in_order if problem.question not in seen}
+        asked = {plainly(problem.question): problem for problem in in_order}
+        unique = {question: problem for question, problem in asked.items() if question not in seen}
         seen |= unique.keys()
         sets[name] = tuple(unique.values())
     return Problems(**sets)

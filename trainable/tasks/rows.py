@@ -10,8 +10,8 @@ other rows count from 0, as pandas and `datasets` count them.
 Sets: where there are several, their names say what is what (train; test; validation, valid, val, dev). A test set, or
 what `task.eval_path` names, is for confirm, a validation set for selection; a set that is missing is a share of train,
 by the hash of a question, so that order does nothing and a row that is added moves no other one. A question that stands
-in two sets stays in one, confirm before selection before train, and a row that stands twice in a set stays there once.
-Both are counted and told.
+in two sets, however it is spaced, stays in one, confirm before selection before train, and a row that stands twice in a
+set stays there once. Both are counted and told.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from spaces.config import HUB, ConfigError, TaskConfig
-from trainable.tasks.task import Message, Question, Split, as_text, position_of, split_of, template_of
+from trainable.tasks.task import Message, Question, Split, as_text, plainly, position_of, split_of, template_of
 
 HELD_OUT_SHARE = 0.15
 """Of the training rows: for selection, where there is no validation set, and as much for confirm, where there is no
@@ -305,11 +305,11 @@ def three_sets(rows: Iterable[tuple[Split | None, Row]], question_of: Callable[[
     sets: dict[Split, list[Question]] = {}
     again = shared = 0
     for split, part in parts.items():
-        others = [question for question in part if _digest(question.prompt) not in elsewhere]
+        others = [question for question in part if _digest(plainly(question.prompt)) not in elsewhere]
         once = {_digest([question.prompt, question.answer, question.entry]): question for question in others}
         again, shared = again + len(others) - len(once), shared + len(part) - len(others)
         sets[split] = [once[key] for key in sorted(once, key=lambda key: (position_of(once[key].prompt), key))]
-        elsewhere |= {_digest(question.prompt) for question in others}
+        elsewhere |= {_digest(plainly(question.prompt)) for question in others}
     for split, questions in sets.items():
         if not questions:
             raise ConfigError(

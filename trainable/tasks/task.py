@@ -31,6 +31,7 @@ Left out: chat templates (`prompts.py`: they need the tokenizer), length penalti
 import hashlib
 import itertools
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,6 +232,11 @@ def split_of(text: str, share: float) -> Split:
     """Where a question belongs by a hash of its text; `share` is the size of each held-out set."""
     position = position_of(text)
     return "selection" if position < share else "confirm" if position < 2 * share else "train"
+
+
+def plainly(text: str) -> str:
+    """A question however it is spaced and its accents are written: the same here is the same question."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def position_of(text: str) -> float:
