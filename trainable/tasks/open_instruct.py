@@ -100,6 +100,8 @@ def build_open_instruct(config: TaskConfig) -> Task:
         truth = dict(_verified(row))
         answer = next(iter(truth.values())) if len(truth) == 1 else truth
         prompt = messages[:-1] or messages
+        if all(role == "system" for role, _ in prompt):
+            raise row.mistake("messages", "asks nothing when its last message, the model answer, is taken away")
         return row.question(config, prompt, answer if isinstance(answer, str) else str(answer), {"truth": truth})
 
     sets = three_sets(read_sets(config.path, config.eval_path, NEEDS), question_of)
@@ -130,11 +132,17 @@ def _verified(row: Row) -> list[tuple[str, Any]]:
             )
         if name.endswith("max_length") and not _is_number(truth):
             raise row.mistake("ground_truth", f"is {truth!r} and should be a number of tokens for {name}")
-        if not isinstance(truth, str | int | float | list) or truth == []:
+        several = name == "string_f1" and isinstance(truth, list) and truth
+        if not all(map(_is_text, truth if several else [truth])):
             raise row.mistake("ground_truth", f"is {kind_of(truth)} and should be text for {name}")
     if len(set(names)) < len(names):
         raise row.mistake("dataset", f"names a verifier twice ({', '.join(names)})")
     return list(zip(names, truths, strict=True))
+
+
+def _is_text(truth: Any) -> bool:
+    """Or a number, which is read as text."""
+    return isinstance(truth, str | int | float) and not isinstance(truth, bool)
 
 
 def _is_number(truth: Any) -> bool:
