@@ -329,6 +329,27 @@ def test_a_python_file_asks_and_marks(build: Build) -> None:
     assert scores[1].parts == {"reward": 0.0, "digits": 1.0, "length": 4.0}
 
 
+@pytest.mark.slow
+def test_a_row_of_a_python_file_holds_whatever_its_question_does(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from trainable.tasks.task import Question\n"
+        "def questions(split):\n"
+        "    held = {'where': 'Rome', 'entry': 'x', 'messages': [1]}\n"
+        "    if split == 'train':\n"
+        "        return [{'prompt': 'a', 'answer': '1', **held}]\n"
+        "    said = (('system', split), ('user', 'b')) if split == 'confirm' else ()\n"
+        "    return [Question(prompt=split, answer='1', messages=said, entry=held)]\n"
+        "def reward(row, completion):\n    return 1.0\n"
+    )
+    task = build(name="python", path=str(path))
+    (confirm,), (selection,), (train,) = (task.questions[split] for split in ("confirm", "selection", "train"))
+    held = {"where": "Rome", "entry": "x", "messages": [1]}
+    assert [question.entry for question in (train, selection, confirm)] == [held] * 3
+    assert (train.prompt, selection.prompt) == ("a", "selection")
+    assert confirm.messages == (("system", "confirm"), ("user", "b"))
+
+
 PYTHON: dict[str, tuple[str, str]] = {
     "no questions": ("def reward(row, completion): return 0.0", r"bad\.py has no function questions\(split\)"),
     "raises": ("def questions(split):\n    return [1 / 0]", r"bad\.py:2: ZeroDivisionError: division by zero"),

@@ -38,13 +38,11 @@ def build_python(config: TaskConfig) -> Task:
             )
 
     def question_of(row: Row) -> Question:
-        entry = {key: held for key, held in row.values.items() if key not in ("prompt", "answer", "messages", "where")}
-        entry |= entry.pop("entry", None) or {}
-        if isinstance(row.values.get("prompt"), str) and not row.values.get("messages"):
+        entry = {key: held for key, held in row.values.items() if key not in ("prompt", "answer")}
+        if isinstance(row.values.get("prompt"), str):
             text = template_of(config, "{question}").replace("{question}", row.text("prompt"))
             return Question(prompt=text, answer=row.text("answer"), entry=entry, where=row.where)
-        column = "messages" if row.values.get("messages") else "prompt"
-        return row.question(config, row.messages(column), row.text("answer"), entry)
+        return row.question(config, row.messages("prompt"), row.text("answer"), entry)
 
     try:
         given = asked.call("rows_of", file)

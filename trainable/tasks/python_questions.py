@@ -23,14 +23,19 @@ def rows_of(file: str) -> list[tuple[str, int, Mapping[str, Any]]]:
     found: list[tuple[str, int, Mapping[str, Any]]] = []
     for part in parts:
         for number, question in enumerate(questions(part) if len(parts) > 1 else questions()):
-            values = _plain(question)
+            values = json.loads(json.dumps(_values(question)))  # raises TypeError for what could not be told
             if not isinstance(values, Mapping):
                 raise ValueError(f"questions({part})[{number}] is {type(question).__name__}; {NEEDS}")
             found.append((part, number, values))
     return found
 
 
-def _plain(question: Any) -> Any:
-    """Raises TypeError for what is no plain data, and could not be told to the trial."""
-    values = asdict(question) if is_dataclass(question) and not isinstance(question, type) else question
-    return json.loads(json.dumps(values))
+def _values(question: Any) -> Any:
+    """What it holds; a `Question` of ours holds its row in `entry`, and its conversation in `messages`."""
+    if not is_dataclass(question) or isinstance(question, type):
+        return question
+    values = asdict(question)
+    if type(question).__module__ != "trainable.tasks.task":
+        return values
+    messages = [{"role": role, "content": content} for role, content in values["messages"]]
+    return {**values["entry"], "prompt": messages or values["prompt"], "answer": values["answer"]}
