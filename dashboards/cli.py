@@ -24,6 +24,7 @@ from dashboards.options import DEFAULT_STORE, Place, SweepOptions, study_config,
 from spaces.errors import ConfigError, NoCandidate
 
 if TYPE_CHECKING:
+    from search.jobs import Job
     from search.store import StudyConfig
     from search.study import StudyResult
     from search.submission import JobServer, Submission
@@ -247,7 +248,15 @@ def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = Fals
 @app.command()
 @given.takes(Place)
 def status(place: Place, as_json: given.AsJson = False) -> None:
-    """Every configuration of a sweep."""
+    """Every configuration of a sweep; of one that was sent as a job, how that is, too."""
+    from search.jobs import noted_job
+    from search.store import absolute_store, check_name, sweeps
+
+    store = absolute_store(place.store)
+    job = noted_job(store, check_name(place.name)) if place.name else None
+    if job is not None and place.name not in sweeps(store):
+        _say_not_begun(f"NAME={place.name}: no sweep of that name in {store}", job, as_json)
+        return
     study = place.sweep()
     from dashboards.tables import arm_table, status_row, terminal
     from search.arms import failures, read_arms, unfinished
@@ -265,9 +274,32 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
     if is_driven(study):
         print("it is running")
     elif left:
+        if (job := noted_job(store, study.name)) is not None:
+            from search.submission import state_of
+
+            state = state_of(job)
+            print(state.words)
+            if state.status == "runs":
+                return
         for line in failures(study, arms):
             print(line)
         print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{place.again}")
+
+
+def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
+    """Of a sweep whose folder is not there, or not to be seen from here. Raises ConfigError where its job says nothing
+    either."""
+    from search.submission import state_of
+
+    state = state_of(job)
+    said = f"{missing}; {state.words}"
+    if state.status == "unknown":
+        raise ConfigError(said)
+    print(said, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print("[]")
+    if state.status == "ended":
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
@@ -41,6 +41,7 @@ from ray.exceptions import AuthenticationError
 from search.arms import Arm, read_arms, write_arm
 from search.cluster import TOKEN_REMEDY, refuse_secrets
 from search.evidence import read_evidence
+from search.jobs import Job, note_job, noted_job
 from search.mlflow_client import absolute_uri
 from search.ray_internals import host_names
 from search.rewards import bring_rewards, keep_rewards
@@ -107,12 +108,13 @@ class JobServer:
 class Submission:
     """A sweep on its way.
 
-    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", sweep="s", follow=("ray job logs --follow
+    Example: Submission(id="raysubmit_4LamXRuQpYdSMg7J", sweep="s", store="/shared/runs", follow=("ray job logs --follow
     raysubmit_4LamXRuQ...", ...), command="python rin.py resume s --store /shared/runs --address auto")
     """
 
     id: str
     sweep: str
+    store: str
     command: str
     """What runs on the head node."""
     follow: tuple[str, ...]
@@ -218,7 +220,8 @@ def _send(
     changes: Sequence[str] = (),
     shipped: tuple[StudyConfig, Sequence[Arm]] | None = None,
 ) -> Submission:
-    """`places` and `changes` are options of `rin resume`; `rin status` needs the first too."""
+    """`places` and `changes` are options of `rin resume`; `rin status` needs the first too, which begin with the
+    store."""
     words = ["resume", name, *places, *changes]
     refuse_secrets(words)
     command = shlex.join(["python", "rin.py", *words, "--address", "auto"])
@@ -246,7 +249,7 @@ def _send(
         shlex.join(["rin", "status", name, *places]),
         f"ray job stop {job} --address {server.address}",
     )
-    return Submission(id=job, sweep=name, command=command, follow=follow)
+    return Submission(id=job, sweep=name, store=places[1], command=command, follow=follow)
 
 
 def _taken(client: Any, **job: Any) -> str:
@@ -267,20 +270,56 @@ def has_begun(server: JobServer, job: Submission) -> bool:
     """Whether the job has said that its sweep begins; False when it is late. Raises ConfigError with the last word of
     one that ended before."""
     signs = (f"sweep {job.sweep}:", "building ")  # the base model is built for a sweep that is free to begin
+    before = noted_job(job.store, job.sweep)
+    note_job(job.store, job.sweep, Job(id=job.id, address=server.address))  # first: who waits may press Ctrl-C
     until = time.monotonic() + SIGN_SECONDS
     with _told_by_the_cluster(server.address):
         while True:
             ended = server.client.get_job_status(job.id).is_terminal()  # first: then the output is whole
-            lines = [line for line in server.client.get_job_logs(job.id).splitlines() if line.strip()]
-            if any(line.startswith(signs) for line in lines):
+            if any(line.startswith(signs) for line in _output(server, job.id)):
                 return True
             if ended:
-                refusals = [line.removeprefix("rin: ") for line in lines if line.startswith("rin: ")]
-                said = [server.client.get_job_info(job.id).message, *lines[-1:], *refusals][-1]
-                raise ConfigError(f"job {job.id} ended before the sweep began: {strip_password(said)}")
+                if before is not None:  # the job that has the name
+                    note_job(job.store, job.sweep, before)
+                raise ConfigError(f"job {job.id} ended before the sweep began: {_last_word(server, job.id)}")
             if time.monotonic() > until:
                 return False
             time.sleep(1)
+
+
+def _output(server: JobServer, job: str) -> list[str]:
+    return [line for line in server.client.get_job_logs(job).splitlines() if line.strip()]
+
+
+def _last_word(server: JobServer, job: str) -> str:
+    """Why it was refused, else its last line, else what Ray says."""
+    lines = _output(server, job)
+    refusals = [line.removeprefix("rin: ") for line in lines if line.startswith("rin: ")]
+    return strip_password([server.client.get_job_info(job).message or "it said nothing", *lines[-1:], *refusals][-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """What the cluster says of a job. Example: JobState(status="runs", words="its job raysubmit_4L... at
+    http://HEAD:8265 is RUNNING")"""
+
+    status: Literal["runs", "ended", "unknown"]
+    """It runs as soon as it waits."""
+    words: str
+
+
+def state_of(job: Job) -> JobState:
+    """Of a job that cannot be asked for, too, which is said."""
+    where = f"its job {job.id} at {job.address}"
+    try:
+        server = job_server(job.address)
+        with _told_by_the_cluster(job.address):
+            status = server.client.get_job_status(job.id)
+            if not status.is_terminal():
+                return JobState(status="runs", words=f"{where} is {status.value}")
+            return JobState(status="ended", words=f"{where} is {status.value}: {_last_word(server, job.id)}")
+    except ConfigError as error:
+        return JobState(status="unknown", words=f"{where} cannot be asked: {error}")
 
 
 def _packages(folder: Path) -> list[str]:

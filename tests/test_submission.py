@@ -24,6 +24,7 @@ from dashboards import cli
 from search import submission
 from search.arms import read_arms
 from search.evidence import read_evidence
+from search.jobs import Job, note_job, noted_job
 from search.lineup import fixed_arms
 from search.store import load_study_config, save_study_config
 from search.submission import (
@@ -385,6 +386,47 @@ def test_a_job_is_listened_to_until_its_sweep_begins(
 ) -> None:
     monkeypatch.setattr(submission, "SIGN_SECONDS", 0.0)
     assert followed(Head(tmp_path / "kept", says, ends), tmp_path) == begun
+
+
+def test_status_asks_the_job_where_the_sweep_is_not_there_yet_or_nobody_is_heard_to_run_it(
+    reached: Callable[..., Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path / "cache"))
+    head = reached()
+    words = ["sweep", "--workload", "tiny", "--name", "s", "--trials", "2", "--submit", "http://head:8265"]
+    assert here(monkeypatch, capsys, *words)[0] == 0
+    code, out, _ = here(monkeypatch, capsys, "status", "s")
+    assert (code, "s: no sweep of that name in" in out) == (0, True)
+    assert out.endswith("its job job-1 at http://head:8265 is RUNNING\n")
+    assert here(monkeypatch, capsys, "status", "s", "--json")[:2] == (0, "[]\n")
+    head.ends, head.says = JobStatus.FAILED, ["Traceback", "rin: --gpus 9: there are 8"]
+    code, out, _ = here(monkeypatch, capsys, "status", "s")
+    assert (code, out.split("8265 ")[-1]) == (1, "is FAILED: --gpus 9: there are 8\n")
+    code, _, err = here(monkeypatch, capsys, "status", "s", "--store", str(tmp_path))
+    assert (code, "job-1" in err) == (2, False), "of another store"
+
+    config = study(tmp_path / "laptop" / "runs", trials=1, replicates=2)
+    write_sweep(config, [make_arm(config, "control")], {"control": [280, None]})
+    code, out, _ = here(monkeypatch, capsys, "status", "s")
+    assert (code, "is FAILED: --gpus 9" in out, "nobody is running them" in out) == (0, True, True)
+    head.ends = JobStatus.RUNNING
+    assert here(monkeypatch, capsys, "status", "s")[1].endswith("is RUNNING\n")
+    monkeypatch.setattr(submission, "job_server", job_server)
+    shutil.rmtree(tmp_path / "laptop" / "runs")
+    note_job(str(tmp_path / "laptop" / "runs"), "s", Job(id="job-1", address=NOBODY))
+    code, _, err = here(monkeypatch, capsys, "status", "s")
+    assert (code, f"its job job-1 at {NOBODY} cannot be asked: " in err) == (2, True)
+
+
+def test_a_job_that_is_refused_leaves_the_name_to_the_one_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path / "cache"))
+    first = Job(id="job-0", address=NOBODY)
+    note_job(str(tmp_path), "s", first)
+    with pytest.raises(ConfigError, match="exists already"):
+        followed(Head(tmp_path / "kept", ["rin: --name s: exists already"], JobStatus.FAILED), tmp_path)
+    assert noted_job(str(tmp_path), "s") == first
 
 
 # In the job
