@@ -67,13 +67,13 @@ class UserCode:
         hashes = []
         for mark, written in functions:
             source, _, name = written.rpartition(":")
-            module, sha256 = self._module(source)
+            module, sha256 = self._module(source)  # of a package: none yet
             function = getattr(module, name, None)
             if not callable(function):
                 raise Mistake(f"{source} has no function {name}")
             self.functions.append(function)
             self.names.append(mark)
-            hashes.append(sha256)
+            hashes.append(sha256 or _hash_of(function, module))
         return hashes
 
     def call(self, function: str, arguments: Sequence[Any]) -> Any:
@@ -219,9 +219,14 @@ def from_file(path: Path) -> tuple[ModuleType, str]:
 
 
 def _from_package(name: str) -> tuple[ModuleType, str]:
-    module = importlib.import_module(name)
-    file = getattr(module, "__file__", None)
-    return module, hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return importlib.import_module(name), ""
+
+
+def _hash_of(function: Callable[..., Any], module: ModuleType) -> str:
+    """Of the file that it is written in: a package hands on what lies in other files."""
+    home = sys.modules.get(getattr(function, "__module__", None) or "", module)
+    file = getattr(home, "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def _told(error: BaseException) -> str:
