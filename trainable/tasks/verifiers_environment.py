@@ -85,8 +85,11 @@ class _Rubric:
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 known = {name: known[name] for name in parameters if name in known}
             mark = function(**known)
-            marks[function.__name__] = float(await mark if inspect.isawaitable(mark) else mark)
-            weights[function.__name__] = weight
+            name = function.__name__
+            if name in marks:  # of another rubric of the group
+                name += f"_{sum(other.__name__ == name for other, *_ in self.functions[: len(marks)]) + 1}"
+            marks[name] = float(await mark if inspect.isawaitable(mark) else mark)
+            weights[name] = weight
         return _marked(marks, weights)
 
 
