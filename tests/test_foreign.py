@@ -2,6 +2,7 @@
 
 Or an end with a name."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +36,11 @@ from trainable.failure import TrialFailed
 from trainable.ray_trainable import TrialWorker
 from trainable.tasks import code
 from trainable.tasks.contract import Finding, check_contract
+from trainable.tasks.conventions import UserCode
 from trainable.tasks.foreign import Convention, ForeignReward, Worker, metric_name
 from trainable.tasks.table import build_task
 from trainable.tasks.task import Answer, Question
+from trainable.tasks.verifiers_environment import _Rubric
 from trainable.trial import Trial
 
 pytestmark = pytest.mark.slow  # each of them starts a process for the user's code
@@ -325,6 +329,13 @@ def test_a_reward_is_hashed_as_it_was_read_and_a_changed_file_is_told(tmp_path: 
         reward("python", f"{path}:f", reward_sha256=given.hashes).open()
 
 
+def test_a_function_that_a_package_hands_on_has_the_hash_of_its_own_file() -> None:
+    import asyncio.tasks
+
+    (found,) = UserCode().open("python", [("sleep", "asyncio:sleep")], {})
+    assert found == hashlib.sha256(Path(asyncio.tasks.__file__).read_bytes()).hexdigest()
+
+
 def test_imports_and_files_beside_a_reward_are_found(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("3")
     written(tmp_path, "RIGHT = open('words.txt').read()\n", "neighbour.py")
@@ -478,6 +489,22 @@ def test_a_rubric_gets_the_arguments_it_names_and_shares_a_state_in_order(tmp_pa
     ]
 
 
+def test_two_functions_of_one_name_in_a_group_of_rubrics_are_two_marks() -> None:
+    def given(mark: float, weight: float) -> SimpleNamespace:
+        def right(completion: Any) -> float:
+            return mark
+
+        return SimpleNamespace(funcs=[right], weights=[weight], class_objects={})
+
+    class Environment:
+        rubric = SimpleNamespace(rubrics=[given(1.0, 2.0), given(0.0, 1.0)])
+        env_response = None
+
+    verifiers = SimpleNamespace(load_environment=lambda env: Environment(), SingleTurnEnv=Environment)
+    marks = asyncio.run(_Rubric(verifiers, "sums", {}).score({"prompt": []}, "3"))
+    assert marks == {"right": 1.0, "right_2": 0.0, "score": 2.0, "correct": 1.0}
+
+
 # --- the contract -----------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +601,23 @@ def test_a_trial_goes_on_only_with_the_reward_it_began_with(tiny: Tiny, tmp_path
     with pytest.raises(ConfigError, match="the file of its reward has changed"):
         again.load_state_dict(state)
     again.close()
+
+
+def test_a_trial_goes_on_only_with_the_rows_it_began_with(tiny: Tiny, tmp_path: Path) -> None:
+    def fingerprint(*rows: dict[str, Any]) -> str:
+        path = written(tmp_path, "\n".join(map(json.dumps, rows)), "q.jsonl")
+        return build_task(TaskConfig(name="trl", path=(str(path),), reward=("trl.rewards:f",))).fingerprint()
+
+    rows = [{"prompt": f"{n}?", "solution": "1", "tests": [n]} for n in range(60)]
+    began = fingerprint(*rows)
+    assert fingerprint(*rows[::-1]) == began
+    assert fingerprint(*rows[:-1], {**rows[-1], "tests": []}) != began
+    trial = Trial(tiny())
+    state = trial.state_dict()
+    state["progress"]["rows"] = began
+    with pytest.raises(ConfigError, match="its rows are not those that this trial began with"):
+        trial.load_state_dict(state)
+    trial.close()
 
 
 @pytest.mark.parametrize(("settings", "right"), [({}, False), ({"correct_at": 0.5}, True)])

@@ -122,6 +122,7 @@ class Trial:
             self.task.foreign.open()
             reward = self.config.task.model_copy(update={"reward_sha256": self.task.foreign.hashes})
             self.config = self.config.model_copy(update={"task": reward})
+        self.rows = self.task.fingerprint()
         self.policy, self.agreement = load_checked(config, progress)
         self.left_out = TooLong()
         self._measure_questions()
@@ -240,17 +241,23 @@ class Trial:
                 "so_far": asdict(self.so_far),
                 "detector": copy.deepcopy(self.detector.state()),
                 "reward": list(self.config.task.reward_sha256),
+                "rows": self.rows,
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken from a trial of the same configuration. Raises ConfigError where the
-        user's reward has changed since."""
+        user's reward or the rows of the task have changed since."""
         reward = list(self.config.task.reward_sha256)
         if (was := state["progress"].get("reward", [])) != reward:
             raise ConfigError(
                 f"task.name={self.config.task.name}: the file of its reward has changed (sha256 {reward}, and {was} "
                 "when this trial began); put it back, or begin anew"
+            )
+        if state["progress"].get("rows", self.rows) != self.rows:
+            raise ConfigError(
+                f"task.name={self.config.task.name}: its rows are not those that this trial began with; put them back, "
+                "or begin anew"
             )
         with torch.no_grad():
             for name, parameter in self.policy.trainable().items():

@@ -30,6 +30,7 @@ Left out: chat templates (`prompts.py`: they need the tokenizer), length penalti
 
 import hashlib
 import itertools
+import json
 import math
 import unicodedata
 from abc import ABC, abstractmethod
@@ -151,6 +152,10 @@ class Task(ABC):
         """The first `count` questions of a fixed set, the same for every seed and process. `draw`: another list of the
         same share, where questions are endless; a finite set has one list."""
 
+    def fingerprint(self) -> str:
+        """Of its rows; empty where questions are drawn, from what the configuration says."""
+        return ""
+
     def scores(self, answers: Sequence[Answer]) -> list[Score]:
         """Raises what the reward raises, and ValueError for a mark that is nan or infinity, or that judges and is
         nowhere."""
@@ -206,6 +211,14 @@ class FiniteTask(Task):
     def held_out(self, split: HeldOut, count: int, draw: str = "") -> list[Question]:
         self._check_enough(split, count, "eval.questions")
         return list(self.questions[split][:count])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for split, questions in self.questions.items():
+            for question in questions:
+                told = [split, question.prompt, question.messages, question.answer, question.entry]
+                digest.update(json.dumps(told, default=lambda other: type(other).__name__).encode())
+        return digest.hexdigest()
 
     def _check_enough(self, split: Split, count: int, key: str) -> None:
         if count > (most := len(self.questions[split])):
