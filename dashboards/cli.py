@@ -22,6 +22,7 @@ from dashboards import options as given
 from dashboards.lasting import lasting_output
 from dashboards.options import DEFAULT_STORE, Place, SweepOptions, study_config, trial_config
 from spaces.errors import ConfigError, NoCandidate
+from trainable.failure import TrialFailed
 
 if TYPE_CHECKING:
     from search.jobs import Job
@@ -192,24 +193,19 @@ def trial(
     from dashboards.live import build_progress
     from dashboards.tables import say, terminal
     from dashboards.trial_text import outcome_lines, step_line
-    from trainable.failure import TrialFailed
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)
-    try:
-        with build_progress(console) as progress:
-            running = Trial(settings, progress)
-        with contextlib.closing(running):
-            while not running.done:
-                report = running.step()
-                if as_json:
-                    print(json.dumps(report.as_tree()), flush=True)
-                else:
-                    say(console, [step_line(report)])
-            outcome = running.outcome()
-    except TrialFailed as failure:
-        print(f"rin: failed: {failure}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    with build_progress(console) as progress:
+        running = Trial(settings, progress)
+    with contextlib.closing(running):
+        while not running.done:
+            report = running.step()
+            if as_json:
+                print(json.dumps(report.as_tree()), flush=True)
+            else:
+                say(console, [step_line(report)])
+        outcome = running.outcome()
     if as_json:
         print(json.dumps(outcome.as_tree()))
     else:
@@ -544,12 +540,16 @@ def main() -> None:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """A ConfigError becomes one line and exit code 2, no candidate and a full disk one line and exit code 1."""
+    """A ConfigError becomes one line and exit code 2, no candidate, a failed trial and a full disk one line and exit
+    code 1."""
     try:
         yield
     except (ConfigError, NoCandidate) as error:
         print(f"rin: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except TrialFailed as failure:
+        print(f"rin: failed: {failure}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         full = _full_disk(error)
         if full is None:

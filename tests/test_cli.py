@@ -21,6 +21,7 @@ from spaces.config import TrialConfig
 from spaces.reading import parse_yaml
 from tests import processes
 from tests.written_sweeps import make_arm, study, write_sweep
+from trainable.failure import TrialFailed
 
 RIN = Path(sys.executable).parent / "rin"
 
@@ -254,6 +255,20 @@ def test_a_confirmation_s_mistakes_are_told_before_anything_runs(
     assert code == 2
     assert said in err
     assert sweeps(swept.store) == ["s"]
+
+
+def test_a_reward_whose_process_dies_is_one_line_wherever_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rin doctor --task` and the look ahead of a sweep once showed a traceback."""
+    import dashboards.task_text
+
+    def dies(name: str, overrides: list[str]) -> None:
+        raise TrialFailed("reward", "the process of r.py:f died")
+
+    monkeypatch.setattr(dashboards.task_text, "examine_task", dies)
+    code, _, err = here(monkeypatch, capsys, "doctor", "--task", "python")
+    assert (code, err) == (1, "rin: failed: reward: the process of r.py:f died\n")
 
 
 def test_a_full_disk_is_told_as_such(
