@@ -77,6 +77,9 @@ def _deep(tree: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from ((f"{key}.{inner}", leaf) for inner, leaf in _deep(value))
+        elif value is None and ":" in str(key):
+            name, _, written = str(key).partition(":")
+            raise ValueError(f"{key}: in YAML a space follows the colon: {{{name}: {written}}}")
         else:
             yield key, value
 
@@ -521,6 +524,8 @@ class TaskConfig(Record):
 
     @model_validator(mode="after")
     def _settings_have_a_use(self) -> Self:
+        if self.kind not in KINDS:
+            return self  # what it may have been meant to be is told where tasks are built
         for field, kinds in TAKEN_BY.items():
             if (value := getattr(self, field)) and self.kind not in kinds:
                 value = dict(value) if field == "options" else ", ".join(value)
@@ -592,6 +597,8 @@ FOREIGN = ("python", "trl", "verifiers", "verl")
 """Kinds whose rewards run in a process of their own (docs/tasks.md)."""
 MARKED = ("python", "trl", "verl")
 """Those of them whose answers are right by what a reward gives."""
+KINDS = ("addition", "gsm8k", *sorted({*ROWS, *NAMED, *FOREIGN}))
+"""All of them."""
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     "path": ("gsm8k", "python", *ROWS),
     "eval_path": ROWS,

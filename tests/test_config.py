@@ -398,6 +398,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["noise.sigma_start=0.3", "noise={num_stages: 3}"], ["noise=", "either the whole or its parts"]),
     (["noise=3", "noise.sigma_start=0.3"], ["noise.sigma_start=0.3", "either the whole or its parts"]),
     (["noise={sigma_start:0.1}"], ["noise.sigma_start:0.1", "a space follows the colon: {sigma_start: 0.1}"]),
+    (["task.reward_options={a:1}"], ["task.reward_options", "a space follows the colon: {a: 1}"]),
     # everything that is missing, at once
     (["noise.zones=[{zone: middle}]"], ["noise.zones.0.sigma_start, noise.zones.0.sigma_end", "required"]),
 ]

@@ -260,7 +260,7 @@ def test_a_process_that_dies_once_is_started_again_and_asked_the_same(
         ("text", r"text returned '1\.0', which is no number \(of the answer '3' to q\.jsonl:7\)"),
         ("nan", r"nan is nan \(of the answer '3' to q\.jsonl:7\); give a finite number"),
         ("nothing", r"nothing gave None \(of the answer '3' to q\.jsonl:7\): nothing marks it"),
-        ("absent", r"reward\.py has no function absent"),
+        ("absent", r"reward\.py has no function absent; it has .*divides"),
     ],
 )
 def test_what_a_reward_gets_wrong_is_the_users_mistake_with_line_and_row(
@@ -398,6 +398,9 @@ def wrong_length(completions, **kwargs):
 def divides(completions, **kwargs):
     return [1 / (len(text) - 4) for text in completions]
 
+def lacks(completions, solutions, **kwargs):
+    return [1.0] * len(completions)
+
 def looks(completions, trainer_state, **kwargs):
     return [trainer_state.global_step] * len(completions)
 
@@ -471,6 +474,7 @@ def test_trl_completions_are_messages_where_prompts_are(tmp_path: Path) -> None:
     [
         ("wrong_length", r"wrong_length returned 1 rewards for 3 completions"),
         ("divides", r"reward\.py:\d+: ZeroDivisionError: division by zero \(of the answer 'four' to q\.jsonl:7\)"),
+        ("lacks", r"reward\.py:\d+: TypeError: lacks\(\) missing 1 required positional argument: 'solutions' \("),
         ("looks", r"AttributeError: trainer_state\.global_step: a reward is not told here how far training is"),
     ],
 )

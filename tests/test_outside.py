@@ -356,7 +356,7 @@ PYTHON: dict[str, tuple[str, str]] = {
     "syntax": ("def questions(:", r"bad\.py:1: SyntaxError"),
     "no mapping": (
         "def questions():\n    return ['1+1=']",
-        r"questions\(train\)\[0\] is str; questions\(split\) gives mappings",
+        r"bad\.py questions\(train\) \[0\] is str; questions\(split\) gives mappings",
     ),
     "no answer": (
         "def questions():\n    return [{'prompt': '1'}]",
@@ -364,9 +364,13 @@ PYTHON: dict[str, tuple[str, str]] = {
     ),
     "no data": (
         "def questions():\n    return [{'prompt': '1', 'answer': {1}}]",
-        r"TypeError: Object of type set is not JSON",
+        r"bad\.py questions\(train\) \[0\]: column answer is no plain data \(Object of type set is not JSON",
     ),
-    "none left": ("def questions(split):\n    return []", r"of 0 rows none is left for confirm"),
+    "nothing": ("def questions(split):\n    print(split)", r"bad\.py questions\(train\) gave None; questions\(split\)"),
+    "an empty split": (
+        "def questions(split):\n    return [{'prompt': split, 'answer': '1'}] if split == 'train' else []",
+        r"bad\.py questions\(selection\) gave no question",
+    ),
 }
 
 

@@ -232,7 +232,10 @@ def test_parquet_without_the_columns_empty_files_and_files_of_other_kinds(tmp_pa
     said(str(tmp_path / "bare"), r"bare holds no \.jsonl or \.parquet file")
     said(
         write(tmp_path / "few.jsonl", ROWS[:1]),
-        r"of 1 rows none is left for \w+ \(0 ask what .*; give more rows, and a",
+        r"of 1 rows none is left for \w+ \(0 stand twice in a set, 0 ask what .*; give more rows, and a",
+    )
+    said(
+        write(tmp_path / "same.jsonl", ROWS[:1] * 9), r"of 9 rows none is left for \w+ \(8 stand twice in a set, 0 ask"
     )
     table = pyarrow.table({"prompt": ["abcdefgh"] * 3, "answer": ["1"] * 3})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet", use_dictionary=False, compression="none")
@@ -242,7 +245,7 @@ def test_parquet_without_the_columns_empty_files_and_files_of_other_kinds(tmp_pa
 
 MESSAGES: list[tuple[Any, str]] = [
     ("1+1=", r"column prompt is text and should be a list of messages"),
-    ([], r"column prompt is a list and should be a list of messages"),
+    ([], r"column prompt is a list of nothing and should be a list of messages"),
     (["1+1="], r"column prompt\[0\] is text and should be a message"),
     ([{"role": "user"}], r"column prompt\[0\]\.content is null and should be text"),
     ([{"role": "user", "content": [{"type": "image"}]}], r"column prompt\[0\]\.content is a list and should be text"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spaces.config import FOREIGN, ConfigError, TaskConfig
+from spaces.config import FOREIGN, KINDS, ConfigError, TaskConfig
 from spaces.reading import read_config
 from tests.outside import files
 from trainable.signals import mean_parts
@@ -103,6 +103,7 @@ def output_of(code: str, hash_seed: str) -> str:
 
 def test_every_kind_of_task_is_under_contract() -> None:
     assert {config.kind for config in CONFIGS.values()} | set(FOREIGN) == TASKS.keys()  # those: test_outside.py
+    assert set(KINDS) == TASKS.keys()
 
 
 def test_sample_depends_on_its_arguments_alone(task: Task) -> None:
@@ -704,6 +705,11 @@ def test_a_mixture_asks_each_data_set_as_often_as_it_weighs_and_marks_it_as_alon
     [
         ({"name": "adition"}, "task.name=adition: no such task; did you mean addition?"),
         ({"name": "gsm8k:main"}, "did you mean gsm8k?"),
+        ({"name": "verrl", "path": "a.parquet"}, "task.name=verrl: no such task; did you mean verl?"),
+        (
+            {"name": "mine"},
+            "no such task; choose one of addition, gsm8k, open_instruct, python, reasoning_gym",
+        ),
         ({"name": "resoning_gym:gcd"}, "did you mean reasoning_gym:gcd?"),
         ({"name": "reasoning_gym"}, "did you mean reasoning_gym:chain_sum?"),
         ({"name": "reasoning_gym:chainsum"}, "no such data set; did you mean reasoning_gym:chain_sum?"),

@@ -70,7 +70,7 @@ class UserCode:
             module, sha256 = self._module(source)  # of a package: none yet
             function = getattr(module, name, None)
             if not callable(function):
-                raise Mistake(f"{source} has no function {name}")
+                raise Mistake(f"{source} has no function {name}; it has {_functions_of(module)}")
             self.functions.append(function)
             self.names.append(mark)
             hashes.append(sha256 or _hash_of(function, module))
@@ -82,6 +82,8 @@ class UserCode:
         try:
             given = getattr(module, function)(*arguments)
             return self.runner.run(_value_of(given)) if inspect.isawaitable(given) else given
+        except Mistake:
+            raise
         except BaseException as error:
             raise Mistake(_told(error)) from error
 
@@ -135,7 +137,7 @@ class UserCode:
                 positional, named = _ARGUMENTS[self.convention](function, asked, shared, self.options)
                 yield function(*positional, **named)
             except BaseException as error:
-                raise Mistake(_told(error), number) from error
+                raise Mistake(_told(error, function), number) from error
 
     def _marks(self, number: int, given: Iterable[Any]) -> Marks:
         """Of all functions for one answer."""
@@ -160,7 +162,7 @@ class UserCode:
             try:
                 given = self._call_batched(name, function, asked, marks)
             except BaseException as error:
-                raise Mistake(_told(error), self._culprit(name, function, asked, 0)) from error
+                raise Mistake(_told(error, function), self._culprit(name, function, asked, 0)) from error
             if isinstance(given, str | Mapping) or not hasattr(given, "__len__"):
                 raise Mistake(f"{name} returned {given!r:.60}, and should return a list of numbers")
             if len(given) != len(asked):
@@ -229,15 +231,23 @@ def _hash_of(function: Callable[..., Any], module: ModuleType) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
-def _told(error: BaseException) -> str:
+def _told(error: BaseException, called: Callable[..., Any] | None = None) -> str:
     """`reward.py:12: ZeroDivisionError: division by zero`: the innermost line that is the user's own, or else the
-    innermost of all."""
+    innermost of all; where a function took other arguments, that one's first line."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if not frame.filename.startswith((_LIBRARY, "<")) and _SITE not in frame.filename]
     where = [f"{frame.filename}:{frame.lineno}: " for frame in (own or frames)[-1:]]
+    if not where and (code := getattr(called, "__code__", None)) is not None:
+        where = [f"{code.co_filename}:{code.co_firstlineno}: "]
     return f"{''.join(where)}{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _functions_of(module: ModuleType) -> str:
+    """Those that are written in it."""
+    own = [name for name, held in vars(module).items() if getattr(held, "__module__", None) == module.__name__]
+    return ", ".join(name for name in own if inspect.isfunction(vars(module)[name])) or "none"
 
 
 async def _value_of(given: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,27 @@ NEEDS = "questions(split) gives mappings with prompt (text, or messages) and ans
 
 def rows_of(file: str) -> list[tuple[str, int, Mapping[str, Any]]]:
     """(Set, number, question as plain data), of all that the file's `questions` gives."""
-    from trainable.tasks.conventions import from_file
+    from trainable.tasks.conventions import Mistake, from_file
 
     module, _ = from_file(Path(file))
     questions = getattr(module, "questions", None)
     if not callable(questions):
-        raise ValueError(f"{file} has no function questions(split)")
+        raise Mistake(f"{file} has no function questions(split)")
     parts = SETS if inspect.signature(questions).parameters else SETS[:1]
     found: list[tuple[str, int, Mapping[str, Any]]] = []
     for part in parts:
-        for number, question in enumerate(questions(part) if len(parts) > 1 else questions()):
-            values = json.loads(json.dumps(_values(question)))  # raises TypeError for what could not be told
+        given = questions(part) if len(parts) > 1 else questions()
+        if not isinstance(given, Iterable):
+            raise Mistake(f"{file} questions({part}) gave {given!r:.60}; {NEEDS}")
+        before = len(found)
+        for number, question in enumerate(given):
+            where = f"{file} questions({part}) [{number}]"
+            values = _values(question)
             if not isinstance(values, Mapping):
-                raise ValueError(f"questions({part})[{number}] is {type(question).__name__}; {NEEDS}")
-            found.append((part, number, values))
+                raise Mistake(f"{where} is {type(question).__name__}; {NEEDS}")
+            found.append((part, number, _plain(values, where)))
+        if len(found) == before:
+            raise Mistake(f"{file} questions({part}) gave no question; {NEEDS}")
     return found
 
 
@@ -39,3 +46,16 @@ def _values(question: Any) -> Any:
         return values
     messages = [{"role": role, "content": content} for role, content in values["messages"]]
     return {**values["entry"], "prompt": messages or values["prompt"], "answer": values["answer"]}
+
+
+def _plain(values: Mapping[Any, Any], where: str) -> Mapping[str, Any]:
+    """Raises Mistake for what is no plain data, and could not be told to the trial."""
+    from trainable.tasks.conventions import Mistake
+
+    plain = {}
+    for key, value in values.items():
+        try:
+            plain[str(key)] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise Mistake(f"{where}: column {key} is no plain data ({error}); give texts, numbers, lists") from None
+    return plain

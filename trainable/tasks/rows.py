@@ -64,7 +64,8 @@ class Row:
         """A list of {"role": ..., "content": ...}; what else a message holds has no place in a prompt here."""
         value = self.take(column)
         if not isinstance(value, list | tuple) or not value:
-            raise self.mistake(column, f"is {kind_of(value)} and should be a list of messages")
+            kind = kind_of(value) if value or isinstance(value, str) else f"{kind_of(value)} of nothing"
+            raise self.mistake(column, f"is {kind} and should be a list of messages")
         for number, message in enumerate(value):
             at = f"{column}[{number}]"
             if not isinstance(message, Mapping):
@@ -313,8 +314,8 @@ def three_sets(rows: Iterable[tuple[Split | None, Row]], question_of: Callable[[
     for split, questions in sets.items():
         if not questions:
             raise ConfigError(
-                f"task.path: of {sum(map(len, parts.values()))} rows none is left for {split} ({shared} ask what a row "
-                "of another set asks); give more rows, and a test set by task.eval_path"
+                f"task.path: of {sum(map(len, parts.values()))} rows none is left for {split} ({again} stand twice in "
+                f"a set, {shared} ask what a row of another set asks); give more rows, and a test set by task.eval_path"
             )
     told = (again, "that stand twice in a set"), (shared, "whose question stands in a held-out set too")
     return Sets(questions=sets, warnings=tuple(f"{count} rows {what} were left out" for count, what in told if count))

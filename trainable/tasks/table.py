@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from random import Random
 
-from spaces.config import NAMED, ConfigError, TaskConfig
+from spaces.config import KINDS, NAMED, ConfigError, TaskConfig
 from trainable.tasks.addition import build_addition
 from trainable.tasks.foreign import with_reward
 from trainable.tasks.gsm8k import Problem, flexible_number, load_problems, parse_number, strict_number
@@ -101,9 +101,12 @@ def build_task(config: TaskConfig) -> Task:
     """Raises ConfigError for a task, a data set, an option or a file that does not exist."""
     kind, colon, dataset = config.name.partition(":")
     if kind not in TASKS or bool(colon and dataset) != (kind in NAMED):
-        near = difflib.get_close_matches(kind, TASKS, n=1, cutoff=0.0)[0]
-        near += f":{dataset or NAMED[near]}" if near in NAMED else ""
-        raise ConfigError(f"task.name={config.name}: no such task; did you mean {near}?")
+        near = [
+            f"{name}:{dataset or NAMED[name]}" if name in NAMED else name
+            for name in difflib.get_close_matches(kind, TASKS, n=1) or KINDS
+        ]
+        remedy = f"did you mean {near[0]}?" if len(near) == 1 else f"choose one of {', '.join(near)}"
+        raise ConfigError(f"task.name={config.name}: no such task; {remedy}")
     task = TASKS[kind](config)
     return with_reward(task, config) if config.reward and task.foreign is None else task
 
