@@ -14,6 +14,7 @@ from search.arms import Arm, read_arms
 from search.coordinates import Params
 from search.lineup import base_tree
 from search.objectives import Told, told, told_by_run, told_in_full
+from search.rewards import pinned
 from search.store import EVIDENCE_FILE, StudyConfig, load_study_config
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
@@ -113,7 +114,7 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
 
 
 # Sigma is not comparable between these: another value of theirs is another question.
-_SAME_QUESTION = ("quant.weights", "quant.activations", "noise.modules", "noise.layers", "noise.scale")
+_SAME_QUESTION = ("quant.weights", "quant.activations", "noise.modules", "noise.layers", "noise.scale", "grpo.reward")
 
 
 def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, Any]) -> list[Evidence]:
@@ -138,14 +139,13 @@ def evidence_from_points(names: Sequence[str], space: Space, base: Mapping[str, 
                     f"--evidence {name}: {key}={there} there and {here} in this sweep, where sigma means something "
                     "else; leave it out, or search a space that contains it"
                 )
-        other = ", ".join(f"{key}={there} (here {here})" for key, (there, here) in differences.items())
         found.append(
             Evidence(
                 params=params,
                 accuracy=None,
                 collapses=1,
                 source=f"{name} of the plan: collapsed in step {POINTS[name].collapsed_at_step}"
-                + (f"; different there: {other}" if other else ""),
+                + _told_apart(differences),
             )
         )
     return found
@@ -160,20 +160,22 @@ def evidence_from_arms(
     objectives: Sequence[str] = (),
 ) -> list[Evidence]:
     """Results of an earlier sweep of so many replicates (None: each arm has its own number) as evidence (a warm start).
-    Arms that lack an outcome of any of them, that do not lie in this space, that were noised or quantised otherwise
-    than `base`, or did not sample the pass@k that is an objective, are left out; `source` says how many."""
+    Arms that lack an outcome of any of them, that do not lie in this space, that were noised, quantised or rewarded
+    otherwise than `base`, or did not sample the pass@k that is an objective, are left out; `source` says
+    how many, and what else was different for each that is told."""
     passes = tuple(filter(k_of, objectives))
-    here = read_config(base)
-    fitting: list[tuple[Arm, Params, Told]] = []
+    here = pinned(read_config(base))
+    fitting: list[tuple[Arm, Params, Told, str]] = []
     for arm in arms:
         result = told_in_full(arm, ("accuracy", "hours", *passes), replicates)
         try:
             params = _params_of(arm.config, space, arm.name)
         except ConfigError:
             continue  # another question: counted, and not an error of the user
-        other = any(key in _SAME_QUESTION for key in _differences(arm.config, here, space))
+        differences = _differences(arm.config, here, space)
+        other = any(key in _SAME_QUESTION for key in differences)
         if result is not None and result.state == "complete" and not other and _inside(space, params):
-            fitting.append((arm, params, result))
+            fitting.append((arm, params, result, _told_apart(differences)))
     left_out = len(arms) - len(fitting)
     note = f"{source} ({left_out} of its {len(arms)} arms left out)" if left_out else source
     return [
@@ -184,9 +186,9 @@ def evidence_from_arms(
             replicates=len(arm.results),
             hours=result.values[1] if result.values else None,
             passed=dict(zip(passes, result.values[2:], strict=True)) if result.values else {},
-            source=f"{note}: {arm.name}",
+            source=f"{note}: {arm.name}{different}",
         )
-        for arm, params, result in fitting
+        for arm, params, result, different in fitting
     ]
 
 
@@ -232,9 +234,15 @@ def _inside(space: Space, params: Params) -> bool:
     return all(isinstance(d := domains[name], Choice) or d.low <= value <= d.high for name, value in params.items())
 
 
+def _told_apart(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """What else was different there than here."""
+    other = ", ".join(f"{key}={there} (here {here})" for key, (there, here) in differences.items())
+    return f"; different there: {other}" if other else ""
+
+
 def _differences(config: TrialConfig, base: TrialConfig, space: Space) -> dict[str, tuple[Any, Any]]:
-    """Settings outside the space's dimensions that differ: key -> (there, here)."""
+    """Settings outside the space's dimensions that differ: key -> (there, here); seed and threads are the sweep's."""
     there, here = flatten(as_tree(config)), flatten(as_tree(base))
     dimensions = {dimension.key for dimension in space.dimensions}
-    shared = (there.keys() & here.keys()) - dimensions
+    shared = (there.keys() & here.keys()) - dimensions - {"seed", "threads"}
     return {key: (value, here[key]) for key, value in there.items() if key in shared and value != here[key]}

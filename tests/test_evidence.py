@@ -114,6 +114,17 @@ def test_an_earlier_sweep_on_other_modules_or_precision_is_left_out() -> None:
     assert evidence_from_arms(earlier.arms, 1, SPACES["sigma"], "s", BASE) == []
 
 
+def test_an_earlier_sweep_says_what_else_was_different_there_and_another_reward_is_left_out() -> None:
+    earlier = searcher(SPACES["w4a16"], trials=4)
+    drive(earlier, cliff)
+    here = merge(earlier.base, {"grpo": {"learning_rate": 0.5}})
+    told = evidence_from_arms(earlier.arms, 1, SPACES["w4a16"], "s", here)
+    rate = earlier.arms[0].config.grpo.learning_rate
+    assert [e.source.partition("; ")[2] for e in told] == [f"different there: grpo.learning_rate={rate} (here 0.5)"] * 3
+    random = merge(earlier.base, {"grpo": {"reward": "random"}})
+    assert evidence_from_arms(earlier.arms, 1, SPACES["w4a16"], "s", random) == []
+
+
 def test_a_warm_start_spares_the_model_its_start_up() -> None:
     earlier = searcher(trials=8)
     drive(earlier, cliff)
