@@ -6,11 +6,12 @@ arm that is asked for once, then new configurations, since the surrogate lends e
 (`search/surrogate.py`). The last sqrt(N) runs are spent on knowing the best better. The arm that promises most runs
 again,
 
-    promise = (control + posterior mean of the gain) x P(it holds)
+    promise = (control + posterior mean of the gain) x P(it holds) - control
 
-by all runs before; a lucky one falls behind, and the next is asked. An arm is out when even one posterior standard
-deviation more would not reach the best promise, and after STOPPED collapses whatever it promises. While a run of an arm
-is not over, the next best goes ahead.
+by all runs before: what it gains on its own control counts, as when a candidate is chosen (`search/promise.py`), and
+not how high that control stands. A lucky one falls behind, and the next is asked. An arm is out when even one posterior
+standard deviation more would not reach the best promise, and after STOPPED collapses whatever it promises. While a run
+of an arm is not over, the next best goes ahead.
 
 No arm has more replicates than its control, which runs first: replicate k has the same seed in both, so differences
 stay paired.
@@ -84,13 +85,13 @@ def next_run(
         and (left > 1 or arm.planned < arms[arm.control].planned)
     ]
     worth = _worth(space, arms)
-    best = max((promise for promise, _ in worth.values()), default=0.0)
+    best = max((promise for promise, _ in worth.values()), default=-math.inf)
     hopeful = [number for number in may if number in worth and worth[number][1] >= best]
     if not hopeful and not exhausted:
         return NEW
     if not may:
         return None
-    promise = {number: worth[number][0] if number in worth else 0.0 for number in hopeful or may}
+    promise = {number: worth[number][0] if number in worth else -math.inf for number in hopeful or may}
     chosen = min(promise, key=lambda number: (arms[number].planned > arms[number].ended, -promise[number]))
     control = arms[chosen].control
     assert control is not None
@@ -99,12 +100,13 @@ def next_run(
 
 
 def _worth(space: Space, arms: Sequence[Standing]) -> dict[int, tuple[float, float]]:
-    """Of each arm with a run that is over: what another run promises, and what it may be hoped to come to."""
+    """Of each arm with a run that is over: what another run promises, and what may be hoped of it."""
     numbers = [n for n, arm in enumerate(arms) if arm.control is not None and arm.seen.held + arm.seen.collapsed > 0]
     if not any(arms[n].seen.held for n in numbers):
         return {}
     found = expected(space, [arms[n].seen for n in numbers])
-    return {
-        n: (what.holds * (arms[n].level + what.gain), what.holds * (arms[n].level + what.gain + what.sd))
-        for n, what in zip(numbers, found, strict=True)
-    }
+    worth = {}
+    for n, what in zip(numbers, found, strict=True):
+        level, expected_there = arms[n].level, arms[n].level + what.gain
+        worth[n] = what.holds * expected_there - level, what.holds * (expected_there + what.sd) - level
+    return worth

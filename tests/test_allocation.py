@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ TABLE: list[tuple[str, list[Standing], dict[str, Any], Run | None]] = [
         [plain(4), arm(0.2, 2, 2), arm(0.0, 1, sigma=0.0101)],
         {"runs": 20, "exhausted": True},
         Run(arm=2, replicate=1),
+    ),
+    (
+        "what it gains on its own control counts, not whose control is higher",
+        [plain(), plain(2), arm(0.01, 1, sigma=0.002), replace(arm(0.1, 1, sigma=0.09), level=0.4, control=1)],
+        {"runs": 12, "exhausted": True},
+        Run(arm=3, replicate=1),
     ),
     (
         "at its most",
