@@ -116,6 +116,15 @@ def test_rows_that_cannot_be_judged_are_refused(row: dict[str, Any], said: str, 
     assert "\n" not in str(error.value)
 
 
+def test_truths_that_no_answer_meets_are_counted_and_told(tmp_path: Path) -> None:
+    many = rows()
+    many[3]["ground_truth"], many[5]["ground_truth"] = "1,000", "-5"
+    (said,) = task_of(tmp_path, many).warnings
+    assert said.startswith("2 rows have a truth that no answer meets, as ")
+    fine = rows(dataset=["string_f1", "string_matcher", "max_length"], ground_truth=[["an elk", "b"], "a <b>", 7])
+    assert task_of(tmp_path, fine).warnings == ()
+
+
 def test_rows_are_needed() -> None:
     with pytest.raises(ValueError, match=r"name=open_instruct needs rows; set task\.path"):
         TaskConfig(name="open_instruct")

@@ -90,6 +90,8 @@ VERIFIERS: dict[str, Verifier] = {
     "max_length": _length,
     "up_to_max_length": _length_at_most,
 }
+LENGTHS = ("max_length", "up_to_max_length")
+"""Verifiers that look at no word."""
 
 
 def build_open_instruct(config: TaskConfig) -> Task:
@@ -105,6 +107,12 @@ def build_open_instruct(config: TaskConfig) -> Task:
         return row.question(config, prompt, answer if isinstance(answer, str) else str(answer), {"truth": truth})
 
     sets = three_sets(read_sets(config.path, config.eval_path, NEEDS), question_of)
+    hopeless = [question for part in sets.questions.values() for question in part if not _can_be_met(question)]
+    told = (
+        [f"{len(hopeless)} rows have a truth that no answer meets, as {hopeless[0].answer!r} of {hopeless[0].where}"]
+        if hopeless
+        else []
+    )
     used = {name for part in sets.questions.values() for question in part for name in question.entry["truth"]}
     return FiniteTask(
         name=config.name,
@@ -112,7 +120,7 @@ def build_open_instruct(config: TaskConfig) -> Task:
         weights=dict.fromkeys(sorted(used), 1.0),
         judges={"correct": RIGHT},
         questions=sets.questions,
-        warnings=sets.warnings,
+        warnings=(*sets.warnings, *told),
     )
 
 
@@ -130,7 +138,7 @@ def _verified(row: Row) -> list[tuple[str, Any]]:
             raise row.mistake(
                 "dataset", f"names the verifier {name}, and those here are {', '.join(VERIFIERS)}; leave such rows out"
             )
-        if name.endswith("max_length") and not _is_number(truth):
+        if name in LENGTHS and not _is_number(truth):
             raise row.mistake("ground_truth", f"is {truth!r} and should be a number of tokens for {name}")
         several = name == "string_f1" and isinstance(truth, list) and truth
         if not all(map(_is_text, truth if several else [truth])):
@@ -138,6 +146,16 @@ def _verified(row: Row) -> list[tuple[str, Any]]:
     if len(set(names)) < len(names):
         raise row.mistake("dataset", f"names a verifier twice ({', '.join(names)})")
     return list(zip(names, truths, strict=True))
+
+
+def _can_be_met(question: Question) -> bool:
+    """Whether the truth itself is right, in the form that is asked for: `-5` is not for gsm8k, nor is `1,000`."""
+    for name, truth in question.entry["truth"].items():
+        said = str(truth[0] if isinstance(truth, list) else truth)
+        answer = Answer(question=question, text=f"<answer>{said}</answer>" if name == "string_matcher" else said)
+        if name not in LENGTHS and VERIFIERS[name](answer, truth) < RIGHT:
+            return False
+    return True
 
 
 def _is_text(truth: Any) -> bool:
