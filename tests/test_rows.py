@@ -66,6 +66,15 @@ def test_the_same_rows_make_the_same_sets_wherever_they_lie(tmp_path: Path) -> N
         assert prompts(sets(*places)) == one, places
 
 
+def test_a_folder_of_datasets_gives_plain_values_whatever_format_it_was_saved_in(tmp_path: Path) -> None:
+    import datasets
+
+    columns = {"prompt": [f"{n}?" for n in range(60)], "answer": [str(n) for n in range(60)], "n": list(range(60))}
+    datasets.Dataset.from_dict(columns).with_format("numpy").save_to_disk(tmp_path / "numpy")
+    ((_, row), *_) = read_sets((str(tmp_path / "numpy"),), (), NEEDS)
+    assert {name: type(value) for name, value in row.values.items()} == {"prompt": str, "answer": str, "n": int}
+
+
 def test_the_hub_is_asked_by_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

@@ -257,7 +257,7 @@ def _data_set(path: str, key: str) -> Any:
     try:
         if path.startswith(HUB):
             return datasets.load_dataset(name, config or None, streaming=True)
-        return datasets.load_from_disk(path)
+        return datasets.load_from_disk(path).with_format(None)  # it remembers torch's or numpy's
     except _UNAVAILABLE as error:
         raise _unavailable(path, key, error) from None
 
