@@ -13,6 +13,7 @@ from spaces.config import ConfigError, Module, NoiseConfig, TrialConfig
 from spaces.paths import anchored
 from spaces.reading import merge, parse_overrides, read_config
 from spaces.workloads import WORKLOADS
+from trainable.engines.served import standing
 from trainable.noise import noise_targets
 from trainable.outcome import Coverage
 from trainable.parity import WAYS, Agreement, doubts, load_checked
@@ -61,6 +62,7 @@ def _lines(config: TrialConfig, policy: Policy, agreement: Agreement) -> Iterato
         yield f"forward     {what}: {apart}" + ("" if kept else "; completions get rows of their own")
     yield f"            unquantised, in {agreement.dtype}, rows of up to {max(agreement.lengths)} tokens"
     yield from (f"warning     {doubt}" for doubt in doubts(agreement))
+    yield f"vLLM        {standing(policy)}"
     for part, size in memory(config, policy).items():
         yield f"memory      {part}: {_bytes(size)}"
 

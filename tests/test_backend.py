@@ -5,18 +5,26 @@ import importlib.util
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import dashboards.doctor as doctor
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.conftest import ModelFolder, Tiny
-from trainable.engines.backend import TorchBackend, require_vllm, start_backend
+from tests.zoo import ZOO
+from trainable.engines import backend
+from trainable.engines.backend import TorchBackend, VllmBackend, require_vllm, start_backend
+from trainable.engines.served import measured, standing, unserved
+from trainable.failure import TrialFailed
 from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 
 RIN = Path(sys.executable).with_name("rin")
 NO_LIBRARY = "operator torchvision::nms does not exist"
@@ -158,6 +166,68 @@ def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
     )
     assert said.endswith("; set rollout.backend=torch")
     assert "\n" not in said
+
+
+def test_models_that_vllm_was_seen_to_fail_with_are_refused_before_an_engine_starts(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where it was seen. Types of which a variant was served go on, as types that were not tried do."""
+    for name in ("require_vllm", "_check_heads"):
+        monkeypatch.setattr(backend, name, lambda *_: None)
+    monkeypatch.setattr(backend, "_start", lambda config, settings: pytest.fail("an engine was started"))
+    config = tiny("rollout.backend=vllm")
+    policy = load_policy(config.model, config.quant, 0)
+    rows = list(measured()["rows"].values())
+    failed = {row["kind"] for row in rows} - {row["kind"] for row in rows if not row["refused"]}
+    assert len(failed) > 3
+    for kind in failed:
+        policy.network.config.model_type = kind
+        with pytest.raises(ConfigError, match=rf"^rollout\.backend=vllm: a small {kind} failed .*=torch$") as error:
+            start_backend(config, policy)
+        assert "\n" not in str(error.value)
+    for kind in {row["kind"] for row in rows} - failed | {"of_tomorrow"}:
+        policy.network.config.model_type = kind
+        assert unserved(policy) == ""
+        assert standing(policy).startswith("not tried" if kind == "of_tomorrow" else "serves")
+    policy.network.config.model_type = next(iter(failed))
+    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
+    assert unserved(policy) == ""
+
+
+def test_a_model_without_a_second_attention_is_refused_before_an_engine_starts(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+    policy = load_policy(config.model, config.quant, 0)
+    monkeypatch.setattr(policy.network, "set_attn_implementation", lambda implementation: None)
+    assert unserved(policy) == "Qwen2ForCausalLM has one attention alone, so the gate has no floor to compare with"
+
+
+def test_what_was_measured_is_of_the_zoo_and_of_this_vllm() -> None:
+    found = measured()
+    assert found["vllm"] == doctor.VLLM_VERSION
+    assert date.fromisoformat(found["date"])
+    for name, row in found["rows"].items():
+        assert ZOO[name].kind == row["kind"]
+        assert ZOO[name].refused == ""
+        assert "\n" not in row["refused"]
+
+
+@pytest.mark.parametrize(("call", "what"), [("sync", "it takes no weights"), ("generate", "it does not generate")])
+def test_what_an_engine_raises_fails_the_trial_in_one_line(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, call: str, what: str
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise KeyError("no place\nfor model.norm.weight")
+
+    monkeypatch.setattr(backend, "deployed_weights", lambda policy: {})
+    engine = VllmBackend.__new__(VllmBackend)
+    engine.engine = SimpleNamespace(sync=fail, generate=fail)
+    with pytest.raises(
+        TrialFailed, match=f"^engine: {what}: KeyError: .*no place.* set rollout.backend=torch$"
+    ) as error:
+        getattr(engine, call)(SimpleNamespace(quantized=()), *([None] if call == "generate" else []))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def test_the_parts_of_a_folder_s_model_are_counted(model_folder: ModelFolder) ->
         "noise.modules=linear: 14 tensors, the first model.layers.0.self_attn.q_proj.weight",
     ]
     assert len(found["forward"]) == 3
+    assert found["vLLM"] == ["serves: a small llama passed the gate with vLLM 0.32.0 on a CPU"]
     assert all(float(line.split(": ")[1].split()[0]) < 1e-4 for line in found["forward"])
 
 

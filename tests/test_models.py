@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import trainable.trial
 from spaces.config import ConfigError, ModelConfig, Module, NoiseConfig, QuantConfig
-from tests.benchmarks.models import PAGE
+from tests.benchmarks.models import PAGE, on_vllm
 from tests.conftest import byte_tokenizer
 from tests.zoo import ZOO, network_of, trial_of
 from trainable.forward.logps import packs
@@ -117,12 +117,13 @@ def test_a_folder_in_another_form_is_the_same_model(tmp_path: Path, form: str) -
 
 
 def test_the_page_of_models_says_of_every_row_what_is_so() -> None:
-    lines = PAGE.read_text(encoding="utf-8").split("|---|---|---|---|---|---|\n")[1].splitlines()
+    lines = PAGE.read_text(encoding="utf-8").split("|---|---|---|---|---|---|---|\n")[1].splitlines()
     for line, (name, row) in zip(lines, ZOO.items(), strict=True):
-        label, trains, *_, targets = (cell.strip() for cell in line.strip("|").split(" |"))
+        label, trains, vllm, *_, targets = (cell.strip() for cell in line.strip("|").split(" |"))
         assert name.startswith(label)
         assert trains.startswith("**refused**" if row.refused else "yes")
         assert re.search(row.refused, trains)
+        assert vllm == ("" if row.refused else on_vllm(name))
         assert {word for word in re.findall(r"[a-z_]+", targets.split("[")[0]) if word != "w"} == set(row.norms)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 from spaces.config import ModelConfig, NoiseConfig, QuantConfig, RolloutConfig, TrialConfig
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
+from tests.benchmarks.served import refusal
 from tests.conftest import ModelFolder, Tiny, byte_tokenizer, ragged_prompts, require
 from trainable.engines import gate
 from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
@@ -262,6 +263,13 @@ def test_noise_on_norms_of_queries_and_on_norms_behind_attention_reaches_the_eng
         with deployed(policy):
             clean = clean_logps(policy, batch, 1.0, 1024)
         assert (clean - batch.rollout_logps).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma", "phi3", "smollm3"])
+def test_models_that_vllm_arranges_otherwise_are_served(name: str) -> None:
+    """Embeddings that it does not ask us about, layers that training has in one piece, and transformers' own classes,
+    which training computes with in the same process."""
+    assert refusal(name) == ""
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

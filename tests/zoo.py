@@ -311,25 +311,26 @@ def network_of(row: Row) -> Any:
     return network
 
 
-def trial_of(row: Row, network: Any, adapter: str = "full") -> Trial:
+def trial_of(row: Row, network: Any, adapter: str = "full", backend: str = "torch") -> Trial:
     """A trial on a copy of it: one step in W4A4, with noise wherever the row says that it can be, in rows of at most 24
     tokens. Raises ConfigError."""
     model = (copy.deepcopy(network), _tokenizer())
     with patch.object(trainable.parity, "load_network", lambda *_: model):
-        return Trial(_config(row, adapter))
+        return Trial(_config(row, adapter, backend))
 
 
 _tokenizer = cache(byte_tokenizer)
 
 
-def _config(row: Row, adapter: str) -> TrialConfig:
+def _config(row: Row, adapter: str, backend: str) -> TrialConfig:
+    cache = {"kv_cache_gib": 0.1} if backend == "vllm" else {}
     return read_config(
         {
             "model": {"name": row.kind, "attention": row.attention, "adapter": adapter},
             "quant": {"exclude": row.exclude},
             "noise": {"modules": [*row.norms, "linear"], "num_stages": 1, "sigma_start": 0.05, "scale": "rms"},
             "grpo": {"steps": 1, "prompts": 2, "group_size": 2, "updates_per_step": 1, "learning_rate": 1e-3},
-            "rollout": {"max_prompt_tokens": 18, "max_new_tokens": 6},
+            "rollout": {"backend": backend, "max_prompt_tokens": 18, "max_new_tokens": 6, **cache},
             "eval": {"questions": 1, "every": 0},
             "task": {"name": "gsm8k", "path": str(SUMS), "prompt": "{question}="},
         }

@@ -32,7 +32,7 @@ Shapes: B = completions, T = completion tokens, L = prompt tokens (left-padded),
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,8 +164,13 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
 
 def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
-    with attention(policy.network, "sdpa" if attention_of(policy) == "eager" else "eager"):
+    with other_attention(policy):
         return clean_logps(policy, batch, temperature, micro_batch)
+
+
+def other_attention(policy: Policy) -> AbstractContextManager[None]:
+    """Raises ConfigError on entering it where the architecture has one alone: it then has no floor."""
+    return attention(policy.network, "sdpa" if attention_of(policy) == "eager" else "eager")
 
 
 # --- the same weights in a shallower model ----------------------------------------------------------------------------

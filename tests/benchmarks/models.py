@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from spaces.config import ConfigError
 from tests.zoo import ZOO, Row, network_of, trial_of
+from trainable.engines.served import measured
 from trainable.forward.logps import packs
 from trainable.policy.policy import Policy, after_block, any_number, block_of
 
@@ -41,16 +42,21 @@ is said before step 0, with the remedy where one was tried and helps.
   is there always. `rmsnorm` are RMSNorms in front of attention and MLP, `post_norm` behind them, `qk_norm` of queries
   and keys; 1 + w: so the gain is stored. In brackets what is no target: LayerNorm, norms without a gain, norms
   elsewhere in a block.
+- *vLLM*: whether `rollout.backend=vllm` serves it, as measured with vLLM {vllm} on a CPU on {date}
+  (`python -m tests.benchmarks.served`): the gate agreed in W4A4 and with nothing quantised, or what was said instead.
+  What is refused here is refused in one line before an engine starts, on a CPU; a variant of a type that is served
+  otherwise when the engine starts, or by the gate.
 
-| architecture | trains | quantised | left out | rows | noise.modules |
-|---|---|---|---|---|---|
+| architecture | trains | vLLM | quantised | left out | rows | noise.modules |
+|---|---|---|---|---|---|---|
 """
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    PAGE.write_text(HEAD + "".join(f"| {' | '.join(_cells(name, row))} |\n" for name, row in ZOO.items()))
+    head = HEAD.format(**measured())
+    PAGE.write_text(head + "".join(f"| {' | '.join(_cells(name, row))} |\n" for name, row in ZOO.items()))
     print("wrote docs/models.md")
 
 
@@ -63,14 +69,21 @@ def _cells(name: str, row: Row) -> Iterator[str]:
         policy = trial_of(row, network_of(row)).policy
     except ConfigError as error:
         yield " ".join(filter(None, ["**refused**", setting])) + f": `{error}`"
-        yield from ("", "", "", "")
+        yield from ("", "", "", "", "")
         return
     ours = policy.coverage.weights - _of_other_towers(policy)
     yield " ".join(filter(None, ["yes", setting]))
+    yield on_vllm(name)
     yield f"{100 * policy.coverage.quantized / ours:.1f} %".replace("100.0 %", "100 %")
     yield "; ".join([*_left_out(policy), *_small(policy)])
     yield "shared" if packs(policy) else "own"
     yield _norms(policy)
+
+
+def on_vllm(name: str) -> str:
+    """Of an architecture that trains."""
+    row = measured()["rows"].get(name)
+    return "not tried" if row is None else f"refused: `{row['refused']}`" if row["refused"] else "serves"
 
 
 def _of_other_towers(policy: Policy) -> int:

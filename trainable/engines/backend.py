@@ -10,6 +10,8 @@ the sampled tokens, whose negative mean is an unbiased estimate of it.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from spaces.config import ConfigError, TrialConfig
@@ -21,6 +23,7 @@ from trainable.engines.engine import (
     quantization_tree,
     set_vllm_switches,
 )
+from trainable.engines.served import unserved
 from trainable.episode import Completion
 from trainable.failure import TrialFailed
 from trainable.forward.transformer import head_size
@@ -79,15 +82,17 @@ class VllmBackend:
 
     def __init__(self, config: TrialConfig, policy: Policy) -> None:
         require_vllm()
-        _check_parts(policy)
+        _check_served(policy)
         _check_heads(policy)
         self.engine: Engine = _start(config, _settings(config, policy))
 
     def sync(self, policy: Policy) -> None:
-        self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
+        with _told("it takes no weights"):
+            self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
 
     def generate(self, policy: Policy, request: Request) -> list[list[Completion]]:
-        return self.engine.generate(request)
+        with _told("it does not generate"):
+            return self.engine.generate(request)
 
     def rest(self) -> None:
         self.engine.sleep()
@@ -96,17 +101,9 @@ class VllmBackend:
         self.engine.close()
 
 
-def _check_parts(policy: Policy) -> None:
-    """Raises ConfigError where vLLM would hold or compute weights otherwise than our layers do."""
-    config = policy.network.config
-    why = (
-        f"{policy.rearranged[0]} lies otherwise in vLLM than in training"
-        if policy.rearranged
-        else "the model has more than a text model"
-        if config.get_text_config() is not config
-        else ""
-    )
-    if why:
+def _check_served(policy: Policy) -> None:
+    """Raises ConfigError where vLLM is known to hold or compute weights otherwise than our layers do."""
+    if why := unserved(policy):
         raise ConfigError(f"rollout.backend=vllm: {why}; set rollout.backend=torch")
 
 
@@ -124,6 +121,7 @@ def _check_heads(policy: Policy) -> None:
 
 def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
     model: dict[str, Any] = policy.network.config.to_dict()
+    model["architectures"] = [type(policy.network).__name__]  # a config.json need not name it
     model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
     if "lm_head" in policy.linears:
         model["tie_word_embeddings"] = False  # the head is quantised, embeddings are not: two weights
@@ -149,11 +147,20 @@ def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
         return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds)
     from trainable.engines.vllm import VllmEngine
 
-    try:
+    with _told("it does not start"):
         return VllmEngine(settings)
-    except Exception as error:  # whatever a foreign engine raises that cannot start here, or with this model
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raises TrialFailed for whatever a foreign engine raises that cannot do this here, or with this model."""
+    try:
+        yield
+    except TrialFailed:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
-        raise TrialFailed("engine", f"it does not start: {type(error).__name__}: {reason}") from error
+        raise TrialFailed("engine", f"{what}: {type(error).__name__}: {reason}; set rollout.backend=torch") from error
 
 
 def require_vllm() -> None:

@@ -127,7 +127,7 @@ def start_child(settings: EngineSettings, seconds: float) -> Child:
         child.ask("start", seconds, **asdict(settings))
     except RuntimeError as error:
         child.end()
-        raise TrialFailed("engine", f"it does not start: {error}") from None
+        raise TrialFailed("engine", f"it does not start: {error}; set rollout.backend=torch") from None
     return child
 
 

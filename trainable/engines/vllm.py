@@ -40,6 +40,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.models.transformers import base as transformers_base
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -49,6 +50,8 @@ from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic
 
 _GIB = 1 << 30
 _MOST_BATCHED_TOKENS = 8192
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Where a model of vLLM's does not say itself what it has fused."""
 
 
 # --- the layers -------------------------------------------------------------------------------------------------------
@@ -74,6 +77,15 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.layers = arithmetic_of(tree)
         self.synced: bool = tree.get("synced", False)
+        self.renamed: dict[str, str] = {}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """vLLM tells under which names its model has the layers."""
+        self.renamed = {hf_to_vllm_mapper.map_name(name): name for name in self.layers}
+
+    def training_name(self, name: str) -> str:
+        """Of a layer that vLLM calls `name`."""
+        return self.renamed.get(name, name)
 
     def get_name(self) -> str:
         return NAME
@@ -112,12 +124,19 @@ class RinQuantization(QuantizationConfig):  # type: ignore[misc]
     def parts(self, prefix: str, rows: Sequence[int]) -> list[Part]:
         """The layers of training that make up the layer at `prefix`, whose parts have so many rows each."""
         parent, _, last = prefix.rpartition(".")
-        names = [f"{parent}.{member}" for member in self.packed_modules_mapping.get(last, ())] or [prefix]
+        if self.training_name(prefix) in self.layers:  # training has one layer there too
+            names, rows = [prefix], [sum(rows)]
+        else:
+            members = self.packed_modules_mapping.get(last) or _FUSED.get(last, ())
+            names = [f"{parent}.{member}" for member in members] or [prefix]
+            if last not in self.packed_modules_mapping and not self.layers.keys() >= {*map(self.training_name, names)}:
+                names = [prefix]
         if len(names) != len(rows):
             raise ValueError(
                 f"{prefix}: vLLM makes {len(rows)} parts of it, training has {names}; "
                 "this architecture needs rollout.backend=torch"
             )
+        names = [self.training_name(name) for name in names]
         starts = [sum(rows[:index]) for index in range(len(rows))]
         return [
             Part(name=name, start=start, stop=start + count, arithmetic=self.layers.get(name, UNQUANTIZED))
@@ -208,7 +227,7 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         register()
         self.settings = settings
-        with tempfile.TemporaryDirectory(prefix="rin-engine-") as folder, _threads_kept():
+        with tempfile.TemporaryDirectory(prefix="rin-engine-") as folder, _threads_kept(), _classes_kept():
             (Path(folder) / "config.json").write_text(json.dumps(settings.model))
             (Path(folder) / CONFIG_FILE).write_text(json.dumps(settings.quantization))
             self.llm = LLM(
@@ -300,6 +319,8 @@ def _load(model: Any, weights: Mapping[str, Tensor], quantize_inputs: bool) -> N
     """In the engine: every weight into its place, fused ones by vLLM's own loader."""
     adapters = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
     model.load_weights((name, tensor) for name, tensor in weights.items() if name not in adapters)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    model.rin_names = {mapper.get_rename_mapper().map_name(name): name for name in weights} if mapper else {}
     for module in model.modules():
         parts: Sequence[Part] = getattr(module, "rin_parts", ())
         if parts:
@@ -315,18 +336,21 @@ def _load(model: Any, weights: Mapping[str, Tensor], quantize_inputs: bool) -> N
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """In the engine: what it computes with, under the names of training. A tied head's weight is the embedding's."""
+    names = getattr(model, "rin_names", {})
     taken: set[int] = set()
     for place, module in model.named_modules():
         parts: Sequence[Part] = getattr(module, "rin_parts", ())
+        if not parts and isinstance(module, VocabParallelEmbedding):  # a model may keep our method from it
+            parts = [Part(name=place, start=0, stop=module.org_vocab_size, arithmetic=UNQUANTIZED)]
         held = (
             [tensor for tensor in (module.weight, getattr(module, "bias", None)) if tensor is not None] if parts else []
         )
         known = any(id(tensor) in taken for tensor in held)
         taken |= {id(tensor) for tensor in held}
         for part in () if known else parts:
-            name = part.name if len(parts) > 1 else place  # an embedding may not know its name
             for kind, tensor in zip(("weight", "bias"), held, strict=False):
-                yield f"{name}.{kind}", tensor[_rows(module, part)]
+                at = f"{place}.{kind}"  # an embedding may not know its name
+                yield f"{part.name}.{kind}" if len(parts) > 1 else names.get(at, at), tensor[_rows(module, part)]
             if part.adapter is not None:
                 down, up, factor = part.adapter
                 yield f"{part.name}.lora_A", down
@@ -334,7 +358,7 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
                 yield f"{part.name}.lora_scale", torch.tensor(factor)
     for name, parameter in model.named_parameters():
         if id(parameter) not in taken:
-            yield name, parameter
+            yield names.get(name, name), parameter
 
 
 def _rows(module: Any, part: Part) -> slice:
@@ -360,3 +384,15 @@ def _threads_kept() -> Iterator[None]:
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _classes_kept() -> Iterator[None]:
+    """Of some architectures vLLM uses transformers' own classes, and changes them for torch.compile: training's model,
+    of the same class, would not compute any more. Nothing is compiled here."""
+    decorator = transformers_base.support_torch_compile
+    transformers_base.support_torch_compile = lambda **options: lambda cls: cls
+    try:
+        yield
+    finally:
+        transformers_base.support_torch_compile = decorator
