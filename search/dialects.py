@@ -948,9 +948,9 @@ ROWS: dict[str, Row] = {
     "task.reward": _row(
         verl=_verl_reward("custom_reward_function"),
         upstream=_verl_reward("reward.custom_reward_function"),
-        trl=if_(_of("trl"), to("rewards.functions")),
-        qerl=no_key,
-        nemo=no_key,
+        trl=lambda c, v: (to("rewards.functions") if _of("trl")(c) else anyway(()))(c, v),
+        qerl=anyway(()),
+        nemo=anyway(()),
     ),
     "task.reward_weights": _row(verl=anyway(()), trl=if_(_of("trl"), _trl_weights), qerl=anyway(()), nemo=anyway(())),
     "task.reward_options": _row(

@@ -100,9 +100,21 @@ class Boundary:
             tenth = f"a tenth at {_end(self.sigma_10)} [{_end(self.low_10)}, {_end(self.high_10)}]"
             return f"half the runs collapse at sigma {_end(self.sigma_50)} [{low}, {high}], {tenth}"
         if self.status == "held":
-            return f"every run held, up to sigma {self.held:.3g}; half collapse at more than {low}"
+            assert self.held is not None
+            few = (
+                "so few exclude only that half collapse below"
+                if self.low_50 < self.held
+                else "half collapse at more than"
+            )
+            return f"every run held, up to sigma {self.held:.3g}; {few} {low}"
         if self.status == "broke":
-            return f"every run broke, down to sigma {self.broke:.3g}; half collapse at less than {high}"
+            assert self.broke is not None
+            few = (
+                "so few exclude only that half collapse above"
+                if self.high_50 > self.broke
+                else "half collapse at less than"
+            )
+            return f"every run broke, down to sigma {self.broke:.3g}; {few} {high}"
         if self.status == "one sigma":
             return f"{self.collapsed} of {self.runs} runs broke at the only sigma tried"
         if self.status == "unordered":

@@ -324,6 +324,11 @@ def test_what_has_no_effect_is_not_told() -> None:
     assert not any("sigma_end" in line or "lora_alpha" in line or "penalty" in line for line in lines)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_reward_that_nobody_gave_is_not_missed(system: System) -> None:
+    assert not [line for line in translate(configured(base=[]), system).without if line.startswith("task.reward")]
+
+
 def test_a_setting_of_this_machine_is_told_where_somebody_set_it() -> None:
     assert not any("hang_seconds" in setting for setting in translate(configured(), "verl").without)
     assert "hang_seconds=600.0" in translate(configured("hang_seconds=600"), "verl").without

@@ -181,10 +181,16 @@ def test_outcomes_of_one_kind_bound_one_side(sigmas: list[float]) -> None:
         (broke.high_10, tenth, 1.0),
     ):
         assert chance(edge, level, sign) == pytest.approx(0.02, rel=0.1)
-    assert (
-        held.words() == f"every run held, up to sigma {max(sigmas):.3g}; half collapse at more than {held.low_50:.3g}"
-    )
-    assert broke.words().startswith(f"every run broke, down to sigma {min(sigmas):.3g}; half collapse at less than")
+
+
+def test_a_bound_within_the_runs_is_told_as_what_so_few_exclude() -> None:
+    many, one_run = one({0.01: [0] * 9, 0.02: [0] * 9}), one({0.02: [0]})
+    assert many.words() == f"every run held, up to sigma 0.02; half collapse at more than {many.low_50:.3g}"
+    few = f"so few exclude only that half collapse below {one_run.low_50:.3g}"
+    assert one_run.words() == f"every run held, up to sigma 0.02; {few}"
+    few = f"so few exclude only that half collapse above {one({0.02: [1]}).high_50:.3g}"
+    assert one({0.02: [1]}).words() == f"every run broke, down to sigma 0.02; {few}"
+    assert "; half collapse at less than 0.0" in one({0.02: [1] * 9, 0.05: [1] * 9}).words()
 
 
 def test_one_sigma_at_which_runs_ended_both_ways_bounds_nothing() -> None:
