@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import dashboards.doctor as doctor
 from spaces.config import ConfigError, TrialConfig
@@ -166,6 +167,16 @@ def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
     )
     assert said.endswith("; set rollout.backend=torch")
     assert "\n" not in said
+
+
+@pytest.mark.slow
+@NEEDS_VLLM
+def test_heads_that_differ_from_layer_to_layer_are_all_looked_at() -> None:
+    """Of Gemma 4: 32 and 40, the second of which vLLM has no code for."""
+    sizes = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = AutoConfig.for_model("gemma4_text", head_dim=32, global_head_dim=40, **sizes)
+    with pytest.raises(ConfigError, match=r"^rollout\.backend=vllm: the model has attention heads of 40, vLLM"):
+        backend._check_heads(SimpleNamespace(network=SimpleNamespace(config=config)))
 
 
 def test_models_that_vllm_was_seen_to_fail_with_are_refused_before_an_engine_starts(

@@ -111,12 +111,14 @@ def _check_heads(policy: Policy) -> None:
     """Raises ConfigError before an engine fails on them with a page of its own words."""
     from trainable.engines.vllm import known_head_sizes
 
-    size, known = head_size(policy.network.config), known_head_sizes()
-    if known and size not in known:
-        raise ConfigError(
-            f"rollout.backend=vllm: the model has attention heads of {size}, vLLM on a CPU has code for "
-            f"{', '.join(str(one) for one in known)}; set rollout.backend=torch"
-        )
+    config, known = policy.network.config, known_head_sizes()
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    for size in {head_size(layer): None for layer in layers}:
+        if known and size not in known:
+            raise ConfigError(
+                f"rollout.backend=vllm: the model has attention heads of {size}, vLLM on a CPU has code for "
+                f"{', '.join(str(one) for one in known)}; set rollout.backend=torch"
+            )
 
 
 def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
