@@ -9,6 +9,7 @@ embedded one (a character is a token) and a byte-level one with a chat template,
 import getpass
 import os
 import re
+import signal
 import sys
 import tempfile
 import urllib.request
@@ -134,6 +135,8 @@ class _Failures:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts this in the background leaves Ctrl-C ignored, and every child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Failures(reporter))

@@ -65,8 +65,9 @@ def test_the_program_is_a_script_of_the_distribution_and_no_entry_point() -> Non
 
 def recipe(target: str, **given: str) -> str:
     """What make would run."""
-    command = ["make", "-n", target, *(f"{name}={value}" for name, value in given.items())]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "--no-print-directory", target, *(f"{name}={value}" for name, value in given.items())]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_sets_up_what_it_needs_and_the_limit_of_coverage_is_that_of_the_run_that_has_everything() -> None:

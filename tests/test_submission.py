@@ -544,7 +544,7 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
         space.rename(laptop / "space.yaml")
         again = submitted()
         assert again.returncode == 2
-        assert re.search("ended before the sweep began: --name s: .*/s exists already", again.stderr)
+        assert re.search("rin: --name s: .*/s exists already", again.stderr), "seen from here, so nothing is sent"
     outcomes = sorted((laptop / "runs" / "s" / "trials").glob("*/outcome.json"))
     assert [path.parent.name for path in outcomes] == ["c01-0", "control-0"]
     found = json.loads(outcomes[0].read_text())["outcome"]

@@ -15,7 +15,7 @@ from search.checkpoint_export import _only_here, _write_plain
 from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig
 from spaces.reading import read_config
 from tests.conftest import byte_tokenizer
-from trainable.engines.backend import _check_parts
+from trainable.engines.backend import _check_served
 from trainable.noise import injected, measure_effects, noise_targets
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import wrapped
@@ -200,7 +200,7 @@ def test_of_a_multimodal_model_the_text_model_alone_is_trained_and_the_rest_is_n
     assert {block_of(name) for name in policy.norms} == {0, 1}
     assert all("vision" not in name for name in load("gemma3").trainable())
     with pytest.raises(ConfigError, match=r"rollout\.backend=vllm: .*set rollout.backend=torch"):
-        _check_parts(policy)
+        _check_served(policy)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_noise_and_adapters_reach_every_projection_of_it_and_nothing_else(kind: 
     touched = {name for name, parameter in policy.trainable().items() if parameter.grad is not None}
     assert len(touched) > 0.7 * len(policy.trainable()), "all but those of experts that no token went to"
     with pytest.raises(ConfigError, match=r"rollout\.backend=vllm: .*set rollout.backend=torch"):
-        _check_parts(policy)
+        _check_served(policy)
 
 
 def test_experts_that_compute_otherwise_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
