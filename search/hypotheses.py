@@ -290,7 +290,7 @@ def _shared_variance(table: Sequence[Sequence[Replicate]]) -> float:
     ms_question = runs * float(((by_question - total) ** 2).sum()) / ((questions - 1) * free)
     rest = around - by_question - around.mean(axis=2, keepdims=True) + total
     ms_rest = float((rest**2).sum()) / ((runs - 1) * (questions - 1) * free)
-    return max((ms_question - ms_rest) / (runs * questions), 1 / questions**2)
+    return float(max((ms_question - ms_rest) / (runs * questions), 1 / questions**2))
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

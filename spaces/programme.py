@@ -216,8 +216,8 @@ class Alternative(Record):
     """The experiment that would be ahead; or `control`, or `base`."""
     than: str
     """Of this one, or of these."""
-    confidence: Number = Field(ge=0, le=1)
-    """As the plan gives it; those of one hypothesis need not sum to one."""
+    confidence: Number = Field(gt=0, lt=1)
+    """As the plan gives it; those of one hypothesis need not sum to one. At 0 and 1 there is nothing to learn."""
 
 
 class Hypothesis(Record):
