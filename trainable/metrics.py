@@ -14,6 +14,8 @@ COLLAPSED = "rin/collapsed"
 DOSE = "rin/dose"
 """There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage."""
 REWARD = "grpo/reward"
+LOSS = "grpo/loss"
+GRAD_NORM = "grpo/grad_norm"
 ROLLOUT_ACCURACY = "grpo/accuracy"
 ENTROPY = "gen/entropy"
 LENGTH = "gen/length"
@@ -42,8 +44,8 @@ METRICS: dict[str, str] = {
     ROLLOUT_ACCURACY: (
         "share of sampled completions that are correct: noisy, at the sampling temperature, no evaluation"
     ),
-    "grpo/loss": "mean over the step's updates",
-    "grpo/grad_norm": "largest global norm of a gradient before clipping",
+    LOSS: "mean over the step's updates",
+    GRAD_NORM: "largest global norm of a gradient before clipping",
     "grpo/clip_fraction": "share of tokens whose ratio was clipped against the advantage",
     "grpo/reference_kl": "KL to the reference policy, k3, where grpo.kl_beta > 0",
     ALL_WRONG: "share of generated groups without variance in which nothing is right",
