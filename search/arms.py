@@ -184,14 +184,15 @@ def replicates_of(study: StudyConfig, arm: Arm, measure: str = "") -> list[Repli
 
 def apart(one: TrialConfig, other: TrialConfig) -> set[str]:
     """Keys besides those of the noise in which two configurations run differently; seed and threads are the sweep's."""
-    unused = idle(one) & idle(other)  # how often a filter resamples that is off in both
     found = set()
     for part in set(TrialConfig.model_fields) - {"noise", "seed", "threads"}:
         here, there = getattr(one, part), getattr(other, part)
         if here != there:
             trees = [flatten({part: as_tree(side) if isinstance(side, Record) else side}) for side in (here, there)]
             found |= {key for key in trees[0].keys() | trees[1].keys() if trees[0].get(key) != trees[1].get(key)}
-    return found - unused
+    if not found:  # as in most sweeps, and then nothing has to be asked
+        return found
+    return found - (idle(one) & idle(other))  # how often a filter resamples that is off in both
 
 
 def control_for(arm: Arm, arms: Sequence[Arm]) -> Arm | None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from spaces.config import CollapseConfig
-from trainable.collapse import RULES, CollapseDetector
+from trainable.collapse import CollapseDetector
+from trainable.collapse_rules import RULES, drawn_limit
 from trainable.episode import FilterOutcome
 from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals
@@ -309,3 +310,13 @@ def test_a_restored_detector_shares_nothing_with_the_state_it_came_from() -> Non
     second.restore(first.state())
     second.observe(replace(DENSE, length=1.0), quiet=True)
     assert (len(first.baseline), len(second.baseline)) == (1, 2)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_limit_that_a_verdict_was_about_can_be_drawn_from_its_evidence(name: str) -> None:
+    """To the digits that the evidence has of the baseline."""
+    base = {**dict.fromkeys(("entropy", "length", "grad_norm", "reward"), 0.612), "kl": 0.001, "clip_fraction": 0.0}
+    base |= {"truncated": 0.12, "repetition": 0.12, "gibberish": 0.012}
+    limits, rule = CollapseConfig(), RULES[name]
+    evidence = rule.evidence.format(now={**base, rule.signal: 9.87}, base=base)
+    assert drawn_limit(name, f"{evidence}, 3 steps in a row", limits) == pytest.approx(rule.limit(base, limits))

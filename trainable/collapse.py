@@ -7,22 +7,20 @@ groups of a healthy run are all wrong, so no absolute limit on that exists here.
 steps in a row; two things fire at once: a number that is not finite, and a filter that found too few groups with
 variance because nothing was right.
 
-Rules in order: where several fire in one step, the first names the collapse.
+The rules themselves: `collapse_rules.py`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from spaces.config import CollapseConfig
+from trainable.collapse_rules import RULES, Baseline
 from trainable.episode import FilterOutcome
 from trainable.outcome import HEALTHY, CollapseVerdict
 from trainable.signals import NAMES, Signals, mean
-
-Baseline = Mapping[str, float]
-"""Mean of each signal over the noise-free baseline, by field name; grad_norm is a median and may be missing."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,71 +89,3 @@ def _rejection(signals: Signals) -> str:
         f"{signals.kept_groups:.0f} groups with variance after {signals.gen_batches:.0f} batches; "
         f"{signals.all_wrong:.0%} of groups all wrong, {signals.all_right:.0%} all right"
     )
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """When something is wrong with a step, and what is said of it; `now` and `base` are the two arguments."""
-
-    holds: Callable[[Baseline, Baseline, CollapseConfig], bool]
-    evidence: str
-
-
-RULES: dict[str, Rule] = {
-    "entropy_high": Rule(
-        lambda now, base, limits: (
-            now["entropy"] > max(limits.entropy_high_ratio * base["entropy"], limits.entropy_high_floor)
-        ),
-        "entropy {now[entropy]:.3g} nats, baseline {base[entropy]:.3g}",
-    ),
-    "gibberish": Rule(
-        lambda now, base, limits: now["gibberish"] > base["gibberish"] + limits.gibberish_share,
-        "{now[gibberish]:.1%} of tokens are gibberish to the clean policy, baseline {base[gibberish]:.1%}",
-    ),
-    "mismatch": Rule(
-        lambda now, base, limits: now["kl"] > limits.mismatch_kl,
-        "KL(rollout || clean policy) {now[kl]:.3g} nats per token",
-    ),
-    "truncation": Rule(
-        lambda now, base, limits: now["truncated"] > base["truncated"] + limits.truncation_rise,
-        "{now[truncated]:.0%} of completions cut off, baseline {base[truncated]:.0%}",
-    ),
-    "repetition": Rule(
-        lambda now, base, limits: now["repetition"] > base["repetition"] + limits.repetition_rise,
-        "{now[repetition]:.0%} of 4-grams repeated, baseline {base[repetition]:.0%}",
-    ),
-    "length_up": Rule(
-        lambda now, base, limits: now["length"] > limits.length_ratio * base["length"],
-        "mean length {now[length]:.3g} tokens, baseline {base[length]:.3g}",
-    ),
-    "length_down": Rule(
-        lambda now, base, limits: now["length"] < base["length"] / limits.length_ratio,
-        "mean length {now[length]:.3g} tokens, baseline {base[length]:.3g}",
-    ),
-    # A policy that grows certain while it grows right is learning.
-    "entropy_low": Rule(
-        lambda now, base, limits: (
-            now["entropy"] < limits.entropy_low_ratio * base["entropy"] and now["reward"] <= base["reward"]
-        ),
-        "entropy {now[entropy]:.3g} nats, baseline {base[entropy]:.3g}, reward not above its baseline",
-    ),
-    # Without a quiet stage there is no gradient to compare with, and this rule is silent.
-    "grad_norm": Rule(
-        lambda now, base, limits: (
-            "grad_norm" in now.keys() & base.keys()
-            and now["clip_fraction"] > limits.grad_norm_clip
-            and now["grad_norm"] > limits.grad_norm_ratio * base["grad_norm"]
-        ),
-        "gradient norm {now[grad_norm]:.3g}, quiet steps {base[grad_norm]:.3g}; "
-        "{now[clip_fraction]:.0%} of ratios clipped",
-    ),
-    "reward_low": Rule(
-        lambda now, base, limits: (
-            base["reward"] >= max(limits.reward_floor, 1e-9) and now["reward"] < limits.reward_ratio * base["reward"]
-        ),
-        "reward {now[reward]:.3g}, baseline {base[reward]:.3g}",
-    ),
-}
