@@ -19,7 +19,7 @@ bounds the other side: the end is the sigma at which that would happen in TAIL o
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,6 +135,37 @@ def boundaries(runs: Iterable[NoisyRun]) -> tuple[Boundary, ...]:
     return tuple(_boundary(mode, kind, groups[mode, kind]) for mode, kind in sorted(groups))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contour:
+    """Example: Contour(share=0.25, sigma=0.013, low=0.009, high=0.019)."""
+
+    share: float
+    """Of the runs that collapse."""
+    sigma: float | None
+    """At which so many do; only where a slope exists."""
+    low: float
+    high: float
+    """Interval of it, as in `Boundary`."""
+
+
+def contours(runs: Iterable[tuple[float, bool]], shares: Sequence[float]) -> tuple[Contour, ...]:
+    """Of (sigma, collapsed) of one mode and kind: at which sigma each share of the runs collapses. Empty where that
+    cannot be said of any."""
+    seen = list(runs)
+    x = np.log([sigma for sigma, _ in seen])
+    y = np.array([collapsed for _, collapsed in seen], dtype=np.float64)
+    first_broke = min((sigma for sigma, collapsed in seen if collapsed), default=math.inf)
+    status = _status(x, y, overlap=max((sigma for sigma, bad in seen if not bad), default=0.0) > first_broke)
+    if status in ("one sigma", "unordered"):
+        return ()
+    levels = [float(special.logit(share)) for share in shares]
+    slope, offset = _likeliest(x, y) if status == "fitted" else (math.nan, math.nan)
+    return tuple(
+        Contour(share=share, sigma=_sigma((level - offset) / slope) if status == "fitted" else None, low=low, high=high)
+        for share, level, (low, high) in zip(shares, levels, _intervals(x, y, status, levels), strict=True)
+    )
+
+
 def _boundary(mode: str, kind: str, runs: list[tuple[float, bool]]) -> Boundary:
     sigmas = {sigma for sigma, _ in runs}
     first_broke = min((sigma for sigma, collapsed in runs if collapsed), default=math.inf)
@@ -204,21 +235,22 @@ def _likeliest(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, f
 
 
 def _intervals(
-    x: NDArray[np.float64], y: NDArray[np.float64], status: Status
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Of the sigma at which half the runs collapse, and a tenth; 0 and infinity where a side is open."""
+    x: NDArray[np.float64], y: NDArray[np.float64], status: Status, levels: Sequence[float] = (0.0, TENTH)
+) -> list[tuple[float, float]]:
+    """Of the sigma at which the logit is each level: half the runs collapse, and a tenth; 0 and infinity where a side
+    is open."""
     if status in ("one sigma", "unordered"):
-        return (0.0, math.inf), (0.0, math.inf)
+        return [(0.0, math.inf)] * len(levels)
     wide = np.union1d(
         np.linspace(x.min() - REACH, x.max() + REACH, 300), np.linspace(x.min() - 1.0, x.max() + 1.0, 300)
     )
     logs = _log_likelihoods(wide, x, y)
     if status in ("held", "broke"):
-        return _one_end(wide, logs, 0.0, status), _one_end(wide, logs, TENTH, status)
+        return [_one_end(wide, logs, level, status) for level in levels]
     likely = wide[logs.max(axis=1) > logs.max() - LIKELY]
     edges = np.linspace(likely[0] - 0.1, likely[-1] + 0.1, 500)
     logs = _log_likelihoods(edges, x, y)
-    return _central(edges, logs, 0.0), _central(edges, logs, TENTH)
+    return [_central(edges, logs, level) for level in levels]
 
 
 def _log_likelihoods(edges: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
