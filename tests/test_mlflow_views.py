@@ -1,20 +1,16 @@
 """The saved view in a real sqlite store; `slow`: served by a real MLflow server and drawn by a real browser."""
 
-import fcntl
 import json
 import math
-import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +27,14 @@ from search.store import StudyConfig
 from search.tracking import Tracker
 from spaces.config import ConfigError, NoiseConfig, TrialConfig
 from spaces.reading import flatten_fields
-from tests.conftest import require
+from tests.browser import Browser, browser
 from tests.processes import free_port, program
 from tests.real_mlflow import runs as shown_runs
 from tests.written_sweeps import outcome, scores, study, write_trial
 from trainable.outcome import HEALTHY, CollapseVerdict, Ending, StepReport
 from trainable.signals import NAMES
 
+__all__ = ["browser"]  # a fixture
 EXPERIMENT = "e13-sweep"
 STEPS = 29
 ARMS = (  # sigma_start, modules, step of its collapse
@@ -217,76 +214,6 @@ def serving(uri: str, number: int) -> Iterator[tuple[subprocess.Popen[str], str]
 def page(filled: str) -> Iterator[str]:
     with serving(filled, signal.SIGINT) as (_, url):  # Ctrl-C, behind the last test that looks at it
         yield url
-
-
-class Browser:
-    """Headless Chromium, spoken to over its DevTools pipe: JSON messages that end in a zero byte, on descriptors 3 and
-    4."""
-
-    def __init__(self, profile: Path) -> None:
-        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        require(program, "needs a browser: apt-get update && apt-get install -y chromium")
-        assert program is not None
-        switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-        switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
-        switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn
-        pipes = [*os.pipe(), *os.pipe()]
-        there, self._write, self._read, back = [
-            fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes
-        ]  # clear of 3 and 4
-        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
-        self._process = subprocess.Popen(
-            shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for end in (*pipes, there, back):
-            os.close(end)
-        self._calls, self._rest, self._session = 0, b"", {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-
-    def call(self, method: str, **params: Any) -> Any:
-        self._calls += 1
-        os.write(
-            self._write,
-            json.dumps({"id": self._calls, "method": method, "params": params, **self._session}).encode() + b"\0",
-        )
-        while True:
-            while b"\0" not in self._rest:
-                chunk = os.read(self._read, 1 << 20)
-                assert chunk, "the browser is gone"
-                self._rest += chunk
-            message, _, self._rest = self._rest.partition(b"\0")
-            answer = json.loads(message)
-            if answer.get("id") == self._calls:
-                assert "result" in answer, answer
-                return answer["result"]
-
-    def evaluate(self, script: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def open(self, url: str, ready: str, seconds: float = 180) -> None:
-        """Returns when the script `ready` is true on the page."""
-        self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + seconds
-        while not self.evaluate(ready):
-            assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
-            time.sleep(0.2)
-
-    def close(self) -> None:
-        with suppress(AssertionError, BrokenPipeError):
-            self.call("Browser.close")
-        self._process.wait(30)
-        os.close(self._write)
-        os.close(self._read)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("browser") / "profile")
-    yield browser
-    browser.close()
 
 
 CELLS = """

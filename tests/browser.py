@@ -1,0 +1,89 @@
+"""A real browser for tests: headless Chromium."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import require
+
+
+class Browser:
+    """Headless Chromium, spoken to over its DevTools pipe: JSON messages that end in a zero byte, on descriptors 3 and
+    4."""
+
+    def __init__(self, profile: Path) -> None:
+        program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        require(program, "needs a browser: apt-get update && apt-get install -y chromium")
+        assert program is not None
+        switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+        switches += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
+        switches += [f"--user-data-dir={profile}", "--window-size=2600,2100"]  # what is out of sight is not drawn
+        pipes = [*os.pipe(), *os.pipe()]
+        there, self._write, self._read, back = [
+            fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in pipes
+        ]  # clear of 3 and 4
+        shell = ["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', program, *switches]
+        self._process = subprocess.Popen(
+            shell, pass_fds=(there, back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for end in (*pipes, there, back):
+            os.close(end)
+        self._calls, self._rest, self._session = 0, b"", {}
+        self.events: list[dict[str, Any]] = []
+        """What the browser said unasked, of the domains that were enabled."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def call(self, method: str, **params: Any) -> Any:
+        self._calls += 1
+        os.write(
+            self._write,
+            json.dumps({"id": self._calls, "method": method, "params": params, **self._session}).encode() + b"\0",
+        )
+        while True:
+            while b"\0" not in self._rest:
+                chunk = os.read(self._read, 1 << 20)
+                assert chunk, "the browser is gone"
+                self._rest += chunk
+            message, _, self._rest = self._rest.partition(b"\0")
+            answer = json.loads(message)
+            if answer.get("id") == self._calls:
+                assert "result" in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def evaluate(self, script: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, url: str, ready: str, seconds: float = 180) -> None:
+        """Returns when the script `ready` is true on the page."""
+        self.call("Page.navigate", url=url)
+        deadline = time.monotonic() + seconds
+        while not self.evaluate(ready):
+            assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        with suppress(AssertionError, BrokenPipeError):
+            self.call("Browser.close")
+        self._process.wait(30)
+        os.close(self._write)
+        os.close(self._read)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("browser") / "profile")
+    yield browser
+    browser.close()
