@@ -162,10 +162,19 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
     console.print(arm_table(arm_reports(result.config, result.arms), title))
     ending = ending_of(result, runs, place.again, replace(place, tracking_uri=None).again)
     say(console, ending.lines)
+    _leave_page(result.config)
     for line in ending.troubles:
         print(line, file=sys.stderr)
     if ending.code:
         raise typer.Exit(ending.code)
+
+
+def _leave_page(study: "StudyConfig", quiet: bool = False) -> None:
+    """At the end of a sweep. `quiet`: stdout is for something else."""
+    from dashboards.page import left_behind
+
+    line, written = left_behind(study)
+    print(line, file=sys.stderr if quiet or not written else sys.stdout)
 
 
 @contextlib.contextmanager
@@ -298,11 +307,31 @@ def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=given.HtmlAlone)
 @given.takes(Place)
-def report(place: Place, as_json: given.AsJson = False) -> None:
+def report(place: Place, as_json: given.AsJson = False, html: given.Html = None, figures: given.Figures = None) -> None:
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
-    study = place.sweep()
+    try:
+        study = place.sweep()
+    except ConfigError as error:
+        if html is not None:
+            from dashboards.page import say_unreadable
+
+            say_unreadable(place, str(error), Path(html) if html else None)
+        raise
+    if html is not None or figures is not None:
+        if html is not None:
+            from dashboards.page import write_page
+
+            print(f"page: {write_page(study, Path(html) if html else None)}")
+        if figures is not None:
+            from dashboards.figure_export import export_figures
+            from dashboards.page import read_material
+
+            written = export_figures(read_material(study), figures)
+            more = f"; {written.folded} that the page folds away are not among them" if written.folded else ""
+            print(f"figures: {len(written.files)} files in {figures}{more}")
+        return
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import say, terminal
     from search.confirm import read_confirmation
@@ -358,6 +387,7 @@ def confirm(
         print(json.dumps(confirmation_tree(state), indent=1))
     else:
         say(console, confirmation_lines(state, place.again))
+    _leave_page(state.config, quiet=as_json)
     if state.unfinished and not state.budget_spent:
         raise typer.Exit(1)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
+import typer.core
 
 from spaces.errors import ConfigError
 
@@ -62,8 +63,27 @@ Address = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster (auto, or HOST:6379), or local. Default: local; where it ran before."),
 ]
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html", metavar="[FILE.html]", help="As a page of its own, in that file. Default: report.html of the sweep."
+    ),
+]
+Figures = Annotated[Path | None, typer.Option(help="The page's figures as PNG and SVG, in that folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
+
+
+class HtmlAlone(typer.core.TyperCommand):
+    """A command whose --html stands alone or before a file, which typer's options cannot: it is a file's name where it
+    ends as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--html" in args:
+            place = args.index("--html") + 1
+            if not "".join(args[place : place + 1]).endswith(".html"):
+                args = [*args[:place], "", *args[place:]]
+        return super().parse_args(ctx, args)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
