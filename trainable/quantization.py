@@ -142,6 +142,19 @@ def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
         return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
 
 
+def ideal_quantize(x: Tensor, fmt: str) -> Tensor:
+    """`x` on the grid of `fmt` under a scale that is not rounded, amax / largest of each block, in fp32: what a format
+    would give whose scales cost nothing. Raises ValueError for `none`, which has no grid."""
+    form = FORMATS[fmt]
+    if form.element is None:
+        raise ValueError(f"an ideal scale needs a quantised format, but got {fmt}")
+    with torch.no_grad():
+        rows = _blocks(x, form).to(torch.float32)
+        scale = rows.abs().amax(-1, keepdim=True) / form.element.largest
+        y = (rows / scale).masked_fill_(scale == 0, 0.0)
+        return _round_to_grid_(y, form.element, torch.empty_like(y, dtype=torch.int32)).mul_(scale).view(x.shape)
+
+
 def _blocks(x: Tensor, form: Format) -> Tensor:
     """`x` as [R, B, K]; shares memory with `x` if it can."""
     n = x.shape[-1]

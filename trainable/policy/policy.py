@@ -109,6 +109,13 @@ def block_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def decoder_blocks(policy: Policy) -> tuple[nn.Module, ...]:
+    """The blocks themselves, first to last."""
+    named = policy.network.get_decoder().named_modules()
+    stacks = (module for name, module in named if isinstance(module, nn.ModuleList) and block_of(f"{name}.0.") == 0)
+    return tuple(next(stacks))
+
+
 def after_block(name: str) -> str:
     """What follows the block in a name: `self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
     match = _BLOCK.search(name)
