@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 _FRACTION_BITS = 23  # of fp32
+_SCALE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,12 @@ class Format:
     def bits(self) -> int:
         """Of an element; what is not quantised counts as 16."""
         return 16 if self.element is None else self.element.bits
+
+    @property
+    def stored_bits(self) -> float:
+        """Of an element with its part of the block's scale, which has 8 bits in either family (E8M0, E4M3). NVFP4's
+        outer scale, one number per tensor or row, is left out."""
+        return self.bits + (0.0 if self.element is None else _SCALE_BITS / self.block)
 
 
 E2M1 = Element(bits=4, mantissa_bits=1, smallest_normal=1.0, largest=6.0)  # OCP MX v1.0, 5.3.3

@@ -29,8 +29,15 @@ class MasterAdamW(torch.optim.AdamW):
             for index, (parameter, master) in enumerate(zip(parameters, masters, strict=True))
             if parameter is not master
         }
-        for parameter, master in self.rounded.values():
+        self.gathering = [
             parameter.register_post_accumulate_grad_hook(_gather_in(master))  # type: ignore[no-untyped-call]
+            for parameter, master in self.rounded.values()
+        ]
+
+    def release(self) -> None:
+        """Let the parameters go: their gradients are their own again."""
+        for hook in self.gathering:
+            hook.remove()
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)

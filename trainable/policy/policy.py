@@ -182,6 +182,24 @@ def unquantized(policy: Policy) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def redeployed(policy: Policy, arithmetic: Mapping[str, Arithmetic]) -> Iterator[None]:
+    """Inside `deployed`, without noise: other arithmetic by name of the layer; the weights of all others stay as they
+    are."""
+    before = {name: policy.linears[name].arithmetic for name in arithmetic}
+    weights = {name: policy.linears[name].deployed_weight for name in arithmetic}
+    assert all(weight is not None for weight in weights.values()), "nothing is deployed"
+    try:
+        _compute_as(policy, arithmetic)
+        for name in arithmetic:
+            policy.linears[name].deployed_weight = policy.linears[name].quantized_weight()
+        yield
+    finally:
+        _compute_as(policy, before)
+        for name, weight in weights.items():
+            policy.linears[name].deployed_weight = weight
+
+
+@contextmanager
 def unshared(policy: Policy) -> Iterator[None]:
     """Every layer is fed its input as it is, and quantises it itself: equal bits, and each layer can be asked alone."""
     sources = [module for module in policy.model.modules() if isinstance(module, InputSource)]
