@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
-from search.program import Decision, Run, Walk, rule_of
-
 from dashboards.tables import describe_noise, duration
 from search.hypotheses import PRIOR_SD, PRIOR_SDS, Belief
 from search.improvement import Correlation, Spearman
+from search.program import Decision, Run, Walk, rule_of
 from search.program_report import Beside, Dynamics, ExperimentRow, FamilyReport, HypothesisRow, ProgramReport
 from search.statistics import Comparison
 from spaces.reading import as_tree, dump_yaml

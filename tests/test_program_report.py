@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from search.program import walk
 
 from dashboards.program_text import NOT_MEASURED, documents
 from search.arms import read_arms, replicates_of
 from search.improvement import LayerChange, correlation, spearman
+from search.program import walk
 from search.program_report import ProgramReport, as_tree, report_program
 from spaces.programme import load_programme
 from tests.written_sweeps import QUESTIONS, make_arm, study, write_sweep
