@@ -123,7 +123,7 @@ def _results(family: FamilyReport, row: ExperimentRow) -> Iterator[str]:
         )
     at_stop = f", {row.collapsed} of them with the accuracy at their stop" if row.collapsed else ""
     yield f"- End: {_percent(row.end)} ({_count(runs, 'replicate')}{at_stop})"
-    yield f"- vs control {row.control}: {_beside(row.beside_control)}"
+    yield f"- vs its control, `{row.control}`: {_beside(row.beside_control)}"
     yield f"- vs best before it: {_beside(row.beside_best) if row.best_before else 'no experiment before it held'}"
     if row.experiment.success is not None and row.beside_control is not None:
         yield f"- Success: {_reached(row)}"
@@ -312,10 +312,10 @@ def outcome_lines(family: FamilyReport) -> Iterator[str]:
         gain = 100 * best.beside_control.difference
         words = [word for word, least in walk.programme.success.items() if gain >= least]
         first, least = next(iter(walk.programme.success.items()))
-        said = words[-1] if words else f"below {first}, which begins at {least:+g}"
+        said = f"called {words[-1]}" if words else f"below what is called {first} (from {least:+g})"
         shown = best.judged is not None and best.judged.verdict == "better"
         doubt = "" if shown else ", and is not shown to be a gain"
-        yield f"Its gain of {gain:+.2f} points is {said} by the programme's words{doubt}."
+        yield f"Its gain of {gain:+.2f} points is {said}{doubt}."
 
 
 def path_lines(walk: Walk) -> Iterator[str]:
@@ -366,7 +366,9 @@ def tracker_lines(family: FamilyReport) -> Iterator[str]:
     yield f"| | says | plan's confidence | before | after | prior {sds} points | Bayes factor | status |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in family.hypotheses:
-        yield f"| **{row.name}** | {row.question} {_measured(row)} | | | | | | |"
+        reasons = {belief.reason for belief in row.weighed.beliefs}
+        shared = f"{_sentence(reasons.pop())}" if len(reasons) == 1 and reasons != {""} else ""
+        yield f"| **{row.name}** | {' '.join(filter(None, (row.question, _measured(row))))} | | | | | | {shared} |"
         for belief in row.weighed.beliefs:
             by_sd = (
                 " / ".join(_probability(share) for _, share in belief.by_sd)
@@ -375,7 +377,7 @@ def tracker_lines(family: FamilyReport) -> Iterator[str]:
             )
             after = _probability(belief.posterior) if not row.weighed.not_tested else NOT_MEASURED
             factor = NOT_MEASURED if belief.bayes_factor is None else _number(belief.bayes_factor)
-            reason = f": {belief.reason}" if belief.reason else ""
+            reason = f": {belief.reason}" if belief.reason and not shared else ""
             yield (
                 f"| {belief.name} | {row.says.get(belief.name, '')} | {_share(belief.confidence)} | "
                 f"{100 * belief.prior:.0f} % | {after} | {by_sd} | {factor} | {MARKS[belief.status]}{reason} |"

@@ -16,14 +16,13 @@ other arms of the same programme add theirs. Scaled inverse chi-square, integrat
 with more degrees of freedom than the replicates alone would give, and replicates that agree by chance make no
 certainty. What all replicates share, because they answer the same questions, is taken from the crossed layout of
 `search/statistics.py` and added to the variance of the mean, so that more seeds do not turn the luck of one list of
-questions into evidence.
+questions into evidence. The prior ends at MOST_SPREAD times what is known: without an end, arms 50 points apart would
+be taken for alike with a wild spread, since N(0, 2 points) finds such an effect harder to believe.
 
 **Status.** confirmed: at least CONFIRMED at the stated width of the prior, and more likely than not at the others of
 PRIOR_SDS; rejected: at most REJECTED, and less likely than not; else inconclusive, with the reason. Since the rule
 looks at nothing but data, what is called confirmed is true as often as its probabilities say (simulated in
-tests/test_hypotheses.py, also with a spread that the prior has wrong). A difference far beyond the prior's width moves
-less than one would think: N(0, 2 points) finds 10 points hard to believe and a wide spread easier. It is left as it is
-and told; the difference itself stands beside it in every document.
+tests/test_hypotheses.py, also with a spread that the prior has wrong).
 
 **Collapses.** A collapsed run counts with the accuracy at its stop. But where every arm collapsed in half of its runs
 or more, these accuracies say which arm was stopped with less damage, and not which is the better way to train: the set
@@ -58,7 +57,9 @@ runs of one configuration differed by 4.3 points at step 20."""
 CONFIRMED, REJECTED = 0.95, 0.05
 MIN_SEEDS = 2
 """Fewer common seeds leave the probabilities where they were: one pair cannot be told from the luck of its run."""
-_LOG_SPREADS = np.linspace(math.log(0.05), math.log(30.0), 240)
+MOST_SPREAD = 3.0
+"""Times what is known of the spread: a wider one, which no run has shown, must not explain any difference away."""
+_LOG_SPREADS = np.linspace(math.log(0.05), math.log(MOST_SPREAD), 160)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 
 
@@ -152,7 +153,7 @@ def weigh(
     seeds = tuple(sorted(common))
     not_tested = ""
     if absent := [arm for arm in arms if not by_seed[arm]]:
-        not_tested = f"not measured: {' and '.join(absent)} {'have' if len(absent) > 1 else 'has'} not run"
+        not_tested = f"not measured: no runs of {', '.join(absent)}"
     elif len(seeds) < MIN_SEEDS:
         have = "one seed is" if seeds else "no seed is"
         not_tested = f"{have} common to {', '.join(arms)}; at least {MIN_SEEDS} are needed"
@@ -242,6 +243,7 @@ def _evidence(
     variance = (spread.sd**2 / 2) * np.exp(2 * _LOG_SPREADS)  # [S] of one run's contrast; a difference has twice that
     logs = -spread.df * (_LOG_SPREADS + np.exp(-2 * _LOG_SPREADS) / 2)  # scaled inverse chi-square, per log
     logs -= (runs - 1) * free / 2 * np.log(variance) + squares / (2 * variance)
+    logs[[0, -1]] -= math.log(2)  # the trapezoidal rule
     error = variance / runs + shared  # [S] of a contrast's mean
     null = logs + _log_normal(length, error, free)
     width = prior_sd**2 / 2

@@ -53,7 +53,7 @@ def test_an_experiment_has_the_numbers_of_its_trials(tmp_path: Path) -> None:
     assert targeted.end == pytest.approx(np.mean(BELOW) / QUESTIONS)
     assert (rows["e13i-baseline"].collapsed, len(rows["e13i-baseline"].trials)) == (2, 2)
     log = documents(report)["e13i-targeted.md"]
-    assert f"vs control control: {100 * differences.mean():+.2f} points (4 pairs)" in log
+    assert f"vs its control, `control`: {100 * differences.mean():+.2f} points (4 pairs)" in log
     assert f"Step 10: {NOT_MEASURED}" in log
     assert "1f0c5e" in log
 
@@ -63,7 +63,7 @@ def test_the_summary_tells_the_decision_and_its_reason(tmp_path: Path) -> None:
     text = documents(report)["summary.md"]
     assert "Phase foundation -> diagnosis, since e13i-baseline collapses and e13i-targeted collapses" in text
     assert "It has not ended: phase diagnosis is next" in text
-    assert "~ inconclusive: e13i-baseline collapsed in 2 of 2 runs" in text
+    assert "E13i-baseline collapsed in 2 of 2 runs, e13i-targeted collapsed in 2 of 2 runs: accuracies" in text
     assert as_tree(report)["families"][0]["path"][0]["skipped"] == ["e13l-conservative", "e13k-constant"]
 
 
