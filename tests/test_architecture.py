@@ -206,8 +206,8 @@ def test_the_four_names_belong_to_this_distribution_alone() -> None:
 
 
 def test_only_the_trial_knows_the_method_that_learns() -> None:
-    """What generates, measures or judges reads episodes and log-probs, whichever method learns from them. A scan of what
-    a step leaves behind makes one."""
+    """What generates, measures or judges reads episodes and log-probs, whichever method learns from them. A scan of
+    what a step leaves behind makes one."""
     learning = ["trainable/trial.py", "trainable/update_side.py"]
     assert [relative(path) for path in MODULES if "trainable.grpo" in imports(path)] == learning
 
