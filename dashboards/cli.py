@@ -518,6 +518,57 @@ def probe(
 
 
 @app.command()
+def srdd(
+    model: Annotated[
+        str,
+        typer.Argument(help="A workload (embedded, tiny, smollm2-135m, ...), or a folder with a transformers model."),
+    ] = "embedded",
+    settings: given.Overrides = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Rows to scan, up to 256. Default: 8 prompts of the task; embedded: 32.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Scan it on this text, in rows of 64 tokens.")] = None,
+    completions: Annotated[
+        bool, typer.Option("--completions", help="Scan it on prompts with what the policy samples for them.")
+    ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Errors alone: no KL, no gradients, nothing that it would buy.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the questions, the sampling and the intervals.")] = 0,
+    as_json: given.AsJson = False,
+) -> None:
+    """What rounding does to each layer of a model, to its predictions and to its learning (SRDD)."""
+    from dashboards.srdd_plan import plan_srdd
+
+    plan = plan_srdd(
+        model,
+        overrides=settings or (),
+        prompts=prompts,
+        text=text,
+        completions=completions,
+        functional=not static,
+        seed=seed,
+    )
+    from dashboards.live import build_progress, scan_progress
+    from dashboards.srdd import lines, measure
+    from dashboards.tables import terminal
+    from trainable.policy.embedded import ensure_base
+    from trainable.scan import as_tree
+
+    if plan.config.model.recipe is not None:
+        with build_progress(terminal(stderr=True)) as progress:
+            ensure_base(plan.config.model.recipe, progress)
+    started = time.perf_counter()
+    with scan_progress(terminal(stderr=True)) as progress:
+        scan = measure(plan, progress)
+    if as_json:
+        print(json.dumps(as_tree(scan), indent=1))
+        return
+    print("\n".join(lines(scan, plan)))
+    print(f"scanned in {time.perf_counter() - started:.0f} s")
+
+
+@app.command()
 def doctor(
     task: Annotated[
         str | None, typer.Option(help="A task's name: its questions, and whether its reward keeps its contract.")

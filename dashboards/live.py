@@ -91,3 +91,18 @@ def build_progress(console: Console) -> Iterator[Any]:
                 console.print(f"building the embedded base model, once: {what} ({total} steps in all, about 2 minutes)")
 
         yield progress
+
+
+@contextmanager
+def scan_progress(console: Console) -> Iterator[Any]:
+    """A bar for each part of a scan; nothing where nobody watches."""
+    if not console.is_terminal:
+        yield lambda done, total, what: None
+        return
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as bar:
+        task = bar.add_task("")
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, total=total, completed=done, description=what)
+
+        yield progress

@@ -66,6 +66,7 @@ COMMANDS = (
     "audit",
     "ui",
     "probe",
+    "srdd",
     "doctor",
 )
 Said = tuple[int, str, str]

@@ -1,0 +1,132 @@
+"""`rin srdd` as its users meet it: what it is asked for, its table, its JSON."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashboards import cli
+from dashboards.srdd import purchases
+from dashboards.srdd_plan import EMBEDDED_PROMPTS, PROMPTS, plan_srdd
+from spaces.config import ConfigError
+from tests.conftest import ModelFolder
+from trainable.scan import SCORES, Estimate, Purchase, kl_per_bit, load_scan, score
+
+SMALL = ("--prompts", "2", "--set", "grpo.prompts=2", "--set", "grpo.updates_per_step=1")
+SMALL += ("--set", "rollout.max_new_tokens=4", "--set", "model.dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: ModelFolder) -> str:
+    return model_folder("llama", layers=2, text=True)
+
+
+@pytest.fixture
+def rin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """rin("srdd", ...) in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+Rin = Callable[..., tuple[int, str, str]]
+
+
+def test_its_json_is_a_scan_that_trials_can_read_with_every_part(rin: Rin, folder: str, tmp_path: Path) -> None:
+    code, out, err = rin("srdd", folder, *SMALL, "--json")
+    assert (code, err) == (0, "")
+    (tmp_path / "scan.json").write_text(out)
+    scan = load_scan(tmp_path / "scan.json")
+    assert (scan.depth, scan.prompts, scan.source, scan.quant["weights"]) == (2, 2, "prompts", "mxfp4")
+    for kind in SCORES:
+        if kind not in ("cosine", "norm_ratio"):  # of random answers none may be right: nothing is learned
+            assert len(score(scan, kind)) == 2
+    assert [kl_per_bit(one) for one in scan.bought] == sorted((kl_per_bit(one) for one in scan.bought), reverse=True)
+    assert {one.layers for one in scan.bought} == {(0,), (1,), (0, 1), ()}
+    assert {key for one in json.loads(out)["bought"] for key in one} == {
+        "what",
+        "layers",
+        "weight_bits",
+        "activation_bits",
+        "kl_saved",
+    }
+
+
+def test_the_table_has_a_line_for_each_layer_and_fits_a_screen(rin: Rin, folder: str, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    code, out, err = rin("srdd", folder, "--static", "--text", str(text), "--prompts", "3")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "3 rows, 192 tokens" in lines[0]
+    assert [line.split()[0] for line in lines[3:5]] == ["0", "1"]
+    assert all(len(line.split()) == 11 for line in lines[3:5])
+    assert all(len(line) <= 160 for line in lines[1:])
+    assert "worst by deadzone@down" in out
+    assert "KL" not in out
+
+
+def test_completions_are_scanned_behind_their_prompts(rin: Rin, folder: str) -> None:
+    trees = [
+        json.loads(rin("srdd", folder, *SMALL, "--static", "--json", *more)[1]) for more in ((), ("--completions",))
+    ]
+    plain, sampled = trees
+    assert sampled["source"] == "completions"
+    assert plain["tokens"] < sampled["tokens"] <= plain["tokens"] + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "smol"}, "MODEL=smol: unknown; choose one of embedded"),
+        ({"prompts": 0}, "--prompts 0: out of range; give 1 to 256"),
+        ({"seed": -1}, "--seed -1: out of range"),
+        ({"text": Path("nowhere.txt")}, "--text nowhere.txt: no such file"),
+        ({"text": Path(__file__), "completions": True}, "leave out --completions"),
+        ({"overrides": ["quant.weights=none", "quant.activations=none"]}, "nothing to scan; choose a format"),
+        ({"overrides": ["quant.weight=none"]}, "quant.weight"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_srdd(**{"model": "embedded", **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_without_text_is_a_mistake(rin: Rin, folder: str, tmp_path: Path) -> None:
+    for name, content in (("empty.txt", b""), ("picture.png", b"\x89PNG\xff\xfe")):
+        (tmp_path / name).write_bytes(content)
+        code, _, err = rin("srdd", folder, "--static", "--text", name)
+        assert code == 2
+        assert err.startswith(f"rin: --text {name}: ")
+        assert len(err.splitlines()) == 1
+
+
+def test_defaults_are_those_of_the_model() -> None:
+    assert plan_srdd("embedded").prompts == EMBEDDED_PROMPTS
+    assert plan_srdd("smollm2-135m").prompts == PROMPTS
+    assert plan_srdd("qwen2.5-1.5b-gsm8k").config.quant.skip_layers == (0, -1)
+
+
+def test_the_purchase_table_shows_the_best_and_all_that_is_free() -> None:
+    def bought(number: int, bits: float) -> Purchase:
+        saved = Estimate(value=-0.01 * number, low=-1.0, high=1.0)
+        return Purchase(what=f"change {number}", layers=(), weight_bits=bits, activation_bits=bits, kl_saved=saved)
+
+    table = list(purchases([bought(number, 0.5) for number in range(30)] + [bought(30, 0)]))
+    assert [line.split()[1] for line in table[2:-1]] == [*map(str, range(12)), "30"]
+    assert table[-2].split()[-1] == "free"
+    assert table[-1] == "18 more: --json"
