@@ -42,6 +42,7 @@ def outcome_lines(outcome: Outcome, mode: str) -> list[str]:
         *_pass_lines(outcome),
         f"quantised {len(receipt.quantized)} layers, noised {len(receipt.noised)} weights"
         + (f", adapters beside {len(receipt.adapted)} layers" if receipt.adapted else ""),
+        *(str(one) for one in receipt.followed),
         *_coverage_lines(receipt.coverage),
         "of the trained weights moved: " + ", ".join(f"{100 * x:.1f} % of {kind}" for kind, x in receipt.moved.items()),
         *(f"warning: {warning}" for warning in receipt.warnings),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from search.arms import Arm, candidate_of, read_arms
+from search.arms import Arm, as_ran, candidate_of, read_arms
 from search.store import StudyConfig
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
@@ -40,7 +40,7 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
     candidate = candidate_of(parent, read_arms(parent))
     best, control = candidate.arm, candidate.control
     threads = {"threads": options.cpus or WORKLOADS[parent.workload].trial_cpus}
-    won, plain = (arm.config.model_copy(update=threads) for arm in (best, control))
+    won, plain = (config.model_copy(update=threads) for config in as_ran(best, control))
     steps, skipped = single_changes(as_tree(won), as_tree(plain))
     chosen = [
         Arm(name=control.name, origin="control", config=plain),

@@ -26,8 +26,9 @@ from search.replicates import Replicate
 from search.store import StudyConfig
 from spaces.config import ConfigError, Record, TrialConfig
 from spaces.errors import NoCandidate
-from spaces.reading import as_tree, flatten, read_config
-from spaces.uses import idle, is_noisy
+from spaces.reading import as_tree, flatten, merge, read_config, unflatten
+from spaces.scans import RANKED, is_rule
+from spaces.uses import idle, is_noisy, setting
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
@@ -57,6 +58,26 @@ class Arm:
     """Replicates that were decided on so far, of a sweep that decides run by run; the others give each arm the same."""
     failed: set[int] = field(default_factory=set)
     """Replicates that this run of the sweep has given up; the next run tries them again."""
+
+    @property
+    def ran(self) -> TrialConfig:
+        """Its configuration with the numbers that its trials took from a scan, once one of them has ended."""
+        rules = [key for key in RANKED if is_rule(setting(self.config, key))]
+        if not rules or not self.results:
+            return self.config
+        ran = next(iter(self.results.values())).config
+        taken = {key: _plain(setting(ran, key)) for key in rules}
+        return read_config(merge(as_tree(self.config), unflatten(taken)))
+
+
+def as_ran(*arms: Arm) -> list[TrialConfig]:
+    """What their trials ran, numbers alone; as they are written where one of them has not ended, so that what two of
+    them follow stays one thing."""
+    return [arm.ran if all(one.results for one in arms) else arm.config for arm in arms]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -110,8 +131,23 @@ def read_arms(study: StudyConfig) -> list[Arm]:
             outcome = read_outcome(trial_folder(study, arm.name, replicate))
             if outcome is not None:
                 arm.results[replicate] = outcome
+        _check_alike(arm)
         arms.append(arm)
     return arms
+
+
+def _check_alike(arm: Arm) -> None:
+    """Raises ConfigError for an arm whose replicates took other numbers from their scans: they are no replicates."""
+    for key, rule in arm.config.rules.items():
+        taken = {replicate: setting(outcome.config, key) for replicate, outcome in arm.results.items()}
+        first = next(iter(taken.values()), None)
+        for replicate, value in taken.items():
+            if value != first:
+                raise ConfigError(
+                    f"{key}: arm {arm.name} follows a scan (by {rule.score}), and its replicates took {_plain(first)} "
+                    f"and {_plain(value)}; remove trials/{arm.name}-{replicate} of the sweep, and rin resume runs it "
+                    "again"
+                )
 
 
 def read_trials(study: StudyConfig, arm: Arm, *, driven: bool) -> list[TrialState]:
@@ -277,7 +313,8 @@ class Candidate:
     def config(self) -> TrialConfig:
         """Of its first replicate, as it ran: `rin trial --config` repeats that run."""
         ran = self.arm.results.get(0)
-        return ran.config if ran is not None else trial_config(self.study, self.arm, 0)
+        first = self.study.seed_of(0)
+        return ran.config if ran is not None else self.arm.ran.model_copy(update={"seed": first})
 
 
 def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = None) -> Candidate:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from search.arms import Arm, candidate_of, failures, read_arms, replicates_of, unfinished
+from search.arms import Arm, as_ran, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.finding import Finding, find, lowest_collapsed
 from search.replicates import MIN_REPLICATES
 from search.report import MARGIN
@@ -71,9 +71,10 @@ def planned_confirmation(
         raise ConfigError(f"NAME={parent.name}: is a confirmation itself; give the sweep: rin confirm {parent.parent}")
     candidate = candidate_of(parent, read_arms(parent), arm)
     best, control = candidate.arm, candidate.control
+    plain, won = (_on_confirm_questions(config, parent.id) for config in as_ran(control, best))
     arms = [
-        Arm(name=control.name, origin="control", config=_on_confirm_questions(control.config, parent.id)),
-        Arm(name=best.name, origin="winner", config=_on_confirm_questions(best.config, parent.id)),
+        Arm(name=control.name, origin="control", config=plain),
+        Arm(name=best.name, origin="winner", config=won),
     ]
     config = parent.model_copy(
         update={

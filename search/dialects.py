@@ -20,6 +20,7 @@ from typing import Any
 
 from search.foreign import System
 from spaces.config import CollapseConfig, TrialConfig
+from spaces.scans import settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,12 @@ def _injection(c: TrialConfig) -> str | None:
 def _fork_excluded(c: TrialConfig) -> list[str]:
     """Substrings of module names, so that `layers.1.` needs its second dot; hooks sit on an adapter's wrapper."""
     adapters = ["lora_A", "lora_B", "base_layer"] if _lora(c) else []
-    return ["lm_head", "embed_tokens", *adapters, *(f"layers.{n}." for n in c.quant.skip_layers if n >= 0)]
+    return [
+        "lm_head",
+        "embed_tokens",
+        *adapters,
+        *(f"layers.{n}." for n in settled("quant.skip_layers", c.quant.skip_layers) if n >= 0),
+    ]
 
 
 def _fork_quant(c: TrialConfig, value: Any) -> Said | None:

@@ -16,14 +16,16 @@ from pydantic import BaseModel
 from search.arms import Candidate
 from search.dialects import FIXED, ROWS, local
 from search.foreign import SYSTEMS, System, option_names
-from spaces.config import TrialConfig
+from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, dump_yaml
-from spaces.uses import idle
+from spaces.uses import idle, setting
 
 
 def to_yaml(candidate: Candidate) -> str:
     """`rin trial --config` repeats the trial from this text alone."""
     study, arm, control = candidate.study, candidate.arm, candidate.control
+    refuse_rules(candidate.config)
+    followed = arm.results[0].receipt.followed if 0 in arm.results else ()
     runs, beside = _mean(candidate.accuracies), _mean(candidate.control_accuracies)
     apart = "not known" if candidate.difference is None else f"{100 * candidate.difference:+.2f} points"
     return dump_yaml(
@@ -33,9 +35,19 @@ def to_yaml(candidate: Candidate) -> str:
             f"{study.measure} on the {candidate.config.eval.split} questions: {runs}; {control.name}: {beside}; "
             f"paired difference {apart}\n"
             f"{candidate.caveat}\n"
+            f"{''.join(f'{one}{chr(10)}' for one in followed)}"
             "repeat its first replicate: rin trial --config FILE"
         ),
     )
+
+
+def refuse_rules(config: TrialConfig) -> None:
+    """Raises ConfigError for what only a trial turns into numbers: no other program scans."""
+    for key in config.rules:
+        raise ConfigError(
+            f"{key}={setting(config, key)}: no trial of this arm has ended, and so none has told what it took from its "
+            "scan; rin resume runs it"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +67,7 @@ class Translation:
 
 
 def translate(config: TrialConfig, system: System) -> Translation:
+    refuse_rules(config)
     names = option_names(system)
     said, without, notes = dict(FIXED[system]), list[str](), list[str]()
     for key, value in _settings(config, system):

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.arms import Arm
+from search.lineup import base_tree
 from search.store import StudyConfig
-from spaces.config import HUB, ModelConfig, QuantConfig
+from spaces.config import HUB, ModelConfig, QuantConfig, TrialConfig
+from spaces.narrowing import tried
+from trainable.following import follow
 from trainable.negative_controls import check_reward
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
@@ -44,20 +47,38 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
             if trial.model not in depths:
                 depths[trial.model] = depth_of(trial.model)
             depth = depths[trial.model]
-            skipped_layers(trial.quant, depth)
+            for key, rule in trial.rules.items():
+                rule.check_depth(key, depth)
+            if not trial.rules:  # else a scan tells which blocks those are
+                skipped_layers(trial.quant, depth)
             named = trial.model, trial.quant.exclude
             if named not in looked and named[1] != QuantConfig().exclude and Path(trial.model.name).is_dir():
                 looked.add(named)
                 check_names(skeleton_of(trial.model), trial.quant)
-            if trial.noise.sigma_start > 0:
+            if trial.noise.sigma_start > 0 and not trial.rules:
                 chosen_layers(trial.noise, depth)
 
 
-def build_once(arms: Sequence[Arm], progress: Progress | None) -> None:
+def build_once(config: StudyConfig, arms: Sequence[Arm], progress: Progress | None) -> None:
     """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
-    and not in each trial."""
-    for arm in arms:
-        trial = arm.config
+    and not in each trial; and make the scans that trials follow, of what the searcher may draw, too."""
+    drawn = tried(config.space, base_tree(config)).configs if config.kind == "sweep" else ()
+    for trial in (*(arm.config for arm in arms), *(trial for trial in drawn if trial.rules)):
+        here = trial.model.recipe is not None or config.address is None
         if trial.model.recipe is not None:
             ensure_base(trial.model.recipe, progress)
+        if trial.rules and here:
+            trial = _followed(trial, progress)
+        if trial.model.recipe is not None:
             noise_targets(load_policy(trial.model, trial.quant, trial.seed), trial.noise)
+
+
+def _followed(trial: TrialConfig, progress: Progress | None) -> TrialConfig:
+    task = build_task(trial.task)
+    if task.foreign is not None:
+        task.foreign.open()
+    try:
+        return follow(trial, task, progress=progress)[0]
+    finally:
+        if task.foreign is not None:
+            task.foreign.close()

@@ -106,7 +106,7 @@ def _checked(
     bring_rewards(config, arms)
     check_sources(config, arms)
     check_tracking(config.tracking_uri, config.name, config.owner)
-    build_once(arms, progress)
+    build_once(config, arms, progress)
     return arms, evidence
 
 
@@ -134,7 +134,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
         arms = read_arms(config)
         bring_rewards(config, arms)
         check_sources(config, arms)
-        build_once(arms, progress)
+        build_once(config, arms, progress)
         runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent
         with interruptible() as interruption, sweep_ray(config) if runs else nullcontext():
             interruption.listen()

@@ -30,6 +30,7 @@ from pydantic import (
 
 from spaces.errors import ConfigError as ConfigError
 from spaces.formats import FORMATS
+from spaces.scans import RANKED, Rule, is_rule, parse_rule
 
 Format = Literal["none", "mxfp4", "mxfp8", "nvfp4"]
 ScaleRule = Literal["floor", "even", "rceil", "ceil"]
@@ -82,6 +83,17 @@ def _deep(tree: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
             raise ValueError(f"{key}: in YAML a space follows the colon: {{{name}: {written}}}")
         else:
             yield key, value
+
+
+def _numbers_or_rule(ranked: bool) -> BeforeValidator:
+    """A list of numbers, or a text that says how to take them from a scan."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            parse_rule(value, ranked=ranked)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _none_one_or_many(value: Any) -> Any:
@@ -214,8 +226,9 @@ class QuantConfig(Record):
     exclude: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ("lm_head",)
     """Layers left unquantised: patterns on whole dotted name parts (`layers.1` is not `layers.10`; `*` inside a part).
     Also names what no layer here holds, when that is much of a model; `lm_head` is the head, whatever it is called."""
-    skip_layers: tuple[Whole, ...] = ()
-    """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1)."""
+    skip_layers: Annotated[tuple[Whole, ...] | str, _numbers_or_rule(ranked=True)] = ()
+    """Decoder blocks left unquantised, by index; negative counts from the end (e13h on a real model: 0, -1). Or the
+    worst of a scan with all of them quantised: srdd:top2, srdd:deadzone@down:top2."""
 
     @property
     def mode(self) -> str:
@@ -274,7 +287,10 @@ def _check_sigmas(start: float, end: float) -> None:
 
 
 def _layers(value: Any) -> Any:
-    """`all`, a zone name or block indices; one index stands for a tuple of one."""
+    """`all`, a zone name, block indices or the worst of a scan; one index stands for a tuple of one."""
+    if is_rule(value):
+        parse_rule(value, ranked=True)
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
     if isinstance(value, list | tuple):
@@ -287,7 +303,8 @@ def _layers(value: Any) -> Any:
     elif value in ("all", *get_args(Zone)):
         return value
     raise ValueError(
-        f"layers must be all, a zone ({', '.join(get_args(Zone))}) or different block indices >= 0, but got {value}"
+        f"layers must be all, a zone ({', '.join(get_args(Zone))}), srdd:topK or different block indices >= 0, "
+        f"but got {value}"
     )
 
 
@@ -307,10 +324,11 @@ class NoiseConfig(Record):
     projection."""
     final_norm: Flag = False
     """Also the norm before the head (QeRL leaves it alone); needs a kind of norm in modules."""
-    layers: Annotated[Literal["all"] | Zone | tuple[Whole, ...], BeforeValidator(_layers)] = "all"
-    """`all`, a zone name, or explicit block indices."""
-    layer_multipliers: tuple[Number, ...] = ()
-    """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28).
+    layers: Annotated[Literal["all"] | Zone | tuple[Whole, ...] | str, BeforeValidator(_layers)] = "all"
+    """`all`, a zone name, explicit block indices, or the worst of a scan (srdd:top5, srdd:deadzone@down:top5)."""
+    layer_multipliers: Annotated[tuple[Number, ...] | str, _numbers_or_rule(ranked=False)] = ()
+    """Factor per layer on sigma: one per layer, or any number >= 2 interpolated at relative depth (the plan gives 28);
+    or a scan's score of the layer over the mean score (srdd:relative_error, srdd:deadzone@weights).
     """
     zones: tuple[ZoneSigma, ...] = ()
     """Zones with their own sigmas; other layers keep the global pair."""
@@ -330,7 +348,9 @@ class NoiseConfig(Record):
 
     @field_validator("layer_multipliers")
     @classmethod
-    def _multipliers_usable(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _multipliers_usable(cls, value: tuple[float, ...] | str) -> tuple[float, ...] | str:
+        if isinstance(value, str):
+            return value
         if len(value) == 1 or any(m < 0 for m in value):
             raise ValueError(f"layer_multipliers needs at least 2 numbers >= 0, but got {list(value)}")
         return value
@@ -694,6 +714,25 @@ class TrialConfig(Record):
     hang_seconds: Number = Field(1800.0, gt=0)
     """In a sweep: a rollout, update, evaluation or loading that takes longer is a hang; its process is ended, and the
     trial goes on from its checkpoint."""
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        """Of the settings that follow a scan, by dotted key; of noise and quantisation only where there is any."""
+        given = {
+            "noise.layers": self.noise.layers if self.noise.sigma_start > 0 else None,
+            "noise.layer_multipliers": self.noise.layer_multipliers if self.noise.sigma_start > 0 else None,
+            "quant.skip_layers": self.quant.skip_layers if self.quant.mode != "W16A16" else None,
+        }
+        return {key: parse_rule(str(value), ranked=RANKED[key]) for key, value in given.items() if is_rule(value)}
+
+    @model_validator(mode="after")
+    def _rules_can_be_followed(self) -> Self:
+        depth = None if self.model.recipe is None else self.model.recipe.depth
+        for key, rule in self.rules.items():
+            if lacking := rule.lacks(self.quant.weights, self.quant.activations):
+                raise ValueError(f"{key} follows a scan by {rule.score}, and {lacking}")
+            rule.check_depth(key, depth)
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -52,7 +52,7 @@ def refuse_idle(given: Mapping[str, Any], configs: Sequence[TrialConfig], origin
         for known in sorted(useless):
             if known == key or known.startswith(f"{key}.") or key.startswith(f"{known}."):
                 raise ConfigError(
-                    f"{origin}{known}={_value(configs[0], known)}: does nothing here, it needs {USES[known].needs}; "
+                    f"{origin}{known}={setting(configs[0], known)}: does nothing here, it needs {USES[known].needs}; "
                     "leave it out"
                 )
 
@@ -257,7 +257,8 @@ USES: dict[str, Use] = {
 `micro_batch_size`) change memory and time, `threads` the order of sums."""
 
 
-def _value(config: TrialConfig, key: str) -> Any:
+def setting(config: TrialConfig, key: str) -> Any:
+    """The value of a dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)

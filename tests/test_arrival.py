@@ -140,6 +140,13 @@ TRIALS = {
         **{"task.options": {}, "task.prompt": None, "task.chat": False},
         **SUMS,
     },
+    "scans": {
+        **{"model.name": "embedded", "task.name": "addition"},
+        **{"task.options": {}, "task.prompt": None, "task.chat": False},
+        **SUMS,
+        **{"quant.skip_layers": "srdd:top1", "noise.layers": "srdd:deadzone@down:top2"},
+        "noise.layer_multipliers": "srdd:nmse",
+    },
     "problems": {**TEXTS, "task.name": "gsm8k", "task.path": "/data/q.jsonl", "task.options": {}},
     "rows": {
         **{**TEXTS, "task.name": "trl", "task.path": ["/data/a.parquet", "/data/b.jsonl"]},

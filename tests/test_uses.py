@@ -29,6 +29,7 @@ IDLE: list[tuple[tuple[str, ...], list[str]]] = [
         [
             *("noise.sigma_end=0.3", "noise.schedule=cosine", "noise.modules=linear", "noise.final_norm=true"),
             *("noise.layers=[0]", "noise.layer_multipliers=[0.1, 2]", "noise.scale=rms"),
+            *("noise.layers=srdd:top1", "noise.layer_multipliers=srdd:deadzone"),
         ],
     ),
     (
@@ -45,7 +46,10 @@ IDLE: list[tuple[tuple[str, ...], list[str]]] = [
         ["noise.sigma_start=0.3", "noise.sigma_end=0.001"],
     ),
     (("noise.modules=[linear]", "quant.weights=none"), ["noise.placement=after"]),
-    (("quant.weights=none", "quant.activations=none"), ["quant.exclude=[q_proj]", "quant.skip_layers=[0]"]),
+    (
+        ("quant.weights=none", "quant.activations=none"),
+        ["quant.exclude=[q_proj]", "quant.skip_layers=[0]", "quant.skip_layers=srdd:top1"],
+    ),
     ((), ["grpo.generation_prompts=8", "grpo.max_gen_batches=2", "grpo.overlong_penalty=0.2"]),
     (("grpo.filter_groups=drop",), ["grpo.max_gen_batches=2"]),
     (("eval.every=3",), ["eval.every=9"]),
@@ -99,6 +103,7 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
             *("noise.sigma_start=0.3", "noise.sigma_end=0.001", "noise.schedule=constant", "noise.num_stages=1"),
             *("noise.modules=linear", "noise.final_norm=true", "noise.layers=[0]", "noise.layer_multipliers=[0.1, 2]"),
             "noise.zones=[{zone: first, sigma_start: 0.2, sigma_end: 0.1}]",
+            *("noise.layers=srdd:top1", "noise.layer_multipliers=srdd:deadzone", "quant.skip_layers=srdd:top1"),
         ],
     ),
     ((*STAGES, *LINEAR), ["noise.scale=rms", "noise.placement=after"]),

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from spaces.config import ConfigError, Module, NoiseConfig, ZoneSigma
+from spaces.scans import refuse_rule, settled
 from spaces.schedules import SCHEDULES as SCHEDULES
 from spaces.schedules import sigma_at as sigma_at
 from spaces.schedules import sigma_of
@@ -88,7 +89,7 @@ def zone_layers(zone: str, depth: int) -> tuple[int, ...]:
 
 def layer_multipliers(noise: NoiseConfig, depth: int) -> tuple[float, ...]:
     """One factor per block: as given, or interpolated at relative depth when another number of them is given."""
-    given = noise.layer_multipliers
+    given = settled("noise.layer_multipliers", noise.layer_multipliers)
     if not given:
         return (1.0,) * depth
     if len(given) == depth:
@@ -167,6 +168,7 @@ def _in_blocks(policy: Policy, kind: Module, chosen: Collection[int]) -> dict[st
 def chosen_layers(noise: NoiseConfig, depth: int) -> set[int]:
     """Blocks that may get noise. Raises ConfigError for one that the model does not have, and for a zone that sets the
     sigma of none of them."""
+    refuse_rule("noise.layers", noise.layers)
     if noise.layers == "all":
         chosen = set(range(depth))
     elif isinstance(noise.layers, str):

@@ -178,6 +178,31 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """A setting that was taken from a scan.
+
+    Example: Followed(setting="noise.layers", rule="srdd:top2", value=(3, 5), scan="5b0c...", fingerprint="9a1f...",
+    score="relative_error", scores=(0.31, 0.29, 0.33, 0.36, ...))
+    """
+
+    setting: str
+    rule: str
+    """As it was given."""
+    value: tuple[int | float, ...]
+    """What the trial ran with, as in its configuration."""
+    scan: str
+    """Name of the scan: a hash of the weights, the mode and the prompts that it is of."""
+    fingerprint: str
+    """Of the weights that were scanned."""
+    score: str
+    scores: tuple[float, ...]
+    """Of each layer; larger is worse."""
+
+    def __str__(self) -> str:
+        return f"{self.setting} = {list(self.value)} from {self.rule}, scan {self.scan}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EffectReceipt:
     """Proof of what a trial did to its weights."""
 
@@ -200,6 +225,8 @@ class EffectReceipt:
     forward: Mapping[str, Any]
     """How far training and sampling are from transformers' own forward, unquantised, as fields of `parity.Agreement`.
     """
+    followed: tuple[Followed, ...] = ()
+    """Settings that were taken from a scan."""
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "coverage": self.coverage.as_tree()}

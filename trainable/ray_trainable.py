@@ -35,6 +35,7 @@ from trainable.disk.trial_folder import (
 )
 from trainable.disk.watchdog import Watchdog
 from trainable.failure import TrialFailed
+from trainable.following import SCANS
 from trainable.outcome import Outcome, StepReport
 from trainable.tasks.code import bring
 from trainable.trial import Trial
@@ -157,8 +158,8 @@ class TrialWorker:
 
     def _load(self) -> Trial:
         self.watchdog.enter("load")
-        bring(self.settings.task, Folder(re.sub(r"/trials/[^/?]+", "/code", self.folder.uri)))
-        trial = Trial(self.settings, on_phase=self.watchdog.enter)
+        bring(self.settings.task, self._of_the_sweep("code"))
+        trial = Trial(self.settings, on_phase=self.watchdog.enter, scans=self._of_the_sweep(SCANS))
         state, passed = newest_checkpoint(self.folder)
         for line in passed:
             log.warning("%s: %s", self.folder.uri, line)
@@ -169,6 +170,9 @@ class TrialWorker:
         self.folder.remove(STOPPED_FILE)  # of an earlier step
         self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
         return trial
+
+    def _of_the_sweep(self, name: str) -> Folder:
+        return Folder(re.sub(r"/trials/[^/?]+", f"/{name}", self.folder.uri))
 
     def _save_is_due(self) -> bool:
         """Raises what went wrong in the last write, other than a full disk."""

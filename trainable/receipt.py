@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trainable.noise import NoiseTarget, effect_warnings
-from trainable.outcome import Effect, EffectReceipt
+from trainable.outcome import Effect, EffectReceipt, Followed
 from trainable.policy.policy import Policy
 
 
@@ -17,6 +17,7 @@ def receipt_of(
     moved: Mapping[str, float],
     warnings: Sequence[str],
     forward: Mapping[str, Any],
+    followed: Sequence[Followed] = (),
 ) -> EffectReceipt:
     """So far. `moved`: by `masters.moved_shares`."""
     return EffectReceipt(
@@ -30,4 +31,5 @@ def receipt_of(
         effects=tuple(effects),
         warnings=(*warnings, *effect_warnings(tuple(effects))),
         forward=forward,
+        followed=tuple(followed),
     )

@@ -291,9 +291,9 @@ def _missing(policy: Policy, quant: QuantConfig, sites: BlockSites, errors: _Sit
 
 
 def fingerprint(policy: Policy) -> str:
-    """Of the weights of its text model: equal ones have equal scans."""
+    """Of its weights, the head's too: equal ones have equal scans."""
     digest = hashlib.blake2b(digest_size=12)
-    for name, parameter in policy.network.get_decoder().named_parameters():
+    for name, parameter in policy.network.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """One trial: GRPO with 4-bit linear layers and noise in the rollouts. Read this first.
 
-    at load         prove that training and sampling compute the model that transformers computes
+    at load         numbers in the place of what is to be taken from a scan of the model (`following.py`);
+                    prove that training and sampling compute the model that transformers computes
     before step 0   evaluate; sample a noise-free rollout as baseline of the collapse rules (not trained on);
                     prove that an engine which generates computes what training computes (again after every restore)
     every step      sigma = schedule(step)
@@ -29,11 +30,13 @@ from pydantic import TypeAdapter
 from spaces.config import ConfigError, TrialConfig
 from trainable import pass_at_k
 from trainable.collapse import CollapseDetector
+from trainable.disk.folder import Folder
 from trainable.engines import gate
 from trainable.engines.backend import start_backend
 from trainable.engines.engine import Request
 from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, count_right, evaluate
+from trainable.following import follow
 from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
 from trainable.masters import MasterAdamW, followed, moved_shares
@@ -105,8 +108,9 @@ class Trial:
         config: TrialConfig,
         progress: Progress | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
+        scans: Folder | None = None,
     ) -> None:
-        """`on_phase` hears what begins: rollout, update, evaluate.
+        """`on_phase` hears what begins: rollout, update, evaluate. `scans`: those of the trial's sweep.
 
         Raises ConfigError for whatever the configuration promises and the model or this machine does not have,
         TrialFailed for an engine that does not start. Call `close` in the end.
@@ -123,6 +127,8 @@ class Trial:
             reward = self.config.task.model_copy(update={"reward_sha256": self.task.foreign.hashes})
             self.config = self.config.model_copy(update={"task": reward})
         self.rows = self.task.fingerprint()
+        self.config, self.followed = follow(self.config, self.task, scans, progress)
+        config = self.config  # numbers alone
         self.policy, self.agreement = load_checked(config, progress)
         self.left_out = TooLong()
         self._measure_questions()
@@ -225,6 +231,7 @@ class Trial:
             moved=moved_shares(self.start_weights, self.policy.trainable()),
             warnings=self.so_far.warnings,
             forward=asdict(self.agreement),
+            followed=self.followed,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,6 +249,7 @@ class Trial:
                 "detector": copy.deepcopy(self.detector.state()),
                 "reward": list(self.config.task.reward_sha256),
                 "rows": self.rows,
+                "followed": {one.setting: list(one.value) for one in self.followed},
             },
         }
 
@@ -259,6 +267,12 @@ class Trial:
                 f"task.name={self.config.task.name}: its rows are not those that this trial began with; put them back, "
                 "or begin anew"
             )
+        for one in self.followed:
+            if (was := state["progress"].get("followed", {}).get(one.setting)) != list(one.value):
+                raise ConfigError(
+                    f"{one.setting}={one.rule}: came to {was} when this trial began, and to {list(one.value)} now; "
+                    "put back the model or the scan that it began with, or begin anew"
+                )
         with torch.no_grad():
             for name, parameter in self.policy.trainable().items():
                 parameter.copy_(state["model"][name])

@@ -77,6 +77,22 @@ class Folder:
         finally:
             scratch.unlink(missing_ok=True)
 
+    def write_once(self, name: str, data: bytes | str) -> None:
+        """Put it in place unless there is one: the first writer's stays. An object store may keep the last one's of
+        two that write at the same moment. Raises OSError."""
+        if self.local is None:
+            if self.read(name) is None:
+                self.write(name, data)
+            return
+        scratch = f"{_checked(name)}.{uuid.uuid4().hex[:12]}"
+        self.write(scratch, data)
+        try:
+            os.link(self.local / scratch, self.local / name)
+        except FileExistsError:
+            pass
+        finally:
+            self.remove(scratch)
+
     def names(self) -> list[str]:
         """Files and folders directly below, sorted; [] when the folder does not exist."""
         if self.local is not None:

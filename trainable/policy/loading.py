@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
+from spaces.scans import settled
 from trainable.hashing import stable_hash
 from trainable.kernels import cpu
 from trainable.layers.experts import as_linears
@@ -143,10 +144,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def skipped_layers(quant: QuantConfig, depth: int) -> set[int]:
     """Blocks that stay unquantised. Raises ConfigError for one that the model does not have."""
-    for index in quant.skip_layers:
+    indices = settled("quant.skip_layers", quant.skip_layers)
+    for index in indices:
         if not -depth <= index < depth:
             raise ConfigError(f"quant.skip_layers={index}: the model has blocks 0 to {depth - 1}")
-    return {index % depth for index in quant.skip_layers}
+    return {index % depth for index in indices}
 
 
 def check_names(skeleton: Any, quant: QuantConfig) -> None:
