@@ -4,9 +4,10 @@
     make science ARGS="--seeds 3"         fewer replicates
     make science ARGS="--only Watched"    one part again; the others keep their results
 
-Each part is an ordinary sweep of the product. Results go to docs/science.md (for people), docs/science.json (every
-number) and docs/sweep.png. Nothing here asserts: a finding that does not reproduce is written down as it is. `make
-test` holds one seed of each claim.
+Each part is an ordinary sweep of the product, but for the last, which trains outside of one and has a page of its own,
+docs/srdd-validity.md. Results go to docs/science.md (for people), docs/science.json (every number) and docs/sweep.png.
+Nothing here asserts: a finding that does not reproduce is written down as it is. `make test` holds one seed of each
+claim.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
 from spaces.library import SPACES
 from spaces.reading import parse_overrides
+from tests.benchmarks import scan_validity
 from trainable.disk.trial_folder import read_reports
 from trainable.outcome import Outcome, StepReport
 
@@ -289,6 +291,7 @@ PARTS: dict[str, Callable[[Path, int], tuple[list[str], dict[str, Any]]]] = {
     "Watched instead of stopped": monitored,
     "False alarms": false_alarms,
     "A real model on a real task": lambda store, seeds: real_model(),
+    "The scan validated": lambda store, seeds: scan_validity.part(seeds, os.cpu_count() or 1),
 }
 
 
