@@ -27,9 +27,10 @@ Shapes: N = prompts, n = weights that are looked at.
 
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def gradient_agreement(
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[Agreement, ...]:
     """One per layer. Costs a forward and a backward pass over the batch in each of the two arithmetics, and the memory
-    of three gradients."""
+    of two gradients."""
     quantized, ours = _gradients(policy, batch, config, progress, "gradients, quantised")
     with unquantized(policy):
         plain, theirs = _gradients(policy, batch, config, progress, "gradients, unquantised")
@@ -151,18 +152,46 @@ def _gradients(
     groups = len(batch) // batch.group_size
     some = {name: torch.zeros(groups, len(_some_of(p))) for name, p in parameters.items()}
     normalizer = loss_normalizer(config.grpo.loss, batch, batch, 1, config.rollout.max_new_tokens)
+
+    def take(group: int, name: str, gradient: Tensor) -> None:
+        if name in whole:
+            whole[name] += gradient.float().cpu()
+            some[name][group] += _some_of(gradient).float().cpu()
+
     for group in range(groups):
         progress(group, groups, what)
         rows = batch.rows_of(torch.tensor([group], device=batch.mask.device))
         alone = batch.rows(rows, batch.group_size)
-        for part in (alone.part(rows) for rows in alone.slices(config.grpo.micro_batch_size)):
-            loss = _loss(policy, part, config, normalizer)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:  # an expert that no token went to has none
-                    whole[name] += gradient.float().cpu()
-                    some[name][group] += _some_of(gradient).float().cpu()
+        with _given_away(policy, partial(take, group)):
+            for part in (alone.part(rows) for rows in alone.slices(config.grpo.micro_batch_size)):
+                _loss(policy, part, config, normalizer).backward()  # type: ignore[no-untyped-call]
     return whole, some
+
+
+@contextmanager
+def _given_away(policy: Policy, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Each gradient is handed over as it comes and kept nowhere else: all of them at once would be another model."""
+    parameters = policy.trainable()
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+
+    def hand_over(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            take(name, parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            hook = parameter.register_post_accumulate_grad_hook(hand_over(name))  # type: ignore[no-untyped-call]
+            stack.callback(hook.remove)
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
 
 
 def _loss(policy: Policy, part: Batch, config: TrialConfig, normalizer: float) -> Tensor:
