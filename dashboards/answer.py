@@ -76,7 +76,8 @@ def _screened(report: StudyReport) -> tuple[str, list[str]]:
     lines = [
         f"The candidate is {row.arm} ({describe_noise(row.config)}), {points(row.score)}: {_points(seen)} points{of} "
         f"{interval(seen)} against {row.control}, over {seen.replicates} pair{'s'[: seen.replicates != 1]} of "
-        f"runs with the same seeds; interval at 95 % for all {row.family} arms together."
+        f"runs with the same seeds; interval at 95 %"
+        f"{f' for all {row.family} arms together' if row.family > 1 else ''}."
     ]
     if seen.replicates and seen.difference <= 0:
         lines.append("No configuration with noise came out ahead of its control.")

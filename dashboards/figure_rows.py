@@ -17,9 +17,9 @@ from dashboards.tables import describe_noise, finite
 from dashboards.trial_rows import ordered
 from search.arms import Arm, replicates_of
 from search.objectives import pareto_front
-from search.power import detectable_difference, half_width
+from search.power import detectable_difference, half_width, planned_error
 from search.replicates import MIN_REPLICATES
-from search.report import MARGIN, ArmReport, StudyReport, dose_of, noisy_runs
+from search.report import MARGIN, ArmReport, StudyReport, noisy_runs
 from search.statistics import compare_arms
 from search.store import StudyConfig
 from search.tolerance import contours
@@ -132,15 +132,16 @@ class RiskPanel:
 
 
 def risk_panels(report: StudyReport, arms: Sequence[Arm]) -> tuple[RiskPanel, ...]:
+    """By sigma those that share an absolute one on all layers (`noisy_runs`); by dose all, each at its arm's mean."""
     by_sigma: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     by_dose: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     for run in noisy_runs(arms):
         by_sigma[run.mode, run.kind].append((run.sigma, run.collapsed))
-    for arm in arms:
-        for outcome in arm.results.values():
-            dose = dose_of(outcome.receipt)
-            if arm.config.noise.sigma_start > 0 and dose is not None and math.isfinite(dose) and dose > 0:
-                by_dose[arm.config.quant.mode, "+".join(arm.config.noise.modules)].append((dose, outcome.collapsed))
+    for row in report.arms:
+        if row.dose is not None and math.isfinite(row.dose) and row.dose > 0:
+            place = row.config.quant.mode, "+".join(row.config.noise.modules)
+            ended = (state.outcome for state in row.trials if state.status in ("completed", "collapsed"))
+            by_dose[place] += [(row.dose, outcome.collapsed) for outcome in ended if outcome is not None]
     words = {(boundary.mode, boundary.kind): boundary.words() for boundary in report.tolerance}
     panels = [_risk_panel(*key, "sigma", runs, words.get(key, "")) for key, runs in sorted(by_sigma.items())]
     return (*panels, *(_risk_panel(*key, "dose", runs, "") for key, runs in sorted(by_dose.items())))
@@ -369,7 +370,7 @@ def decision_curve(report: StudyReport, arms: Sequence[Arm]) -> DecisionCurve | 
     if now.sd is not None and now.se is not None:
         shared = max(0.0, now.se**2 - now.sd**2 / now.replicates)
         for count in range(len(seeds) + 1, max(len(seeds) + 6, 21)):
-            width = half_width(math.sqrt(now.sd**2 / count + shared), count - 1.0, level)
+            width = half_width(*planned_error(now.sd, shared, count), level)
             points.append(DecisionPoint(pairs=count, hours=count * per_pair, half_width=width, projected=True))
     if not points:
         return None

@@ -61,7 +61,7 @@ def faint(color: str, alpha: float) -> str:
 def _layout(height: int, **more: Any) -> dict[str, Any]:
     return {
         "height": height,
-        "margin": {"l": 46, "r": 12, "t": 44, "b": 42},
+        "margin": {"l": 54, "r": 12, "t": 44, "b": 42},
         "font": {"family": FONT, "size": 12, "color": INK},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -124,7 +124,7 @@ def _box(x0: Any, x1: Any, y0: Any, y1: Any, **more: Any) -> dict[str, Any]:
 
 
 def _percent_axis(title: str, **more: Any) -> dict[str, Any]:
-    return _axis(title, tickformat=".0%", **more)
+    return _axis(title, tickformat=".3~%", **more)
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ MARKS = {"ahead": (BLUE, "circle"), "behind": (VERMILLION, "square"), "same": (G
 def forest(rows: Sequence[ForestRow], measure: str = "accuracy") -> Figure:
     """Differences to the control with their intervals, best first; verdict and power in words above each."""
     data: list[Trace] = []
-    notes, place = [], 0.0
+    notes, place, reach = [], 0.0, _reach(rows)
     for row in rows:
         said = textwrap.wrap(f"{row.verdict or 'not compared'}", WIDTH_IN_LETTERS)
         said += textwrap.wrap(row.power, WIDTH_IN_LETTERS)
@@ -153,6 +153,11 @@ def forest(rows: Sequence[ForestRow], measure: str = "accuracy") -> Figure:
             line = {"color": color, "width": 2.5}
             ends, beside = [100 * row.low, 100 * row.high], [place, place]
             data.append({"x": ends, "y": beside, "mode": "lines", "line": line, "hoverinfo": "skip"})
+            for end, out in zip((-reach, reach), (ends[0] < -reach, ends[1] > reach), strict=True):
+                if out:
+                    arrow = {"color": color, "size": 10, "symbol": f"triangle-{'left' if end < 0 else 'right'}"}
+                    beyond = {"x": [0.985 * end], "y": [place], "mode": "markers", "hoverinfo": "skip"}
+                    data.append({**beyond, "marker": arrow})
         told += f", {row.replicates} pairs, {row.collapsed} collapsed"
         mark = {"color": color, "symbol": symbol, "size": 11, "line": {"color": color, "width": 2}}
         data.append(
@@ -166,7 +171,6 @@ def forest(rows: Sequence[ForestRow], measure: str = "accuracy") -> Figure:
             }
         )
         place -= 0.9
-    reach = _reach(rows)
     layout = _layout(
         70 + round(-place * 17),
         margin={"l": 8, "r": 8, "t": 6, "b": 46},
@@ -336,7 +340,7 @@ def importances(items: Sequence[Importance]) -> Figure:
 
 
 def hours(rows: Sequence[HoursRow], unit: str) -> Figure:
-    told = [(row.what, row.share, f"{row.hours:.2f} h ({row.share:.0%})", None) for row in rows]
+    told = [(row.what, row.share, f"{row.hours:.3g} h ({row.share:.0%})", None) for row in rows]
     return bars("hours", f"Where the {unit} went.", told, color=PURPLE)
 
 
@@ -576,11 +580,12 @@ def receipt(panel: ReceiptPanel) -> Figure:
             }
         )
     values = [value for cell in panel.cells for value in (cell.nominal, cell.applied) if value > 0]
+    every = max(1, round(max(cell.layer for cell in panel.cells) / 10))
     low, high = (min(values) / 1.4, max(values) * 1.4) if values else (0.001, 0.1)
     layout = _layout(
         340,
         margin={"l": 58, "r": 12, "t": 48, "b": 44},
-        xaxis=_axis("layer", nticks=10),
+        xaxis=_axis("layer", tick0=0, dtick=every),
         yaxis=_log_axis("sigma", low, high),
         annotations=notes,
     )

@@ -19,6 +19,6 @@ addEventListener("resize", () => boxes.forEach((box) => fit(box, box.clientWidth
 function drawAll() { boxes.forEach(draw); }
 addEventListener("beforeprint", () => {
   drawAll();
-  boxes.forEach((box) => fit(box, box.closest(".panels") ? 330 : 680));
+  boxes.forEach((box) => fit(box, box.closest(".panels, .beside") ? 330 : 680));
 });
 addEventListener("afterprint", () => boxes.forEach((box) => fit(box, box.clientWidth)));

@@ -11,6 +11,7 @@ Left out: pictures drawn beforehand, which would need a browser where sweeps run
 import importlib.metadata
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -293,6 +294,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
 
 def _differences(material: Material) -> Section:
     rows, report = figure_rows.forest_rows(material.report), material.report
+    where = f" {shlex.join(['--store', material.config.store])}"
     blocks = []
     if rows:
         blocks.append(Block(figures=[figures.forest(rows[:FORESTS], report.config.measure)], place="wide"))
@@ -300,11 +302,11 @@ def _differences(material: Material) -> Section:
         blocks.append(Block(html=_warn("No arm can be compared with a control: there is nothing to draw.")))
     more = f" {len(rows) - FORESTS} further arms are in the table alone." if len(rows) > FORESTS else ""
     blocks.append(Block(html=_arm_table(report), summary=f"All {len(report.arms)} arms as a table"))
-    blocks.append(Block(html=_list(report_lines(report)), summary="All that rin report says below its table"))
+    blocks.append(Block(html=_list(report_lines(report, where)), summary="All that rin report says below its table"))
     intro = (
         "Each arm against the control that shares its seeds and differs in its noise alone; intervals at 95 %, "
         "corrected for the arms that share a control. Circle: ahead, square: behind, diamond: the same, open circle: "
-        f"undecided.{more}"
+        f"undecided; an arrow: the interval goes on.{more}"
     )
     return Section(title="Differences to the control", intro=intro, blocks=blocks)
 
@@ -479,17 +481,21 @@ def _space(material: Material) -> Section | None:
 def _reproduce(material: Material) -> Section:
     config, name = material.config, material.config.name
     seeds = f"{config.seed} to {config.seed_of(config.replicates - 1)}, the same in every arm"
-    commands = [f"rin report {name} --html", config.go_on]
+    where = f" {shlex.join(['--store', config.store])}"
+    commands = [f"rin report {name}{where} --html", f"{config.go_on}{where}"]
     yaml = ""
     if config.kind != "confirm":
         try:
             yaml = to_yaml(candidate_of(config, material.arms))
-            commands = [f"rin trial --config {name}/{BEST_FILE}", f"rin export {name} --to yaml", *commands]
+            best = shlex.quote(f"{config.folder.uri}/{BEST_FILE}")
+            exported = f"rin export {name}{where} --to yaml"
+            commands = (
+                [f"rin trial --config {best}", exported, *commands] if config.folder.local else [exported, *commands]
+            )
         except NoCandidate:
             pass
-    store = "" if config.store.rstrip("/").endswith("/runs") else f"In the store {config.store} (--store). "
     parts = [
-        f"<p>{escape(f'{store}Seeds {seeds}.')}</p><pre>{escape(chr(10).join(commands))}</pre>",
+        f"<p>{escape(f'Seeds {seeds}.')}</p><pre>{escape(chr(10).join(commands))}</pre>",
         f"<h3>Versions, where this page was written</h3>{_list(_versions())}",
     ]
     if yaml:

@@ -60,7 +60,7 @@ def replicates_to_decide(
     shared = max(0.0, se**2 - sd**2 / count)
 
     def enough(total: int) -> bool:
-        se, df = _planned_error(sd, shared, total)
+        se, df = planned_error(sd, shared, total)
         tell, same = _chance_to_tell(difference, se, df, level), _chance_of_same(difference, se, df, level, margin)
         return max(tell, same) >= ENOUGH
 
@@ -80,7 +80,7 @@ def level_of(confidence: float) -> float:
     return round(1 - confidence, 12)
 
 
-def _planned_error(sd: float, shared: float, count: int) -> tuple[float, float]:
+def planned_error(sd: float, shared: float, count: int) -> tuple[float, float]:
     """Standard error and degrees of freedom that so many replicates would have; `shared`: the variance that none of
     them reduces."""
     own = sd**2 / count

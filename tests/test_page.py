@@ -305,10 +305,15 @@ def test_browser_draws_every_figure_without_network_errors_or_a_horizontal_scrol
 @pytest.mark.slow
 def test_paper_has_every_figure_that_is_not_folded_and_none_wider_than_it(opened: Browser, config: StudyConfig) -> None:
     place = (config.folder.local / PAGE_FILE).as_uri()
-    opened.open(f"{place}#print", "document.readyState === 'complete'")
-    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
-    widths = opened.evaluate(
-        "boxes.filter((box) => box.offsetWidth).map((box) => box.querySelector('svg').clientWidth)"
+    opened.call("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)
+    opened.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
     )
+    opened.open(f"{place}#print", "document.readyState === 'complete' && location.hash === '#print'")
+    opened.evaluate("dispatchEvent(new Event('beforeprint'))")
+    shown = "boxes.filter((box) => box.offsetWidth)"
+    widths = opened.evaluate(f"{shown}.map((box) => [box.querySelector('svg').clientWidth, box.clientWidth])")
     assert len(widths) > FIRST
-    assert max(widths) <= 680
+    assert all(drawn <= box for drawn, box in widths)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 718
+    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
