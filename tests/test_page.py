@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def test_the_page_needs_nothing_else(config: StudyConfig) -> None:
     assert not re.search(r"(src|href)=[\"'](?!#|data:,)", head)
     assert len(html) < 8 * 2**20
     assert html.count("plotly.js v") == 1
+    held = html.partition('<script type="application/json" id="figures">')[2].partition("</script>")[0]
+    assert "<" not in held, "whatever a label holds, it ends no script"
+    assert len(json.loads(held)) == html.count('class="figure')
 
 
 def test_a_sweep_that_helps_says_that_it_is_not_confirmed_and_its_confirmation_says_more(tmp_path: Path) -> None:
@@ -154,6 +158,26 @@ def test_a_page_of_odd_data_says_what_is_odd(tmp_path: Path, make: Any) -> None:
     html = page_of(make(tmp_path))
     assert ODD[make] in words(html)
     assert "<b>größer" not in html
+
+
+def test_an_ablation_says_what_the_winner_loses_without_each_change(tmp_path: Path) -> None:
+    config = study(tmp_path, kind="ablation", parent="p", replicates=3, trials=3)
+    arms = [make_arm(config, "control"), make_arm(config, "w", origin="winner")]
+    arms.append(make_arm(config, "w-without-layers", origin="ablation"))
+    write_sweep(config, arms, {"control": [200] * 3, "w": [220, 222, 221], "w-without-layers": [201, 203, 200]})
+    said = words(page_of(config))
+    assert "The winner with one change at a time taken back" in said
+    assert re.search(r"w-without-layers: \+0.3 points against control", said)
+
+
+@pytest.mark.slow
+def test_a_page_of_300_trials_of_60_steps_is_below_8_mib_and_20_seconds(tmp_path: Path) -> None:
+    config = drawn_sweep(tmp_path, arms=100, replicates=3, steps=60, questions=2048)
+    begun = time.process_time()
+    html = page_of(config)
+    assert time.process_time() - begun < 20
+    assert len(html.encode()) < 8 * 2**20
+    assert html.count('class="figure"') > 100
 
 
 def test_a_part_that_fails_is_a_line_in_its_place(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
