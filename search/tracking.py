@@ -35,9 +35,10 @@ from typing import Any
 from urllib.parse import quote
 
 from search.arms import Arm, trial_config, trial_folder
-from search.mlflow_client import Owner, absolute_uri, claimed_experiment, client, one_line, refuse_other_owner
+from search.mlflow_client import Owner, absolute_uri, claim, claimed_experiment, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig
+from spaces.config import ConfigError
 from spaces.reading import as_tree, dump_yaml, flatten
 from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState, read_reports, read_trial
@@ -53,6 +54,8 @@ RUN_STATUS: dict[Status, str] = {
     "failed": "FAILED",
 }
 TOLD_TAG = "told"
+DOCUMENTS = "documents"
+"""Name and status of the run that holds a programme's documents."""
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
 METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
@@ -233,6 +236,24 @@ def _table(samples: Sequence[Sample]) -> str:
 
 def as_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def tell_documents(study: StudyConfig, files: Mapping[str, str]) -> None:
+    """As artifacts of one run of the experiment, over those that it had before. Raises ConfigError."""
+    claim(study.tracking_uri, study.name, study.owner)
+    record = {"experiment": study.name, "key": trial_key(study.name, DOCUMENTS, 0), "time": _ms(None)}
+    told = [{**record, "do": "open", "name": DOCUMENTS, "tags": {"sweep": study.name, "status": DOCUMENTS}}]
+    told += [{**record, "do": "file", "path": path, "text": text} for path, text in files.items()]
+    told.append({**record, "do": "end", "status": "FINISHED"})
+    left, trouble = MlflowWriter(absolute_uri(study.tracking_uri), study.owner).send(told, lambda: None)
+    if left:
+        raise ConfigError(
+            f"tracking {strip_password(study.tracking_uri)}: did not take the documents: {trouble}; "
+            "start the server there, or give another --tracking-uri"
+        )
 
 
 # --- the one question -------------------------------------------------------------------------------------------------
