@@ -360,11 +360,11 @@ def _claim(found: Findings) -> list[str]:
     by_zone = of_zones(found.scores, found.depth)
     middle = [str(layer) for layer in zone_layers("middle", found.depth)]
     lines = ["## The plan's claim: the middle layers are the worst", ""]
-    for kind in ("relative_error", "deadzone"):
+    for kind in ("relative_error@output", "deadzone@output"):
         if kind in by_zone:
             values = ", ".join(f"{zone} {100 * v:.1f} %" for zone, v in zip(ZONES, by_zone[kind], strict=True))
             worst = list(ZONES)[int(np.argmax(by_zone[kind]))]
-            lines.append(f"- Mean {kind} at the layer's output: {values}; the worst zone is {worst}.")
+            lines.append(f"- Mean {kind}: {values}; the worst zone is {worst}.")
     for name, effect in found.layers.items():
         inside = np.array([unit in middle for unit in effect.units])
         outside = ~inside
