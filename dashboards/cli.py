@@ -535,6 +535,10 @@ def srdd(
         bool, typer.Option("--static", help="Errors alone: no KL, no gradients, nothing that it would buy.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the questions, the sampling and the intervals.")] = 0,
+    against: Annotated[
+        str | None, typer.Option(help="A later checkpoint's folder: did the layers with high error improve?")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it, as this PNG or SVG file.")] = None,
     as_json: given.AsJson = False,
 ) -> None:
     """What rounding does to each layer of a model, to its predictions and to its learning (SRDD)."""
@@ -549,22 +553,36 @@ def srdd(
         functional=not static,
         seed=seed,
     )
+    from dashboards.probe_plan import check_plot
+
+    if plot is not None:
+        check_plot(plot, (".png", ".svg"))
+    from dashboards import srdd_against
     from dashboards.live import build_progress, scan_progress
     from dashboards.srdd import lines, measure
+    from dashboards.srdd_plot import draw
     from dashboards.tables import terminal
     from trainable.policy.embedded import ensure_base
     from trainable.scan import as_tree
 
+    later = None if against is None else srdd_against.other_plan(plan, against)
     if plan.config.model.recipe is not None:
         with build_progress(terminal(stderr=True)) as progress:
             ensure_base(plan.config.model.recipe, progress)
     started = time.perf_counter()
     with scan_progress(terminal(stderr=True)) as progress:
         scan = measure(plan, progress)
+        other = None if later is None else measure(later, progress)
+    changes = () if other is None else srdd_against.changes(scan, other)
+    if plot is not None:
+        draw(scan, plot)
     if as_json:
-        print(json.dumps(as_tree(scan), indent=1))
+        beside = {} if other is None else {"against": as_tree(other), "changes": srdd_against.as_tree(changes)}
+        print(json.dumps({**as_tree(scan), **beside}, indent=1))
         return
     print("\n".join(lines(scan, plan)))
+    if later is not None:
+        print("\n" + "\n".join(srdd_against.lines(changes, plan.model, later.model)))
     print(f"scanned in {time.perf_counter() - started:.0f} s")
 
 

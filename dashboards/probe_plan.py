@@ -69,10 +69,11 @@ def parts(whole: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, whole // 4), max(1, whole // 2), whole}))
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, kinds: tuple[str, ...] = (".png",)) -> None:
     """Whether the figure can be drawn, before anything is measured. Raises ConfigError."""
-    if path.suffix != ".png":
-        raise ConfigError(f"--plot {path}: is drawn as PNG; give a name that ends with .png")
+    if path.suffix not in kinds:
+        words = " or ".join(kind[1:].upper() for kind in kinds)
+        raise ConfigError(f"--plot {path}: is drawn as {words}; give a name that ends with {' or '.join(kinds)}")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: no folder {path.absolute().parent}; give a file in a folder that exists")
     if importlib.util.find_spec("matplotlib") is None:

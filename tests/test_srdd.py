@@ -5,9 +5,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, byte_tokenizer, ragged_prompts
-from trainable.policy.loading import in_place, load_policy
+from tests.zoo import ZOO, network_of
+from trainable.policy.loading import in_place, load_policy, wrapped
 from trainable.policy.policy import Policy, block_of
 from trainable.policy.sites import find_sites
 from trainable.quantization import Arithmetic, fake_quantize_eager
@@ -246,3 +249,86 @@ def test_the_plans_thresholds(scan: Scan) -> None:
 )
 def test_zones_lie_between_change_points(profile: Sequence[float], expected: tuple[tuple[int, int], ...]) -> None:
     assert zones(profile) == expected
+
+
+def test_scanning_changes_nothing(folder: str, policy: Policy, scan: Scan) -> None:
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    how = [linear.arithmetic for linear in policy.linears.values()]
+    again = scan_policy(policy, PROMPTS, model=ModelConfig(name=folder), quant=QuantConfig())
+    assert again.layers == scan.layers
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
+    assert [linear.arithmetic for linear in policy.linears.values()] == how
+    assert not any(module._forward_hooks for module in policy.model.modules())
+
+
+def test_a_value_that_is_not_finite_is_not_hidden() -> None:
+    x = torch.ones(4, 32)
+    x[2, 5] = math.nan
+    found = numbers(row_sums(x, Arithmetic().input))
+    assert math.isnan(found["relative_error"])
+    assert math.isnan(found["sqnr_token_db"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites"),
+    [
+        ("phi3", {"qkv": "qkv_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
+        ("mixtral", {"qkv": "q_proj k_proj v_proj", "o": "o_proj", "gate_up": "gate_up_proj", "down": "down_proj"}),
+    ],
+)
+def test_fused_projections_and_experts_stand_where_they_belong(kind: str, sites: dict[str, str]) -> None:
+    policy = wrapped(network_of(ZOO[kind]), byte_tokenizer(), ModelConfig(name=kind), QuantConfig(), 0)
+    for block in find_sites(policy):
+        for site, endings in sites.items():
+            names = [name for group in getattr(block, site) for name in group]
+            plain = {".".join(part for part in name.split(".") if not part.isdigit()) for name in names}
+            assert len(plain) == len(endings.split())
+            assert all(name.endswith(tuple(endings.split())) for name in plain)
+        assert block.others == ()
+
+
+GRID = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+TEXTS = (
+    "The capital of France is",
+    "2 + 2 equals",
+    "Once upon a time there was",
+    "def add(a, b):",
+    "Water boils at a temperature of",
+    "The largest planet is Jupiter",
+    "She sells sea shells by the",
+    "If x = 3 then x squared is",
+)
+
+
+@pytest.mark.slow
+def test_smollm2s_outputs_are_those_of_a_plain_quantiser_and_in_the_plans_ranges(smollm2: str) -> None:
+    """transformers' own forward, and OCP's conversion by a table; to 0.1 points and 0.1 dB."""
+    policy = load_policy(ModelConfig(name=smollm2), QuantConfig(), seed=0)
+    tokenizer: Any = policy.tokenizer
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    scan = scan_policy(policy, rows, model=ModelConfig(name=smollm2), quant=QuantConfig())
+    seen: list[list[tuple[float, ...]]] = [[] for _ in scan.layers]
+
+    def hook(module: nn.Module, args: Any, output: Tensor, layer: int) -> None:
+        x = output.numpy().astype(np.float64)
+        blocks = x.reshape(-1, 32)
+        scale = 2.0 ** (np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - 2)
+        nearest = np.abs(np.abs(blocks / scale)[..., None] - GRID).argmin(-1)
+        q = (np.copysign(np.array(GRID)[nearest], blocks) * scale).reshape(x.shape)
+        error, lost = np.abs(q - x) / (np.abs(x) + 1e-10), (np.abs(x) > 1e-10) & (np.abs(q) < 1e-10)
+        seen[layer].append((error.mean(), lost.mean(), 10 * np.log10((x**2).sum() / ((q - x) ** 2).sum())))
+
+    network = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for number, block in enumerate(network.model.layers):
+        block.register_forward_hook(partial(hook, layer=number))
+    with torch.no_grad():
+        for row in rows:
+            network(input_ids=torch.tensor([row]), use_cache=False)
+    for layer in scan.layers:
+        relative, dead, decibels = np.mean(seen[layer.layer], 0)
+        output = layer.sites["output"]
+        assert output.relative_error.value == pytest.approx(relative, abs=1e-3)
+        assert output.deadzone.value == pytest.approx(dead, abs=1e-3)
+        assert output.sqnr_db.value == pytest.approx(decibels, abs=0.1)
+        assert 0.26 < relative < 0.40
+        assert 0.14 < dead < 0.26

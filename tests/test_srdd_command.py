@@ -1,8 +1,10 @@
 """`rin srdd` as its users meet it: what it is asked for, its table, its JSON."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,21 @@ import pytest
 
 from dashboards import cli
 from dashboards.srdd import purchases
+from dashboards.srdd_against import changes
 from dashboards.srdd_plan import EMBEDDED_PROMPTS, PROMPTS, plan_srdd
 from spaces.config import ConfigError
 from tests.conftest import ModelFolder
-from trainable.scan import SCORES, Estimate, Purchase, kl_per_bit, load_scan, score
+from trainable.scan import (
+    SCORES,
+    Estimate,
+    LayerScan,
+    Purchase,
+    Scan,
+    SiteErrors,
+    kl_per_bit,
+    load_scan,
+    score,
+)
 
 SMALL = ("--prompts", "2", "--set", "grpo.prompts=2", "--set", "grpo.updates_per_step=1")
 SMALL += ("--set", "rollout.max_new_tokens=4", "--set", "model.dtype=float32")
@@ -130,3 +143,66 @@ def test_the_purchase_table_shows_the_best_and_all_that_is_free() -> None:
     assert [line.split()[1] for line in table[2:-1]] == [*map(str, range(12)), "30"]
     assert table[-2].split()[-1] == "free"
     assert table[-1] == "18 more: --json"
+
+
+def test_a_picture_is_drawn_and_two_checkpoints_stand_side_by_side(
+    rin: Rin, folder: str, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    other = model_folder("llama", layers=2, text=True, seed=1)
+    code, out, _ = rin("srdd", folder, *SMALL, "--static", "--against", other, "--plot", "a.svg", "--json")
+    tree = json.loads(out)
+    assert code == 0
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    assert tree["against"]["model"] == other
+    assert {one["kind"] for one in tree["changes"]} == {"relative_error", "deadzone", "sqnr", "deadzone@down"}
+    assert all(one["spearman"] is None for one in tree["changes"])  # two layers have no ranks to speak of
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--plot", "a.pdf"), "--plot a.pdf: is drawn as PNG or SVG"),
+        (("--against", "nowhere"), "--against nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_drawn_or_compared_is_told_before_anything_is_scanned(
+    rin: Rin, folder: str, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = rin("srdd", folder, *arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+def scan_with(relative_error: tuple[float, ...]) -> Scan:
+    def errors(value: float) -> SiteErrors:
+        same = Estimate(value=value, low=value, high=value)
+        names = [field.name for field in fields(SiteErrors)]
+        return SiteErrors(**dict.fromkeys(names, same))
+
+    layers = tuple(LayerScan(layer=i, sites={"output": errors(value)}) for i, value in enumerate(relative_error))
+    about: dict[str, Any] = {
+        "model": "a",
+        "fingerprint": "",
+        "quant": {},
+        "source": "prompts",
+        "prompts": 1,
+        "tokens": 1,
+        "seed": 0,
+    }
+    return Scan(**about, seconds=0.0, depth=len(layers), layers=layers)
+
+
+def test_the_layers_with_high_error_improved_where_the_rank_correlation_says_so() -> None:
+    before = scan_with((0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
+    improved = changes(before, scan_with((0.1, 0.19, 0.28, 0.37, 0.46, 0.55)))[0]
+    assert (improved.kind, improved.better, improved.layers) == ("relative_error", 5, 6)
+    assert improved.spearman == improved.high == pytest.approx(1)
+    worsened = changes(before, scan_with((0.1, 0.21, 0.32, 0.43, 0.54, 0.65)))[0]
+    assert worsened.better == 0
+    assert worsened.spearman == pytest.approx(-1)
+    assert math.isnan(changes(before, before)[0].spearman)
+
+
+def test_a_model_of_another_depth_is_no_later_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="give a checkpoint of the same model"):
+        changes(scan_with((0.1, 0.2)), scan_with((0.1,)))
