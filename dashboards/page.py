@@ -32,7 +32,7 @@ from search.arms import Arm, candidate_of, read_arms
 from search.confirm import Confirmation, read_confirmation
 from search.export import to_yaml
 from search.report import StudyReport, report_study
-from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, load_study_config, sweeps
+from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, load_study_config, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.folder import Folder
 
@@ -500,8 +500,7 @@ def _reproduce(material: Material) -> Section:
     ]
     if yaml:
         parts.append(f"<details><summary>The candidate's configuration</summary><pre>{escape(yaml)}</pre></details>")
-    study = config.model_dump_json(indent=1)
-    parts.append(f"<details><summary>The sweep: study.json</summary><pre>{escape(study)}</pre></details>")
+    parts.append(f"<details><summary>The sweep: study.json</summary><pre>{escape(study_text(config))}</pre></details>")
     intro = "The same configuration and seed give the same numbers on the same machine."
     return Section(title="How to reproduce it", intro=intro, blocks=(Block(html="".join(parts)),))
 

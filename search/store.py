@@ -209,9 +209,12 @@ def refuse_taken_name(config: StudyConfig) -> None:
 
 
 def save_study_config(config: StudyConfig) -> None:
-    """Without the password of its tracking."""
-    shown = config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)})
-    config.folder.write(STUDY_FILE, shown.model_dump_json(indent=1))
+    config.folder.write(STUDY_FILE, study_text(config))
+
+
+def study_text(config: StudyConfig) -> str:
+    """Without the password of its tracking: the only way in which a study is written down."""
+    return config.model_copy(update={"tracking_uri": strip_password(config.tracking_uri)}).model_dump_json(indent=1)
 
 
 def load_study_config(store: str, name: str) -> StudyConfig:

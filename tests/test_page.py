@@ -180,6 +180,13 @@ def test_a_page_of_300_trials_of_60_steps_is_below_8_mib_and_20_seconds(tmp_path
     assert html.count('class="figure"') > 100
 
 
+def test_the_page_holds_no_password(config: StudyConfig) -> None:
+    open_to = config.model_copy(update={"tracking_uri": "http://me:canary-4711@127.0.0.1:9"})
+    html = page_of(open_to)
+    assert "127.0.0.1:9" in html
+    assert "canary" not in html
+
+
 def test_a_part_that_fails_is_a_line_in_its_place(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Any) -> None:
         raise ZeroDivisionError("by <nothing>")
