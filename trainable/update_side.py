@@ -18,7 +18,8 @@ AdamW's first steps have the size of the learning rate whatever the gradient's, 
 One step is one number for all prompts: no interval. With adapters the quantised weights do not learn, and it is NaN.
 
 Afterwards the model is as it was, bit for bit, also after an error. What the step overwrites lies in a temporary file
-meanwhile, which has no name: optimizer and gradients take three times the model's memory already.
+meanwhile, which has no name, and so do the optimizer's moments while gradients are computed: otherwise a step took five
+times the model's memory.
 
 NaN rule: a cosine and a ratio are NaN where no group of the batch has different rewards, because nothing is learned.
 
@@ -56,6 +57,7 @@ from trainable.tasks.task import Task
 
 _LOOKED_AT = 1 << 13
 """Weights of a tensor of which every prompt's gradient is kept."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _RESAMPLES = 1000
 _BATCHES = 4
 """Times that questions are drawn anew where too few groups have different rewards."""
@@ -273,26 +275,45 @@ def survival(policy: Policy, batch: Batch, config: TrialConfig, seed: int) -> tu
 
 def _step(policy: Policy, batch: Batch, config: TrialConfig, seed: int) -> None:
     grpo = config.grpo
-    optimizer = MasterAdamW(
-        list(policy.trainable().values()),
-        lr=grpo.learning_rate,
-        betas=(0.9, grpo.adam_beta2),
-        weight_decay=grpo.weight_decay,
-        fused=True,
-    )
-    try:
-        update(
-            policy,
-            optimizer,
-            batch,
-            grpo,
-            config.rollout,
-            first_update=grpo.warmup_updates,
-            shuffle=generator("shuffle", seed, 0),
+    with tempfile.TemporaryFile() as file:
+        optimizer = _Parked(
+            list(policy.trainable().values()),
+            lr=grpo.learning_rate,
+            betas=(0.9, grpo.adam_beta2),
+            weight_decay=grpo.weight_decay,
+            fused=True,
         )
-    finally:
-        optimizer.release()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.file = file
+        try:
+            update(
+                policy,
+                optimizer,
+                batch,
+                grpo,
+                config.rollout,
+                first_update=grpo.warmup_updates,
+                shuffle=generator("shuffle", seed, 0),
+            )
+        finally:
+            optimizer.release()
+            optimizer.zero_grad(set_to_none=True)
+
+
+class _Parked(MasterAdamW):
+    """The trial's optimizer, whose moments lie in a file between two steps."""
+
+    file: IO[bytes]
+
+    def step(self, closure: Any = None) -> Any:
+        self.file.seek(0)
+        for parameter, moments in self.state.items():
+            moments.update({name: _read(self.file, parameter) for name in _MOMENTS})
+        loss = super().step(closure)
+        self.file.seek(0)
+        for moments in self.state.values():
+            for name in _MOMENTS:
+                _write(self.file, moments.pop(name))
+        return loss
 
 
 def codes(linear: QuantLinear, weight: Tensor) -> Tensor:
@@ -329,10 +350,18 @@ class Before:
         self.places: dict[int, int] = {}
         for parameter in parameters:
             self.places[id(parameter)] = file.tell()
-            file.write(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
+            _write(file, parameter)
 
     def __call__(self, parameter: Tensor) -> Tensor:
         self.file.seek(self.places[id(parameter)])
-        read = bytearray(self.file.read(parameter.numel() * parameter.element_size()))
-        return torch.frombuffer(read, dtype=parameter.dtype).view(parameter.shape).to(parameter.device)
+        return _read(self.file, parameter)
+
+
+def _write(file: IO[bytes], tensor: Tensor) -> None:
+    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _read(file: IO[bytes], like: Tensor) -> Tensor:
+    """The next tensor of the file, which was like this one."""
+    data = file.read(like.numel() * like.element_size())
+    return torch.frombuffer(bytearray(data), dtype=like.dtype).view(like.shape).to(like.device)
