@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trainable.following
+from dashboards.srdd import measure
+from dashboards.srdd_plan import plan_srdd
 from search.arms import Candidate, as_ran, read_arms, write_arm
 from search.export import EXPORTS
 from search.preflight import build_once, check_sources
@@ -193,6 +195,15 @@ def test_a_trial_runs_with_the_scans_numbers_and_its_receipt_says_which_and_from
     assert (layers.value, multipliers.value, skip.value) == (tuple(worst), factors, (skipped,))
     assert {one.fingerprint for one in receipt.followed} == {found.fingerprint}
     assert str(layers) == f"noise.layers = {worst} from srdd:top2, scan {layers.scan}"
+
+
+def test_a_trial_follows_the_scan_that_rin_srdd_shows(tiny: Tiny) -> None:
+    options: dict[str, Any] = {"text": None, "completions": False, "functional": False, "seed": 0}
+    shown = measure(
+        plan_srdd("tiny", overrides=["task.digits=1"], prompts=2, **options), lambda done, total, what: None
+    )
+    rule = "noise.layer_multipliers=srdd:nmse@down"
+    assert followed(tiny(rule)).noise.layer_multipliers == scan.multipliers(shown, "nmse@down")
 
 
 @pytest.mark.parametrize("kind", ["kl", "survival"])

@@ -42,7 +42,7 @@ from trainable.tasks.task import FiniteTask, Task
 SCANS = "scans"
 """Folder of a machine's cache, and of a sweep."""
 PROMPTS = 32
-_STEP = -2  # names the draw of the prompts
+"""At most: the rows of `rin srdd --prompts 32`."""
 _PLAIN: dict[str, Any] = {"noise.layers": "all", "noise.layer_multipliers": [], "quant.skip_layers": []}
 assert _PLAIN.keys() == RANKED.keys()
 
@@ -81,7 +81,8 @@ class Subject:
 def follow(
     config: TrialConfig, task: Task, sweep: Folder | None = None, progress: Progress | None = None
 ) -> tuple[TrialConfig, tuple[Followed, ...]]:
-    """The configuration with numbers alone. `sweep`: its folder of scans. Raises ConfigError for more of the worst
+    """The configuration with numbers alone. `sweep`: its folder of scans. `progress`
+    hears of a base model that is built. Raises ConfigError for more of the worst
     layers than there are, for a score that the model does not have, and for a scan of something else."""
     rules = config.rules
     numbers: dict[str, Any] = {key: _PLAIN[key] for key in RANKED if is_rule(setting(config, key))}
@@ -90,7 +91,7 @@ def follow(
     followed: tuple[Followed, ...] = ()
     if rules:
         subject = _subject(config, task, rules, progress)
-        scan, name = _scan_of(subject, sweep, next(iter(rules)), progress)
+        scan, name = _scan_of(subject, sweep, next(iter(rules)))
         followed = tuple(_followed(config, key, rule, scan, name) for key, rule in rules.items())
         numbers |= {one.setting: list(one.value) for one in followed}
     return read_config(merge(as_tree(config), unflatten(numbers))), followed
@@ -118,7 +119,7 @@ def _prompts(policy: Policy, config: TrialConfig, task: Task) -> list[list[int]]
     if config.task.too_long == "leave_out":
         task = without_too_long(policy, task, config.task, limit, TooLong())
     count = min(PROMPTS, len(task.questions["train"])) if isinstance(task, FiniteTask) else PROMPTS
-    return encode_prompts(policy, task.sample(count, seed=0, step=_STEP, batch=0), config.task, limit)
+    return encode_prompts(policy, task.sample(count, seed=0, step=0, batch=0), config.task, limit)
 
 
 def _followed(config: TrialConfig, key: str, rule: Rule, scan: Scan, name: str) -> Followed:
@@ -142,13 +143,13 @@ def _followed(config: TrialConfig, key: str, rule: Rule, scan: Scan, name: str) 
 # --- where scans are kept ---------------------------------------------------------------------------------------------
 
 
-def _scan_of(subject: Subject, sweep: Folder | None, key: str, progress: Progress | None) -> tuple[Scan, str]:
+def _scan_of(subject: Subject, sweep: Folder | None, key: str) -> tuple[Scan, str]:
     """And its name. Of a sweep the one in its folder, which is put there where there is none."""
     if sweep is None:
-        return _cached(subject, key, progress), subject.name
+        return _cached(subject, key), subject.name
     file = f"{subject.asked}.json"
     if sweep.read(file) is None:
-        kept = {"name": subject.name, "scan": scans.as_tree(_cached(subject, key, progress))}
+        kept = {"name": subject.name, "scan": scans.as_tree(_cached(subject, key))}
         sweep.write_once(file, json.dumps(kept))
     place = f"{sweep.uri}/{file}"
     try:
@@ -164,7 +165,7 @@ def _scan_of(subject: Subject, sweep: Folder | None, key: str, progress: Progres
     return scan, name
 
 
-def _cached(subject: Subject, key: str, progress: Progress | None) -> Scan:
+def _cached(subject: Subject, key: str) -> Scan:
     """Made where this machine has none, or a damaged one, while other processes wait for it."""
     place = cache_folder() / SCANS
     try:
@@ -178,7 +179,7 @@ def _cached(subject: Subject, key: str, progress: Progress | None) -> Scan:
     with FileLock(f"{path}.lock"):
         scan = _undamaged(Folder(str(place)), path.name)
         if scan is None:
-            Folder(str(place)).write(path.name, json.dumps(scans.as_tree(_made(subject, progress))))
+            Folder(str(place)).write(path.name, json.dumps(scans.as_tree(_made(subject))))
             scan = scans.load_scan(path)
     check_fits(scan, subject, key, str(path), "remove that file, and it is made anew")
     return scan
@@ -191,12 +192,12 @@ def _undamaged(place: Folder, file: str) -> Scan | None:
         return None
 
 
-def _made(subject: Subject, progress: Progress | None) -> Scan:
-    config, told = subject.config, progress or (lambda done, total, what: None)
-    scan = scan_policy(subject.policy, subject.rows, model=config.model, quant=config.quant, progress=told)
+def _made(subject: Subject) -> Scan:
+    config = subject.config
+    scan = scan_policy(subject.policy, subject.rows, model=config.model, quant=config.quant)
     if not subject.functional:
         return scan
-    return with_sensitivities(scan, subject.policy, subject.rows, task=subject.task, config=config, progress=told)
+    return with_sensitivities(scan, subject.policy, subject.rows, task=subject.task, config=config)
 
 
 def check_fits(scan: Scan, subject: Subject, key: str, place: str, remedy: str) -> None:
