@@ -28,10 +28,12 @@ from tests.test_trial import comparable, finish
 from tests.written_sweeps import make_arm, outcome, study, write_trial
 from trainable import scan
 from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import read_outcome
 from trainable.following import follow
 from trainable.noise import chosen_layers, layer_multipliers
 from trainable.outcome import Outcome
 from trainable.policy.loading import skipped_layers
+from trainable.ray_trainable import TrialWorker
 from trainable.scan import Scan
 from trainable.tasks.table import build_task
 from trainable.trial import Trial
@@ -370,6 +372,23 @@ def test_all_trials_of_a_sweep_take_the_scan_that_its_first_one_put_there(
     sweep.write(file, json.dumps(kept))
     assert followed(config, sweep).noise.layers == (1 - first.noise.layers[0] % 2,)
     assert len(made) == 1, "it needs none of its own"
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_sweep_share_its_scan(tiny: Tiny, tmp_path: Path, made: list[Scan]) -> None:
+    config, endings = tiny(*LINEAR, *ALL[2:], "noise.layers=srdd:top1", "grpo.steps=1", "eval.questions=8"), []
+    for seed in (0, 1):
+        folder = Folder(str(tmp_path / "s" / "trials" / f"a-{seed}"))
+        worker = TrialWorker(folder, config.model_copy(update={"seed": seed}))
+        worker.step()
+        worker.leave()
+        endings.append(read_outcome(folder))
+    assert len(Folder(str(tmp_path / "s" / "scans")).names()) == len(made) == 1
+    first, second = endings
+    assert first is not None
+    assert second is not None
+    assert first.receipt.followed == second.receipt.followed
+    assert len(first.receipt.followed) == 2
 
 
 def test_the_first_writer_of_a_file_that_is_written_once_stays(tmp_path: Path) -> None:
