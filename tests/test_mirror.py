@@ -273,8 +273,9 @@ def test_a_sweep_whose_tracking_dies_in_the_middle_ends_as_if_nothing_had_happen
         if event.arm == "c01" and event.step == 1:
             server.kill()
 
-    config = sweep_of(tmp_path / "runs", server.uri).model_copy(update={"concurrent": 1})
-    result = run_study(config, view)
+    config = sweep_of(tmp_path / "runs", server.uri)
+    with without_ray():
+        result = run_study(config, view)
     assert server.process is None
     assert (result.unfinished, result.candidate is not None) == (0, True)
     assert accuracies(result) == accuracies(undisturbed)
