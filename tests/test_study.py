@@ -443,7 +443,7 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
 def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     config = study(
         tmp_path,
-        trials=3,
+        trials=2,
         searcher="random",
         concurrent=1,
         settings={"eval": {"questions": 16}, "grpo": {"steps": 12}},
@@ -451,7 +451,7 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
     )
     stopped = run_study(config, lambda event: None)
     assert stopped.budget_spent
-    assert stopped.unfinished == 3
+    assert stopped.unfinished == 2
     assert not any(arm.results for arm in stopped.arms)
     shown = runs(config.tracking_uri, "s")
     assert shown
@@ -459,11 +459,11 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
     finished = resume_study(config.model_copy(update={"budget_hours": 1.0}), lambda event: None)
     assert (finished.unfinished, finished.budget_spent) == (0, False)
     assert [(arm.name, arm.results[0].outcome) for arm in finished.arms] == [
-        (name, "completed") for name in ("control", "c01", "c02")
+        (name, "completed") for name in ("control", "c01")
     ]
     again = runs(config.tracking_uri, "s")
     assert [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in again] == [
-        (name, "completed", "FINISHED") for name in ("control", "c01", "c02")
+        (name, "completed", "FINISHED") for name in ("control", "c01")
     ]
     steps = [points(config.tracking_uri, run, "rin/steps_done") for run in again]
-    assert steps == [[(k, k + 1.0) for k in range(12)]] * 3, "each once"
+    assert steps == [[(k, k + 1.0) for k in range(12)]] * 2, "each once"
