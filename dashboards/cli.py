@@ -21,6 +21,7 @@ import typer
 from dashboards import options as given
 from dashboards.lasting import lasting_output
 from dashboards.options import DEFAULT_STORE, Place, SweepOptions, study_config, trial_config
+from dashboards.program_cli import program
 from spaces.errors import ConfigError, NoCandidate
 from trainable.failure import TrialFailed
 
@@ -37,6 +38,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(program)
 
 
 @app.command()
@@ -115,8 +119,9 @@ def resume(
         )
         return
     study = place.sweep()
-    if study.kind == "confirm":
-        raise ConfigError(f"NAME={place.name}: is a confirmation; go on with it by: {study.go_on}")
+    if study.kind in ("confirm", "program"):
+        what = "confirmation" if study.kind == "confirm" else "programme"
+        raise ConfigError(f"NAME={place.name}: is a {what}; go on with it by: {study.go_on}")
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
@@ -147,7 +152,7 @@ def _follow(server: "JobServer", job: "Submission") -> None:
 def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
     """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
     goes on."""
-    from dashboards.live import build_progress, sweep_view
+    from dashboards.live import build_progress, interruption_told, sweep_view
     from dashboards.sweep_text import ending_of
     from dashboards.tables import arm_table, say, terminal
     from search.report import arm_reports
@@ -156,7 +161,7 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
     left = f", {to_go} to go" if to_go is not None else ""
     say(console, [f"sweep {study.name}: {runs} trials{left}"])
     to_come = runs if to_go is None else to_go
-    with _interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
         result = run(view, progress)
     title = f"sweep {study.name}, in {result.config.folder.uri}"
     console.print(arm_table(arm_reports(result.config, result.arms), title))
@@ -175,16 +180,6 @@ def _leave_page(study: "StudyConfig", quiet: bool = False) -> None:
 
     line, written = left_behind(study)
     print(line, file=sys.stderr if quiet or not written else sys.stdout)
-
-
-@contextlib.contextmanager
-def _interruption_told() -> Iterator[None]:
-    """Of one that comes before there is a trial: while the base is built, or Ray starts."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted before its first trial; the same command begins again", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -274,7 +269,10 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
         print(json.dumps([status_row(row) for row in rows], indent=1))
         return
     begun = sum(trial.status != "waiting" for row in rows for trial in row.trials)
-    terminal().print(arm_table(rows, f"sweep {study.name}: {begun} of {study.runs} trials begun"))
+    title = f"sweep {study.name}: {begun} of {study.runs} trials begun"
+    if study.kind == "program":  # how many it comes to hangs on what they show
+        title = f"programme {study.name}: {begun} trials begun"
+    terminal().print(arm_table(rows, title))
     left = unfinished(study, arms)
     if is_driven(study):
         print("it is running")
@@ -332,6 +330,11 @@ def report(place: Place, as_json: given.AsJson = False, html: given.Html = None,
             more = f"; {written.folded} that the page folds away are not among them" if written.folded else ""
             print(f"figures: {len(written.files)} files in {figures}{more}")
         return
+    if study.kind == "program":  # judged by its own rules and its own level
+        from dashboards.program_cli import show
+
+        show(named=None, name=study.name, store=place.store, as_yaml=False, as_json=as_json)
+        return
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import say, terminal
     from search.confirm import read_confirmation
@@ -372,7 +375,7 @@ def confirm(
         from search.arms import candidate_of, read_arms
 
         candidate_of(study, read_arms(study), arm)
-    from dashboards.live import build_progress, sweep_view
+    from dashboards.live import build_progress, interruption_told, sweep_view
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
@@ -380,7 +383,7 @@ def confirm(
 
     console = terminal(stderr=as_json)
     to_come = 2 * (planned or CONFIRM.looks)[-1]
-    with _interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
         cluster = given.ray_address(address, study.address)
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=cluster)
     if as_json:

@@ -20,7 +20,8 @@ def sweep_row(store: str, name: str) -> dict[str, object]:
         return {"name": name, "space": "", "workload": "", "runs": 0, "of": 0, "status": {}, "problem": str(error)}
     counts = Counter(trial.status for trial in trials if trial.status != "waiting")
     row: dict[str, object] = {"name": name, "space": study.space.name, "workload": study.workload}
-    return {**row, "runs": counts.total(), "of": study.runs, "status": dict(counts), "driven": driven}
+    of = len(trials) if study.kind == "program" else study.runs  # a programme's next ones hang on these
+    return {**row, "runs": counts.total(), "of": of, "status": dict(counts), "driven": driven}
 
 
 def sweep_line(row: Mapping[str, Any]) -> str:

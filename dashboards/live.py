@@ -1,5 +1,6 @@
 """A sweep while it runs: a table that redraws itself in a terminal, plain lines elsewhere (a log file, a pipe)."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,8 +24,8 @@ _NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
 
 
 @contextmanager
-def sweep_view(console: Console, runs: int) -> Iterator["View"]:
-    """Yields the view that a sweep reports to; `runs` is how many trials are to come."""
+def sweep_view(console: Console, runs: int | None) -> Iterator["View"]:
+    """Yields the view that a sweep reports to; `runs` is how many trials are to come, None where that hangs on them."""
     if not console.is_terminal:
         yield partial(_plain_line, console, runs, count(1))
         return
@@ -39,10 +40,12 @@ def sweep_view(console: Console, runs: int) -> Iterator["View"]:
         yield view
 
 
-def _table(events: "Mapping[str, TrialEvent]", runs: int) -> Table:
+def _table(events: "Mapping[str, TrialEvent]", runs: int | None) -> Table:
     ended = sum(event.status != "running" for event in events.values())
     numbers = ("steps done", "sigma", "reward", "entropy", "gibberish", "accuracy")
-    table = empty_table(f"{ended} of {runs} trials ended", ("trial", "noise", "status"), numbers)
+    table = empty_table(
+        f"{ended}{'' if runs is None else f' of {runs}'} trials ended", ("trial", "noise", "status"), numbers
+    )
     for event in events.values():
         status = f"{event.status} ({event.rule})" if event.rule else event.status
         sigma, reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
@@ -60,18 +63,29 @@ def _table(events: "Mapping[str, TrialEvent]", runs: int) -> Table:
     return table
 
 
-def _plain_line(console: Console, runs: int, ended: Iterator[int], event: "TrialEvent") -> None:
+def _plain_line(console: Console, runs: int | None, ended: Iterator[int], event: "TrialEvent") -> None:
     """When a trial starts, evaluates or ends; `ended` counts the last."""
     accuracy, steps = points(event.metrics.get(ACCURACY)), event.config.grpo.steps
     if event.status != "running":
         rule = f", rule {event.rule}" if event.rule else ""
         when = in_step(event.step - 1, steps) if event.status == "collapsed" else f"after {event.step} steps"
         told = f"{event.status} {when}{rule}, accuracy {accuracy}"
-        say(console, [f"[{next(ended)}/{runs}] {event.trial}: {told}"])
+        number = f"{next(ended)}" if runs is None else f"{next(ended)}/{runs}"
+        say(console, [f"[{number}] {event.trial}: {told}"])
     elif event.step == 0:
         say(console, [f"{event.trial}: starts, noise {describe_noise(event.config)}"])
     elif ACCURACY in event.metrics:
         say(console, [f"{event.trial}: after {event.step} of {steps} steps, accuracy {accuracy}"])
+
+
+@contextmanager
+def interruption_told() -> Iterator[None]:
+    """Of one that comes before there is a trial: while the base is built, or Ray starts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted before its first trial; the same command begins again", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager

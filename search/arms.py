@@ -174,7 +174,10 @@ def as_far_as_it_goes(study: StudyConfig) -> StudyConfig:
 
 
 def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
-    """Runs that are still to be made, of arms that are known and of those to come."""
+    """Runs that are still to be made, of arms that are known and of those to come; of a programme of those that are
+    known, since what comes then hangs on them."""
+    if study.kind == "program":
+        return sum(len(planned(study, arm)) - len(arm.results) for arm in arms)
     return study.runs - sum(len(arm.results) for arm in arms)
 
 

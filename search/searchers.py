@@ -20,8 +20,10 @@ from search.arms import Arm, control_for, planned, trial_config, trial_folder, w
 from search.coordinates import Params, settings_of
 from search.evidence import Evidence, known_of
 from search.lineup import base_tree, missing_control
+from search.program_study import due, stopped
 from search.promise import seen_of
 from search.proposals import SEARCHERS, every
+from search.registration import Registration, read_registrations
 from search.rewards import pinned
 from search.store import StudyConfig
 from search.surrogate import Seen
@@ -50,8 +52,11 @@ class RinSearch(Searcher):  # type: ignore[misc]
         self.evidence = tuple(evidence)
         self.arms = list(arms)
         self.waiting = [(arm, k) for arm in self.arms for k in planned(study, arm) if k not in arm.results]
-        if study.kind == "confirm":
+        if study.kind in ("confirm", "program"):
             self.waiting.sort(key=lambda run: run[1])  # pair by pair: a budget that ends leaves whole pairs
+        self._programme = read_registrations(study)[-1] if study.kind == "program" else None
+        self._asked = -1
+        """Results that were known when the programme was last asked what is due."""
         self.running: dict[str, tuple[Arm, int]] = {}
         self.exhausted = False
         """A finite space came to its end before the configurations that were asked for."""
@@ -66,7 +71,12 @@ class RinSearch(Searcher):  # type: ignore[misc]
         return read_outcome(trial_folder(self.study, arm.name, replicate))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """None: nothing at this moment, since what is next hangs on a trial that runs."""
+        if self._programme is not None:
+            self._leave_stopped()
         if not self.waiting and not self._decide():
+            if self._programme is not None and self.running:
+                return None
             self.exhausted = self._room() > 0
             return str(Searcher.FINISHED)
         arm, replicate = self.waiting.pop(0)
@@ -81,6 +91,8 @@ class RinSearch(Searcher):  # type: ignore[misc]
 
     def _decide(self) -> bool:
         """Write down what is handed out next; False when nothing is left."""
+        if self._programme is not None:
+            return self._decide_by(self._programme)
         run = self._next_run(exhausted=False)
         if run is None:
             return False
@@ -100,6 +112,32 @@ class RinSearch(Searcher):  # type: ignore[misc]
             again.planned = run.replicate + 1
             self.waiting = [(again, run.replicate)]
         return bool(self.waiting)
+
+    def _decide_by(self, registration: Registration) -> bool:
+        known = sum(len(arm.results) for arm in self.arms)
+        if known == self._asked:
+            return False
+        self._asked = known
+        names = [arm.name for arm in self.arms]
+        for new in due(self.study, registration, self.arms):
+            number = names.index(new.name) if new.name in names else len(self.arms)
+            self.record(number, new)
+            if number == len(self.arms):
+                names.append(new.name)
+                self.arms.append(replace(new, planned=0))
+            arm = self.arms[number]
+            self.waiting += [(arm, replicate) for replicate in range(arm.planned, new.planned)]
+            arm.planned = new.planned
+        self.waiting.sort(key=lambda run: run[1])
+        return bool(self.waiting)
+
+    def _leave_stopped(self) -> None:
+        """An arm of a programme that has collapsed too often is not run again: what was planned of it is not."""
+        for arm in {arm.name: arm for arm, _ in self.waiting if stopped(arm)}.values():
+            left = [(other, replicate) for other, replicate in self.waiting if other is not arm]
+            arm.planned -= len(self.waiting) - len(left)
+            self.record([known.name for known in self.arms].index(arm.name), arm)
+            self.waiting = left
 
     def _next_run(self, *, exhausted: bool) -> Run | None:
         study = self.study

@@ -4,6 +4,7 @@
     STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs; where replicates go
                                           where they matter, again before each further one
+    STORE/NAME/programme.json             of a programme: every registration (`search/registration.py`)
     STORE/NAME/evidence.json              what the searcher was told without spending a trial
     STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it
                                           (`trainable/disk/trial_folder.py`)
@@ -75,7 +76,7 @@ class StudyConfig(BaseModel):
     id: str = Field(default_factory=new_id)
     """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its
     tracking."""
-    kind: Literal["sweep", "ablation", "confirm"] = "sweep"
+    kind: Literal["sweep", "ablation", "confirm", "program"] = "sweep"
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
     looks: tuple[int, ...] = ()
@@ -97,7 +98,8 @@ class StudyConfig(BaseModel):
     """Runs per configuration, with seeds seed, seed + 1, ..."""
     total: int | None = Field(None, ge=1)
     """Runs in all, where replicates go where they matter (`search/allocation.py`): `trials` and `replicates` are then
-    the most that there may be. Null = trials x replicates."""
+    the most that there may be; of a programme that has not ended more than it can come to. Null = trials x replicates.
+    """
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: SearcherName = "gp"
@@ -141,6 +143,8 @@ class StudyConfig(BaseModel):
     def go_on(self) -> str:
         """The command that runs what is missing. A confirmation is gone on with by the sweep and the arm that it
         confirms."""
+        if self.kind == "program":
+            return f"rin program run --name {self.name}"
         if self.kind != "confirm":
             return f"rin resume {self.name}"
         arm = self.name.removeprefix(f"{self.parent}-confirm").removeprefix("-")

@@ -16,7 +16,7 @@ MLflow has yet to hear `mirror.py`. One process at a time drives a sweep.
 The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -73,10 +73,14 @@ class StudyResult:
 
 
 def run_study(
-    config: StudyConfig, view: View, progress: Progress | None = None, fixed: Sequence[Arm] | None = None
+    config: StudyConfig,
+    view: View,
+    progress: Progress | None = None,
+    fixed: Sequence[Arm] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> StudyResult:
     """Run a sweep to its end. `fixed`: its arms, where they are known already or chosen elsewhere; else those of
-    `fixed_arms`.
+    `fixed_arms`. `files`: what else is written down beside `study.json` before it starts.
 
     Raises ConfigError for whatever the user can mend, before anything is written down.
     """
@@ -84,7 +88,7 @@ def run_study(
     with interruptible() as interruption, sweep_ray(config):
         interruption.listen()
         interruption.refuse()
-        _write_down(config, start)
+        _write_down(config, start, files or {})
         with only_driver(config):
             return _advance(config, view, interruption)
 
@@ -92,7 +96,7 @@ def run_study(
 def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
     """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another
     process."""
-    _write_down(config, _checked(config, progress, fixed))
+    _write_down(config, _checked(config, progress, fixed), {})
 
 
 def _checked(
@@ -110,7 +114,7 @@ def _checked(
     return arms, evidence
 
 
-def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Evidence]]) -> None:
+def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Evidence]], files: Mapping[str, str]) -> None:
     arms, evidence = start
     with only_driver(config):
         if STUDY_FILE in config.folder.names():  # since it was checked
@@ -122,6 +126,8 @@ def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Eviden
         keep_rewards(config, arms)
         for number, arm in enumerate(arms):
             write_arm(config, number, arm)
+        for name, text in files.items():
+            config.folder.write(name, text)
         save_study_config(config)
 
 

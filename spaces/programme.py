@@ -18,6 +18,7 @@ Light on purpose: no numpy, torch or ray.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,6 +40,7 @@ Word = Literal[
 ]
 _OF_ONE = ("helps", "hurts", "collapses", "fails", "undecided")
 _WORDS: tuple[str, ...] = (*_OF_ONE, "beats", "gain", "every", "some", "all", "any", "not")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FOLDER = Path(__file__).parent / "programmes"
 
 
@@ -402,8 +404,11 @@ def _unknown(programme: Programme) -> Iterator[tuple[str, str]]:
     experiments, phases = tuple(programme.experiments), tuple(phase.name for phase in programme.phases)
     alternatives = tuple(name for h in programme.hypotheses.values() for name in h.alternatives)
     for name in (*experiments, *phases):
-        if name in (CONTROL, BASE, END) or "/" in name:
-            yield name, f"is a name that is taken ({CONTROL}, {BASE}, {END}) or holds /; choose another"
+        if name in (BASE, END) or name.startswith((CONTROL, "sigma-")) or not _NAME.fullmatch(name):
+            why = (
+                f"is a name that is taken ({CONTROL}..., {BASE}, {END}, sigma-...) or more than letters, digits, . _ -"
+            )
+            yield name, f"{why}; choose another"
     for name in phases:
         if phases.count(name) > 1:
             yield f"phases.{name}", "stands there twice; give the second another name"

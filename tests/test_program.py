@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from search.program import (
-    CONTROL,
     Decision,
     End,
     Outcomes,
@@ -23,7 +22,7 @@ from search.program import (
     walk,
 )
 from search.replicates import Replicate
-from spaces.programme import Programme, load_programme
+from spaces.programme import CONTROL, Programme, load_programme
 
 PLAN = load_programme("plan")
 LAST = PLAN.replicates.looks[-1]
