@@ -230,3 +230,30 @@ def _modes(text: str | None) -> tuple[str, ...] | None:
             why = "is named twice" if mode in known else "unknown"
             raise ConfigError(f"--modes {text}: {mode.lower()} {why}; choose from {','.join(known).lower()}, each once")
     return modes
+
+
+@program.command()
+def report(
+    named: Annotated[str, typer.Argument(metavar="[NAME]", help="Of the study.")] = "plan",
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """The programme's documents: a log of each experiment and a summary, in STORE/NAME/documents and in MLflow."""
+    study = _begun(named, store, tracking_uri)
+    if study is None:
+        raise ConfigError(f"NAME={named}: no programme of that name in {store}; rin list shows what there is")
+    from dashboards.program_documents import FOLDER, read_report, write_documents
+    from dashboards.program_text import SUMMARY
+    from search.program_report import as_tree
+    from search.program_study import read_state
+
+    state = read_state(study)
+    last = state.registration
+    seen = read_report(study, last.programme, last.words(), state.walks, state.arms)
+    if as_json:
+        print(json.dumps(as_tree(seen), indent=1))
+        return
+    files = write_documents(seen)
+    print(files[SUMMARY])
+    print(f"{len(files)} documents in {(study.folder / FOLDER).uri}")

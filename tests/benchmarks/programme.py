@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.program_study import read_state
-
 from dashboards.program_documents import read_report
 from dashboards.program_text import summary
 from search.program import Decision, End
 from search.program_report import ExperimentRow, FamilyReport, ProgramReport
+from search.program_study import read_state
 from search.store import load_study_config
 
 DOCS = Path(__file__).parents[2] / "docs"
