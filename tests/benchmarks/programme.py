@@ -98,8 +98,9 @@ def draw(family: FamilyReport, path: Path) -> None:
             _experiment(axes, place, 8.75 - 0.92 * line, rows[name])
         _decision(axes, place, floor - 0.3, made, wide)
         if place + 1 < columns:
-            arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.6, "mutation_scale": 14}
-            axes.annotate("", xy=(place + 1.03, floor + 0.6), xytext=(place + 0.97, floor - 1.6), arrowprops=arrow)
+            arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.6, "mutation_scale": 13}
+            height = (9.7 + floor) / 2
+            axes.annotate("", xy=(place + 1.045, height), xytext=(place + 0.935, height), arrowprops=arrow)
     _ending(axes, len(decisions), floor, family, wide)
     reasons: dict[str, list[str]] = {}
     for row in family.experiments:
@@ -157,7 +158,8 @@ def _ending(axes: Any, place: int, floor: float, family: FamilyReport, wide: int
     if not isinstance(last, End):
         title, text = "not ended", f"next: {last.phase}"
     elif scenario is None:
-        title, text = "end", f"no scenario of {', '.join(family.walk.programme.scenarios)}: {last.because}"
+        names = ", ".join(sorted(family.walk.programme.scenarios))
+        title, text = "end", f"none of the scenarios {names}: {last.because}"
     else:
         title, text = f"scenario {last.scenario}", f"{scenario.title}: {scenario.says}"
     _card(axes, place, title, 9.7, floor, BLUE)
