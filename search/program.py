@@ -35,6 +35,7 @@ out: a winner that merely looked best.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from search.allocation import STOPPED
@@ -54,8 +55,10 @@ class Entry:
     """Where an experiment runs. Example: Entry(arm="e13m-rmsnorm", control="control")."""
 
     arm: str
-    """Its own name, or that of an experiment with the same configuration that came before it."""
+    """Its own name, or that of whatever has the same configuration and came before it."""
     control: str
+    shared: str = ""
+    """That arm, where it is not its own."""
 
 
 Lineup = Callable[[str, Mapping[str, str]], Entry]
@@ -189,17 +192,18 @@ class Walk:
         return self.judged[name, against, count]
 
     def _judge(self, a: Sequence[Replicate], b: Sequence[Replicate]) -> Comparison:
-        correct = None
-        if all(run.correct is not None for run in (*a, *b)):
-            correct = [run.correct or () for run in a], [run.correct or () for run in b]
-        return sequential_compare(
-            [run.accuracy for run in a],
-            [run.accuracy for run in b],
-            rule=self.rule,
-            final=len(a) == self.programme.replicates.looks[-1],
-            margin=MARGIN,
-            correct=correct,
-        )
+        one, other = tuple(run.accuracy for run in a), tuple(run.accuracy for run in b)
+        final = len(a) == self.programme.replicates.looks[-1]
+        if any(run.correct is None for run in (*a, *b)):
+            return _by_accuracy(one, other, self.rule, final)
+        correct = [run.correct or () for run in a], [run.correct or () for run in b]
+        return sequential_compare(one, other, rule=self.rule, final=final, margin=MARGIN, correct=correct)
+
+
+@lru_cache(maxsize=4096)
+def _by_accuracy(one: tuple[float, ...], other: tuple[float, ...], rule: SequentialRule, final: bool) -> Comparison:
+    """Kept: thousands of walks over assumed outcomes ask for the same few."""
+    return sequential_compare(one, other, rule=rule, final=final, margin=MARGIN)
 
 
 def rule_of(programme: Programme, families: int = 1) -> SequentialRule:
@@ -462,7 +466,7 @@ def _pair(so_far: Walk, when: Condition, collapsed: bool) -> bool | None:
 def fact(so_far: Walk, name: str) -> str:
     """Example: `e13i-targeted: +1.20 points over control-resample [-0.31, +2.71], 8 replicates: undecided`."""
     entry, runs = so_far.entries[name], so_far.runs(name)
-    same = "" if entry.arm == name else f" (the same configuration as {entry.arm})"
+    same = f" (the same configuration as {entry.shared})" if entry.shared else ""
     broken = sum(run.collapsed for run in runs)
     if so_far.collapsed(name):
         return f"{name}{same}: {broken} of {len(runs)} runs collapsed, and it was not run again"

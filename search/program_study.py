@@ -47,8 +47,9 @@ _QUIET = {"noise": {"sigma_start": 0.0, "zones": []}}
 
 @dataclass(slots=True, kw_only=True)
 class Lineup:
-    """The arms of one mode, in the order in which a walk comes to them, without the mode in their names; the first is
-    its control."""
+    """The arms of one mode, those of the lookup table and then in the order in which a walk comes to them, without the
+    mode in their names; the first is its control. An arm has the name of what came first, so the table, which is known
+    from the start, is placed before any experiment: whatever follows, it finds the runs that there are."""
 
     study: StudyConfig
     programme: Programme
@@ -93,7 +94,8 @@ class Lineup:
             self.arms.append(arm)
         control = control_for(arm, self.arms)
         assert control is not None
-        return Entry(arm=f"{self.prefix}{arm.name}", control=f"{self.prefix}{control.name}")
+        shared = "" if arm.name == name else f"{self.prefix}{arm.name}"
+        return Entry(arm=f"{self.prefix}{arm.name}", control=f"{self.prefix}{control.name}", shared=shared)
 
     def named(self) -> list[Arm]:
         """Its arms as they are in the study."""
@@ -118,6 +120,7 @@ def check_arms(study: StudyConfig, registration: Registration) -> list[Arm]:
     programme, found = registration.programme, []
     for mode in registration.modes or ("",):
         lineup = Lineup(study=study, programme=programme, mode=mode)
+        lineup.table()
         for phase in programme.phases:
             for name in phase.run:
                 for bases in _possible_bases(programme, name):
@@ -130,7 +133,6 @@ def check_arms(study: StudyConfig, registration: Registration) -> list[Arm]:
                             "one; give noise.sigma_start above 0"
                         )
                     lineup.place(name, config)
-        lineup.table()
         found += lineup.named()
     refuse_idle(study.settings, [arm.config for arm in found], "--set ")
     return found
@@ -201,8 +203,9 @@ def read_state(study: StudyConfig) -> ProgramState:
     walks, rows = {}, []
     for mode in last.modes or ("",):
         lineup = Lineup(study=study, programme=last.programme, mode=mode)
+        table = lineup.table()
         walks[mode] = walk(last.programme, outcomes, lineup, families=len(last.modes) or 1)
-        for sigma, name in lineup.table():
+        for sigma, name in table:
             runs = outcomes.get(name, {}).values()
             broken = sum(run.collapsed for run in runs)
             rows.append(TableRow(mode=mode, sigma=sigma, arm=name, runs=len(runs), collapsed=broken))
@@ -229,6 +232,7 @@ def due(study: StudyConfig, registration: Registration, arms: Sequence[Arm]) -> 
     found = []
     for mode in registration.modes or ("",):
         lineup = Lineup(study=study, programme=registration.programme, mode=mode)
+        table = lineup.table()
         seen = walk(registration.programme, outcomes, lineup, families=len(registration.modes) or 1)
         wanted: dict[str, int] = defaultdict(int)
         if isinstance(seen.next, Run):
@@ -237,7 +241,7 @@ def due(study: StudyConfig, registration: Registration, arms: Sequence[Arm]) -> 
                 wanted[entry.arm] = max(wanted[entry.arm], count)
                 wanted[entry.control] = max(wanted[entry.control], count)
         if registration.programme.table is not None:
-            for _, name in lineup.table():
+            for _, name in table:
                 wanted[name] = max(wanted[name], registration.programme.table.replicates)
         for arm in lineup.named():
             before = known.get(arm.name)
