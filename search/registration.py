@@ -64,8 +64,10 @@ def register(
 
 
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """Keys of what differs, as deep as both have it; phases go by their name."""
+    """Keys of what differs, as deep as both have it, and of what stands in another order; phases go by their name."""
     if isinstance(old, dict) and isinstance(new, dict):
+        if [name for name in old if name in new] != [name for name in new if name in old]:
+            yield f"{key} (its order)"
         for name in dict.fromkeys([*old, *new]):
             yield from _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and key.split(".")[-1] != "run":

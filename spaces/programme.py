@@ -375,8 +375,10 @@ def digest(programme: Programme) -> str:
 
 
 def _spoken(value: Any) -> Any:
+    """Settings stay as they are: null, or a list of nothing, is a setting there."""
     if isinstance(value, dict):
-        return {key: _spoken(inner) for key, inner in value.items() if inner not in (None, "", [], {})}
+        said = {key: inner for key, inner in value.items() if inner not in (None, "", [], {})}
+        return {key: inner if key == "settings" else _spoken(inner) for key, inner in said.items()}
     return [_spoken(inner) for inner in value] if isinstance(value, list) else value
 
 
