@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -37,7 +38,7 @@ from trainable.scan import (
     zones,
 )
 from trainable.seeds import generator
-from trainable.srdd import numbers, row_sums, scan_policy
+from trainable.srdd import estimate, numbers, row_sums, scan_policy
 
 DEPTH = 3
 PROMPTS = ragged_prompts(4, longest=9)
@@ -82,6 +83,45 @@ def test_known_distributions_have_their_known_errors(
     assert found["relative_error"] == pytest.approx(relative_error, abs=0.003)
     assert found["deadzone"] == pytest.approx(deadzone, abs=0.003)
     assert found["sqnr_db"] == pytest.approx(sqnr_db, abs=0.15)
+
+
+def gaussian_with_outlier_channels() -> Tensor:
+    """One channel in a hundred is 8 times as large."""
+    x = torch.randn(4096, 1024, generator=generator("outliers", 0))
+    x[:, 50::100] *= 8
+    return x
+
+
+def test_a_rotation_all_but_ends_the_deadzone_and_makes_the_relative_error_useless() -> None:
+    x = gaussian_with_outlier_channels()
+    plain, turned = (numbers(row_sums(x, Arithmetic(hadamard=hadamard).input)) for hadamard in (False, True))
+    assert plain["sqnr_db"] == pytest.approx(16.7, abs=0.2)
+    assert turned["sqnr_db"] == pytest.approx(19.0, abs=0.2)
+    assert plain["deadzone"] == pytest.approx(0.129, abs=0.005)
+    assert 0 < turned["deadzone"] < 0.02
+    assert plain["relative_error"] < 0.3
+    assert turned["relative_error"] > 1
+
+
+def test_relative_error_is_the_deadzone_and_the_error_of_what_is_not_lost() -> None:
+    x = gaussian_with_outlier_channels()[:64]
+    found, q = numbers(row_sums(x, Arithmetic().input)), fake_quantize_eager(x)
+    kept = q != 0
+    others = ((q - x).abs() / x.abs())[kept].double().mean().item()
+    expected = found["deadzone"] + (1 - found["deadzone"]) * others
+    assert found["deadzone"] == pytest.approx(1 - kept.double().mean().item())
+    assert found["relative_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_is_that_of_scipys_percentile_bootstrap() -> None:
+    values = np.random.default_rng(5).gamma(2.0, 1.0, 24)
+    found = estimate(values.tolist(), seed=0)
+    expected = bootstrap((values,), np.mean, n_resamples=20000, method="percentile", rng=1).confidence_interval
+    assert found.value == pytest.approx(values.mean())
+    # The ends of 1,000 resamples scatter by 5 % of the interval's width.
+    near = 0.1 * (expected.high - expected.low)
+    assert found.low == pytest.approx(expected.low, abs=near)
+    assert found.high == pytest.approx(expected.high, abs=near)
 
 
 @pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "nvfp4"])

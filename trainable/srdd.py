@@ -15,7 +15,9 @@ relative error = mean |q - x| / (|x| + 1e-10), deadzone = share of |x| > 1e-10 w
 (sum x^2 / sum (q - x)^2). A value that is rounded to zero has a relative error of 1, hence relative error = deadzone +
 (1 - deadzone) r, r being that of the others: the two move together. Saturation is not the plan's, which counts values
 near the largest of the tensor, but blocks with a value beyond their grid. Under a rotation q is turned back, so that
-these numbers are about x itself: no value is lost then, and the relative error of small ones says nothing.
+these numbers are about x itself. Turned back, what was rounded to zero is 0 no longer: the deadzone all but goes
+(0.130 to 0.017 of Gaussian values with one channel in a hundred 8 times as large) and SQNR rises (16.7 to 19.0 dB),
+while a small value gets its share of the error of all others, and the relative error says nothing.
 
 The split of the error's energy follows arXiv 2605.20402 (Li, Wu, Shen, "Decomposing MXFP4 quantization error for LLM
 RL"). Let Q* round with the ideal scale of a block, its largest magnitude over the grid's largest value, unrounded.
@@ -28,7 +30,8 @@ exactly. The parts are not orthogonal (scale bias makes up for some of the grid'
 up to that of the whole: the paper's own are 1.73 + 0.03 + 0.70. Here the share of a part is its scalar product with the
 whole error over the error's energy, which is its Shapley value in that energy, half of each cross term to either side.
 The shares add up to 1; one that is negative makes up for the others. They are computed where rounding happens, under a
-rotation on turned operands.
+rotation on turned operands. The share of the scale does not forecast what better scales would save: it is nearly all of
+the energy whenever a block's scale is not the ideal one, because the roundings of two grids have little in common.
 
 Left out: errors that add up from layer to layer; batching of prompts, because then padding and an expert's rows could
 not be told from tokens of another prompt.
