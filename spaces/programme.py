@@ -314,8 +314,9 @@ class Programme(Record):
 
     def comparisons(self) -> list[tuple[str, str]]:
         """All that it may make on any path, each once: the level is divided among them. Every experiment with its
-        control, and the pairs that conditions and hypotheses name."""
+        control, and with its base, by which a winner is chosen; and the pairs that conditions and hypotheses name."""
         pairs = [(name, CONTROL) for name in self.experiments]
+        pairs += [(name, BASE) for phase in self.phases if phase.base for name in phase.run]
         pairs += [(c.names[0], c.names[1]) for when in self.conditions() for c in when.atoms() if len(c.names) == 2]
         pairs += [(a.better, a.than) for h in self.hypotheses.values() for a in h.alternatives.values()]
         distinct: dict[frozenset[str], tuple[str, str]] = {}

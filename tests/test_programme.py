@@ -193,3 +193,8 @@ def test_every_comparison_counts_once_towards_the_level() -> None:
     pairs = load_programme("plan").comparisons()
     assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 21
     assert ("e13i-targeted", "e13i-baseline") in pairs or ("e13i-baseline", "e13i-targeted") in pairs
+
+
+def test_what_chooses_a_winner_over_a_base_counts_towards_the_level_also_where_no_rule_names_it() -> None:
+    unnamed = changed("phases.1.then", [{"because": "that was it", "go": "end"}])
+    assert ("second", "base") in read_programme(unnamed, "mine").comparisons()
