@@ -24,6 +24,9 @@ stands. A replicate that is missing (its trial failed) is asked for again, and n
 
 What did not run is undecided for all of them. A rule that stays undecided at the last look does not fire.
 
+`fails` and `gain` ask an interval against a limit, which a verdict does not answer: theirs is that of the last look,
+also where the verdict fell before. All looks' intervals hold together, so the level does.
+
 **The level** is Bonferroni's: every comparison that the programme may make on any path has its part of it, over all its
 looks (`search/sequential.py`), and over all quantisation modes. So a programme without a difference anywhere says one
 in at most that share of cases, whichever way it takes.
@@ -136,8 +139,8 @@ class Walk:
     skipped: set[str] = field(default_factory=set)
     winners: dict[str, str] = field(default_factory=dict)
     """Phase -> experiment."""
-    judged: dict[tuple[str, str, int], Comparison] = field(default_factory=dict)
-    """What has been compared: one and other, replicates."""
+    judged: dict[tuple[str, str, int, bool], Comparison] = field(default_factory=dict)
+    """What has been compared: one and other, replicates, whether a verdict stands."""
     rule: SequentialRule = field(init=False)
     """Of each comparison."""
 
@@ -177,7 +180,7 @@ class Walk:
     def collapsed(self, name: str) -> bool:
         return sum(run.collapsed for run in self.runs(name)) >= STOPPED
 
-    def compare(self, name: str, other: str = CONTROL) -> Comparison | None:
+    def compare(self, name: str, other: str = CONTROL, *, verdict_stands: bool = True) -> Comparison | None:
         """At the looks that both have had; None where one did not run. In between there is nothing to say."""
         against = self.other(name, other)
         if name not in self.shown or (against != CONTROL and against not in self.shown) or against is None:
@@ -187,23 +190,34 @@ class Walk:
         count = max((look for look in looks if look <= min(len(a), len(b))), default=0)
         if count == 0:
             return Comparison(difference=math.nan, replicates=0, margin=MARGIN)
-        if (name, against, count) not in self.judged:
-            self.judged[name, against, count] = self._judge(a[:count], b[:count])
-        return self.judged[name, against, count]
+        key = (name, against, count, verdict_stands)
+        if key not in self.judged:
+            self.judged[key] = self._judge(a[:count], b[:count], verdict_stands)
+        return self.judged[key]
 
-    def _judge(self, a: Sequence[Replicate], b: Sequence[Replicate]) -> Comparison:
+    def _judge(self, a: Sequence[Replicate], b: Sequence[Replicate], verdict_stands: bool) -> Comparison:
         one, other = tuple(run.accuracy for run in a), tuple(run.accuracy for run in b)
         final = len(a) == self.programme.replicates.looks[-1]
         if any(run.correct is None for run in (*a, *b)):
-            return _by_accuracy(one, other, self.rule, final)
+            return _by_accuracy(one, other, self.rule, final, verdict_stands)
         correct = [run.correct or () for run in a], [run.correct or () for run in b]
-        return sequential_compare(one, other, rule=self.rule, final=final, margin=MARGIN, correct=correct)
+        return sequential_compare(
+            one,
+            other,
+            rule=self.rule,
+            final=final,
+            margin=MARGIN,
+            correct=correct,
+            verdict_stands=verdict_stands,
+        )
 
 
 @lru_cache(maxsize=4096)
-def _by_accuracy(one: tuple[float, ...], other: tuple[float, ...], rule: SequentialRule, final: bool) -> Comparison:
+def _by_accuracy(
+    one: tuple[float, ...], other: tuple[float, ...], rule: SequentialRule, final: bool, verdict_stands: bool
+) -> Comparison:
     """Kept: thousands of walks over assumed outcomes ask for the same few."""
-    return sequential_compare(one, other, rule=rule, final=final, margin=MARGIN)
+    return sequential_compare(one, other, rule=rule, final=final, margin=MARGIN, verdict_stands=verdict_stands)
 
 
 def rule_of(programme: Programme, families: int = 1) -> SequentialRule:
@@ -432,7 +446,9 @@ def _atom(so_far: Walk, when: Condition) -> bool | None:
     if when.word == "fails":
         own = so_far.programme.experiments[name].success
         least = (min(so_far.programme.success.values(), default=0.0) if own is None else own.minimum) / 100
-        return True if found.high < least else False if found.low >= least or found.verdict == "better" else None
+        seen = so_far.compare(name, verdict_stands=False)
+        assert seen is not None
+        return True if seen.high < least else False if seen.low >= least or found.verdict == "better" else None
     wanted = "better" if when.word == "helps" else "worse"
     return None if found.verdict == "undecided" else found.verdict == wanted
 
@@ -449,7 +465,7 @@ def _pair(so_far: Walk, when: Condition, collapsed: bool) -> bool | None:
         if ahead is None or (collapsed and other_collapsed):
             return None
         return ahead if when.below is None else not ahead if when.above is None else False
-    found = so_far.compare(name, other)
+    found = so_far.compare(name, other, verdict_stands=when.word == "beats")
     assert found is not None
     if when.word == "beats":
         return None if found.verdict == "undecided" else found.verdict == "better"

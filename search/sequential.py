@@ -62,6 +62,7 @@ def sequential_compare(
     margin: float = 0.01,
     correct: tuple[ArrayLike, ArrayLike] | None = None,
     questions: int | None = None,
+    verdict_stands: bool = True,
 ) -> Comparison:
     """`compare` while replicates are being added: what is said at all looks together is false with `rule.level` at
     most.
@@ -74,6 +75,9 @@ def sequential_compare(
     truth with 1 - level, for whatever reason one stops. So `same` keeps the level too, and a single one of them is
     wider than an interval of its number of replicates alone would be. `level` of the result is that of its look;
     `needs` counts from there, at the level of the last look.
+
+    `verdict_stands=False`: the interval at the last of these looks, also where the verdict fell at an earlier one, for
+    questions that the verdict does not answer (more than a point?).
     """
     pairs = pair(treated, control, correct, questions)
     count = len(treated)
@@ -84,7 +88,8 @@ def sequential_compare(
         taken.append(count)
     levels = rule.levels(taken)
     later_level = rule.levels(rule.looks)[-1]
-    for look, level in zip(taken, levels, strict=True):
+    judged = list(zip(taken, levels, strict=True))
+    for look, level in judged if verdict_stands else judged[-1:]:
         result = compare_pairs(pairs.first(look), margin=margin, level=level, later_level=later_level)
         if result.verdict != "undecided":
             return result

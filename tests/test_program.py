@@ -128,6 +128,22 @@ def test_replicates_go_on_only_while_a_decision_hangs_on_them() -> None:
     assert open_.shown["e13i-targeted"] < LAST
 
 
+def test_replicates_after_a_verdict_count_where_a_gain_or_a_failure_is_asked() -> None:
+    said = outcomes({"e13i-baseline": 3})
+    ends = {
+        k: run.accuracy + 0.025 + (0.0027 if k < 4 else 0.0005) * (-1) ** k for k, run in said["e13i-baseline"].items()
+    }
+    said["e13j-variable"] = {k: Replicate(seed=k, accuracy=end, collapsed=False) for k, end in ends.items()}
+    seen = walk(PLAN, said)
+    early, late = (seen.compare("e13j-variable", "base", verdict_stands=stands) for stands in (True, False))
+    assert early is not None
+    assert late is not None
+    assert (early.verdict, early.replicates, late.replicates) == ("better", 4, 8)
+    assert early.low < 0.01 < late.low
+    decided = next(step for step in seen.decisions if step.phase == "variable")
+    assert decided.because == "sigma by layer is worth its complexity"
+
+
 def test_a_winner_is_gone_on_with_and_the_base_of_a_phase_is_the_nearest_one_that_has_won() -> None:
     seen = walk(PLAN, outcomes({"e13i-baseline": 3, "e13i-targeted": 6, "e13i-low": 9}))
     assert seen.winners == {"foundation": "e13i-targeted", "sigma": "e13i-low"}
