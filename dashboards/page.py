@@ -25,12 +25,14 @@ from dashboards import figure_rows, figures, trial_rows
 from dashboards.answer import QUESTION, Answer, answer_of
 from dashboards.figures import Figure
 from dashboards.options import Place
+from dashboards.program_view import state_lines
 from dashboards.report_text import interval, report_lines
 from dashboards.tables import describe_noise, points, why
 from dashboards.trial_rows import Anatomy, Run
 from search.arms import Arm, candidate_of, read_arms
 from search.confirm import Confirmation, read_confirmation
 from search.export import to_yaml
+from search.program_study import read_state
 from search.report import StudyReport, report_study
 from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, load_study_config, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
@@ -155,7 +157,13 @@ def page(material: Material) -> str:
     config = material.config
     answer = answer_of(material.report, material.confirmation)
     sections = [_section_html(section, drawn) for section in sections_of(material)]
-    state = "It is running: this is how far it was." if is_driven(config) else ""
+    state = ["It is running: this is how far it was."] if is_driven(config) else []
+    if config.kind == "program":
+        state += [
+            "A programme is judged by its own rules at its own level, as follows. All else on this page draws its runs "
+            "as a sweep's, each arm at 95 % for the arms that share a control.",
+            *state_lines(read_state(config)),
+        ]
     runs = f"{config.trials} configurations x {config.replicates} replicates"
     head = (
         f"{config.kind} {config.name}: space {config.space.name} on {config.workload}, "
@@ -259,8 +267,8 @@ def _nav(titles: Sequence[str]) -> str:
     return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
 
 
-def _answer_html(answer: Answer, state: str) -> str:
-    lines = "".join(f"<p>{escape(line)}</p>" for line in ([state] if state else []) + list(answer.lines))
+def _answer_html(answer: Answer, state: Sequence[str]) -> str:
+    lines = "".join(f"<p>{escape(line)}</p>" for line in (*state, *answer.lines))
     return f'<h2>{QUESTION}</h2><p class="word">{escape(answer.word)}</p>{lines}'
 
 

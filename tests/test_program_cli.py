@@ -304,3 +304,10 @@ def test_what_is_due_grows_with_the_outcomes_and_a_killed_driver_s_successor_run
     assert sorted(parts) == sorted(whole)
     assert [name for name, _ in whole].index("large") >= 8  # the first look of the phase before it
     assert not due(config, first, read_arms(config))
+
+
+def test_the_page_says_the_programme_s_own_path_before_a_sweep_s_words(tmp_path: Path) -> None:
+    finished(tmp_path, small(tmp_path), level)
+    rin("report", "mine", "--store", str(tmp_path), "--html")
+    text = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
+    assert text.index("judged by its own rules at its own level") < text.index("it is not shown to help")
