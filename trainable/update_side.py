@@ -18,8 +18,8 @@ AdamW's first steps have the size of the learning rate whatever the gradient's, 
 One step is one number for all prompts: no interval. With adapters the quantised weights do not learn, and it is NaN.
 
 Afterwards the model is as it was, bit for bit, also after an error. What the step overwrites lies in a temporary file
-meanwhile, which has no name, and so do the optimizer's moments while gradients are computed: otherwise a step took five
-times the model's memory.
+meanwhile, which has no name, and so do the optimizer's moments but for those of the one parameter that moves:
+otherwise a step took five times the model's memory.
 
 NaN rule: a cosine and a ratio are NaN where no group of the batch has different rewards, because nothing is learned.
 
@@ -283,7 +283,7 @@ def _step(policy: Policy, batch: Batch, config: TrialConfig, seed: int) -> None:
             weight_decay=grpo.weight_decay,
             fused=True,
         )
-        optimizer.file = file
+        optimizer.file, optimizer.places, optimizer.end = file, {}, 0
         try:
             update(
                 policy,
@@ -300,20 +300,35 @@ def _step(policy: Policy, batch: Batch, config: TrialConfig, seed: int) -> None:
 
 
 class _Parked(MasterAdamW):
-    """The trial's optimizer, whose moments lie in a file between two steps."""
+    """The trial's optimizer, whose moments lie in a file but for those of the parameter that moves."""
 
     file: IO[bytes]
+    places: dict[int, int]
+    end: int
 
     def step(self, closure: Any = None) -> Any:
-        self.file.seek(0)
-        for parameter, moments in self.state.items():
+        assert closure is None
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    self._move(parameter)
+        finally:
+            self.param_groups = groups
+        self._write_back()
+        return None
+
+    def _move(self, parameter: Tensor) -> None:
+        if moments := self.state.get(parameter):
+            self.file.seek(self.places[id(parameter)])
             moments.update({name: _read(self.file, parameter) for name in _MOMENTS})
-        loss = super().step(closure)
-        self.file.seek(0)
-        for moments in self.state.values():
+        torch.optim.AdamW.step(self)
+        if moments := self.state.get(parameter):
+            self.file.seek(self.places.setdefault(id(parameter), self.end))
             for name in _MOMENTS:
                 _write(self.file, moments.pop(name))
-        return loss
+            self.end = max(self.end, self.file.tell())
 
 
 def codes(linear: QuantLinear, weight: Tensor) -> Tensor:
