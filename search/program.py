@@ -17,12 +17,13 @@ stands. A replicate that is missing (its trial failed) is asked for again, and n
     collapses X  two of its runs collapsed
     fails X      collapsed, or its interval ends below what would count: its `success.minimum`; without one, the first
                  of the programme's `success`; without that, 0
-    beats X, Y   better than Y; where Y collapsed, X beats it if it helps
+    beats X, Y   better than Y; where Y collapsed, X beats it if it helps; undecided where both collapsed
     gain X, Y    the interval of the difference lies above, or below, so many points
     undecided X  not known to help, to hurt or to collapse when no look is left
     every, some  of one of these words, over all experiments that ran
 
-What did not run is undecided for all of them. A rule that stays undecided at the last look does not fire.
+What did not run is undecided for all of them, and so is, but for `collapses`, what has a control that collapsed twice
+itself. A rule that stays undecided at the last look does not fire.
 
 `fails` and `gain` ask an interval against a limit, which a verdict does not answer: theirs is that of the last look,
 also where the verdict fell before. All looks' intervals hold together, so the level does.
@@ -179,6 +180,10 @@ class Walk:
 
     def collapsed(self, name: str) -> bool:
         return sum(run.collapsed for run in self.runs(name)) >= STOPPED
+
+    def without_measure(self, name: str) -> bool:
+        """Its control breaks without any noise: whatever holds beside it would look like a gain."""
+        return sum(run.collapsed for run in self.runs(CONTROL, beside=name)) >= STOPPED
 
     def compare(self, name: str, other: str = CONTROL, *, verdict_stands: bool = True) -> Comparison | None:
         """At the looks that both have had; None where one did not run. In between there is nothing to say."""
@@ -354,7 +359,8 @@ def _winner(so_far: Walk, names: Sequence[str]) -> str | None:
     for name in names:
         over = BASE if name in so_far.bases else CONTROL
         found = so_far.compare(name, over)
-        if found is not None and found.verdict == "better" and not so_far.collapsed(name):
+        held = not (so_far.collapsed(name) or so_far.without_measure(name))
+        if found is not None and found.verdict == "better" and held:
             gains[name] = found.difference
     return max(gains, key=lambda name: gains[name], default=None)
 
@@ -423,6 +429,8 @@ def _may_decide(so_far: Walk, when: Condition) -> frozenset[str]:
     last = so_far.programme.replicates.looks[-1]
     if any(so_far.collapsed(name) for name in names):
         return frozenset()
+    if when.word != "collapses" and any(so_far.without_measure(name) for name in names):
+        return frozenset()
     return frozenset(name for name in names if so_far.shown[name] < last)
 
 
@@ -434,6 +442,8 @@ def _atom(so_far: Walk, when: Condition) -> bool | None:
         broken = sum(run.collapsed for run in so_far.runs(name))
         at_last = so_far.shown[name] >= so_far.programme.replicates.looks[-1]
         return True if collapsed else None if broken and not at_last else False
+    if so_far.without_measure(name):
+        return True if when.word == "undecided" else None
     if when.word in ("beats", "gain"):
         return _pair(so_far, when, collapsed)
     found = so_far.compare(name)
@@ -454,16 +464,16 @@ def _atom(so_far: Walk, when: Condition) -> bool | None:
 
 
 def _pair(so_far: Walk, when: Condition, collapsed: bool) -> bool | None:
-    """A collapsed arm is behind one that held; of two that collapsed neither is ahead."""
+    """A collapsed arm is behind one that held; of two that collapsed nothing is known."""
     name, other = when.names[0], so_far.other(when.names[0], when.names[1])
     assert other is not None
     other_collapsed = other != CONTROL and so_far.collapsed(other)
     if collapsed or other_collapsed:
-        ahead = False if collapsed else _atom(so_far, Condition(word="helps", names=(name,)))
-        if when.word == "beats":
-            return ahead
-        if ahead is None or (collapsed and other_collapsed):
+        if collapsed and other_collapsed:
             return None
+        ahead = False if collapsed else _atom(so_far, Condition(word="helps", names=(name,)))
+        if when.word == "beats" or ahead is None:
+            return ahead
         return ahead if when.below is None else not ahead if when.above is None else False
     found = so_far.compare(name, other, verdict_stands=when.word == "beats")
     assert found is not None
@@ -486,6 +496,12 @@ def fact(so_far: Walk, name: str) -> str:
     broken = sum(run.collapsed for run in runs)
     if so_far.collapsed(name):
         return f"{name}{same}: {broken} of {len(runs)} runs collapsed, and it was not run again"
+    if so_far.without_measure(name):
+        lost = sum(run.collapsed for run in so_far.runs(CONTROL, beside=name))
+        return (
+            f"{name}{same}: {broken} of {len(runs)} runs collapsed, and {lost} of {entry.control}, which has no noise: "
+            "nothing can be compared with it"
+        )
     found = so_far.compare(name)
     assert found is not None
     words = interval(found, entry.control)

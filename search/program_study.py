@@ -209,8 +209,9 @@ def read_state(study: StudyConfig) -> ProgramState:
             runs = outcomes.get(name, {}).values()
             broken = sum(run.collapsed for run in runs)
             rows.append(TableRow(mode=mode, sigma=sigma, arm=name, runs=len(runs), collapsed=broken))
+    kinds = {arm.name: "+".join(arm.config.noise.modules) for arm in arms}
     noisy = [
-        NoisyRun(mode=row.mode, kind="linear", sigma=row.sigma, collapsed=run.collapsed)
+        NoisyRun(mode=row.mode, kind=kinds[row.arm], sigma=row.sigma, collapsed=run.collapsed)
         for row in rows
         for run in outcomes.get(row.arm, {}).values()
     ]

@@ -61,8 +61,8 @@ def ending(seen: Walk) -> str | None:
 BOTH = {"e13i-baseline": "collapses", "e13i-targeted": "collapses"}
 TABLE: list[tuple[dict[str, float | str], list[str], str | None]] = [
     # nothing differs: neither is shown to help, and every interval ends below what would count
-    ({}, ["foundation", "diagnosis", "ablations"], "C"),
-    ({"e13i-baseline": -3, "e13i-targeted": -3}, ["foundation", "diagnosis", "ablations"], "C"),
+    ({}, ["foundation", "smaller", "diagnosis", "ablations"], "C"),
+    ({"e13i-baseline": -3, "e13i-targeted": -3}, ["foundation", "smaller", "diagnosis", "ablations"], "C"),
     ({"e13i-baseline": "undecided", "e13i-targeted": "undecided"}, ["foundation", "ablations"], None),
     ({"e13i-baseline": "undecided"}, ["foundation", "ablations"], None),  # one of them, at the last look
     # global noise helps
@@ -80,15 +80,22 @@ TABLE: list[tuple[dict[str, float | str], list[str], str | None]] = [
     # sigma by layer is worth it
     ({"e13i-baseline": 3, "e13j-variable": 6}, ["foundation", "sigma", "variable", "ablations"], "A"),
     # both collapse: the diagnosis that the plan went through
-    (BOTH, ["foundation", "diagnosis", "ablations"], "C"),
-    (BOTH | {"e13i-v3": 3}, ["foundation", "diagnosis", "sigma", "variable"], None),
-    (BOTH | {"e13i-v3": "collapses", "e13i-v4-rmsnorm": "collapses"}, ["foundation", "diagnosis", "validation"], "C"),
+    (BOTH, ["foundation", "smaller", "diagnosis", "ablations"], "C"),
+    # two that collapsed say nothing of layers chosen by the scan: no pivot away from it
+    (BOTH | {"e13i-v3": 3}, ["foundation", "smaller", "diagnosis", "sigma", "variable", "ablations"], None),
+    # a fifth of the noise is no base: the plan's sigma for the middle zone would be three times as much there
+    (BOTH | {"e13i-v2": 6}, ["foundation", "smaller", "diagnosis", "ablations"], None),
     (
-        BOTH | {"e13i-v3": "collapses", "e13i-v4-rmsnorm": "collapses", "e14": "collapses"},
-        ["foundation", "diagnosis", "validation"],
+        BOTH | {"e13i-v3": "collapses", "e13i-v4-rmsnorm": "collapses"},
+        ["foundation", "smaller", "diagnosis", "validation"],
         "C",
     ),
-    (dict.fromkeys(PLAN.experiments, "collapses"), ["foundation", "diagnosis", "validation"], "C"),
+    (
+        BOTH | {"e13i-v3": "collapses", "e13i-v4-rmsnorm": "collapses", "e14": "collapses"},
+        ["foundation", "smaller", "diagnosis", "validation"],
+        "C",
+    ),
+    (dict.fromkeys(PLAN.experiments, "collapses"), ["foundation", "smaller", "diagnosis", "validation"], "C"),
 ]
 
 
@@ -97,6 +104,16 @@ def test_outcomes_decide_the_path(said: dict[str, float | str], phases: list[str
     seen = walk(PLAN, outcomes(said))
     assert path(seen) == phases
     assert ending(seen) == scenario
+
+
+def test_beside_a_control_that_collapses_nothing_helps_hurts_or_wins() -> None:
+    broken = {k: Replicate(seed=k, accuracy=0.2, collapsed=True) for k in range(LAST)}
+    seen = walk(PLAN, outcomes({"e13i-targeted": "collapses"}) | {CONTROL: broken})
+    assert path(seen) == ["foundation", "ablations"]
+    assert ending(seen) is None
+    assert not seen.winners
+    assert set(seen.shown.values()) <= {2, PLAN.replicates.looks[0]}, "more replicates would decide nothing"
+    assert "4 of control, which has no noise: nothing can be compared with it" in seen.decisions[0].facts[0]
 
 
 def test_an_arm_that_collapsed_twice_is_not_run_again_and_what_hangs_on_it_is_skipped() -> None:

@@ -61,8 +61,8 @@ def test_an_experiment_has_the_numbers_of_its_trials(tmp_path: Path) -> None:
 def test_the_summary_tells_the_decision_and_its_reason(tmp_path: Path) -> None:
     report = reported(tmp_path, BOTH_COLLAPSE)
     text = documents(report)["summary.md"]
-    assert "Phase foundation -> diagnosis, since e13i-baseline collapses and e13i-targeted collapses" in text
-    assert "It has not ended: phase diagnosis is next" in text
+    assert "Phase foundation -> smaller, since e13i-baseline collapses and e13i-targeted collapses" in text
+    assert "It has not ended: phase smaller is next" in text
     assert "E13i-baseline collapsed in 2 of 2 runs, e13i-targeted collapsed in 2 of 2 runs: accuracies" in text
     assert as_tree(report)["families"][0]["path"][0]["skipped"] == ["e13l-conservative", "e13k-constant"]
 
