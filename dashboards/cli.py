@@ -542,6 +542,11 @@ def srdd(
         str | None, typer.Option(help="A later checkpoint's folder: did the layers with high error improve?")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, as this PNG or SVG file.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Also log it in this sweep's experiment in MLflow; lies in --store.")
+    ] = None,
+    store: given.Store = DEFAULT_STORE,
+    tracking_uri: given.TrackingUri = None,
     as_json: given.AsJson = False,
 ) -> None:
     """What rounding does to each layer of a model, to its predictions and to its learning (SRDD)."""
@@ -563,12 +568,14 @@ def srdd(
     from dashboards import srdd_against
     from dashboards.live import build_progress, scan_progress
     from dashboards.srdd import lines, measure
+    from dashboards.srdd_logged import log_scan, logged_in
     from dashboards.srdd_plot import draw
     from dashboards.tables import terminal
     from trainable.policy.embedded import ensure_base
     from trainable.scan import as_tree
 
     later = None if against is None else srdd_against.other_plan(plan, against)
+    study = logged_in(sweep, store, tracking_uri)
     if plan.config.model.recipe is not None:
         with build_progress(terminal(stderr=True)) as progress:
             ensure_base(plan.config.model.recipe, progress)
@@ -579,6 +586,8 @@ def srdd(
     changes = () if other is None else srdd_against.changes(scan, other)
     if plot is not None:
         draw(scan, plot)
+    if study is not None:
+        log_scan(study, scan, plan)
     if as_json:
         beside = {} if other is None else {"against": as_tree(other), "changes": srdd_against.as_tree(changes)}
         print(json.dumps({**as_tree(scan), **beside}, indent=1))

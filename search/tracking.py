@@ -30,20 +30,24 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from search.arms import Arm, trial_config, trial_folder
 from search.mlflow_client import Owner, absolute_uri, claim, claimed_experiment, client, one_line, refuse_other_owner
 from search.secrets import strip_password
-from search.store import StudyConfig
+from search.store import StudyConfig, new_id
 from spaces.config import ConfigError
 from spaces.reading import as_tree, dump_yaml, flatten
 from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState, read_reports, read_trial
-from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
+from trainable.metrics import EVAL, SCAN, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
 from trainable.outcome import Outcome, Sample, Status, StepReport
+
+if TYPE_CHECKING:
+    from trainable.scan import Scan
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +58,8 @@ RUN_STATUS: dict[Status, str] = {
     "failed": "FAILED",
 }
 TOLD_TAG = "told"
-DOCUMENTS = "documents"
-"""Name and status of the run that holds a programme's documents."""
+DOCUMENTS, SCANS = "documents", "srdd"
+"""Status of a run that is no trial: of a programme's documents, which is its name too, and of a scan."""
 LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
 METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
@@ -243,15 +247,43 @@ def as_json(value: Any) -> str:
 
 def tell_documents(study: StudyConfig, files: Mapping[str, str]) -> None:
     """As artifacts of one run of the experiment, over those that it had before. Raises ConfigError."""
+    _tell_run(study, DOCUMENTS, DOCUMENTS, files)
+
+
+def tell_scan(study: StudyConfig, title: str, scan: "Scan", files: Mapping[str, str]) -> None:
+    """As a run of its own, which another scan leaves as it is: every score that each layer has as a metric over layers,
+    the rest as artifacts. Raises ConfigError."""
+    from trainable.scan import SCORES, SITES, score  # numpy: a sweep is tracked without
+
+    layers: list[dict[str, float]] = [{} for _ in scan.layers]
+    kinds = [f"{kind}@{site}" if part == "sites" else kind for kind, (part, *_) in SCORES.items() for site in SITES]
+    for kind in dict.fromkeys(kinds):
+        with suppress(ConfigError):  # not of every layer, or not asked for: the JSON says why
+            for layer, value in zip(layers, score(scan, kind), strict=True):
+                layer[f"{SCAN}{kind.replace('@', '/')}"] = value
+    steps = [{"do": "log", "step": one.layer, "metrics": found} for one, found in zip(scan.layers, layers, strict=True)]
+    _tell_run(study, f"{SCANS}-{new_id()}", SCANS, files, title, steps)
+
+
+def _tell_run(
+    study: StudyConfig,
+    key: str,
+    status: str,
+    files: Mapping[str, str],
+    title: str = "",
+    records: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """A run that is no trial, whole. Raises ConfigError."""
     claim(study.tracking_uri, study.name, study.owner)
-    record = {"experiment": study.name, "key": trial_key(study.name, DOCUMENTS, 0), "time": _ms(None)}
-    told = [{**record, "do": "open", "name": DOCUMENTS, "tags": {"sweep": study.name, "status": DOCUMENTS}}]
+    record = {"experiment": study.name, "key": trial_key(study.name, key, 0), "time": _ms(None)}
+    told = [{**record, "do": "open", "name": title or status, "tags": {"sweep": study.name, "status": status}}]
+    told += [{**record, **one} for one in records]
     told += [{**record, "do": "file", "path": path, "text": text} for path, text in files.items()]
     told.append({**record, "do": "end", "status": "FINISHED"})
     left, trouble = MlflowWriter(absolute_uri(study.tracking_uri), study.owner).send(told, lambda: None)
     if left:
         raise ConfigError(
-            f"tracking {strip_password(study.tracking_uri)}: did not take the documents: {trouble}; "
+            f"tracking {strip_password(study.tracking_uri)}: did not take {title or f'the {status}'}: {trouble}; "
             "start the server there, or give another --tracking-uri"
         )
 

@@ -206,3 +206,33 @@ def test_the_layers_with_high_error_improved_where_the_rank_correlation_says_so(
 def test_a_model_of_another_depth_is_no_later_checkpoint() -> None:
     with pytest.raises(ConfigError, match="give a checkpoint of the same model"):
         changes(scan_with((0.1, 0.2)), scan_with((0.1,)))
+
+
+@pytest.mark.slow
+def test_a_scan_lies_in_the_experiment_of_a_sweep_with_layers_for_steps(rin: Rin, folder: str, tmp_path: Path) -> None:
+    from search.mlflow_client import absolute_uri, client
+    from search.store import save_study_config
+    from tests.written_sweeps import study
+
+    config = study(tmp_path)
+    save_study_config(config)
+    code, out, err = rin(
+        "srdd", folder, "--prompts", "2", "--static", "--sweep", config.name, "--store", config.store, "--json"
+    )
+    assert (code, err) == (0, "")
+    scan = json.loads(out)
+    mlflow = client(absolute_uri(config.tracking_uri))
+    experiment = mlflow.get_experiment_by_name(config.name)
+    (run,) = mlflow.search_runs([experiment.experiment_id])
+    assert (run.data.tags["status"], run.info.status) == ("srdd", "FINISHED")
+    seen = mlflow.get_metric_history(run.info.run_id, "srdd/deadzone/down")
+    told = [layer["sites"]["down"]["deadzone"]["value"] for layer in scan["layers"]]
+    assert [(one.step, one.value) for one in seen] == list(enumerate(told))
+    assert {file.path for file in mlflow.list_artifacts(run.info.run_id)} == {"scan.json", "scan.svg", "scan.txt"}
+
+
+def test_where_a_scan_is_to_lie_is_asked_before_it_is_made(rin: Rin, folder: str, tmp_path: Path) -> None:
+    code, _, err = rin("srdd", folder, "--tracking-uri", "sqlite:///x")
+    assert (code, "--tracking-uri sqlite:///x: has no use without --sweep" in err) == (2, True)
+    code, _, err = rin("srdd", folder, "--sweep", "nosuch", "--store", str(tmp_path))
+    assert (code, "nosuch" in err, err.count("\n")) == (2, True, 1)

@@ -41,7 +41,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
-        self._write_back()
+        self.write_back()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,10 +61,11 @@ class MasterAdamW(torch.optim.AdamW):
             for index, values in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": {index: values for index, values in moments.items() if values}})
-        self._write_back()
+        self.write_back()
 
     @torch.no_grad()
-    def _write_back(self) -> None:
+    def write_back(self) -> None:
+        """The parameters become their masters, rounded."""
         for parameter, master in self.rounded.values():
             parameter.copy_(master)
 

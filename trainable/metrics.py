@@ -35,6 +35,8 @@ STEP_SECONDS = "perf/step_seconds"
 TRIAL_SECONDS = "perf/trial_seconds"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 TOO_LONG = "task/too_long"
+SCAN = "srdd/"
+"""A scan's scores (`scan.SCORES`) in its own run, with the layer where a trial has its step."""
 
 METRICS: dict[str, str] = {
     SIGMA: "nominal sigma of the step's rollout, of the global pair",

@@ -316,7 +316,7 @@ class _Parked(MasterAdamW):
                     self._move(parameter)
         finally:
             self.param_groups = groups
-        self._write_back()
+        self.write_back()
         return None
 
     def _move(self, parameter: Tensor) -> None:
