@@ -153,6 +153,7 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
     """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
     goes on."""
     from dashboards.live import build_progress, interruption_told, sweep_view
+    from dashboards.page import leave_behind
     from dashboards.sweep_text import ending_of
     from dashboards.tables import arm_table, say, terminal
     from search.report import arm_reports
@@ -167,19 +168,11 @@ def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", 
     console.print(arm_table(arm_reports(result.config, result.arms), title))
     ending = ending_of(result, runs, place.again, replace(place, tracking_uri=None).again)
     say(console, ending.lines)
-    _leave_page(result.config)
+    leave_behind(result.config)
     for line in ending.troubles:
         print(line, file=sys.stderr)
     if ending.code:
         raise typer.Exit(ending.code)
-
-
-def _leave_page(study: "StudyConfig", quiet: bool = False) -> None:
-    """At the end of a sweep. `quiet`: stdout is for something else."""
-    from dashboards.page import left_behind
-
-    line, written = left_behind(study)
-    print(line, file=sys.stderr if quiet or not written else sys.stdout)
 
 
 @app.command()
@@ -376,6 +369,7 @@ def confirm(
 
         candidate_of(study, read_arms(study), arm)
     from dashboards.live import build_progress, interruption_told, sweep_view
+    from dashboards.page import leave_behind
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
@@ -390,7 +384,7 @@ def confirm(
         print(json.dumps(confirmation_tree(state), indent=1))
     else:
         say(console, confirmation_lines(state, place.again))
-    _leave_page(state.config, quiet=as_json)
+    leave_behind(state.config, quiet=as_json)
     if state.unfinished and not state.budget_spent:
         raise typer.Exit(1)
 

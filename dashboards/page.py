@@ -149,6 +149,12 @@ def left_behind(config: StudyConfig) -> tuple[str, bool]:
         return f"no page was written ({type(error).__name__}: {' '.join(str(error).split())})", False
 
 
+def leave_behind(config: StudyConfig, *, quiet: bool = False) -> None:
+    """That, and say it. `quiet`: stdout is for something else."""
+    line, written = left_behind(config)
+    print(line, file=sys.stderr if quiet or not written else sys.stdout)
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def run(
 
         refuse_second_driver(study)
     from dashboards.live import build_progress, interruption_told, sweep_view
-    from dashboards.page import left_behind
+    from dashboards.page import leave_behind
     from dashboards.program_view import state_lines
     from dashboards.tables import say, terminal
     from search.arms import failures
@@ -94,8 +94,7 @@ def run(
             result = begin_program(study, programme, chosen or (), view, progress)
     state = read_state(result.config)
     say(console, list(state_lines(state)))
-    page, written = left_behind(result.config)
-    print(page, file=sys.stdout if written else sys.stderr)
+    leave_behind(result.config)
     if state.ended:
         return
     where = Place(name=study.name, store=store, tracking_uri=tracking_uri).again

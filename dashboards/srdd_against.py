@@ -1,32 +1,28 @@
 """Two checkpoints side by side: did the layers with high error improve?
 
 Both are scanned in one mode on one set of questions. Of each score: how many layers have less of it in the second, and
-Spearman's rank correlation between the first scan's score and what it lost since. Its 95 % interval is from resampled
-layers. A word of warning belongs to it: where two scans differ by chance alone, the layers that were high by chance
-come back, and the correlation is above 0 without any cause. So read it where changes are larger than the intervals of
-the scans.
+Spearman's rank correlation between the first scan's score and what it lost since, with the interval that a programme's
+documents have (`search/improvement.py`). A word of warning belongs to it: where two scans differ by chance alone, the
+layers that were high by chance come back, and the correlation is above 0 without any cause. So read it where changes
+are larger than the intervals of the scans.
 
 NaN rule: a correlation of equal ranks, or of fewer than four layers, is NaN and not known.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import numpy as np
-from scipy.stats import rankdata
 
 from dashboards.srdd_plan import Plan
 from dashboards.tables import finite
+from search.improvement import spearman
 from spaces.config import ConfigError
-from trainable.hashing import stable_hash
 from trainable.scan import Scan, score
 
 _KINDS = ("relative_error", "deadzone", "sqnr", "deadzone@down", "kl")
-_RESAMPLES = 1000
-_LEAST = 4
-"""Layers of which ranks say anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,41 +63,28 @@ def changes(before: Scan, after: Scan) -> tuple[Change, ...]:
 
 def _change(before: Scan, after: Scan, kind: str) -> Change | None:
     try:
-        first, second = np.array(score(before, kind)), np.array(score(after, kind))
+        first, second = score(before, kind), score(after, kind)
     except ConfigError:  # one of them does not have it, or not of every layer
         return None
-    lost, n = first - second, len(first)
-    rng = np.random.default_rng(stable_hash("against", before.seed, kind))
-    drawn = rng.integers(0, n, (_RESAMPLES, n)) if n >= _LEAST else np.zeros((0, n), dtype=int)
-    found = _spearman(first[drawn], lost[drawn])
-    known = found[np.isfinite(found)]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (float("nan"),) * 2
+    lost = [was - now for was, now in zip(first, second, strict=True)]
+    found = spearman(first, lost)
     return Change(
         kind=kind,
-        before=float(first.mean()),
-        after=float(second.mean()),
-        better=int((lost > 0).sum()),
-        layers=n,
-        spearman=float(_spearman(first[None], lost[None])[0]) if n >= _LEAST else float("nan"),
-        low=float(low),
-        high=float(high),
+        before=fmean(first),
+        after=fmean(second),
+        better=sum(value > 0 for value in lost),
+        layers=len(lost),
+        spearman=found.r,
+        low=found.low,
+        high=found.high,
     )
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of each row [R, n] of both; NaN where all of one are equal."""
-    rows, columns = (rankdata(values, axis=-1) for values in (x, y))
-    rows, columns = (ranks - ranks.mean(-1, keepdims=True) for ranks in (rows, columns))
-    with np.errstate(invalid="ignore"):
-        found: np.ndarray = (rows * columns).sum(-1) / np.sqrt((rows**2).sum(-1) * (columns**2).sum(-1))
-    return found
 
 
 def lines(found: tuple[Change, ...], before: str, against: str) -> Iterator[str]:
     yield f"{against} against {before}: did the layers with high error improve?"
     yield f"{'score':16s}{'before':>10s}{'after':>10s}{'less in':>14s} {'rank correlation (95 %)':>30s}"
     for one in found:
-        told = "-" if np.isnan(one.spearman) else f"{one.spearman:.2f} ({one.low:.2f} to {one.high:.2f})"
+        told = "-" if math.isnan(one.spearman) else f"{one.spearman:.2f} ({one.low:.2f} to {one.high:.2f})"
         yield (f"{one.kind:16s}{one.before:>10.4g}{one.after:>10.4g}{f'{one.better} of {one.layers}':>14s} {told:>30s}")
     yield "of a layer's score before with what it lost; above 0: the worst layers lost most (docs/srdd.md)"
 

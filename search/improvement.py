@@ -78,6 +78,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Spearman:
     if len(x) < 4 or len(set(x)) == 1 or len(set(y)) == 1:
         return Spearman(r=math.nan, low=-1.0, high=1.0)
     r = float(stats.spearmanr(x, y).statistic)
-    z = math.atanh(min(max(r, -0.9999), 0.9999))
+    z = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
     half = 1.96 * math.sqrt((1 + r * r / 2) / (len(x) - 3))
     return Spearman(r=r, low=math.tanh(z - half), high=math.tanh(z + half))

@@ -1,7 +1,8 @@
 """What training did to the quantisation errors of layers: the model scanned as it began and as a trial left it.
 
 Both scans read the same prompts, the first of the selection questions, through an unquantised forward pass
-(`trainable/srdd.py`); a scan of the embedded model takes a second. The start is scanned once per precision; trials
+(`trainable/srdd.py`); a scan of the embedded model takes a second. The start is scanned once per model, precision and
+prompts; trials
 whose final weights are missing or damaged are left out.
 """
 
@@ -55,7 +56,7 @@ def _change(
     config: TrialConfig, replicate: int, weights: Mapping[str, torch.Tensor], starts: dict[str, Errors]
 ) -> LayerChange:
     policy = load_policy(config.model, config.quant, config.seed)
-    key = f"{config.model} {config.quant}"
+    key = f"{config.model} {config.quant} {config.task} {config.eval.draw} {config.rollout.max_prompt_tokens}"
     if key not in starts:
         starts[key] = _errors(policy, config)
     parameters = policy.trainable()

@@ -18,6 +18,7 @@ from trainable.negative_controls import check_reward
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
 from trainable.policy.loading import check_names, load_policy, skipped_layers
+from trainable.policy.policy import Policy
 from trainable.policy.sources import depth_of, skeleton_of
 from trainable.tasks.table import build_task
 
@@ -63,6 +64,7 @@ def build_once(config: StudyConfig, arms: Sequence[Arm], progress: Progress | No
     """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
     and not in each trial; and make the scans that trials follow, of what the searcher may draw, too."""
     drawn = tried(config.space, base_tree(config)).configs if config.kind == "sweep" else ()
+    built: dict[tuple[ModelConfig, QuantConfig], Policy] = {}
     for trial in (*(arm.config for arm in arms), *(trial for trial in drawn if trial.rules)):
         here = trial.model.recipe is not None or config.address is None
         if trial.model.recipe is not None:
@@ -70,7 +72,10 @@ def build_once(config: StudyConfig, arms: Sequence[Arm], progress: Progress | No
         if trial.rules and here:
             trial = _followed(trial, progress)
         if trial.model.recipe is not None:
-            noise_targets(load_policy(trial.model, trial.quant, trial.seed), trial.noise)
+            what = trial.model, trial.quant
+            if what not in built:
+                built[what] = load_policy(*what, trial.seed)
+            noise_targets(built[what], trial.noise)
 
 
 def _followed(trial: TrialConfig, progress: Progress | None) -> TrialConfig:

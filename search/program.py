@@ -16,7 +16,7 @@ stands. A replicate that is missing (its trial failed) is asked for again, and n
     hurts X      worse than its control, or collapsed
     collapses X  two of its runs collapsed
     fails X      collapsed, or its interval ends below what would count: its `success.minimum`; without one, the first
-                 of the programme's `success`; without that, 0
+                 of the programme's `success`; without that, 0. What helps does not fail
     beats X, Y   better than Y; where Y collapsed, X beats it if it helps; undecided where both collapsed
     gain X, Y    the interval of the difference lies above, or below, so many points
     undecided X  not known to help, to hurt or to collapse when no look is left
@@ -458,7 +458,7 @@ def _atom(so_far: Walk, when: Condition) -> bool | None:
         least = (min(so_far.programme.success.values(), default=0.0) if own is None else own.minimum) / 100
         seen = so_far.compare(name, verdict_stands=False)
         assert seen is not None
-        return True if seen.high < least else False if seen.low >= least or found.verdict == "better" else None
+        return False if seen.low >= least or found.verdict == "better" else True if seen.high < least else None
     wanted = "better" if when.word == "helps" else "worse"
     return None if found.verdict == "undecided" else found.verdict == wanted
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from search.allocation import STOPPED
-from search.arms import Arm, control_for, read_arms, replicates_of
+from search.arms import Arm, control_for, read_arms, replicates_of, unfinished
 from search.lineup import base_tree, missing_control
 from search.program import Entry, Outcomes, Run, Walk, walk
 from search.registration import (
@@ -277,10 +277,11 @@ def begin_program(
 
     registrations = register(study, programme, modes)
     every = check_arms(study, registrations[-1])
-    check_sources(study, every)
-    build_once(study, every, progress)
-    study = _bounded(study, registrations[-1])
     first = due(study, registrations[-1], ())
+    later = [arm for arm in every if arm.name not in {known.name for known in first}]  # run_study asks of the first
+    check_sources(study, later)
+    build_once(study, later, progress)
+    study = _bounded(study, registrations[-1])
     return run_study(study, view, progress, first, {PROGRAMME_FILE: registrations_text(registrations)})
 
 
@@ -313,7 +314,9 @@ def go_on(
         for arm in more:
             names += [] if arm.name in names else [arm.name]
             write_arm(study, names.index(arm.name), arm)
-    return resume_study(_bounded(study, registrations[-1]), view, progress)
+    if more or unfinished(study, arms):
+        study = _bounded(study, registrations[-1])
+    return resume_study(study, view, progress)
 
 
 def _bounded(study: StudyConfig, registration: Registration) -> StudyConfig:

@@ -138,10 +138,11 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         arms = read_arms(config)
-        bring_rewards(config, arms)
-        check_sources(config, arms)
-        build_once(config, arms, progress)
         runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent
+        if runs:
+            bring_rewards(config, arms)
+            check_sources(config, arms)
+            build_once(config, arms, progress)
         with interruptible() as interruption, sweep_ray(config) if runs else nullcontext():
             interruption.listen()
             save_study_config(config)  # a new budget or another place holds for the next resume, too

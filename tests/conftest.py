@@ -48,6 +48,8 @@ from trainable.tasks.task import Question, Score
 
 torch.set_num_threads(1)
 
+Rin = Callable[..., tuple[int, str, str]]
+"""`rin(*arguments)` in this process -> exit code, stdout, stderr."""
 ModelFolder = Callable[..., str]
 Tiny = Callable[..., TrialConfig]
 
@@ -317,3 +319,25 @@ def episode(
 def completed(length: int) -> Completion:
     """A completion of this many tokens."""
     return Completion(ids=(2,) * (length - 1) + (1,), logps=(-1.0,) * length, entropy=1.0, finished=True)
+
+
+@pytest.fixture
+def rin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Rin:
+    """rin("probe", ...) in an empty folder."""
+    from dashboards import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else it starts its process again with it
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

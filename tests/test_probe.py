@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,12 +11,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dashboards import cli
 from dashboards.probe import GROUP_SIZE, Row, as_tree, cast, conclusion, draw, header, line, measure, settings
 from dashboards.probe_plan import DTYPES, Plan, check_plot, plan_probe
 from spaces.config import MODES, ConfigError, Correction
 from spaces.workloads import WORKLOADS
-from tests.conftest import ModelFolder, byte_tokenizer
+from tests.conftest import ModelFolder, Rin, byte_tokenizer
 from trainable.engines.engine import Request
 from trainable.floor import Floor, Gap, eager_logps, gap, measure_floor
 from trainable.forward.logps import clean_logps, make_batch
@@ -352,31 +350,7 @@ def test_the_figure_shows_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-Said = tuple[int, str, str]
-"""Exit code, stdout, stderr."""
-
-
-@pytest.fixture
-def rin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """rin("probe", ...) in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # else it starts its process again with it
-
-    def run(*arguments: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-def test_the_table_has_a_line_for_each_setting_and_says_what_it_means(rin: Any, folder: str, measured: Rows) -> None:
+def test_the_table_has_a_line_for_each_setting_and_says_what_it_means(rin: Rin, folder: str, measured: Rows) -> None:
     code, out, err = rin("probe", folder, "--dtype", "float32", "--tokens", "8", "--prompts", "3")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -438,7 +412,7 @@ def test_a_workload_that_is_trained_here_is_built_first(rin: Any) -> None:
         (["tiny", "--plot", "missing/floor.png"], "--plot missing/floor.png: no folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(rin: Any, arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(rin: Rin, arguments: list[str], said: str, tmp_path: Path) -> None:
     code, out, err = rin("probe", *arguments)
     assert (code, out) == (2, ""), err
     (text,) = err.splitlines()
@@ -447,7 +421,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(rin: Any, arguments: list[str], s
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
-def test_completions_beyond_the_model_s_positions_are_refused(rin: Any, folder: str) -> None:
+def test_completions_beyond_the_model_s_positions_are_refused(rin: Rin, folder: str) -> None:
     code, _, err = rin("probe", folder, "--tokens", "1000", "--dtype", "float32")
     assert code == 2
     assert "--tokens 1000: the model has 1024 positions" in err
@@ -456,7 +430,7 @@ def test_completions_beyond_the_model_s_positions_are_refused(rin: Any, folder: 
     assert small_plan(folder, tokens=room).lengths[-1] == room
 
 
-def test_a_tokenizer_that_cannot_spell_the_questions_is_refused(rin: Any, model_folder: ModelFolder) -> None:
+def test_a_tokenizer_that_cannot_spell_the_questions_is_refused(rin: Rin, model_folder: ModelFolder) -> None:
     code, _, err = rin("probe", model_folder("llama"), "--dtype", "float32")
     assert code == 2
     assert "its tokenizer cannot spell" in err

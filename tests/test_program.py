@@ -246,7 +246,8 @@ def test_the_level_is_shared_by_all_comparisons_and_by_modes() -> None:
 def landscape(
     rng: np.random.Generator, gains: Mapping[str, float] | None = None, risks: Mapping[str, float] | None = None
 ) -> Outcomes:
-    """Accuracies with the luck of the seed in common, and 1.4 points between arms as measured on the embedded model."""
+    """Accuracies with the luck of the seed in common, and differences between arms that spread by 1.4 points; twelve
+    pairs of the embedded model spread by 1.7 to 3.1."""
     luck = rng.normal(0.0, 0.02, LAST)
     found = {}
     for name in (CONTROL, *PLAN.experiments):
@@ -284,7 +285,7 @@ def test_where_only_collapses_differ_no_arm_is_called_better() -> None:
 
 
 def test_a_true_gain_of_three_points_is_found_in_nine_programmes_of_ten() -> None:
-    """98 % of 200 programmes."""
+    """96 % of 200 programmes; 42 % where differences spread by 2.4 points."""
     rng = np.random.default_rng(4)
     walks = [walk(PLAN, landscape(rng, gains={"e13i-baseline": 3.0})) for _ in range(40)]
     assert sum(seen.winners.get("foundation") == "e13i-baseline" for seen in walks) >= 36

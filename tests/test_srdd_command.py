@@ -2,20 +2,17 @@
 
 import json
 import math
-import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dashboards import cli
 from dashboards.srdd import purchases
 from dashboards.srdd_against import changes
 from dashboards.srdd_plan import EMBEDDED_PROMPTS, PROMPTS, plan_srdd
 from spaces.config import ConfigError
-from tests.conftest import ModelFolder
+from tests.conftest import ModelFolder, Rin
 from trainable.scan import (
     SCORES,
     Estimate,
@@ -35,27 +32,6 @@ SMALL += ("--set", "rollout.max_new_tokens=4", "--set", "model.dtype=float32")
 @pytest.fixture(scope="module")
 def folder(model_folder: ModelFolder) -> str:
     return model_folder("llama", layers=2, text=True)
-
-
-@pytest.fixture
-def rin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """rin("srdd", ...) in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rin", *arguments])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-Rin = Callable[..., tuple[int, str, str]]
 
 
 def test_its_json_is_a_scan_that_trials_can_read_with_every_part(rin: Rin, folder: str, tmp_path: Path) -> None:
