@@ -24,6 +24,7 @@ def touched(*warnings: str) -> Any:
         adapted=(),
         noised=("n",),
         moved={"matrices": 0.4812, "vectors": 1.0},
+        followed=(),
         warnings=warnings,
     )
 
