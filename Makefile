@@ -35,7 +35,7 @@ lint: $(READY_DEV)
 science: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.science $(ARGS)
 
-# The plan's four phases on the embedded workload, killed and resumed once: about 25 minutes. Writes docs/programme.md.
+# The plan's four phases on the embedded workload, killed and resumed once: about 11 minutes. Writes docs/programme.md.
 programme: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.programme $(ARGS)
 

@@ -158,6 +158,19 @@ def leave_behind(config: StudyConfig, *, quiet: bool = False) -> None:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+def _title(material: Material) -> str:
+    """What it is, and how large: of a programme what has run, since nobody knows what it will come to."""
+    config = material.config
+    if config.kind == "program":
+        ended = sum(len(arm.results) for arm in material.arms)
+        return f"programme {config.name} on {config.workload}, {ended} trials"
+    runs = f"{config.trials} configurations x {config.replicates} replicates"
+    return (
+        f"{config.kind} {config.name}: space {config.space.name} on {config.workload}, "
+        f"{runs if config.total is None else f'{config.total} runs'}"
+    )
+
+
 def page(material: Material) -> str:
     drawn: dict[str, str] = {}
     config = material.config
@@ -170,11 +183,7 @@ def page(material: Material) -> str:
             "as a sweep's, each arm at 95 % for the arms that share a control.",
             *state_lines(read_state(config)),
         ]
-    runs = f"{config.trials} configurations x {config.replicates} replicates"
-    head = (
-        f"{config.kind} {config.name}: space {config.space.name} on {config.workload}, "
-        f"{runs if config.total is None else f'{config.total} runs'}"
-    )
+    head = _title(material)
     body = [
         f'<header><h1>{escape(head)}</h1></header><main><section class="answer" id="answer">',
         _answer_html(answer, state),
@@ -316,7 +325,9 @@ def _differences(material: Material) -> Section:
         blocks.append(Block(html=_warn("No arm can be compared with a control: there is nothing to draw.")))
     more = f" {len(rows) - FORESTS} further arms are in the table alone." if len(rows) > FORESTS else ""
     blocks.append(Block(html=_arm_table(report), summary=f"All {len(report.arms)} arms as a table"))
-    blocks.append(Block(html=_list(report_lines(report, where)), summary="All that rin report says below its table"))
+    blocks.append(
+        Block(html=_list(report_lines(report, where)), summary="All that rin report says of a sweep below its table")
+    )
     intro = (
         "Each arm against the control that shares its seeds and differs in its noise alone; intervals at 95 %, "
         "corrected for the arms that share a control. Circle: ahead, square: behind, diamond: the same, open circle: "

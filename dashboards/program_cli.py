@@ -12,6 +12,7 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.store import StudyConfig
+    from search.study import StudyResult
     from spaces.programme import Programme
 
 program = typer.Typer(
@@ -81,7 +82,6 @@ def run(
     from dashboards.page import leave_behind
     from dashboards.program_view import state_lines
     from dashboards.tables import say, terminal
-    from search.arms import failures
     from search.program_study import begin_program, go_on, read_state
 
     console = terminal()
@@ -95,15 +95,18 @@ def run(
     state = read_state(result.config)
     say(console, list(state_lines(state)))
     leave_behind(result.config)
-    if state.ended:
-        return
-    where = Place(name=study.name, store=store, tracking_uri=tracking_uri).again
-    again = f"{result.config.go_on}{where}"
+    if not state.ended:
+        again = Place(name=study.name, store=store, tracking_uri=tracking_uri).again
+        _say_what_is_left(result, f"{result.config.go_on}{again}")
+
+
+def _say_what_is_left(result: "StudyResult", again: str) -> None:
+    """Of a programme that has not ended: why, and the command that goes on. Exit code 1, but for a spent budget."""
+    from search.arms import failures
+
     if result.budget_spent:
-        say(
-            console,
-            [f"the budget of {result.config.budget_hours:g} hours is spent; with a larger one: {again} --budget HOURS"],
-        )
+        hours = f"{result.config.budget_hours:g}"
+        print(f"the budget of {hours} hours is spent; with a larger one: {again} --budget HOURS")
         return
     for line in failures(result.config, result.arms):
         print(line, file=sys.stderr)

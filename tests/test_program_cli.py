@@ -311,3 +311,4 @@ def test_the_page_says_the_programme_s_own_path_before_a_sweep_s_words(tmp_path:
     rin("report", "mine", "--store", str(tmp_path), "--html")
     text = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
     assert text.index("judged by its own rules at its own level") < text.index("it is not shown to help")
+    assert re.search(r"<h1>programme mine on tiny, \d+ trials</h1>", text)  # no space, no bound

@@ -1,6 +1,6 @@
 """The plan as a programme, run whole on the embedded workload, with its driver killed once on the way.
 
-    make programme                                               about 25 minutes on two cores
+    make programme                                               about 11 minutes on two cores
     make programme ARGS="--workload tiny --output /tmp/programme"   the chain alone, in minutes
 
 A fresh store; `rin program run plan`; kill -9 of the driver once so many trials have ended; the same command again,
