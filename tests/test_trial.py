@@ -700,9 +700,9 @@ def test_completions_that_are_nearly_all_cut_off_at_the_start_are_warned_of(plan
     assert warnings_at(64) == []
 
 
-def test_the_line_of_the_readme_for_an_own_model_works(model_folder: ModelFolder) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (line,) = re.findall(r"^rin sweep sigma --set model\.name=/path/to/folder(?:.*\\\n)*.*", readme, re.MULTILINE)
+def test_the_line_of_the_docs_for_an_own_model_works(model_folder: ModelFolder) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "own-model.md").read_text()
+    (line,) = re.findall(r"^rin sweep sigma --set model\.name=/path/to/folder(?:.*\\\n)*.*", page, re.MULTILINE)
     overrides = re.findall(r"--set (\S+)", line)
     mine = [f"model.name={model_folder(text=True)}", f"task.path={GSM8K}", "eval.questions=6"]  # it has 40 rows
     config = read_config(WORKLOADS["embedded"].settings, [*overrides, *mine, "grpo.prompts=4"])

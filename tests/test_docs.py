@@ -1,0 +1,118 @@
+"""What README and docs/ say is there: files and headings that they link to, commands and settings that they show."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import typer.core
+from typer._click import exceptions
+
+from dashboards.cli import app
+from spaces.config import TrialConfig
+from spaces.reading import flatten_fields
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them; a heading that occurs again gets a number."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+        found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return set(found)
+
+
+def broken(page: Path) -> list[str]:
+    """Links and images of a page that lead nowhere in the repository."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lost = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        place, _, heading = target.partition("#")
+        if re.match(r"[a-z]+:", place):
+            continue
+        there = page.parent / place if place else page
+        if not there.exists() or (heading and heading not in anchors(there)):
+            lost.append(target)
+    return lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_link_and_image_leads_to_a_file_and_a_heading(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_a_link_to_nothing_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text("# Two words\n[a](b.md) [b](#two-words) [c](#three) ![d](e.png) [f](https://x.org) [g](a.md#h)")
+    assert broken(page) == ["b.md", "#three", "e.png", "a.md#h"]
+
+
+def test_every_page_is_listed_where_a_reader_looks_for_it() -> None:
+    index = ROOT / "docs" / "README.md"
+    listed = set(re.findall(r"\]\(([^)#]+\.md)\)", index.read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} | {"cluster/README.md"}
+
+
+def shown(text: str) -> Iterator[tuple[str, bool]]:
+    """Every rin command of a page, and whether it is whole: in a block, not named within a sentence."""
+    text = text.replace("\\\n", " ")
+    for block in re.findall(r"^```(?:sh|text)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            for command in re.split(r"\s+#|;|\|", line.removeprefix("$ "))[: 1 + line.count(";")]:
+                if re.match(r"rin [a-z]", command.strip()):
+                    yield command.strip(), True
+    for line in re.findall(r"^    (rin .*)$", text, re.MULTILINE):
+        yield re.split(r"\s+#", line)[0].strip(), True
+    for command in re.findall(r"`(rin [a-z][^`]*)`", text):
+        yield re.split(r"\s+\\?\|", command)[0], False
+
+
+COMMANDS = sorted({(named(page), *each) for page in PAGES for each in shown(page.read_text(encoding="utf-8"))})
+
+
+def parse(line: str) -> None:
+    """Options and arguments are read and checked; nothing runs. Raises UsageError."""
+    command = typer.main.get_command(app)
+    words = [word for word in shlex.split(line)[1:] if word != "..."]
+    while isinstance(command, typer.core.TyperGroup) and words:
+        name = words.pop(0)
+        if name not in command.commands:
+            raise exceptions.UsageError(f"no command {name}")
+        command = command.commands[name]
+    command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize(("page", "line", "whole"), COMMANDS, ids=[f"{page}: {line}" for page, line, _ in COMMANDS])
+def test_every_rin_command_is_one_that_rin_reads(page: str, line: str, whole: bool) -> None:
+    try:
+        parse(line)
+    except (exceptions.MissingParameter, exceptions.BadOptionUsage, exceptions.NoArgsIsHelpError):
+        assert not whole
+
+
+def test_commands_that_rin_does_not_know_are_found() -> None:
+    block = "```sh\nrin list; rin sweep --runz 3   # no\nrin status | head\n```\n"
+    text = f"{block}and `rin report`, `rin sweep \\| head`\n\n    rin srdd x  # y\n"
+    found = [("rin list", True), ("rin sweep --runz 3", True), ("rin status", True), ("rin srdd x", True)]
+    assert list(shown(text)) == [*found, ("rin report", False), ("rin sweep", False)]
+    with pytest.raises(exceptions.UsageError, match="runz"):
+        parse("rin sweep --runz 3")
+    with pytest.raises(exceptions.UsageError, match="no command swep"):
+        parse("rin swep")
+
+
+def test_every_setting_that_a_page_sets_is_one_of_a_trial() -> None:
+    known = set(flatten_fields(TrialConfig))
+    given = {key for page in PAGES for key in re.findall(r"--set '?([a-z_0-9.]+)=", page.read_text(encoding="utf-8"))}
+    assert given - known == {"dotted"} & given
+    assert len(given) > 20
