@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from search.arms import Arm, planned, read_arms, trial_folder
 from search.store import StudyConfig
-from search.tracking import Tracker, known_trials, standing, trial_key
+from search.told import standing, trial_key
+from search.tracking import Tracker, known_trials
 from trainable.disk.trial_folder import read_trial
 
 

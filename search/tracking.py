@@ -2,15 +2,8 @@
 
 What a sweep is lies in its folder (`search/arms.py`); MLflow is a place to look at it. So whatever MLflow has not
 heard, because its server was down or a driver was killed, is told again from the folder by the next resume
-(`search/mirror.py`), and no queue of ours needs to outlive its process. Telling twice has no effect: a run is looked up
-by its tag `trial_key` before it is created, MLflow ignores a metric that it has at the same step, time and value, and
-files are overwritten.
-
-Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that
-drives every trial (1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a
-second run for each trial on resume, and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happened
-into records, and the one thread of a `Delivery` applies them in order, one `log_batch` per report. A record that MLflow
-refuses, rather than misses, would block those behind it for good: it is dropped, with a warning.
+(`search/mirror.py`), and no queue of ours needs to outlive its process. What is told of a trial is in `told.py`, how it
+gets there in `delivery.py`; here is when.
 
 A run that is closed and has been told whole, files included, says so in its tag `told`: where the trial stood then. By
 it the next start finds what MLflow lacks. Steps that a trial makes again from its checkpoint are told once, the first
@@ -24,54 +17,43 @@ Left out: nested runs (MLflow's table shows only the parent), traces, the model 
 use.
 """
 
-import json
-import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from search.arms import Arm, trial_config, trial_folder
-from search.mlflow_client import Owner, absolute_uri, claim, claimed_experiment, client, one_line, refuse_other_owner
+from search.delivery import Delivery, MlflowWriter
+from search.mlflow_client import Owner, absolute_uri, claim, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig, new_id
+from search.told import (
+    RUN_STATUS,
+    as_json,
+    outcome_files,
+    param_of,
+    reason_of,
+    samples_table,
+    scores_of,
+    standing,
+    step_metrics,
+    trial_key,
+)
 from spaces.config import ConfigError
 from spaces.reading import as_tree, dump_yaml, flatten
-from trainable import pass_at_k
-from trainable.disk.trial_folder import TrialState, read_reports, read_trial
-from trainable.metrics import EVAL, SCAN, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
-from trainable.outcome import Outcome, Sample, Status, StepReport
+from trainable.disk.trial_folder import read_reports, read_trial
+from trainable.metrics import SCAN, STEPS_DONE
+from trainable.outcome import Status, StepReport
 
 if TYPE_CHECKING:
     from trainable.scan import Scan
 
-log = logging.getLogger(__name__)
-
-RUN_STATUS: dict[Status, str] = {
-    "completed": "FINISHED",
-    "collapsed": "KILLED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-}
 TOLD_TAG = "told"
 DOCUMENTS, SCANS = "documents", "srdd"
 """Status of a run that is no trial: of a programme's documents, which is its name too, and of a scan."""
-LONGEST_PARAM = 6000  # characters, MLflow's limit
 RUNS_PER_PAGE = 1000
-METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
-SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
-REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
-LONGEST_PAUSE = 30.0  # seconds between two attempts
-CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delivered
-
-Record = dict[str, Any]
-Send = Callable[[Sequence[Record], Callable[[], None]], tuple[list[Record], str]]
-"""Delivers records, calling its second argument after each; returns those that it could not deliver, in order, and why.
-"""
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -89,7 +71,7 @@ class _Run:
 
     def news(self, report: StepReport) -> dict[str, str]:
         """Tags for what a step showed for the first time."""
-        broken = {name for name, value in _metrics(report).items() if not math.isfinite(value)} - self.nonfinite
+        broken = {name for name, value in step_metrics(report).items() if not math.isfinite(value)} - self.nonfinite
         self.nonfinite |= broken
         tags = {f"nonfinite/{name}": str(report.step) for name in sorted(broken)}
         verdict = report.verdict
@@ -126,7 +108,7 @@ class Tracker:
         tags |= {"origin": arm.origin, "arm_number": str(number)}
         since = _ms(attempts[0].started if attempts else None)
         self._put(arm, replicate, do="open", name=f"{arm.name}/{replicate}", tags=tags, time=since)
-        params = {name: _param(value) for name, value in flatten(config).items()}
+        params = {name: param_of(value) for name, value in flatten(config).items()}
         self._put(arm, replicate, do="log", params=params)
         self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
 
@@ -136,7 +118,7 @@ class Tracker:
         if report.step < run.steps:
             return
         run.steps = report.step + 1
-        metrics, tags, when = _metrics(report), run.news(report), report.time_ms
+        metrics, tags, when = step_metrics(report), run.news(report), report.time_ms
         # At its own time: MLflow then knows it when it comes twice.
         self._put(arm, replicate, do="log", step=report.step, metrics=metrics, tags=tags, time=when)
 
@@ -156,12 +138,12 @@ class Tracker:
         if state.outcome is not None:
             step = max(state.outcome.step - 1, 0)
             at = reports[-1].time_ms if reports and reports[-1].step == step else when
-            self._put(arm, replicate, do="log", step=step, time=at, metrics=_scores(state.outcome))
-        files = {} if state.outcome is None else _outcome_files(state.outcome)
-        tags = {"status": status, **_reason(state)}
+            self._put(arm, replicate, do="log", step=step, time=at, metrics=scores_of(state.outcome))
+        files = {} if state.outcome is None else outcome_files(state.outcome)
+        tags = {"status": status, **reason_of(state)}
         samples = [sample for report in reports for sample in report.samples]
         if samples:
-            files["samples.json"] = _table(samples)
+            files["samples.json"] = samples_table(samples)
             tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
         for path, text in files.items():
             self._put(arm, replicate, do="file", path=path, text=text)
@@ -182,64 +164,8 @@ class Tracker:
         self._delivery.put({"experiment": self._study.name, "key": key, "time": _ms(None), **record})
 
 
-def trial_key(sweep: str, arm: str, replicate: int) -> str:
-    """By which a run is found again; safe in MLflow's filter language."""
-    return quote(f"{sweep}/{arm}/{replicate}", safe="/")
-
-
-def standing(state: TrialState) -> str:
-    """Where a trial stands that nobody works on, in a word that no later standing of it has again."""
-    status = "stopped" if state.status == "waiting" else state.status
-    return f"{status} after {state.step} steps, attempt {len(state.attempts)}"
-
-
-def _metrics(report: StepReport) -> dict[str, float]:
-    return {STEP_SECONDS: report.seconds, **report.signals, STEPS_DONE: float(report.step + 1)}
-
-
 def _ms(seconds: float | None) -> int:
     return time.time_ns() // 1_000_000 if seconds is None else int(1000 * seconds)
-
-
-def _scores(outcome: Outcome) -> dict[str, float]:
-    numbers = {f"{EVAL}{name}": value for name, value in asdict(outcome.eval).items() if isinstance(value, int | float)}
-    sampled = pass_at_k.metrics(outcome.eval.right, outcome.config.eval.samples)
-    return {**numbers, **sampled, TRIAL_SECONDS: outcome.seconds}
-
-
-def _reason(state: TrialState) -> dict[str, str]:
-    """Empty once a trial that failed has ended well."""
-    failed = state.status == "failed"
-    return {"error": state.reason if failed else "", "failure/rule": state.rule if failed else ""}
-
-
-def _outcome_files(outcome: Outcome) -> dict[str, str]:
-    """What ran, what it did to its weights, which questions it answered, and in how many of its samples."""
-    sampled = {"right.json": as_json(outcome.eval.right)} if outcome.eval.right else {}
-    return {
-        "config.yaml": dump_yaml(as_tree(outcome.config)),  # as it ran: with the thread count that was in force
-        "receipt.json": as_json(outcome.receipt.as_tree()),
-        "correct.json": as_json(outcome.eval.correct),
-        **sampled,
-    }
-
-
-def _param(value: Any) -> str:
-    text = value if isinstance(value, str) else as_json(value)
-    mark = f"... ({len(text)} characters)"
-    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(mark)] + mark
-
-
-def _table(samples: Sequence[Sample]) -> str:
-    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when
-    retried."""
-    cells = [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
-    strict = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in row] for row in cells]
-    return as_json({"columns": SAMPLE_COLUMNS, "data": strict})
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -322,149 +248,3 @@ def _heard(run: Any) -> Heard:
     closed = run.info.status != "RUNNING"
     steps = int(run.data.metrics.get(STEPS_DONE, 0))
     return Heard(standing=run.data.tags.get(TOLD_TAG, "") if closed else "", steps=steps)
-
-
-# --- how it is told ---------------------------------------------------------------------------------------------------
-
-
-class Delivery:
-    """A queue that one background thread delivers in order. `put` takes microseconds and never waits for the receiver;
-    `close` waits while records are being delivered, then gives up."""
-
-    def __init__(self, send: Send, receiver: str) -> None:
-        self._send, self._receiver = send, receiver
-        self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._queue: list[Record] = []
-        self._thread: threading.Thread | None = None
-        self._delivered_at = 0.0
-
-    def put(self, record: Record) -> None:
-        with self._changed:
-            self._queue.append(record)
-            self._changed.notify()
-        if self._thread is None:
-            self._closing.clear()
-            self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
-            self._thread.start()
-
-    def close(self) -> int:
-        """How many records stay behind; they are gone, and the receiver is told again from where they came."""
-        if self._thread is None:
-            return 0
-        self._note_delivery()
-        with self._changed:
-            self._closing.set()
-            self._changed.notify()
-        while self._thread.is_alive() and time.monotonic() - self._delivered_at < CLOSE_SECONDS:
-            self._thread.join(0.1)
-        left = len(self._queue)
-        if not self._thread.is_alive():  # else it hangs in a request, and dies with this process
-            self._thread = None
-        return left
-
-    def _note_delivery(self) -> None:
-        self._delivered_at = time.monotonic()
-
-    def _deliver(self) -> None:
-        pause = 0.0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing.is_set())
-                records = list(self._queue)
-            last = self._closing.is_set()
-            left, trouble = self._send(records, self._note_delivery)
-            with self._changed:
-                self._queue[: len(records)] = left
-                if last and (left or not self._queue):
-                    return
-            if not left:
-                pause = 0.0
-                continue
-            if not pause:
-                log.warning("%s does not take records: %s; they are told again later", self._receiver, trouble)
-            pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
-            self._closing.wait(pause)
-
-
-class MlflowWriter:
-    """Applies records to MLflow; each is safe to apply twice.
-
-    Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics":
-    {"gen/length":
-    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or
-    `told` (tags), which waits for the files before it; `time` is Unix ms.
-    """
-
-    def __init__(self, uri: str, owner: Owner) -> None:
-        self._uri, self._owner = uri, owner
-        self._mlflow: Any = None
-        self._experiments: dict[str, str] = {}
-        self._runs: dict[str, str] = {}
-
-    def send(self, records: Sequence[Record], note_delivery: Callable[[], None]) -> tuple[list[Record], str]:
-        """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may
-        live elsewhere than the rest, and metrics should not wait for them.
-        """
-        left: list[Record] = []
-        trouble = ""
-        for index, record in enumerate(records):
-            if record["do"] in ("file", "told") and left:
-                left.append(record)
-                continue
-            try:
-                self._apply(record)
-                note_delivery()
-            except Exception as error:  # the network, the server, its database and its disk can fail in any way
-                reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
-                if self._is_refusal(error):
-                    log.warning("MLflow refuses a record of %s: %s", record["key"], reason)
-                    continue
-                trouble = reason
-                if record["do"] != "file":
-                    return left + list(records[index:]), trouble
-                left.append(record)
-        return left, trouble
-
-    def _apply(self, record: Record) -> None:
-        if self._mlflow is None:
-            self._mlflow = client(self._uri)
-        from mlflow.entities import Metric, Param, RunTag
-
-        mlflow, run_id = self._mlflow, self._run_id(record)
-        match record["do"]:
-            case "file":
-                mlflow.log_text(run_id, record["text"], record["path"])
-            case "end":
-                mlflow.set_terminated(run_id, record["status"], record["time"])
-            case "open" | "log" | "told" as what:
-                if what == "open":
-                    mlflow.update_run(run_id, status="RUNNING")
-                numbers: Mapping[str, float] = record.get("metrics", {})
-                metrics = [Metric(name, value, record["time"], record["step"]) for name, value in numbers.items()]
-                params = [Param(*item) for item in record.get("params", {}).items()]
-                tags = [RunTag(*item) for item in record.get("tags", {}).items()]
-                for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
-                    mlflow.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-                few = metrics[:METRICS_PER_BATCH]
-                mlflow.log_batch(run_id, metrics=few, params=params, tags=tags)  # it splits params into hundreds
-
-    def _run_id(self, record: Record) -> str:
-        """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
-        key, experiment = record["key"], record["experiment"]
-        if key in self._runs:
-            return self._runs[key]
-        if experiment not in self._experiments:
-            self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
-        number = self._experiments[experiment]
-        found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
-        if not found:
-            tags = {"trial_key": key, **record.get("tags", {})}
-            found = [self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))]
-        self._runs[key] = found[0].info.run_id
-        return self._runs[key]
-
-    def _is_refusal(self, error: Exception) -> bool:
-        """MLflow's own word. A proxy in front of it says "bad request" too, but as plain text."""
-        own_word = type(error).__name__ == "RestException" or not self._uri.startswith("http")
-        return own_word and getattr(error, "error_code", "") in REFUSALS

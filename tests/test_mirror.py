@@ -11,12 +11,13 @@ import pytest
 from search.ablation import ablation
 from search.arms import Arm, read_arms, trial_folder, write_arm
 from search.confirm import planned_confirmation
+from search.delivery import Delivery
 from search.execution import TrialEvent
 from search.mirror import catch_up, send_missing
 from search.mlflow_client import check_tracking, claim
 from search.store import BEST_FILE, StudyConfig, default_tracking_uri, load_study_config, save_study_config
 from search.study import StudyResult, resume_study, run_study
-from search.tracking import Delivery, Tracker, known_trials
+from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError
 from tests.plain_sweeps import without_ray
 from tests.real_mlflow import Server, everything, files, points, runs

@@ -22,11 +22,12 @@ import pytest
 from search import mlflow_client, tracking
 from search.arms import read_arms, trial_folder, write_arm
 from search.budget import Budget
+from search.delivery import Delivery, MlflowWriter
 from search.mirror import send_missing, tell_endings
 from search.mlflow_client import Owner, check_tracking, claim
 from search.secrets import strip_password
 from search.store import StudyConfig, default_tracking_uri, save_study_config
-from search.tracking import Delivery, MlflowWriter, Tracker, known_trials
+from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError, EvalConfig, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
 from tests.processes import free_port
@@ -556,7 +557,7 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
 def test_records_are_tried_again_in_order_with_one_complaint(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("search.delivery.LONGEST_PAUSE", 0.01)
     attempts: list[int] = []
     received: list[int] = []
 
@@ -593,7 +594,7 @@ def test_after_a_close_delivery_goes_on_with_the_next_record() -> None:
 def test_close_waits_while_records_are_delivered_and_not_for_a_receiver_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("search.delivery.CLOSE_SECONDS", 0.5)
     hangs = threading.Event()
 
     def send(records: Sequence[dict[str, Any]], note_delivery: Any) -> tuple[list[dict[str, Any]], str]:

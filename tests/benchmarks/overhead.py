@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from search import tracking
+from search import delivery, tracking
 from search.arms import read_arms, trial_config
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
@@ -69,7 +69,7 @@ def _measured(meter: _Meter) -> None:
 
     for name in ("begin", "report", "retry", "end"):
         setattr(tracking.Tracker, name, clocked(getattr(tracking.Tracker, name)))
-    send = tracking.MlflowWriter.send
+    send = delivery.MlflowWriter.send
 
     def sending(self: Any, *arguments: Any) -> Any:
         started = time.thread_time()
@@ -78,7 +78,7 @@ def _measured(meter: _Meter) -> None:
         finally:
             meter.delivering += time.thread_time() - started
 
-    tracking.MlflowWriter.send = sending  # type: ignore[assignment,method-assign]
+    delivery.MlflowWriter.send = sending  # type: ignore[assignment,method-assign]
 
 
 def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> None:
