@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from dashboards import cli
+from dashboards import cli, sweep_cli
 from dashboards.options import (
     NO_USE_IN_A_PLAN,
     Place,
@@ -131,7 +131,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> SweepOptions:
     def ask(options: SweepOptions) -> StudyConfig:
         raise Asked(options)
 
-    monkeypatch.setattr(cli, "study_config", ask)
+    monkeypatch.setattr(sweep_cli, "study_config", ask)
     with pytest.raises(Asked) as caught:
         typer.main.get_command(cli.app)(list(words), standalone_mode=False)
     options: SweepOptions = caught.value.args[0]

@@ -1,0 +1,159 @@
+"""The commands of `rin` that look at sweeps. Thin, as `cli.py` is."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dashboards import options as given
+from dashboards.options import DEFAULT_STORE, Place
+from spaces.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search.jobs import Job
+
+
+looks = typer.Typer()
+
+
+@looks.command("list")
+def list_sweeps(store: given.Store = DEFAULT_STORE, as_json: given.AsJson = False) -> None:
+    """Sweeps in the store."""
+    from dashboards.listing import sweep_line, sweep_row
+    from search.store import absolute_store, check_store, sweeps
+
+    folder = absolute_store(store)
+    if store != DEFAULT_STORE:
+        check_store(folder)
+    rows = [sweep_row(folder, name) for name in sweeps(folder)]
+    lines = [sweep_line(row) for row in rows] or [f"no sweeps in {store}; start one with: rin sweep"]
+    print(json.dumps(rows, indent=1) if as_json else "\n".join(lines))
+
+
+@looks.command()
+@given.takes(Place)
+def status(place: Place, as_json: given.AsJson = False) -> None:
+    """Every configuration of a sweep; of one that was sent as a job, how that is, too."""
+    from search.jobs import noted_job
+    from search.store import absolute_store, check_name, sweeps
+
+    store = absolute_store(place.store)
+    job = noted_job(store, check_name(place.name)) if place.name else None
+    if job is not None and place.name not in sweeps(store):
+        _say_not_begun(f"NAME={place.name}: no sweep of that name in {store}", job, as_json)
+        return
+    study = place.sweep()
+    from dashboards.tables import arm_table, status_row, terminal
+    from search.arms import failures, read_arms, unfinished
+    from search.report import arm_reports
+    from search.store import is_driven
+
+    arms = read_arms(study)
+    rows = arm_reports(study, arms)
+    if as_json:
+        print(json.dumps([status_row(row) for row in rows], indent=1))
+        return
+    begun = sum(trial.status != "waiting" for row in rows for trial in row.trials)
+    title = f"sweep {study.name}: {begun} of {study.runs} trials begun"
+    if study.kind == "program":  # how many it comes to hangs on what they show
+        title = f"programme {study.name}: {begun} trials begun"
+    terminal().print(arm_table(rows, title))
+    left = unfinished(study, arms)
+    if is_driven(study):
+        print("it is running")
+    elif left:
+        if (job := noted_job(store, study.name)) is not None:
+            from search.submission import state_of
+
+            state = state_of(job)
+            print(state.words)
+            if state.status == "runs":
+                return
+        for line in failures(study, arms):
+            print(line)
+        print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{place.again}")
+
+
+def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
+    """Of a sweep whose folder is not there, or not to be seen from here. Raises ConfigError where its job says nothing
+    either."""
+    from search.submission import state_of
+
+    state = state_of(job)
+    said = f"{missing}; {state.words}"
+    if state.status == "unknown":
+        raise ConfigError(said)
+    print(said, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print("[]")
+    if state.status == "ended":
+        raise typer.Exit(1)
+
+
+@looks.command(cls=given.HtmlAlone)
+@given.takes(Place)
+def report(place: Place, as_json: given.AsJson = False, html: given.Html = None, figures: given.Figures = None) -> None:
+    """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
+    try:
+        study = place.sweep()
+    except ConfigError as error:
+        if html is not None:
+            from dashboards.page import say_unreadable
+
+            say_unreadable(place, str(error), Path(html) if html else None)
+        raise
+    if html is not None or figures is not None:
+        if html is not None:
+            from dashboards.page import write_page
+
+            print(f"page: {write_page(study, Path(html) if html else None)}")
+        if figures is not None:
+            from dashboards.figure_export import export_figures
+            from dashboards.page import read_material
+
+            written = export_figures(read_material(study), figures)
+            more = f"; {written.folded} that the page folds away are not among them" if written.folded else ""
+            print(f"figures: {len(written.files)} files in {figures}{more}")
+        return
+    if study.kind == "program":  # judged by its own rules and its own level
+        from dashboards.program_cli import show
+
+        show(named=None, name=study.name, store=place.store, as_yaml=False, as_json=as_json)
+        return
+    from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
+    from dashboards.tables import say, terminal
+    from search.confirm import read_confirmation
+    from search.report import report_study
+
+    if study.kind == "confirm":
+        state = read_confirmation(study)
+        tree, lines = confirmation_tree(state), confirmation_lines(state, place.again)
+    else:
+        seen = report_study(study)
+        tree, lines = as_tree(seen), report_lines(seen, place.again)
+    if as_json:
+        print(json.dumps(tree, indent=1))
+        return
+    console = terminal()
+    if study.kind != "confirm":
+        console.print(report_table(seen))
+    say(console, lines)
+
+
+@looks.command()
+@given.takes(Place)
+def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="On localhost.")] = 5000) -> None:
+    """MLflow's UI on the sweep's saved view (on localhost; Ctrl-C ends it)."""
+    study = place.sweep()
+    from dashboards.mlflow_views import serve_ui
+    from search.mirror import send_missing
+    from search.store import is_driven, only_driver
+
+    if not is_driven(study):
+        with only_driver(study):
+            untold = send_missing(study)
+        if untold:
+            print(f"MLflow did not take {untold} records of the sweep", file=sys.stderr)
+    serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))

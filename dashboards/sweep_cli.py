@@ -1,0 +1,209 @@
+"""The commands of `rin` that run a sweep, or say what one would run. Thin, as `cli.py` is."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dashboards import options as given
+from dashboards.options import Place, SweepOptions, study_config
+from spaces.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search.store import StudyConfig
+    from search.study import StudyResult
+    from search.submission import JobServer, Submission
+
+
+sweeps = typer.Typer()
+
+
+@sweeps.command()
+@given.takes(SweepOptions)
+def sweep(
+    options: SweepOptions,
+    ablate: Annotated[
+        str | None, typer.Option(help="Take the winner of that sweep apart: one change at a time back to the control.")
+    ] = None,
+    submit: Annotated[
+        str | None, typer.Option(help="Run it as a job of the Ray cluster with this dashboard, http://HEAD:8265.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(hidden=True, help="Refused.", callback=given.refuse_scheduler)
+    ] = None,
+) -> None:
+    """Run a sweep: the control first, then points, then what the searcher proposes."""
+    if ablate is not None:
+        given.refuse_with_ablate(options)
+    study = study_config(options)
+    from search.ablation import ablation
+    from search.evidence import evidence_of
+    from search.lineup import fixed_arms, overridden
+    from search.store import refuse_taken_name
+
+    refuse_taken_name(study)
+    server = None if submit is None else given.destination(submit, options)
+    if ablate is None:
+        arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
+        for line in overridden(study):
+            print(line)
+    else:
+        winner_of = Place(name=ablate, store=options.store, tracking_uri=options.tracking_uri)
+        parts = ablation(winner_of.sweep(), study, named=options.name is not None)
+        study, arms = parts.config, list(parts.arms)
+        for line in parts.skipped:
+            print(line)
+    if server is not None:
+        from search.submission import submit_sweep
+
+        _follow(server, submit_sweep(server, study, arms))
+        return
+    for known in evidence_of(study):
+        print(f"the searcher is told: {known.source}")
+    from search.study import run_study
+
+    place = Place(name=study.name, store=options.store, tracking_uri=options.tracking_uri)
+    _run(study, place, lambda view, progress: run_study(study, view, progress, arms))
+
+
+@sweeps.command()
+@given.takes(Place)
+def resume(
+    place: Place,
+    budget: given.Budget = None,
+    concurrent: given.Concurrent = None,
+    cpus: given.Cpus = None,
+    gpus: given.Gpus = None,
+    address: given.Address = None,
+    submit: Annotated[str | None, typer.Option(help="Go on as a job of the Ray cluster with this dashboard.")] = None,
+) -> None:
+    """Go on with a sweep that was interrupted: what has an outcome stays, what is missing runs."""
+    if place.name is None:
+        raise ConfigError(
+            "NAME: say which sweep goes on: the newest is enough to look at, but a wrong one would train for hours; "
+            "rin list shows them"
+        )
+    if submit is not None:
+        from search.submission import submit_resume
+
+        options = SweepOptions(store=place.store, tracking_uri=place.tracking_uri, address=address)
+        server = given.destination(submit, options, begun=True)
+        changes = {"--budget": budget, "--concurrent": concurrent, "--cpus": cpus, "--gpus": gpus}
+        _follow(
+            server, submit_resume(server, place.name, place.store, tracking_uri=place.tracking_uri, changes=changes)
+        )
+        return
+    study = place.sweep()
+    if study.kind in ("confirm", "program"):
+        what = "confirmation" if study.kind == "confirm" else "programme"
+        raise ConfigError(f"NAME={place.name}: is a {what}; go on with it by: {study.go_on}")
+    from search.store import refuse_second_driver
+
+    refuse_second_driver(study)
+    from search.arms import read_arms, unfinished
+    from search.study import resume_study
+
+    given_now = {"budget_hours": budget, "concurrent": concurrent, "cpus": cpus, "gpus": gpus}
+    changed = {key: value for key, value in given_now.items() if value is not None}
+    study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
+    to_go = unfinished(study, read_arms(study))
+    _run(study, place, lambda view, progress: resume_study(study, view, progress), to_go)
+
+
+def _follow(server: "JobServer", job: "Submission") -> None:
+    """Until the job has said that the sweep begins, or that it does not."""
+    from search.submission import has_begun
+
+    print(f"submitted as {job.id}: {job.command}")
+    for line in job.follow:
+        print(f"  {line}", flush=True)
+    print(
+        "it has begun"
+        if has_begun(server, job)
+        else "it has not said anything yet: the cluster is busy, or its nodes are still coming"
+    )
+
+
+def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
+    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
+    goes on."""
+    from dashboards.live import build_progress, interruption_told, sweep_view
+    from dashboards.page import leave_behind
+    from dashboards.sweep_text import ending_of
+    from dashboards.tables import arm_table, say, terminal
+    from search.report import arm_reports
+
+    console, runs = terminal(), study.runs
+    left = f", {to_go} to go" if to_go is not None else ""
+    say(console, [f"sweep {study.name}: {runs} trials{left}"])
+    to_come = runs if to_go is None else to_go
+    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+        result = run(view, progress)
+    title = f"sweep {study.name}, in {result.config.folder.uri}"
+    console.print(arm_table(arm_reports(result.config, result.arms), title))
+    ending = ending_of(result, runs, place.again, replace(place, tracking_uri=None).again)
+    say(console, ending.lines)
+    leave_behind(result.config)
+    for line in ending.troubles:
+        print(line, file=sys.stderr)
+    if ending.code:
+        raise typer.Exit(ending.code)
+
+
+@sweeps.command()
+@given.takes(SweepOptions, without=given.NO_USE_IN_A_PLAN)
+def plan(options: SweepOptions) -> None:
+    """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
+    study = study_config(replace(options, name="plan", tracking_uri="sqlite:///:memory:"))
+    import torch
+
+    from dashboards.report_text import plan_lines
+    from search.cores import usable_cpus
+    from search.plan import plan_study
+
+    for line in plan_lines(plan_study(study, usable_cpus(), torch.cuda.device_count())):
+        print(line)
+
+
+@sweeps.command()
+@given.takes(Place)
+def confirm(
+    place: Place,
+    arm: Annotated[str | None, typer.Option(help="Another arm than the candidate.")] = None,
+    looks: Annotated[
+        str | None, typer.Option(help="Replicates after which to compare, e.g. 5,8,12,16,20 (the default).")
+    ] = None,
+    budget: given.Budget = None,
+    address: given.Address = None,
+    as_json: given.AsJson = False,
+) -> None:
+    """The winner and the control again: fresh seeds, questions never used for choosing. Says better, worse, same or
+    undecided."""
+    planned = given.planned_looks(looks)
+    study = place.sweep(confirmations=False)
+    if arm is not None:
+        from search.arms import candidate_of, read_arms
+
+        candidate_of(study, read_arms(study), arm)
+    from dashboards.live import build_progress, interruption_told, sweep_view
+    from dashboards.page import leave_behind
+    from dashboards.report_text import confirmation_lines, confirmation_tree
+    from dashboards.tables import say, terminal
+    from search.confirm import confirm as run_confirmation
+    from search.sequential import CONFIRM
+
+    console = terminal(stderr=as_json)
+    to_come = 2 * (planned or CONFIRM.looks)[-1]
+    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+        cluster = given.ray_address(address, study.address)
+        state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=cluster)
+    if as_json:
+        print(json.dumps(confirmation_tree(state), indent=1))
+    else:
+        say(console, confirmation_lines(state, place.again))
+    leave_behind(state.config, quiet=as_json)
+    if state.unfinished and not state.budget_spent:
+        raise typer.Exit(1)
