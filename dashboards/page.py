@@ -85,7 +85,8 @@ class Section:
 
 def read_material(config: StudyConfig) -> Material:
     """Raises ConfigError for files that are damaged."""
-    report, arms = report_study(config), read_arms(config)
+    arms = read_arms(config)
+    report = report_study(config, arms)
     runs = trial_rows.read_runs(config, arms, report)
     return Material(config=config, report=report, arms=arms, runs=runs, confirmation=_confirmation_of(config))
 

@@ -152,8 +152,10 @@ def _check_alike(arm: Arm) -> None:
 
 def read_trials(study: StudyConfig, arm: Arm, *, driven: bool) -> list[TrialState]:
     """Where each replicate stands, in order; `driven`: a process runs the sweep now."""
-    folders = (trial_folder(study, arm.name, replicate) for replicate in planned(study, arm))
-    return [read_trial(folder, driven=driven) for folder in folders]
+    return [
+        read_trial(trial_folder(study, arm.name, replicate), driven=driven, outcome=arm.results.get(replicate))
+        for replicate in planned(study, arm)
+    ]
 
 
 def failures(study: StudyConfig, arms: Sequence[Arm]) -> list[str]:

@@ -173,9 +173,9 @@ class StudyReport:
         return next((arm for arm in self.arms if arm.candidate), None)
 
 
-def report_study(config: StudyConfig) -> StudyReport:
-    """Raises ConfigError for files that are damaged."""
-    arms = read_arms(config)
+def report_study(config: StudyConfig, arms: Sequence[Arm] | None = None) -> StudyReport:
+    """`arms`: where they have been read already. Raises ConfigError for files that are damaged."""
+    arms = read_arms(config) if arms is None else arms
     ledger = read_ledger(config, arms)
     failed: list[str] = []
     noisy: dict[tuple[str, str], list[NoisyRun]] = defaultdict(list)

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ RULE, EVIDENCE = "entropy_high", "entropy 2.45 nats, baseline 0.612, 3 steps in 
 
 
 def drawn_sweep(
-    store: Path | str, *, arms: int = 7, replicates: int = 3, steps: int = 29, questions: int = 400, **changes: Any
+    store: Path | str,
+    *,
+    arms: int = 7,
+    replicates: int = 3,
+    steps: int = 29,
+    questions: int = 400,
+    weights: int = 1,
+    **changes: Any,
 ) -> StudyConfig:
-    """A control and arms of rising sigma in turns on two kinds of module; those beyond LIMIT collapse."""
+    """A control and arms of rising sigma in turns on two kinds of module; those beyond LIMIT collapse. `weights`: noised ones
+    of each layer."""
     settings = {"eval": {"questions": questions}, "grpo": {"steps": steps}}
     config = study(store, trials=arms, replicates=replicates, **{"settings": settings, **changes})
     save_study_config(config)
@@ -33,7 +42,7 @@ def drawn_sweep(
         for replicate in range(replicates):
             draw = random.Random(1000 * number + replicate)
             reports = steps_of(arm, draw)
-            write_trial(config, arm, replicate, _ended(arm, replicate, reports, draw), reports=reports)
+            write_trial(config, arm, replicate, _ended(arm, replicate, reports, draw, weights), reports=reports)
     return config
 
 
@@ -98,7 +107,7 @@ def steps_of(arm: Arm, draw: random.Random) -> list[StepReport]:
     return reports
 
 
-def _ended(arm: Arm, replicate: int, reports: Sequence[StepReport], draw: random.Random) -> Outcome:
+def _ended(arm: Arm, replicate: int, reports: Sequence[StepReport], draw: random.Random, weights: int) -> Outcome:
     asked, broke = arm.config.eval.questions, reports[-1].verdict.collapsed
     share = 0.15 if broke else reports[-1].signals["grpo/accuracy"] + draw.gauss(0, 0.01)
     ended = outcome(
@@ -109,11 +118,11 @@ def _ended(arm: Arm, replicate: int, reports: Sequence[StepReport], draw: random
         rule=RULE if broke else "",
         seconds=10.0 * len(reports),
     )
-    effects = tuple(effects_of(arm, len(reports)))
+    effects = tuple(effects_of(arm, len(reports), weights))
     return replace(ended, step=len(reports), receipt=replace(ended.receipt, effects=effects))
 
 
-def effects_of(arm: Arm, done: int) -> list[Effect]:
+def effects_of(arm: Arm, done: int, weights: int = 1) -> list[Effect]:
     """Small noise on linear layers is rounded away more, as MXFP4 does it."""
     noise, steps = arm.config.noise, arm.config.grpo.steps
     found: list[Effect] = []
@@ -123,13 +132,13 @@ def effects_of(arm: Arm, done: int) -> list[Effect]:
         if sigma == 0 or stage in seen:
             continue
         seen.add(stage)
-        for layer in range(8):
+        for layer, weight in product(range(8), range(weights)):
             applied = sigma * (0.98 if noise.modules[0] == "rmsnorm" else min(1.0, 0.3 + 20 * sigma) + 0.01 * layer)
             found.append(
                 Effect(
                     stage=stage,
                     step=step,
-                    name=f"layers.{layer}.x",
+                    name=f"layers.{layer}.x{weight or ''}",
                     layer=layer,
                     kind=noise.modules[0],
                     nominal=sigma,

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from spaces.library import SPACES
 from tests.written_sweeps import QUESTIONS, attempt, make_arm, outcome, receipt, study, write_sweep, write_trial
+from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import write_outcome
 
 CONTROL = [280, 291, 276, 288, 283]
@@ -544,3 +546,21 @@ def test_warnings_of_receipts_are_told_by_the_report(tmp_path: Path) -> None:
     report = report_study(config)
     assert "control: warning: cut off (and 1 more)" in text_of(report)
     assert strict(report)["arms"][0]["warnings"] == ["cut off", "off"]
+
+
+def test_an_outcome_is_parsed_once_for_how_it_ended_and_once_for_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of hundreds of trials nothing else takes as long."""
+    config = study(tmp_path, replicates=2)
+    write_sweep(config, [make_arm(config, "control"), make_arm(config, "a")], {"control": [200, 210], "a": [220, 228]})
+    opened, read = Counter[str](), Folder.read
+
+    def counted(folder: Folder, name: str) -> bytes | None:
+        opened[f"{folder.uri}/{name}"] += name == "outcome.json"
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read", counted)
+    report_study(config)
+    assert set((+opened).values()) == {2}
+    assert len(+opened) == 4

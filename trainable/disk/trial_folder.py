@@ -247,10 +247,11 @@ class TrialState:
         return sum(attempt.hours for attempt in self.attempts)
 
 
-def read_trial(trial: Folder, *, driven: bool) -> TrialState:
-    """`driven`: a process runs the sweep now. Raises ConfigError for a damaged outcome."""
+def read_trial(trial: Folder, *, driven: bool, outcome: Outcome | None = None) -> TrialState:
+    """`driven`: a process runs the sweep now. `outcome`: where it has been read already. Raises ConfigError for a
+    damaged one."""
     attempts = tuple(read_attempts(trial))
-    outcome = read_outcome(trial)
+    outcome = outcome or read_outcome(trial)
     if outcome is not None:
         return TrialState(status=outcome.outcome, rule=outcome.rule, outcome=outcome, attempts=attempts)
     if not attempts:
