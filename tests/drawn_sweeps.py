@@ -31,8 +31,8 @@ def drawn_sweep(
     weights: int = 1,
     **changes: Any,
 ) -> StudyConfig:
-    """A control and arms of rising sigma in turns on two kinds of module; those beyond LIMIT collapse. `weights`: noised ones
-    of each layer."""
+    """A control and arms of rising sigma in turns on two kinds of module; those beyond LIMIT collapse. `weights`:
+    noised ones of each layer."""
     settings = {"eval": {"questions": questions}, "grpo": {"steps": steps}}
     config = study(store, trials=arms, replicates=replicates, **{"settings": settings, **changes})
     save_study_config(config)
