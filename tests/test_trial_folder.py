@@ -18,6 +18,7 @@ from trainable.disk.trial_folder import (
     read_trial,
     write_outcome,
 )
+from trainable.failure import FAILURES, TrialFailed
 from trainable.outcome import Ending, Outcome, StepReport
 
 
@@ -147,6 +148,14 @@ def test_where_a_trial_stands_says_its_last_attempt(
         trial.write(f"attempt-{number:03d}.json", json.dumps(tree))
     state = read_trial(trial, driven=driven)
     assert (state.status, state.rule, state.reason) == (status, rule, reason)
+
+
+@pytest.mark.parametrize("rule", FAILURES)
+def test_whatever_a_trial_can_fail_by_is_the_rule_of_its_state(trial: Folder, rule: str) -> None:
+    failed = TrialFailed(rule, "twice")
+    trial.write("attempt-001.json", json.dumps(attempt(ended=failed.rule, reason=failed.reason)))
+    state = read_trial(trial, driven=False)
+    assert (state.status, state.rule, state.reason) == ("failed", rule, "twice")
 
 
 def test_an_outcome_says_where_a_trial_stands_whatever_its_attempts_say(trial: Folder) -> None:

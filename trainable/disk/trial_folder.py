@@ -26,6 +26,7 @@ from pydantic import TypeAdapter
 
 from spaces.config import ConfigError
 from trainable.disk.folder import Folder
+from trainable.failure import FAILURES
 from trainable.outcome import Outcome, Status, StepReport
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,6 @@ log = logging.getLogger(__name__)
 VERSION = 2
 OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
 FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
-FAILURE_RULES = ("hang", "engine", "rollout_mismatch")
-"""What a trial can fail by besides an error: a step that never ends, an engine that dies twice, one that computes
-something else."""
 DIED, KILLED = "died", "killed"
 """How an attempt ended that could not say so itself. died: its process was killed, and the sweep did not start the
 trial again; killed: with the driver before this one."""
@@ -264,5 +262,5 @@ def read_trial(trial: Folder, *, driven: bool, outcome: Outcome | None = None) -
             return TrialState(status="waiting" if last.ended else "running", attempts=attempts)
         return TrialState(status="stopped", reason="its process was killed", attempts=attempts)
     again = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
-    rule = last.ended if last.ended in FAILURE_RULES else ""
+    rule = last.ended if last.ended in FAILURES else ""
     return TrialState(status="failed", rule=rule, reason=f"{last.reason}{again}", attempts=attempts)
