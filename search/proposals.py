@@ -59,6 +59,7 @@ def _from_unit(space: Space, unit: Sequence[float]) -> Params:
 
 
 def random(known: Known) -> Iterator[Params]:
+    """Independent draws, each setting evenly over its range or options."""
     axes = len(coordinates(known.space))
     for attempt in range(_RANDOM_DRAWS):
         rng = np.random.default_rng(stable_hash("random", known.seed, known.number, attempt))
@@ -82,7 +83,7 @@ def _sobol_engine(axes: int, rng: int) -> Any:
 
 
 def grid(known: Known) -> Iterator[Params]:
-    """All combinations: GRID_LEVELS values of each number (all, where there are fewer), every option of each choice."""
+    """All combinations: five values of each number (all, where there are fewer), every option of each choice."""
     return islice(lattice(known.space, GRID_LEVELS), known.number, None)
 
 

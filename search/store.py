@@ -72,16 +72,20 @@ class StudyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     version: int = VERSION
+    """Of this file's form."""
     name: str
+    """Of the sweep, and of its folder."""
     id: str = Field(default_factory=new_id)
     """Random: what another sweep of the same name is told apart by, in the same store or in another that shares its
     tracking."""
     kind: Literal["sweep", "ablation", "confirm", "program"] = "sweep"
+    """What it is for: searching, taking a winner apart, confirming it, or running a programme."""
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
     looks: tuple[int, ...] = ()
     """Of a confirmation: numbers of replicates after which it compares."""
     workload: str = "embedded"
+    """What is trained."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Overrides of every trial, as a tree."""
     space: Space
@@ -103,8 +107,11 @@ class StudyConfig(BaseModel):
     concurrent: int | None = Field(None, ge=1)
     """Trials at once; null = what the machine's cores (or the cluster) hold."""
     searcher: SearcherName = "gp"
+    """Who proposes configurations."""
     objectives: tuple[ObjectiveName | PassObjective, ...] = Field(("accuracy",), min_length=1)
+    """What they are judged by; several: a Pareto front."""
     seed: int = Field(0, ge=0)
+    """Of replicate 0, and of the searcher."""
     cpus: int | None = Field(None, ge=1)
     """CPUs of one trial; null = the workload's."""
     gpus: float | None = Field(None, ge=0, le=1)

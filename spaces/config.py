@@ -211,12 +211,14 @@ class ModelConfig(Record):
 
 class QuantConfig(Record):
     weights: Format = "mxfp4"
-    """Format of the weights of every wrapped linear layer."""
+    """Format of the weights of every wrapped linear layer; none = not quantised."""
     activations: Format = "mxfp4"
-    """Format of the inputs of every wrapped linear layer (W4A16 is mxfp4/none, W4A8 mxfp4/mxfp8)."""
+    """Format of the inputs of every wrapped linear layer; with the weights' it makes the mode (W4A4 is mxfp4/mxfp4,
+    W4A8 mxfp4/mxfp8, W4A16 mxfp4/none)."""
     scale_rule: ScaleRule = "floor"
-    """How an MX block chooses its power-of-two scale from its largest magnitude (OCP MX v1.0 section 6.3 is `floor`).
-    """
+    """How an MX block chooses its power-of-two scale from its largest magnitude: by its exponent (`floor`, OCP MX v1.0
+    section 6.3: the largest values may be clipped), or one step up where that magnitude would be rounded out of the
+    grid (`even`), would be clipped (`rceil`), or is no power of two (`ceil`)."""
     hadamard: Flag = False
     """Turn both operands by a 32-point Hadamard matrix before they are quantised (also one that is not): their product
     stays as it is, and next to no dead zone is left."""
@@ -313,11 +315,12 @@ class NoiseConfig(Record):
     """Std of the Gaussian noise at the first noisy stage, in units of `scale` (absolute: RMSNorm gains are near 1). 0 =
     control."""
     sigma_end: Number = Field(0.0005, ge=0)
-    """Std at the last stage; ignored when sigma_start is 0."""
+    """Std at the last stage, in the same units, at most sigma_start; ignored when that is 0."""
     num_stages: Whole = Field(10, ge=1)
-    """Stages K of the run; stage 0 is quiet unless K = 1."""
+    """Stages K of the run, equally long; stage 0 is quiet (no noise, the baseline of the collapse rules) unless K = 1.
+    """
     schedule: Schedule = "qerl_code"
-    """Shape of the decay over stages."""
+    """How sigma falls from sigma_start to sigma_end over the stages."""
     modules: Annotated[tuple[Module, ...], BeforeValidator(_one_or_many)] = Field(("rmsnorm",), min_length=1)
     """Of the chosen layers, by what a module is: `rmsnorm`: the RMSNorms in front of attention and MLP; `post_norm`:
     those behind them (Gemma 2, OLMo 2, GLM-4); `qk_norm`: those of queries and keys (Qwen3); `linear`: every
@@ -331,12 +334,13 @@ class NoiseConfig(Record):
     or a scan's score of the layer over the mean score (srdd:relative_error, srdd:deadzone@weights).
     """
     zones: tuple[ZoneSigma, ...] = ()
-    """Zones with their own sigmas; other layers keep the global pair."""
+    """Zones with their own sigmas; other layers keep sigma_start and sigma_end."""
     scale: Literal["absolute", "rms", "step"] = "absolute"
     """Unit of sigma: absolute, times rms(W) (of a norm: of its gain, which may be 1 + w), or times the local
     quantisation step (linear layers of a quantised model)."""
     placement: Literal["before", "after"] = "before"
-    """Noise before or after weight quantisation; no difference for norms."""
+    """Noise before or after weight quantisation: before, little noise is rounded away (the dead zone); after, all of it
+    arrives. No difference for norms."""
 
     @field_validator("modules")
     @classmethod
@@ -652,7 +656,7 @@ class EvalConfig(Record):
 
 class CollapseConfig(Record):
     mode: Literal["enforce", "monitor", "off"] = "enforce"
-    """Stop the trial, only say so, or do not look."""
+    """Stop the trial (enforce), only say so and go on (monitor), or do not look (off)."""
     patience: Whole = Field(3, ge=1)
     """Steps in a row before a rule about a level fires (nonfinite and filter_rejection fire at once)."""
     entropy_high_ratio: Number = Field(3.0, gt=1)

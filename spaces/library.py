@@ -23,9 +23,13 @@ class _Record(BaseModel):
 
 
 class Float(_Record):
+    """A number in a range."""
+
     kind: Literal["float"] = "float"
     low: Number
+    """Smallest value; above 0 with log."""
     high: Number
+    """Largest value."""
     log: Flag = False
     """Sample the logarithm evenly."""
 
@@ -37,10 +41,13 @@ class Float(_Record):
 
 
 class Int(_Record):
+    """A whole number in a range."""
+
     kind: Literal["int"] = "int"
     low: Whole
+    """Smallest value."""
     high: Whole
-    """Inclusive."""
+    """Largest value, itself included."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -50,6 +57,8 @@ class Int(_Record):
 
 
 class Choice(_Record):
+    """One of some values."""
+
     kind: Literal["choice"] = "choice"
     options: dict[str, Any] = Field(min_length=1)
     """Label -> value of the configuration key."""
@@ -59,7 +68,9 @@ class When(_Record):
     """The dimension exists only where the parent, a choice, has this label (or one of these)."""
 
     parent: str
+    """Key of the choice that it hangs on."""
     value: str | tuple[str, ...]
+    """Label of the parent, or several."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -67,10 +78,14 @@ class When(_Record):
 
 
 class Dimension(_Record):
+    """A setting that is searched."""
+
     key: str
     """Dotted configuration key."""
     domain: Annotated[Float | Int | Choice, Field(discriminator="kind")]
+    """What its values are drawn from."""
     when: When | None = None
+    """Where it exists; null = everywhere."""
 
     @property
     def name(self) -> str:
@@ -83,10 +98,13 @@ class Space(_Record):
     high=12)),))."""
 
     name: str
+    """Of the space; sweeps are called by it."""
     description: str
+    """What it asks."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """A tree over the workload's settings, under every point of the space and its control."""
     dimensions: tuple[Dimension, ...] = Field(min_length=1)
+    """What is searched; a parent stands before those that hang on it."""
 
     @model_validator(mode="after")
     def _parents_exist(self) -> Self:

@@ -4,15 +4,26 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 import typer.core
+from pydantic import BaseModel
 from typer._click import exceptions
 
 from dashboards.cli import app
+from search import tolerance
+from search.finding import VERDICTS, FindingVerdict
+from search.report import screening
+from search.store import StudyConfig
 from spaces.config import TrialConfig
 from spaces.reading import flatten_fields
+from tests.benchmarks import reference
+from trainable.collapse_rules import RULES, WORDS
+from trainable.failure import FAILURES
+from trainable.metrics import GROUPS, METRICS, UNITS
+from trainable.outcome import STATUSES, Status
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -116,3 +127,27 @@ def test_every_setting_that_a_page_sets_is_one_of_a_trial() -> None:
     given = {key for page in PAGES for key in re.findall(r"--set '?([a-z_0-9.]+)=", page.read_text(encoding="utf-8"))}
     assert given - known == {"dotted"} & given
     assert len(given) > 20
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == reference.page(), "run `make reference`"
+
+
+def test_every_status_verdict_and_rule_that_a_user_meets_has_a_meaning() -> None:
+    assert tuple(STATUSES) == get_args(Status)
+    assert tuple(VERDICTS) == get_args(FindingVerdict)
+    assert list(WORDS) == ["nonfinite", "filter_rejection", *RULES]
+    text = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("reference", "glossary"))
+    words = [*STATUSES, *VERDICTS, *map(screening, VERDICTS), *WORDS, *FAILURES, *get_args(tolerance.Status)]
+    assert [word for word in words if f"`{word}`" not in text] == []
+
+
+def test_every_metric_has_a_unit_and_a_group_that_says_when_it_is_logged() -> None:
+    assert {name.split("/")[0] for name in METRICS} == set(GROUPS)
+    assert set(UNITS) <= set(METRICS)
+
+
+@pytest.mark.parametrize("model", [*(part for _, _, part in reference.trial_parts()), *reference.LINKED, StudyConfig])
+def test_every_key_of_a_file_is_told_what_it_means(model: type[BaseModel]) -> None:
+    bare = [name for name, field in model.model_fields.items() if not field.description and name != "kind"]
+    assert bare == [], "a string under the field says it"

@@ -107,3 +107,66 @@ RULES: dict[str, Rule] = {
     ),
 }
 """In order: where several fire in one step, the first names the collapse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """A rule for whoever meets it in a report."""
+
+    means: str
+    look: str
+    """At what, to tell what was behind it."""
+
+
+WORDS: dict[str, Words] = {
+    "nonfinite": Words(
+        means="A number that was measured is NaN or infinite: training cannot go on. It ends a trial in every mode.",
+        look="the number that the evidence names; gradient norm and learning rate in the steps before it",
+    ),
+    "filter_rejection": Words(
+        means="The filter found too few groups whose rewards differ, and mostly because nothing was right.",
+        look="what the model wrote, beside the step before: gibberish is the noise; wrong answers from step 0 on are a "
+        "task that is too hard for a filter",
+    ),
+    "entropy_high": Words(
+        means="What is sampled comes close to chance: noise drowns what the model knows.",
+        look="what the model wrote, and the applied sigma in the receipt; less sigma, or other modules",
+    ),
+    "gibberish": Words(
+        means="The noisy policy says tokens that the clean one finds less likely than a blind guess.",
+        look="what the model wrote; entropy and KL of the same steps",
+    ),
+    "mismatch": Words(
+        means="Rollout and clean policy are far apart: what is learned from is not what the policy does.",
+        look="effective sample share and importance weight; with sigma 0 it is arithmetic and not noise: `rin probe`",
+    ),
+    "truncation": Words(
+        means="Many more answers than before run into the length limit.",
+        look="mean length, and rollout.max_new_tokens",
+    ),
+    "repetition": Words(
+        means="Answers repeat themselves.",
+        look="what the model wrote; entropy of the same steps",
+    ),
+    "length_up": Words(
+        means="Answers have become much longer: rambling, or a reward that pays for length.",
+        look="reward and accuracy of the same steps, whether longer answers earn more",
+    ),
+    "length_down": Words(
+        means="Answers have become much shorter: the model gives up, or a reward is won by saying little.",
+        look="what the model wrote; reward beside accuracy",
+    ),
+    "entropy_low": Words(
+        means="The policy has become certain without its reward having risen: nothing is left to learn from.",
+        look="share of groups without variance; learning rate",
+    ),
+    "grad_norm": Words(
+        means="Gradients are far larger than in the quiet steps, and many ratios are clipped.",
+        look="share of clipped ratios, learning rate, updates per step; silent without a quiet stage",
+    ),
+    "reward_low": Words(
+        means="The noisy rollouts earn a small part of what the clean model earned.",
+        look="the clean accuracy: it may well hold, and rise again when sigma decays (collapse.mode=monitor shows it)",
+    ),
+}
+"""Of every rule, also of the two that fire at once (`collapse.py`)."""

@@ -86,3 +86,47 @@ METRICS: dict[str, str] = {
         "one, in the step"
     ),
 }
+
+GROUPS: dict[str, str] = {
+    "rin": "every step",
+    "grpo": "every step, of the rollout and its updates",
+    "filter": "every step, of all groups that were generated",
+    "gen": "every step, of the noisy rollout",
+    "rollout_corr": "every step; the floor and the gate where an engine was checked",
+    "eval": "of the clean model: steps that eval.every names, and the end; `_start` before step 0",
+    "perf": "every step; the trial's seconds at its end",
+    "task": "every step, with task.too_long=leave_out",
+}
+"""First word of a name -> when it is logged, and of what."""
+_SHARE, _NATS, _SECONDS = "share", "nats per token", "seconds"
+UNITS: dict[str, str] = {
+    SIGMA: "of noise.scale",
+    STEPS_DONE: "steps",
+    REWARD: "reward",
+    "grpo/reward_std": "reward",
+    LOSS: "",
+    GRAD_NORM: "",
+    "grpo/reference_kl": _NATS,
+    KEPT_GROUPS: "groups",
+    "filter/gen_batches": "batches",
+    ENTROPY: _NATS,
+    LENGTH: "tokens",
+    ROLLOUT_KL: _NATS,
+    "rollout_corr/logp_gap": _NATS,
+    "rollout_corr/weight": "",
+    FLOOR_KL: _NATS,
+    GATE_KL: _NATS,
+    "eval/n": "questions",
+    ROLLOUT_SECONDS: _SECONDS,
+    UPDATE_SECONDS: _SECONDS,
+    STEP_SECONDS: _SECONDS,
+    TRIAL_SECONDS: _SECONDS,
+    TOKENS_PER_SECOND: "tokens/s",
+    TOO_LONG: "questions",
+}
+"""Every other one is a share, 0 to 1."""
+
+
+def unit_of(name: str) -> str:
+    """Empty for a number without one."""
+    return UNITS.get(name, _SHARE)

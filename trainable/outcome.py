@@ -1,6 +1,6 @@
 """What a trial reports and how it ended: plain records, which read and write as JSON without torch.
 
-The sweep, its report and its views know a trial by these records alone. A status is one of five words; `stopped` and
+The sweep, its report and its views know a trial by these records alone. A status is one of six words; `stopped` and
 `failed` are said of a trial that has no outcome yet and may go on, `completed` and `collapsed` are outcomes and final.
 
 NaN rule: what was measured is kept as it was, NaN and infinities included (JSON in Python's dialect); readers decide.
@@ -19,7 +19,15 @@ from trainable.metrics import SIGMA, STEPS_DONE
 Ending = Literal["completed", "collapsed", "stopped"]
 """completed: all steps were made; collapsed: a rule ended it; stopped: from outside, and evaluated as it left."""
 Status = Literal["waiting", "running", "completed", "collapsed", "stopped", "failed"]
-"""Of a trial of a sweep, whether or not it has an outcome. failed: an error or the machine, and never a finding."""
+"""Of a trial of a sweep, whether or not it has an outcome."""
+STATUSES: dict[Status, str] = {
+    "waiting": "It has not begun, or waits for its turn to go on.",
+    "running": "Some process works on it.",
+    "completed": "All steps were made. Final.",
+    "collapsed": "A collapse rule ended it: a result, with a rule, a step and evidence. Final.",
+    "stopped": "Ended from outside (Ctrl-C, a spent budget, a killed process), saved; `rin resume` goes on with it.",
+    "failed": "An error or the machine, and never a finding; `rin resume` tries it again.",
+}
 
 
 def in_step(step: int, steps: int) -> str:
@@ -133,10 +141,15 @@ class Effect:
     """What noise did to one weight in the first rollout of a stage."""
 
     stage: int
+    """Of the schedule."""
     step: int
+    """First one of the stage."""
     name: str
+    """Of the weight."""
     layer: int | None
+    """Its decoder block; null beside the blocks."""
     kind: str
+    """As in noise.modules."""
     nominal: float
     """Sigma asked for, in weight units."""
     applied: float
@@ -207,6 +220,7 @@ class EffectReceipt:
     """Proof of what a trial did to its weights."""
 
     quantized: tuple[str, ...]
+    """Layers that compute in few bits."""
     coverage: Coverage
     """How much of the blocks that is, and what became of the rest."""
     adapted: tuple[str, ...]
@@ -217,11 +231,14 @@ class EffectReceipt:
     """How those layers compute, as fields of `quantization.Arithmetic`: one, unless some compute otherwise than others.
     """
     noised: tuple[str, ...]
+    """Weights that got noise in some step."""
     moved: Mapping[str, float]
     """Share of the trained weights that differ from the start, as the model computes with them, of `matrices` and of
     `vectors` (gains, biases); of large tensors evenly spaced ones are looked at."""
     effects: tuple[Effect, ...]
+    """What noise did, for each stage and weight."""
     warnings: tuple[str, ...]
+    """What a reader should know, e.g. that in a stage no noise arrived."""
     forward: Mapping[str, Any]
     """How far training and sampling are from transformers' own forward, unquantised, as fields of `parity.Agreement`.
     """
