@@ -11,9 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import axe_core_python
 import pytest
 
 from tests.conftest import require
+
+AXE = Path(axe_core_python.__file__).parent / "axe.min.js"
 
 
 class Browser:
@@ -73,6 +76,16 @@ class Browser:
         while not self.evaluate(ready):
             assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
             time.sleep(0.2)
+
+    def violations(self) -> list[tuple[str, int, str]]:
+        """What axe-core finds against WCAG A and AA on this page: rule, number of places, the first of them."""
+        self.evaluate(AXE.read_text(encoding="utf-8"))
+        rules = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'], resultTypes: ['violations']}"
+        rows = "found.violations.map((one) => [one.id, one.nodes.length, one.nodes[0].html.slice(0, 200)])"
+        script = f"axe.run(document, {rules}).then((found) => {rows})"
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return [tuple(row) for row in answer["result"]["value"]]
 
     def close(self) -> None:
         with suppress(AssertionError, BrokenPipeError):

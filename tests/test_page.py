@@ -5,7 +5,6 @@ import math
 import random
 import re
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,11 +170,9 @@ def test_an_ablation_says_what_the_winner_loses_without_each_change(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_page_of_300_trials_of_60_steps_is_below_8_mib_and_20_seconds(tmp_path: Path) -> None:
+def test_a_page_of_300_trials_of_60_steps_is_below_8_mib(tmp_path: Path) -> None:
     config = drawn_sweep(tmp_path, arms=100, replicates=3, steps=60, questions=2048)
-    begun = time.process_time()
     html = page_of(config)
-    assert time.process_time() - begun < 20
     assert len(html.encode()) < 8 * 2**20
     assert html.count('class="figure"') > 100
 
@@ -324,7 +321,8 @@ def test_browser_draws_every_figure_without_network_errors_or_a_horizontal_scrol
     assert boxes == drawn > FIRST
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.evaluate("boxes.every((box) => box.querySelector('svg').clientWidth <= box.clientWidth)")
-    assert opened.evaluate(CONTRAST) == []
+    assert opened.evaluate(CONTRAST) == [], "axe-core leaves text out that lies on a shape"
+    assert opened.violations() == []
     told = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
     assert [event for event in opened.events if event["method"] in told] == []
     asked = {
