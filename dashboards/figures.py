@@ -469,7 +469,8 @@ def spread(panels: Iterable[CurvePanel]) -> tuple[float, float]:
 
 
 def curves(panel: CurvePanel, span: tuple[float, float], metric: str = "reward") -> Figure:
-    """Every seed of an arm, its control behind it, a cross where a run collapsed, noisy stages shaded by sigma."""
+    """Every seed of an arm, its control behind it, a cross where a run collapsed, a ring where a rule spoke and it went
+    on, noisy stages shaded by sigma."""
     data: list[Trace] = []
     for curve in panel.behind:
         line = {"color": GREY, "width": 1, "dash": "dot"}
@@ -496,6 +497,15 @@ def curves(panel: CurvePanel, span: tuple[float, float], metric: str = "reward")
             }
         )
     for curve in panel.seeds:
+        if curve.alarms:
+            value = dict(zip(curve.steps, curve.values, strict=True))
+            heights = [span[0] if value[step] is None else value[step] for step, _ in curve.alarms]
+            place = {"x": [step for step, _ in curve.alarms], "y": _rounded(heights)}
+            spoke = [f"{curve.name}, step {step}: {rule} spoke, the trial went on" for step, rule in curve.alarms]
+            ring = {"symbol": "circle-open", "size": 10, "color": VERMILLION, "line": {"color": VERMILLION, "width": 2}}
+            data.append(
+                {**place, "mode": "markers", "marker": ring, "text": list(map(escape, spoke)), "hoverinfo": "text"}
+            )
         if curve.ending in ("collapsed", "failed"):
             broken = curve.ending == "collapsed"
             last = next((value for value in reversed(curve.values) if value is not None), span[0])

@@ -395,8 +395,9 @@ def _curves(material: Material) -> Section | None:
         blocks.append(Block(figures=more, summary=f"Arms {place + 1} to {place + len(more)} of {len(panels)}"))
         place += len(more)
     intro = (
-        "Mean reward of the noisy rollouts, every seed; dotted behind: the control's. Cross: collapsed, triangle: "
-        "failed. Shaded: stages with noise, the darker the more."
+        "Mean reward of the noisy rollouts, every seed; dotted behind: the control's. Cross: collapsed, ring: a rule "
+        "spoke and the trial went on (collapse.mode=monitor), triangle: failed. Shaded: stages with noise, the darker "
+        "the more."
     )
     return Section(title="Learning curves", intro=intro, blocks=blocks)
 

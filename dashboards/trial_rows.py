@@ -84,6 +84,8 @@ class Curve:
     values: tuple[float | None, ...]
     ending: str
     rule: str
+    alarms: tuple[tuple[int, str], ...] = ()
+    """Step and rule where one spoke that did not in the step before, and the trial went on (collapse.mode=monitor)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +165,17 @@ def _curve(run: Run, metric: str) -> Curve:
         values=tuple(finite(report.signals.get(metric)) for report in run.reports),
         ending=run.state.status,
         rule=run.state.rule,
+        alarms=_alarms(run),
+    )
+
+
+def _alarms(run: Run) -> tuple[tuple[int, str], ...]:
+    went_on = run.reports[:-1] if run.collapsed else run.reports
+    before = ("", *(report.verdict.rule for report in went_on))
+    return tuple(
+        (now.step, now.verdict.rule)
+        for now, was in zip(went_on, before, strict=False)
+        if now.verdict.rule not in ("", was)
     )
 
 

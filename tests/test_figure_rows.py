@@ -22,6 +22,7 @@ from dashboards.figure_rows import (
     space_cells,
     untested,
 )
+from dashboards.figures import curves
 from dashboards.trial_rows import anatomies, curve_panels, read_runs, receipt_panels, signal_of
 from search.arms import read_arms
 from search.report import report_study
@@ -171,8 +172,28 @@ def test_a_learning_curve_has_every_seed_its_control_behind_it_and_the_stages_of
     assert stages[0].sigma == config_of(report, "c01").noise.sigma_start
     assert stages[-1].last == 28
     broken = [curve for curve in panels["c06"].seeds if curve.ending == "collapsed"]
+    assert all(curve.alarms == () for curve in broken), "the rule that ended a trial has its cross"
     assert broken
     assert all(curve.rule == "entropy_high" and curve.steps[-1] < 28 for curve in broken)
+
+
+def test_an_alarm_is_where_a_rule_begins_to_speak_and_the_trial_goes_on(small) -> None:
+    _, report, _, runs = small
+    spoke = {3: "entropy_high", 4: "entropy_high", 5: "gibberish", 9: "entropy_high"}
+    told = [
+        replace(run, reports=[replace(r, verdict=replace(r.verdict, rule=spoke.get(r.step, ""))) for r in run.reports])
+        if run.name == "control/0"
+        else run
+        for run in runs
+    ]
+    panel = next(panel for panel in curve_panels(report, told) if panel.arm == "control")
+    alarmed, *others = panel.seeds
+    assert alarmed.alarms == ((3, "entropy_high"), (5, "gibberish"), (9, "entropy_high"))
+    assert all(curve.alarms == () for curve in others)
+    rings = [
+        trace for trace in curves(panel, (0.0, 1.0)).data if trace.get("marker", {}).get("symbol") == "circle-open"
+    ]
+    assert [trace["x"] for trace in rings] == [[3, 5, 9]]
 
 
 def config_of(report, arm: str):
