@@ -1,7 +1,8 @@
 """`rin`: the command line. Thin: a command reads options, calls one function, and prints.
 
-Its commands lie in `sweep_cli.py` (run), `look_cli.py` (look), `trial_cli.py` (without a sweep), `trainer_cli.py`
-(other trainers) and `program_cli.py`. Heavy imports stay inside the commands, so that `rin --help` answers at once.
+Its commands lie in `sweep_cli.py` (run), `look_cli.py` (look), `keep_cli.py` (keep house), `trial_cli.py` (without a
+sweep), `trainer_cli.py` (other trainers) and `program_cli.py`. Heavy imports stay inside the commands, so that
+`rin --help` answers at once.
 Exit codes: 0 done (a collapse is a result), 2 the user's mistake (one line that names the key, the value and the
 remedy), 1 a failure or an interruption.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 
 import typer
 
+from dashboards.keep_cli import keeping
 from dashboards.lasting import lasting_output
 from dashboards.look_cli import looks
 from dashboards.program_cli import program
@@ -31,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for commands in (sweeps, looks, trials, trainers, program):
+for commands in (sweeps, looks, keeping, trials, trainers, program):
     app.add_typer(commands)
 
 

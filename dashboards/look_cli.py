@@ -45,8 +45,10 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
         _say_not_begun(f"NAME={place.name}: no sweep of that name in {store}", job, as_json)
         return
     study = place.sweep()
-    from dashboards.tables import arm_table, status_row, terminal
+    from dashboards.listing import note_lines
+    from dashboards.tables import arm_table, say, status_row, terminal
     from search.arms import failures, read_arms, unfinished
+    from search.notes import read_notes
     from search.report import arm_reports
     from search.store import is_driven
 
@@ -60,6 +62,7 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
     if study.kind == "program":  # how many it comes to hangs on what they show
         title = f"programme {study.name}: {begun} trials begun"
     terminal().print(arm_table(rows, title))
+    say(terminal(), note_lines(read_notes(study)))
     left = unfinished(study, arms)
     if is_driven(study):
         print("it is running")
@@ -122,9 +125,11 @@ def report(place: Place, as_json: given.AsJson = False, html: given.Html = None,
 
         show(named=None, name=study.name, store=place.store, as_yaml=False, as_json=as_json)
         return
+    from dashboards.listing import note_lines, note_rows
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import say, terminal
     from search.confirm import read_confirmation
+    from search.notes import read_notes
     from search.report import report_study
 
     if study.kind == "confirm":
@@ -133,13 +138,14 @@ def report(place: Place, as_json: given.AsJson = False, html: given.Html = None,
     else:
         seen = report_study(study)
         tree, lines = as_tree(seen), report_lines(seen, place.again)
+    notes = read_notes(study)
     if as_json:
-        print(json.dumps(tree, indent=1))
+        print(json.dumps({**tree, "notes": note_rows(notes)}, indent=1))
         return
     console = terminal()
     if study.kind != "confirm":
         console.print(report_table(seen))
-    say(console, lines)
+    say(console, [*lines, *note_lines(notes)])
 
 
 @looks.command()

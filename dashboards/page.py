@@ -24,6 +24,7 @@ from typing import Literal
 from dashboards import figure_rows, figures, trial_rows
 from dashboards.answer import QUESTION, Answer, answer_of
 from dashboards.figures import Figure
+from dashboards.listing import note_lines
 from dashboards.options import Place
 from dashboards.program_view import state_lines
 from dashboards.report_text import interval, report_lines
@@ -32,6 +33,7 @@ from dashboards.trial_rows import Anatomy, Run
 from search.arms import Arm, candidate_of, read_arms
 from search.confirm import Confirmation, read_confirmation
 from search.export import to_yaml
+from search.notes import read_notes
 from search.program_study import read_state
 from search.report import StudyReport, report_study
 from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, load_study_config, study_text, sweeps
@@ -505,6 +507,11 @@ def _space(material: Material) -> Section | None:
     return Section(title="What was never tested", intro=intro, blocks=blocks)
 
 
+def _notes(material: Material) -> Section | None:
+    lines = note_lines(read_notes(material.config))
+    return Section(title="Notes", intro="", blocks=(Block(html=_list(lines)),)) if lines else None
+
+
 def _reproduce(material: Material) -> Section:
     config, name = material.config, material.config.name
     seeds = f"{config.seed} to {config.seed_of(config.replicates - 1)}, the same in every arm"
@@ -555,6 +562,7 @@ SECTIONS: dict[str, Callable[[Material], Section | None]] = {
     "The receipt: nominal and applied sigma": _receipts,
     "Hours and what a decision costs": _hours,
     "What was never tested": _space,
+    "Notes": _notes,
     "How to reproduce it": _reproduce,
 }
 """In the order of the page; None: this sweep has nothing of that kind."""

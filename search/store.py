@@ -13,8 +13,10 @@
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from
                                           them
     STORE/NAME/best.yaml                  the candidate, as the last driver left it; none while one runs trials
+    STORE/NAME/notes/                     what people wrote about it (`notes.py`)
     STORE/NAME/report.html                the page of it, as the last driver left it (`rin report NAME --html`)
     STORE/NAME/driver.lock                of the process that runs it (driver.json in an object store); not of the sweep
+    STORE/.trash/                         sweeps that were deleted (`trash.py`)
 
 So a sweep goes on from any moment: what has an outcome is done, what is written down runs, the searcher is rebuilt from
 both. The store may be a folder, an NFS mount or an object store. Light on purpose: `rin list` reads sweeps without
