@@ -3,26 +3,35 @@
 A sweep alone never says that noise helps: its candidate was chosen and judged on the same questions. Where a
 confirmation of it lies in the store, the confirmation's word comes first. Each answer ends with how far anything was
 looked at, because nothing is known beyond that.
+
+The answer in one sentence is what a sweep ends with in the terminal and what its page begins with. It never says more
+than the finding does: of accuracies that are not told apart the interval, of a gain the collapse risk that is not
+excluded, of noise that broke runs what was seen and in how many.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dashboards.report_text import interval
 from dashboards.tables import describe_noise, points
 from search.confirm import Confirmation
-from search.finding import Finding
+from search.finding import Finding, percent
+from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import Comparison
+from search.tolerance import Boundary
 
 QUESTION = "Does noise help?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Example: Answer(word="Undecided", lines=("c03 (rmsnorm 0.01 -> 0.001): +1.2 points against control ...",))"""
+    """Example: Answer(word="Undecided", sentence="c03, rmsnorm 0.01 -> 0.001: undecided, within ±1.8 points ...",
+    lines=("The candidate is c03 (rmsnorm 0.01 -> 0.001): +1.2 points against control ...",))"""
 
     word: str
+    sentence: str
     lines: tuple[str, ...]
 
 
@@ -32,7 +41,11 @@ def answer_of(report: StudyReport, confirmation: Confirmation | None) -> Answer:
         word, lines = CONFIRMED[confirmation.finding.verdict], list(_confirmed(confirmation, confirmation.finding))
     else:
         word, lines = _screened(report)
-    return Answer(word=word, lines=(*lines, *_collapses(report), *_missing(report), _horizon(report)))
+    return Answer(
+        word=word,
+        sentence="; ".join([_sentence(report, confirmation), *_broken(report)]),
+        lines=(*lines, *_collapses(report), *_missing(report), _horizon(report)),
+    )
 
 
 CONFIRMED = {
@@ -135,6 +148,85 @@ def _horizon(report: StudyReport) -> str:
         dose = f" (applied: up to {100 * max(doses):.3g} % of the weights' size)" if doses else ""
         parts.append(f"{kind} up to sigma {max(row.config.noise.sigma_start for row in rows):.3g}{dose}")
     return f"Looked at: up to {steps} steps; noise on {', '.join(parts)}. Nothing is known beyond that."
+
+
+# --- in one sentence --------------------------------------------------------------------------------------------------
+
+
+def _sentence(report: StudyReport, confirmation: Confirmation | None) -> str:
+    if confirmation is not None and confirmation.finding is not None:
+        row = next((row for row in report.arms if row.arm == confirmation.winner), None)
+        noise = "" if row is None else f", {describe_noise(row.config)}"
+        return f"{confirmation.winner}{noise}: {_found(confirmation, confirmation.finding)}"
+    row = report.candidate
+    if row is None:
+        return f"undecided: {_why_not(report)[0].lower()}{_why_not(report)[1:].rstrip('.')}"
+    if row.corrected is None:
+        return f"{row.arm}, {describe_noise(row.config)}: undecided, it could not be compared"
+    return (
+        f"{row.arm}, {describe_noise(row.config)}: undecided; {_points(row.corrected)} {_unit(report.config.measure)} "
+        f"against {row.control} on the questions that chose it ({_pairs(row.corrected)}), which is no finding"
+    )
+
+
+def _found(state: Confirmation, finding: Finding) -> str:
+    """What a confirmation found. Of an interval that is not all on one side, how far the arm can be from its control;
+    of collapses, the arm's and the control's, how many there were."""
+    seen, unit = state.comparison, _unit(state.config.measure)
+    notes = [_pairs(seen)]
+    if finding.qualified:
+        notes.append(f"a collapse risk up to {percent(finding.risk_high)} is not excluded")
+    if finding.collapsed:
+        notes.append(f"{finding.collapsed} of its {finding.runs} runs collapsed")
+    if state.arms is not None and (risk := state.arms.control_risk).collapsed:
+        notes.append(f"{risk.collapsed} of {risk.replicates} runs of the control collapsed")
+    where = " where it holds" if finding.qualified else ""
+    apart = f"{_points(seen)} {unit} {interval(seen)}"
+    if seen.verdict == "same":
+        said = f"same within ±{100 * seen.margin:g} {unit} of {state.control}{where}: {apart}"
+    elif seen.verdict != "undecided":
+        said = f"{seen.verdict} than {state.control}{where}: {apart}"
+    elif math.isinf(seen.low) or seen.replicates < MIN_REPLICATES:
+        said = f"undecided; {_points(seen)} {unit} against {state.control}"
+        notes.append(f"the first look is after {state.looks[0]}")
+    else:
+        most = math.ceil(1000 * max(abs(seen.low), abs(seen.high))) / 10
+        said = f"undecided, within ±{most:.1f} {unit} of {state.control}: {apart}"
+        notes.append(seen.words().removeprefix("undecided").lstrip(",: "))
+    return f"{said} ({'; '.join(notes)})"
+
+
+def _broken(report: StudyReport) -> Iterator[str]:
+    """Noise that broke runs, by mode and module kind: from which sigma on, as far as the runs say. A confirmation has
+    one sigma, and has told its collapses."""
+    for boundary in report.tolerance:
+        if boundary.collapsed and report.config.kind != "confirm":
+            yield _broke(boundary)
+
+
+def _broke(boundary: Boundary) -> str:
+    """Example: `linear noise broke every W4A4 run from sigma 0.05 on, and none up to 0.012 (4 runs)`."""
+    noise, mode, runs = f"{boundary.kind} noise", boundary.mode, f"({boundary.runs} run{'s'[: boundary.runs != 1]})"
+    if boundary.status == "fitted":
+        ends = f"[{_sigma(boundary.low_50)}, {_sigma(boundary.high_50)}]"
+        half = _sigma(boundary.sigma_50 or math.inf)
+        return f"{noise} breaks half of the {mode} runs at sigma {half} {ends} {runs}"
+    if boundary.broke is None or boundary.status not in ("bracketed", "broke"):
+        return f"{noise} broke {boundary.collapsed} of {boundary.runs} {mode} run{'s'[: boundary.runs != 1]}"
+    held = "" if boundary.held is None else f", and none up to {_sigma(boundary.held)}"
+    return f"{noise} broke every {mode} run from sigma {_sigma(boundary.broke)} on{held} {runs}"
+
+
+def _sigma(sigma: float) -> str:
+    return "..." if math.isinf(sigma) else f"{sigma:.3g}"
+
+
+def _unit(measure: str) -> str:
+    return "points" if measure == "accuracy" else f"points of {measure}"
+
+
+def _pairs(seen: Comparison) -> str:
+    return f"{seen.replicates} pair{'s'[: seen.replicates != 1]}"
 
 
 def _points(seen: Comparison) -> str:

@@ -31,12 +31,12 @@ from dashboards.report_text import interval, report_lines
 from dashboards.tables import describe_noise, points, why
 from dashboards.trial_rows import Anatomy, Run
 from search.arms import Arm, candidate_of, read_arms
-from search.confirm import Confirmation, read_confirmation
+from search.confirm import Confirmation, confirmation_of
 from search.export import to_yaml
 from search.notes import read_notes
 from search.program_study import read_state
 from search.report import StudyReport, report_study
-from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, load_study_config, study_text, sweeps
+from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.folder import Folder
 
@@ -90,19 +90,7 @@ def read_material(config: StudyConfig) -> Material:
     arms = read_arms(config)
     report = report_study(config, arms)
     runs = trial_rows.read_runs(config, arms, report)
-    return Material(config=config, report=report, arms=arms, runs=runs, confirmation=_confirmation_of(config))
-
-
-def _confirmation_of(config: StudyConfig) -> Confirmation | None:
-    if config.kind == "confirm":
-        return read_confirmation(config)
-    name = f"{config.name}-confirm"
-    if name not in sweeps(config.store):
-        return None
-    try:
-        return read_confirmation(load_study_config(config.store, name))
-    except ConfigError:  # of another version: the sweep's own page is still there to be read
-        return None
+    return Material(config=config, report=report, arms=arms, runs=runs, confirmation=confirmation_of(config))
 
 
 def write_page(config: StudyConfig, file: Path | None = None) -> str:
@@ -287,7 +275,10 @@ def _nav(titles: Sequence[str]) -> str:
 
 def _answer_html(answer: Answer, state: Sequence[str]) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in (*state, *answer.lines))
-    return f'<h2>{QUESTION}</h2><p class="word">{escape(answer.word)}</p>{lines}'
+    return (
+        f'<h2>{QUESTION}</h2><p class="word">{escape(answer.word)}</p>'
+        f"<p><strong>{escape(answer.sentence)}.</strong></p>{lines}"
+    )
 
 
 def _warn(text: str) -> str:

@@ -161,6 +161,20 @@ def read_confirmation(config: StudyConfig) -> Confirmation:
         return replace(state, notes=(*failures(config, arms), f"its sweep cannot be read: {error}"))
 
 
+def confirmation_of(config: StudyConfig) -> Confirmation | None:
+    """Of a sweep's candidate, where there is one in the store that can be read; of a confirmation itself. Raises
+    ConfigError where that one is damaged."""
+    if config.kind == "confirm":
+        return read_confirmation(config)
+    name = _name_of(config, None)
+    if name not in sweeps(config.store):
+        return None
+    try:
+        return read_confirmation(load_study_config(config.store, name))
+    except ConfigError:  # damaged, or of another version: the sweep itself is still there to be read
+        return None
+
+
 def _noted(parent: StudyConfig, state: Confirmation, arms: Sequence[Arm]) -> Confirmation:
     return replace(state, notes=(*failures(state.config, arms), *_cautions(parent, state)))
 
