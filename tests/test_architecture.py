@@ -31,6 +31,7 @@ HEAVY = {
     "rich": ("dashboards/",),
     "typer": ("dashboards/",),
     "plotly": ("dashboards/",),
+    "pandas": ("dashboards/",),
 }
 
 
@@ -223,7 +224,7 @@ def test_records_of_a_rollout_are_read_without_torch() -> None:
 def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> None:
     modules = "arms", "report", "evidence", "objectives", "proposals", "statistics", "power", "sequential", "confirm"
     code = (
-        f"import sys, dashboards.report_text, {', '.join(f'search.{name}' for name in modules)}; "
+        f"import sys, dashboards.report_text, dashboards.frames, {', '.join(f'search.{name}' for name in modules)}; "
         "print({'torch', 'ray', 'mlflow', 'sklearn'} & set(sys.modules))"
     )
     assert (
