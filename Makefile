@@ -11,7 +11,7 @@ COVERAGE := $(VENV)/coverage.json
 comma := ,
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: sweep test quick science programme bench calibration faults search-quality overhead reference lint ui vllm-cpu clean
+.PHONY: sweep test quick science programme bench calibration faults search-quality overhead reference notebook lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -46,7 +46,7 @@ programme: $(READY_DEV)
 bench: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
 
-calibration faults search-quality overhead reference: $(READY_DEV)
+calibration faults search-quality overhead reference notebook: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
 
 vllm-cpu: $(READY_VLLM)

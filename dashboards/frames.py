@@ -41,7 +41,7 @@ from spaces.errors import ConfigError
 from spaces.reading import as_tree, flatten
 from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState
-from trainable.metrics import ACCURACY, DOSE, EVAL, METRICS, PASS_AT, REWARD, TRIAL_SECONDS
+from trainable.metrics import ACCURACY, DOSE, EVAL, METRICS, PASS_AT, REWARD, TRIAL_SECONDS, unit_of
 from trainable.outcome import Outcome, StepReport
 
 ARM, REPLICATE = "name of the configuration: control, a point's, c07", "from 0; the same number has the same seed"
@@ -187,8 +187,12 @@ class Sweep:
     @property
     def columns(self) -> pd.DataFrame:
         """What each column of each frame means."""
-        rows = [(name, column, meaning(name, column)) for name, frame in self.frames.items() for column in frame]
-        return pd.DataFrame(rows, columns=["frame", "column", "meaning"])
+        rows = [
+            (name, column, str(frame[column].dtype), meaning(name, column))
+            for name, frame in self.frames.items()
+            for column in frame
+        ]
+        return pd.DataFrame(rows, columns=["frame", "column", "type", "meaning"])
 
     @property
     def figures(self) -> list[str]:
@@ -216,7 +220,7 @@ class Sweep:
     def __repr__(self) -> str:
         state = ", which is running: this is how far it was" if self.running else ""
         sizes = ", ".join(f"{len(frame)} {name}" for name, frame in self.frames.items())
-        return f"{self.config.kind} {self.name} in {self.config.store}{state}: {sizes}"
+        return f"{self.config.kind} {self.name}{state}: {sizes}"
 
 
 WHITE = {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
@@ -513,14 +517,15 @@ def meaning(frame: str, column: str) -> str:
 
 
 def _metric(name: str) -> str:
-    numbered = re.fullmatch(rf"{PASS_AT}(\d+)(_low|_high|)(_start|)", name)
-    if numbered:
-        before = " before step 0" if numbered[3] else ""
+    if name in METRICS:
+        return f"{METRICS[name]} ({unit_of(name)})".replace(" ()", "")
+    plain, before, _ = name.partition("_start")
+    when = " before step 0" if before else ""
+    if numbered := re.fullmatch(rf"{PASS_AT}(\d+)(_low|_high|)", plain):
         told = METRICS[f"{PASS_AT}K{numbered[2]}"].replace("pass@K", f"pass@{numbered[1]}")
-        return f"{told.replace('of K samples', f'of {numbered[1]} samples')}{before}"
-    if name.startswith(f"{REWARD}/"):
+        return f"{told.replace('of K samples', f'of {numbered[1]} samples')}{when} (share)"
+    if plain.startswith(f"{REWARD}/"):
         return f"mean of the task's reward function {name.removeprefix(f'{REWARD}/')}"
-    if name not in METRICS and name.startswith(EVAL):
-        mark, before, _ = name.removeprefix(EVAL).partition("_start")
-        return f"mean of the task's reward function {mark}, of the clean model{' before step 0' if before else ''}"
-    return METRICS[name]
+    if plain.startswith(EVAL):
+        return f"mean of the task's reward function {plain.removeprefix(EVAL)}, of the clean model{when}"
+    raise KeyError(name)

@@ -13,6 +13,7 @@ from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
     from search.jobs import Job
+    from search.store import StudyConfig
 
 
 looks = typer.Typer()
@@ -97,8 +98,18 @@ def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
 
 @looks.command(cls=given.HtmlAlone)
 @given.takes(Place)
-def report(place: Place, as_json: given.AsJson = False, html: given.Html = None, figures: given.Figures = None) -> None:
+def report(
+    place: Place,
+    as_json: given.AsJson = False,
+    html: given.Html = None,
+    figures: given.Figures = None,
+    csv: given.Csv = None,
+) -> None:
     """Every arm against its control: interval, verdict, collapses, dose, hours, and what it would take to know more."""
+    asked = {"--html": html, "--figures": figures, "--csv": csv}
+    files = [option for option, value in asked.items() if value is not None]
+    if files and as_json:
+        raise ConfigError(f"--json: has no use beside {files[0]}, which writes files; ask for them one at a time")
     try:
         study = place.sweep()
     except ConfigError as error:
@@ -107,18 +118,8 @@ def report(place: Place, as_json: given.AsJson = False, html: given.Html = None,
 
             say_unreadable(place, str(error), Path(html) if html else None)
         raise
-    if html is not None or figures is not None:
-        if html is not None:
-            from dashboards.page import write_page
-
-            print(f"page: {write_page(study, Path(html) if html else None)}")
-        if figures is not None:
-            from dashboards.figure_export import export_figures
-            from dashboards.page import read_material
-
-            written = export_figures(read_material(study), figures)
-            more = f"; {written.folded} that the page folds away are not among them" if written.folded else ""
-            print(f"figures: {len(written.files)} files in {figures}{more}")
+    if files:
+        _write_files(study, html, figures, csv)
         return
     if study.kind == "program":  # judged by its own rules and its own level
         from dashboards.program_cli import show
@@ -146,6 +147,24 @@ def report(place: Place, as_json: given.AsJson = False, html: given.Html = None,
     if study.kind != "confirm":
         console.print(report_table(seen))
     say(console, [*lines, *note_lines(notes)])
+
+
+def _write_files(study: "StudyConfig", html: str | None, figures: Path | None, csv: Path | None) -> None:
+    from dashboards.page import read_material, write_page
+
+    if html is not None:
+        print(f"page: {write_page(study, Path(html) if html else None)}")
+    if figures is not None:
+        from dashboards.figure_export import export_figures
+
+        written = export_figures(read_material(study), figures)
+        more = f"; {written.folded} that the page folds away are not among them" if written.folded else ""
+        print(f"figures: {len(written.files)} files in {figures}{more}")
+    if csv is not None:
+        from dashboards.frames import frames_of, write_csv
+
+        tables = write_csv(frames_of(read_material(study)), csv)
+        print(f"csv: {len(tables)} files in {csv}; columns.csv says what is what")
 
 
 @looks.command()

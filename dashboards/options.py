@@ -70,6 +70,9 @@ Html = Annotated[
     ),
 ]
 Figures = Annotated[Path | None, typer.Option(help="The page's figures as PNG and SVG, in that folder.")]
+Csv = Annotated[
+    Path | None, typer.Option(help="All of it as CSV files, in that folder: arms, trials, steps, completions, ...")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from dashboards import frames as frames_module
+from dashboards.cli import app
 from dashboards.frames import COLUMNS, Sweep, frames_of, load, meaning, write_csv
 from dashboards.page import read_material
 from dashboards.report_text import as_tree, confirmation_tree
@@ -212,9 +214,7 @@ ODD_BY_NAME = {make.__name__: make for make in ODD}
 def test_a_sweep_that_runs_is_read_as_far_as_it_is(tmp_path: Path) -> None:
     config = ODD_BY_NAME["unfinished"](tmp_path)
     running = frames_of(read_material(config), running=True)
-    assert repr(running).startswith(
-        f"sweep s in {tmp_path}, which is running: this is how far it was: 2 arms, 4 trials"
-    )
+    assert repr(running).startswith("sweep s, which is running: this is how far it was: 2 arms, 4 trials, 0 steps")
     assert running.trials.counted.tolist() == [True, False, True, False]
     assert running.trials.score.isna().tolist() == [False, True, False, True]
 
@@ -302,7 +302,7 @@ def test_csv_files_hold_the_frames_and_what_their_columns_mean(sweep: Sweep, tmp
     listed = pd.read_csv(files[-1])
     assert len(listed) == sum(len(frame.columns) for frame in sweep.frames.values())
     row = listed[(listed.frame == "steps") & (listed.column == "gen/entropy")].iloc[0]
-    assert row.meaning == METRICS["gen/entropy"]
+    assert (row.type, row.meaning) == ("float64", f"{METRICS['gen/entropy']} (nats per token)")
 
 
 def test_csv_keeps_whatever_a_model_wrote(tmp_path: Path) -> None:
@@ -322,6 +322,18 @@ def test_csv_keeps_whatever_a_model_wrote(tmp_path: Path) -> None:
     write_trial(config, arm, 0, ended, reports=[half])
     write_csv(load("s", str(tmp_path)), tmp_path / "csv")
     assert "\\ud800" in (tmp_path / "csv" / "completions.csv").read_text(encoding="utf-8")
+
+
+def test_csv_is_written_beside_a_page_and_json_is_not_left_out_in_silence(config: StudyConfig, tmp_path: Path) -> None:
+    place, folder = ["--store", config.store], tmp_path / "csv"
+    result = CliRunner().invoke(app, ["report", "s", "--csv", str(folder), "--html", str(tmp_path / "p.html"), *place])
+    told = f"page: {tmp_path / 'p.html'}\ncsv: 7 files in {folder}; columns.csv says what is what\n"
+    assert (result.exit_code, result.output) == (0, told)
+    assert len(list(folder.iterdir())) == 7
+    for option in ("--csv", "--html", "--figures"):
+        result = CliRunner().invoke(app, ["report", "s", option, str(tmp_path / "x.html"), "--json", *place])
+        assert f"--json: has no use beside {option}, which writes files" in str(result.exception)
+        assert not (tmp_path / "x.html").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dashboards.cli import app
+from dashboards.frames import COLUMNS
 from search.export import EXPORTS
 from search.finding import VERDICTS, FindingVerdict
 from search.objectives import OBJECTIVES
@@ -64,6 +65,7 @@ def page() -> str:
         "Settings of a sweep": ["`study.json` in the sweep's folder.", "", *records(StudyConfig)],
         "Metrics": metrics(),
         "The receipt": receipt(),
+        "Frames": frames(),
         "Collapse rules": collapse_rules(),
         "Statuses": statuses(),
         "Verdicts": verdicts(),
@@ -405,6 +407,18 @@ def receipt() -> list[str]:
         "",
         *table(("key", "meaning"), effects),
     ]
+
+
+def frames() -> list[str]:
+    lines = [
+        "Of `dashboards.frames.load(NAME)` and `rin report NAME --csv DIR` ([frames.md](frames.md)). Besides these "
+        "columns `trials` and `steps` have the metrics above by their names, and `arms` each setting that differs "
+        "between arms."
+    ]
+    for name, columns in COLUMNS.items():
+        rows = [(f"`{column}`", kind, said) for column, (kind, said) in columns.items()]
+        lines += ["", f"### `{name}`", "", *table(("column", "type", "meaning"), rows)]
+    return lines
 
 
 def under_fields(record: type) -> dict[str, str]:
