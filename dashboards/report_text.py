@@ -56,7 +56,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     families = {row.control: row.family for row in report.arms if row.corrected is not None}
     lines = [NOT_A_FINDING.format(families=", ".join(f"{control}: {n}" for control, n in families.items()) or "none")]
     if report.unfinished:
-        lines.append(f"{report.unfinished} trials have no outcome yet: rin resume {report.config.name}{where}")
+        lines.append(f"{report.unfinished} trials have no outcome yet: {report.config.go_on}{where}")
     for row in report.arms:
         risk = row.comparison
         if risk is not None and (risk.treated_risk.collapsed or risk.control_risk.collapsed):

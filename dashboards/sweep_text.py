@@ -23,8 +23,8 @@ class Ending:
 def ending_of(result: StudyResult, runs: int, where: str, folder: str) -> Ending:
     """`runs`: trials that were asked for; `where`: options that find the sweep and its tracking again, `folder`: those
     that find its folder, for commands that need no tracking."""
-    config, name = result.config, result.config.name
-    again = f"rin resume {name}{where}"
+    config = result.config
+    again = config.go_on + where
     lines = list(_candidate_lines(result, where, folder))
     troubles = list(failures(config, result.arms))
     interrupted = not troubles
@@ -39,7 +39,7 @@ def ending_of(result: StudyResult, runs: int, where: str, folder: str) -> Ending
     missing = f"{result.unfinished} of {runs} trials are not finished"
     if result.unfinished and result.budget_spent:
         lines.append(f"the budget of {config.budget_hours:g} hours is spent: {missing}")
-        lines.append(f"with a larger one: rin resume {name} --budget HOURS{where}")
+        lines.append(f"with a larger one: {config.go_on} --budget HOURS{where}")
     elif result.unfinished:
         troubles.append(f"{'interrupted: ' if interrupted else ''}{missing}; what ran is kept. Go on: {again}")
     code = int(result.unfinished > 0 and not result.budget_spent)

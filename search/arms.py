@@ -351,7 +351,7 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
     if not found:
         raise NoCandidate(
             f"NAME={study.name}: no configuration with noise completed all its replicates beside its control, "
-            f"so there is no candidate; rin report {study.name} shows why (rin resume {study.name}, or smaller sigmas)"
+            f"so there is no candidate; rin report {study.name} shows why ({study.go_on}, or smaller sigmas)"
         )
     if len(found) == 1:
         return found[0]
