@@ -26,7 +26,16 @@ def sweep_row(store: str, name: str) -> dict[str, object]:
     row: dict[str, object] = {"name": name, "space": study.space.name, "workload": study.workload}
     of = len(trials) if study.kind == "program" else study.runs  # a programme's next ones hang on these
     notes = note_rows(read_notes(study))
-    return {**row, "runs": counts.total(), "of": of, "status": dict(counts), "driven": driven, "notes": notes}
+    origin = "" if study.derived is None else study.derived.name
+    return {
+        **row,
+        "runs": counts.total(),
+        "of": of,
+        "status": dict(counts),
+        "driven": driven,
+        "from": origin,
+        "notes": notes,
+    }
 
 
 def sweep_line(row: Mapping[str, Any]) -> str:
@@ -36,7 +45,7 @@ def sweep_line(row: Mapping[str, Any]) -> str:
         or ", ".join(f"{count} {status}" for status, count in row["status"].items())
         or "no trial yet"
     )
-    running = " (running)" if row.get("driven") else ""
+    running = (" (running)" if row.get("driven") else "") + (f", from {origin}" if (origin := row.get("from")) else "")
     line = f"{row['name']:32s} {row['space']:10s} {row['workload']:20s} {row['runs']}/{row['of']} runs: {said}{running}"
     return f"{line}{_last_note(row.get('notes', ()))}"
 

@@ -91,20 +91,29 @@ class HtmlAlone(typer.core.TyperCommand):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepOptions:
-    """What a sweep is asked for. Each field is an option of `rin sweep`, and of `rin plan` where it has a use there.
+    """What a sweep is asked for. Each field is an option of `rin sweep`, and of `rin plan` where it has a use there;
+    None = it was not given (of the store: the default one). What holds then is the study's own default, or what
+    `--from` takes over.
 
     Example: SweepOptions(workload="tiny", trials=3, overrides=["eval.questions=32"])
     """
 
     space: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file."
+            help="A named space (sigma, targets, schedule, full, w4a4, w4a8, w4a16, w16a16) or a YAML file. "
+            "Default: sigma."
         ),
-    ] = "sigma"
+    ] = None
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="The same as that sweep in the store, but for the options given beside it; --set adds."
+        ),
+    ] = None
     workload: Annotated[
-        str, typer.Option(help="What is trained: embedded, tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")
-    ] = "embedded"
+        str | None, typer.Option(help="What is trained: embedded (default), tiny, smollm2-135m, qwen2.5-1.5b-gsm8k.")
+    ] = None
     runs: Annotated[
         int | None,
         typer.Option(min=2, help="Trials in all: new configurations first, then replicates where they matter."),
@@ -115,22 +124,22 @@ class SweepOptions:
     ] = None
     replicates: Annotated[int | None, typer.Option(min=1, help="Runs per configuration, with paired seeds. [1]")] = None
     concurrent: Concurrent = None
-    seed: Annotated[int, typer.Option(min=0, help="First replicate's seed, and the searcher's.")] = 0
+    seed: Annotated[int | None, typer.Option(min=0, help="First replicate's seed, and the searcher's. [0]")] = None
     overrides: Overrides = None
     points: Annotated[
-        str,
+        str | None,
         typer.Option(help="Experiments of the plan, or YAML files with settings, to run as well; separated by commas."),
-    ] = ""
+    ] = None
     evidence: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Experiments of the plan whose recorded collapse the searcher is told, without running them."
         ),
-    ] = ""
+    ] = None
     warm_start: Annotated[
-        str, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")
-    ] = ""
-    searcher: Annotated[str, typer.Option(help="gp, tpe, random, grid or qmc.")] = "gp"
+        str | None, typer.Option(help="An earlier sweep in the store whose results the searcher is told.")
+    ] = None
+    searcher: Annotated[str | None, typer.Option(help="gp (default), tpe, random, grid or qmc.")] = None
     objectives: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,6 +155,16 @@ class SweepOptions:
     store: Store = DEFAULT_STORE
     tracking_uri: TrackingUri = None
     address: Address = None
+
+    def taken_from(self) -> "StudyConfig | None":
+        """The sweep that `--from` names. Raises ConfigError."""
+        if self.source is None:
+            return None
+        from search.derived import refuse_as_source
+
+        before = Place(name=self.source, store=self.store).sweep()
+        refuse_as_source(before)
+        return before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +206,12 @@ NO_USE_IN_A_PLAN = (
 )
 
 
+NO_USE_WITH_ABLATE = (
+    *("space", "source", "workload", "runs", "trials"),
+    *("overrides", "points", "evidence", "warm_start", "searcher"),
+)
+
+
 def takes(
     record: type[SweepOptions] | type[Place], *, without: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -225,10 +250,11 @@ def refuse_scheduler(name: str | None) -> None:
 
 def study_config(options: SweepOptions) -> "StudyConfig":
     """Options -> StudyConfig. Raises ConfigError."""
+    from search.derived import OWN, derived, files_of, space_for
     from search.lineup import fixed_arms
     from search.mlflow_client import absolute_uri
     from search.store import (
-        MOST,
+        AsGiven,
         ObjectiveName,
         SearcherName,
         StudyConfig,
@@ -236,38 +262,40 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         check_name,
         default_tracking_uri,
     )
-    from spaces.library import SPACES, load_space, named_spaces
-    from spaces.narrowing import refuse_settings_of_the_run, searched
+    from spaces.library import SPACES, load_space
+    from spaces.narrowing import named, refuse_settings_of_the_run, searched
     from spaces.paths import anchored, home
     from spaces.points import read_point
-    from spaces.reading import merge, parse_overrides, read_config
-    from spaces.uses import leaves
+    from spaces.reading import merge, parse_overrides
     from spaces.workloads import WORKLOADS
     from trainable.pass_at_k import k_of
 
-    if options.space not in SPACES and not _is_file(options.space):
-        raise ConfigError(f"SPACE={options.space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
-    _known("--workload", options.workload, WORKLOADS)
-    workload = WORKLOADS[options.workload].settings
-    settings = anchored(parse_overrides(_once(options.overrides or [])), Path.cwd())
-    chosen = SPACES[options.space] if options.space in SPACES else load_space(home(options.space))
-    name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    before = options.taken_from()
+    asked = {field.name: value for field in fields(options) if (value := getattr(options, field.name)) is not None}
+    taken: dict[str, Any] = (
+        {} if before is None else {key: getattr(before, key) for key in StudyConfig.model_fields if key not in OWN}
+    )
+    space = options.space or "sigma"
+    if space not in SPACES and not _is_file(space):
+        raise ConfigError(f"SPACE={space}: unknown; choose one of {', '.join(SPACES)}, or give a YAML file")
+    kind = options.workload or taken.get("workload", "embedded")
+    _known("--workload", kind, WORKLOADS)
+    workload = WORKLOADS[kind].settings
+    changes = anchored(parse_overrides(_once(options.overrides or [])), Path.cwd())
+    settings = merge(taken.get("settings", {}), changes)
     refuse_settings_of_the_run(settings, "--set ")
-    base = read_config(merge(merge(workload, chosen.settings), settings))
-    if options.space in SPACES:
-        modules = base.noise.modules if "noise.modules" in leaves(settings) else None
-        chosen = named_spaces(base.quant.mode, modules)[options.space]
-    chosen = searched(chosen, workload, settings)
+    if options.space is None and before is not None:
+        chosen = space_for(before, workload, settings, changes)
+    else:
+        chosen = named(space, workload, settings) if space in SPACES else load_space(home(space))
+    name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    left = searched(chosen, workload, settings)
 
-    for point in _names(options.points):
-        read_point(point)
-    for option, given in (("--trials", options.trials), ("--replicates", options.replicates)):
-        if options.runs is not None and given is not None:
-            raise ConfigError(
-                f"{option} {given}: with --runs {options.runs} the sweep decides how many configurations and how many "
-                "replicates there are; leave one of the two out"
-            )
-    _known("--searcher", options.searcher, get_args(SearcherName))
+    held = {point: dict(read_point(point)[1]) for point in _names(options.points)}
+    files = {point: settings for point, settings in held.items() if _is_file(point)}
+    if before is not None and options.points is None:
+        files = files_of(before)
+    _known("--searcher", options.searcher or "gp", get_args(SearcherName))
     for objective in options.objectives or []:
         if not k_of(objective):
             _known("--objective", objective, (*get_args(ObjectiveName), "pass@K (pass@4, ...)"))
@@ -275,35 +303,60 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     usable_gpus(options.gpus)
     store = absolute_store(options.store)
 
-    same = {
-        field.name: getattr(options, field.name) for field in fields(options) if field.name in StudyConfig.model_fields
-    }
-    changed = {
+    there = (default_tracking_uri(store), None) if before is None else (before.tracking_uri, before.address)
+    changed: dict[str, Any] = {
+        **{key: value for key, value in asked.items() if key in StudyConfig.model_fields},
+        **{key: _names(asked[key]) for key in ("points", "evidence") if key in asked},
+        **_sizes(options, before),
         "name": name,
-        "space": chosen,
+        "space": left,
         "settings": settings,
-        "points": _names(options.points),
-        "evidence": _names(options.evidence),
-        "trials": options.trials or options.runs or 1000,
-        "replicates": options.replicates or (1 if options.runs is None else MOST),
-        "total": options.runs,
-        "objectives": tuple(dict.fromkeys(options.objectives or ["accuracy"])),
-        "budget_hours": options.budget,
+        "given": AsGiven(space=chosen, points=files),
         "store": store,
-        "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else default_tracking_uri(store),
-        "address": ray_address(options.address, None),
+        "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else there[0],
+        "address": ray_address(options.address, there[1]),
     }
-    study = StudyConfig(**same | changed)
+    if options.objectives is not None:
+        changed["objectives"] = tuple(dict.fromkeys(options.objectives))
+    if options.budget is not None:
+        changed["budget_hours"] = options.budget
+    number = (taken | changed).get("trials")
+    study = StudyConfig(**{**taken, **changed, "trials": number or 1000})
+    if before is not None:
+        study = derived(before, study, changes)
     arms = fixed_arms(study)  # a setting that the sweep would not take is told here
-    return study.model_copy(update={"trials": options.trials or options.runs or (len(arms) if options.points else 8)})
+    return study.model_copy(update={"trials": number or (len(arms) if options.points else 8)})
+
+
+def _sizes(options: SweepOptions, before: "StudyConfig | None") -> dict[str, int | None]:
+    """How much runs, as far as it is asked for. Raises ConfigError for what contradicts itself."""
+    from search.store import MOST
+
+    given = {"trials": options.trials, "replicates": options.replicates}
+    asked = {key: value for key, value in given.items() if value is not None}
+    if options.runs is not None:
+        for key, value in asked.items():
+            raise ConfigError(
+                f"--{key} {value}: with --runs {options.runs} the sweep decides how many configurations and how many "
+                "replicates there are; leave one of the two out"
+            )
+        return {"trials": options.runs, "replicates": MOST, "total": options.runs}
+    if before is not None and before.total is not None and len(asked) == 1:
+        ((key, value),) = asked.items()
+        raise ConfigError(
+            f"--{key} {value}: {before.name} has --runs {before.total}, by which it decides that itself; "
+            "give --trials and --replicates, or --runs"
+        )
+    return {**asked, "total": None} if asked else {}
 
 
 def refuse_with_ablate(options: SweepOptions) -> None:
     """An ablation's arms come from its sweep alone. Raises ConfigError."""
-    plain = SweepOptions()
-    for option in ("space", "workload", "runs", "trials", "overrides", "points", "evidence", "warm_start"):
-        if getattr(options, option) != getattr(plain, option):
-            flag = {"space": "SPACE", "overrides": "--set"}.get(option, f"--{option.replace('_', '-')}")
+    for option in NO_USE_WITH_ABLATE:
+        if getattr(options, option) is not None:
+            flag = {"space": "SPACE", "overrides": "--set", "source": "--from"}.get(
+                option, f"--{option.replace('_', '-')}"
+            )
             raise ConfigError(
                 f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out"
             )
@@ -331,7 +384,7 @@ def destination(address: str, options: SweepOptions, *, begun: bool = False) -> 
         return server
     check_places(options.store, options.tracking_uri, begun=begun)
     check_paths("--set ", parse_overrides(options.overrides or []), Path.cwd())
-    if _is_file(options.space):
+    if options.space is not None and _is_file(options.space):
         check_space_paths(f"{options.space}: ", read_space(home(options.space)), home(options.space).parent)
     for name in filter(_is_file, _names(options.points)):
         check_paths(f"{name}: ", load_yaml(home(name)), home(name).parent)
@@ -408,8 +461,8 @@ def _once(overrides: Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def _is_file(name: str) -> bool:

@@ -168,6 +168,7 @@ def page(material: Material) -> str:
     answer = answer_of(material.report, material.confirmation)
     sections = [_section_html(section, drawn) for section in sections_of(material)]
     state = ["It is running: this is how far it was."] if is_driven(config) else []
+    state += config.history
     if config.kind == "program":
         state += [
             "A programme is judged by its own rules at its own level, as follows. All else on this page draws its runs "

@@ -57,9 +57,9 @@ def run(
 
         programme = programme or load_programme("plan")
         options = SweepOptions(
-            workload=workload or "embedded",
+            workload=workload,
             concurrent=concurrent,
-            seed=seed or 0,
+            seed=seed,
             overrides=overrides,
             budget=budget,
             cpus=cpus,

@@ -55,6 +55,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     ledger = report.ledger
     families = {row.control: row.family for row in report.arms if row.corrected is not None}
     lines = [NOT_A_FINDING.format(families=", ".join(f"{control}: {n}" for control, n in families.items()) or "none")]
+    lines += report.config.history
     if report.unfinished:
         lines.append(f"{report.unfinished} trials have no outcome yet: {report.config.go_on}{where}")
     for row in report.arms:
@@ -306,6 +307,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
     return {
         "name": report.config.name,
         "kind": report.config.kind,
+        "history": list(report.config.history),
         "unfinished": report.unfinished,
         "candidate": report.candidate.arm if report.candidate is not None else None,
         "arms": [_row(row) for row in report.arms],

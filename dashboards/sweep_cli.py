@@ -46,6 +46,8 @@ def sweep(
 
     refuse_taken_name(study)
     server = None if submit is None else given.destination(submit, options)
+    for line in study.history:
+        print(line)
     if ablate is None:
         arms = fixed_arms(study)  # a mistake in the settings is told before anything is announced
         for line in overridden(study):
@@ -164,6 +166,8 @@ def plan(options: SweepOptions) -> None:
     from search.cores import usable_cpus
     from search.plan import plan_study
 
+    for line in study.history:
+        print(line)
     for line in plan_lines(plan_study(study, usable_cpus(), torch.cuda.device_count())):
         print(line)
 

@@ -61,6 +61,7 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "points": (),
             "evidence": (),
             "warm_start": "",
+            "given": None,
             "trials": len(chosen),
         }
     )

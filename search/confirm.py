@@ -90,6 +90,8 @@ def planned_confirmation(
             "points": (),
             "evidence": (),
             "warm_start": "",
+            "given": None,
+            "derived": None,
         }
     )
     return config, arms

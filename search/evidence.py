@@ -15,7 +15,7 @@ from search.coordinates import Params
 from search.lineup import base_tree
 from search.objectives import Told, told, told_by_run, told_in_full
 from search.rewards import pinned
-from search.store import EVIDENCE_FILE, StudyConfig, load_study_config
+from search.store import EVIDENCE_FILE, Derived, StudyConfig, load_study_config
 from spaces.config import ConfigError, TrialConfig
 from spaces.library import Choice, Float, Space
 from spaces.points import POINTS
@@ -109,7 +109,8 @@ def evidence_of(config: StudyConfig) -> list[Evidence]:
                 f"--warm-start {config.warm_start}: its questions are for confirming and not for choosing; give a sweep"
             )
         arms, source = read_arms(earlier), f"sweep {config.warm_start}"
-        evidence += evidence_from_arms(arms, earlier.each, config.space, source, base, config.objectives)
+        told_of = arms, earlier.each, config.space, source, base
+        evidence += evidence_from_arms(*told_of, config.objectives, config.derived)
     return evidence
 
 
@@ -158,13 +159,14 @@ def evidence_from_arms(
     source: str,
     base: Mapping[str, Any],
     objectives: Sequence[str] = (),
+    derived: Derived | None = None,
 ) -> list[Evidence]:
     """Results of an earlier sweep of so many replicates (None: each arm has its own number) as evidence (a warm start).
     Arms that lack an outcome of any of them, that do not lie in this space, that were noised, quantised or rewarded
     otherwise than `base`, or did not sample the pass@k that is an objective, are left out; `source` says
     how many, and what else was different for each that is told."""
     passes = tuple(filter(k_of, objectives))
-    here = pinned(read_config(base))
+    here = pinned(read_config(base), derived)
     fitting: list[tuple[Arm, Params, Told, str]] = []
     for arm in arms:
         result = told_in_full(arm, ("accuracy", "hours", *passes), replicates)

@@ -9,6 +9,7 @@ searcher draws brings its control when it is drawn.
 
 from collections.abc import Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from search.arms import Arm, apart, control_for, is_negative, is_of_the_path
@@ -18,7 +19,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
 from spaces.points import POINTS, read_point
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
-from spaces.uses import given_twice, is_noisy, is_record, refuse_idle
+from spaces.uses import given_twice, is_noisy, is_record, refuse_idle, without_use
 from spaces.workloads import WORKLOADS
 from trainable.pass_at_k import k_of
 
@@ -43,17 +44,8 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             )
     base = base_tree(config)
     drawn = tried(config.space, base).configs
-    points, files, usual = [], [], read_config(base).grpo.reward
-    for given in config.points:
-        name, settings = _point(config, given)
-        if name != "control":
-            # A point says what it changes; what the user sets himself wins.
-            tree = merge(merge(base, settings), config.settings)
-            made = pinned(read_config(tree, origin=name))
-            other = is_noisy(made) or made.grpo.reward != usual
-            points.append(Arm(name=name, origin="point" if other else "control", config=made))
-            files.append({} if name in POINTS or is_record(settings) else settings)
-    arms = _with_controls(base, points)
+    points, files = _points(config, base)
+    arms = _with_controls(config, base, points)
     _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
     _refuse_too_few_samples(config.objectives, [*drawn, *(arm.config for arm in arms)])
     treated = [*drawn, *(point.config for point in points)]
@@ -71,6 +63,28 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
             f"{option} {most}: the control and the points are {len(arms)} ({', '.join(names)}); raise {option} to that"
         )
     return arms
+
+
+def _points(config: StudyConfig, base: Mapping[str, Any]) -> tuple[list[Arm], list[Mapping[str, Any]]]:
+    """The arms that were asked for beside the control, and of each the settings that the user wrote into its file."""
+    points, files, usual = [], [], read_config(base).grpo.reward
+    for given in config.points:
+        name, settings = _point(config, given)
+        if name != "control":
+            # A point says what it changes; what the user sets himself wins.
+            tree = merge(merge(base, settings), config.settings)
+            made = pinned(read_config(tree, origin=name), config.derived)
+            other = is_noisy(made) or made.grpo.reward != usual
+            points.append(Arm(name=name, origin="point" if other else "control", config=made))
+            files.append({} if name in POINTS or is_record(settings) else settings)
+    return points, files
+
+
+def idle_settings(config: StudyConfig) -> list[str]:
+    """Dotted keys of the sweep's settings that change nothing in any of its trials."""
+    base = base_tree(config)
+    treated = [*tried(config.space, base).configs, *(point.config for point in _points(config, base)[0])]
+    return list(dict.fromkeys(key for key, _ in without_use(config.settings, treated)))
 
 
 def overridden(config: StudyConfig) -> list[str]:
@@ -105,11 +119,12 @@ def _refuse_too_few_samples(objectives: Sequence[str], trials: Sequence[TrialCon
             )
 
 
-def _with_controls(base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
+def _with_controls(config: StudyConfig, base: Mapping[str, Any], points: Sequence[Arm]) -> list[Arm]:
     """The control of the sweep, those that the points need and do not bring themselves, the points; of these too, those
     without noise come first."""
     quiet = merge(base, {"noise": {"sigma_start": 0.0, "zones": []}})
-    controls = [Arm(name="control", origin="control", config=pinned(read_config(quiet, origin="control")))]
+    plain = pinned(read_config(quiet, origin="control"), config.derived)
+    controls = [Arm(name="control", origin="control", config=plain)]
     for point in points:
         if missing := missing_control(point, [*controls, *points]):
             controls.append(missing)
@@ -154,7 +169,8 @@ def _words(config: TrialConfig, plain: TrialConfig) -> list[str]:
 
 def _point(config: StudyConfig, named: str) -> tuple[str, Mapping[str, Any]]:
     """Name and settings of an arm beside the control."""
-    name, settings = read_point(named)
+    held = None if config.given is None else config.given.points.get(named)
+    name, settings = read_point(named) if held is None else (Path(named).stem, held)
     return name, settings if name in POINTS else _of_every_replicate(config, settings, named)
 
 

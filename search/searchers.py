@@ -208,7 +208,8 @@ class RinSearch(Searcher):  # type: ignore[misc]
         """As the sweep began with them, which may have been in another process."""
         known = [arm.config.task for arm in self.arms if arm.config.task.reward == config.task.reward]
         update = {"reward_sha256": known[0].reward_sha256} if known else {}
-        return pinned(config.model_copy(update={"task": config.task.model_copy(update=update)}))
+        task = config.task.model_copy(update=update)
+        return pinned(config.model_copy(update={"task": task}), self.study.derived)
 
     def _first_new(self, candidates: Iterable[Params]) -> tuple[Arm | None, str]:
         """The first candidate that is valid and was not run yet; else what was wrong with the last invalid one."""

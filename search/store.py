@@ -68,6 +68,39 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+class AsGiven(BaseModel):
+    """What a command line named files and spaces for, as it was when the sweep began: the files may change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    space: Space
+    """Before the settings took their dimensions out of it."""
+    points: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Of each point that is a file: the settings that it held."""
+
+
+class Derived(BaseModel):
+    """Of a sweep that is the same as an earlier one with a change (`rin sweep --from`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """Of the earlier one, and the store's folder in which the code of its rewards lies."""
+    id: str
+    changes: tuple[str, ...] = ()
+    """In words: grpo.learning_rate=0.0002 (there 3e-05)."""
+    rewards: dict[str, str] = Field(default_factory=dict)
+    """Function of the user's -> sha256 of its file there: it is the same code here."""
+    data: tuple[str, ...] = ()
+    """Files and folders of rows, of which a sweep keeps no copy."""
+
+    @property
+    def words(self) -> str:
+        changes = f"but {', '.join(self.changes)}" if self.changes else "without a change"
+        read = f"; rows as they were when this began, not as there: {', '.join(self.data)}" if self.data else ""
+        return f"the same as {self.name} {changes}{read}"
+
+
 class StudyConfig(BaseModel):
     """A sweep, written down; `study.json` holds it."""
 
@@ -126,11 +159,20 @@ class StudyConfig(BaseModel):
     """MLflow, without a password."""
     address: str | None = None
     """Of a running Ray cluster; null = a local one for this sweep."""
+    given: AsGiven | None = None
+    """Null for arms that were chosen elsewhere, and in what an earlier version began."""
+    derived: Derived | None = None
+    """Null = begun from its own options alone."""
 
     @field_validator("space")
     @classmethod
     def _fixed_keys_leave(cls, space: Space, known: ValidationInfo) -> Space:
         return narrowed(space, known.data.get("settings", {}))
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """What must be known of how it came about, a line each."""
+        return () if self.derived is None else (self.derived.words,)
 
     @property
     def runs(self) -> int:

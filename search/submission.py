@@ -197,6 +197,7 @@ def submit_sweep(server: JobServer, study: StudyConfig, arms: Sequence[Arm]) -> 
     """A new sweep, checked as far as it can be here. Raises ConfigError before anything is sent."""
     settings = flatten(study.space.settings) | flatten(study.settings)
     refuse_secrets([study.tracking_uri, *(f"--set {key}={value}" for key, value in settings.items())])
+    bring_rewards(study, arms)  # of the sweep that this one is made from, whose files may be gone
     return _send(server, study.name, ["--store", study.store], shipped=(study, arms))
 
 

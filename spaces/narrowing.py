@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spaces.config import ConfigError, TrialConfig
-from spaces.library import Choice, Dimension, Int, Space
+from spaces.library import SPACES, Choice, Dimension, Int, Space, named_spaces
 from spaces.reading import merge, read_config, unflatten
 from spaces.uses import idle, leaves, same
 
@@ -28,6 +28,13 @@ def refuse_settings_of_the_run(settings: Mapping[str, Any], origin: str) -> None
             raise ConfigError(
                 f"{origin}{key}={settings[key]}: in a sweep {option} says so for every trial; leave it out"
             )
+
+
+def named(name: str, workload: Mapping[str, Any], settings: Mapping[str, Any]) -> Space:
+    """A space of ours with the ranges of the precision and the modules that the settings choose."""
+    base = read_config(merge(merge(workload, SPACES[name].settings), settings))
+    modules = base.noise.modules if "noise.modules" in leaves(settings) else None
+    return named_spaces(base.quant.mode, modules)[name]
 
 
 def narrowed(space: Space, settings: Mapping[str, Any]) -> Space:

@@ -47,14 +47,20 @@ def idle(config: TrialConfig) -> set[str]:
 def refuse_idle(given: Mapping[str, Any], configs: Sequence[TrialConfig], origin: str) -> None:
     """Raises ConfigError for a setting that was given and has a use in none of the configurations. `origin`: who gave
     it, ending where the key begins. Whoever gives nothing (null, {}, false, 0) takes away, and asks for nothing."""
+    for _, known in without_use(given, configs):
+        raise ConfigError(
+            f"{origin}{known}={setting(configs[0], known)}: does nothing here, it needs {USES[known].needs}; "
+            "leave it out"
+        )
+
+
+def without_use(given: Mapping[str, Any], configs: Sequence[TrialConfig]) -> Iterator[tuple[str, str]]:
+    """(key as it was given, setting in it that changes nothing in any of the configurations)."""
     useless = set.intersection(*(idle(config) for config in configs))
     for key in (key for key, value in leaves(given).items() if value not in (None, {}, [], False)):
         for known in sorted(useless):
             if known == key or known.startswith(f"{key}.") or key.startswith(f"{known}."):
-                raise ConfigError(
-                    f"{origin}{known}={setting(configs[0], known)}: does nothing here, it needs {USES[known].needs}; "
-                    "leave it out"
-                )
+                yield key, known
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

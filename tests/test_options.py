@@ -70,7 +70,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "tracking_uri": "http://host:5000",
         "address": "HEAD:6379",
     }
-    assert set(given) | {"store", "runs"} == {field.name for field in fields(SweepOptions)}, (
+    assert set(given) | {"store", "runs", "source"} == {field.name for field in fields(SweepOptions)}, (
         "a new option belongs into this test"
     )
     config = made(tmp_path, **given)
@@ -140,6 +140,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> SweepOptions:
 
 def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, "sweep") == SweepOptions()
+    assert asked(monkeypatch, "sweep", "--seed", "0", "--from", "a") == SweepOptions(seed=0, source="a")
     plan = ["schedule", "--workload", "tiny", "--trials", "12", "--replicates", "3", "--concurrent", "2", "--seed", "5"]
     plan += ["--set", "noise.modules=linear", "--set", "eval.questions=16", "--points", "e12,e13h", "--searcher", "tpe"]
     plan += ["--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
