@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +101,9 @@ def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
 @given.takes(Place)
 def report(
     place: Place,
+    other: Annotated[
+        str | None, typer.Argument(help="Another sweep, to be set beside it: arms matched by what they did.")
+    ] = None,
     as_json: given.AsJson = False,
     html: given.Html = None,
     figures: given.Figures = None,
@@ -110,6 +114,11 @@ def report(
     files = [option for option, value in asked.items() if value is not None]
     if files and as_json:
         raise ConfigError(f"--json: has no use beside {files[0]}, which writes files; ask for them one at a time")
+    if other is not None:
+        if files:
+            raise ConfigError(f"{files[0]}: is made of one sweep; leave {other} out (two: as a table, or by --json)")
+        _report_two(place, other, as_json)
+        return
     try:
         study = place.sweep()
     except ConfigError as error:
@@ -165,6 +174,22 @@ def _write_files(study: "StudyConfig", html: str | None, figures: Path | None, c
 
         tables = write_csv(frames_of(read_material(study)), csv)
         print(f"csv: {len(tables)} files in {csv}; columns.csv says what is what")
+
+
+def _report_two(place: Place, other: str, as_json: bool) -> None:
+    here, there = place.sweep(), replace(place, name=other).sweep()
+    from dashboards.side_by_side_text import as_tree, side_by_side_lines, side_by_side_table
+    from dashboards.tables import say, terminal
+    from search.side_by_side import sides_of
+
+    seen = sides_of(here, there)
+    if as_json:
+        print(json.dumps(as_tree(seen), indent=1))
+        return
+    console, (above, below) = terminal(), side_by_side_lines(seen)
+    say(console, above)
+    console.print(side_by_side_table(seen))
+    say(console, below)
 
 
 @looks.command()

@@ -522,6 +522,7 @@ def _reproduce(material: Material) -> Section:
             pass
     parts = [
         f"<p>{escape(f'Seeds {seeds}.')}</p><pre>{escape(chr(10).join(commands))}</pre>",
+        f"<h3>Versions that its trials ran with</h3>{_list(_versions_of_trials(material.report))}",
         f"<h3>Versions, where this page was written</h3>{_list(_versions())}",
     ]
     if yaml:
@@ -529,6 +530,11 @@ def _reproduce(material: Material) -> Section:
     parts.append(f"<details><summary>The sweep: study.json</summary><pre>{escape(study_text(config))}</pre></details>")
     intro = "The same configuration and seed give the same numbers on the same machine."
     return Section(title="How to reproduce it", intro=intro, blocks=(Block(html="".join(parts)),))
+
+
+def _versions_of_trials(report: StudyReport) -> list[str]:
+    told = [", ".join(f"{name} {version}" for name, version in seen.items()) for seen in report.versions]
+    return told or ["They were not written down: an earlier version ran these trials."]
 
 
 def _versions() -> list[str]:

@@ -172,6 +172,15 @@ class StudyReport:
     def candidate(self) -> ArmReport | None:
         return next((arm for arm in self.arms if arm.candidate), None)
 
+    @property
+    def versions(self) -> list[Mapping[str, str]]:
+        """That its trials ran with, each once; none where none was written down."""
+        found: list[Mapping[str, str]] = []
+        for attempt in (attempt for arm in self.arms for trial in arm.trials for attempt in trial.attempts):
+            if attempt.versions and attempt.versions not in found:
+                found.append(attempt.versions)
+        return found
+
 
 def report_study(config: StudyConfig, arms: Sequence[Arm] | None = None) -> StudyReport:
     """`arms`: where they have been read already. Raises ConfigError for files that are damaged."""

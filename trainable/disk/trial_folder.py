@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -28,6 +28,7 @@ from spaces.config import ConfigError
 from trainable.disk.folder import Folder
 from trainable.failure import FAILURES
 from trainable.outcome import Outcome, Status, StepReport
+from trainable.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ class Attempt:
     reason: str = ""
     loading_seconds: float = 0.0
     """Until it was ready for its first step."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the programs it ran; empty where an earlier version did not write them down."""
 
     @property
     def hours(self) -> float:
@@ -166,6 +169,7 @@ class AttemptLog:
         number = len(_numbered(trial, _ATTEMPT_FILE)) + 1
         self._name = f"attempt-{number:03d}.json"
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
+        self._values["versions"] = versions()
         self.step = 0
         self._lock = threading.Lock()  # the watchdog's thread beats too
         self.beat()
