@@ -7,7 +7,7 @@ into records, and the one thread of a `Delivery` applies them in order, one `log
 refuses, rather than misses, would block those behind it for good: it is dropped, with a warning.
 
 Telling twice has no effect: a run is looked up by its tag `trial_key` before it is created, MLflow ignores a metric
-that it has at the same step, time and value, and files are overwritten.
+that it has at the same step, time and value, files are overwritten, and traces have ids of ours.
 """
 
 import logging
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from search import completions
 from search.mlflow_client import Owner, claimed_experiment, client
 from search.secrets import strip_password
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
+BESIDE = {"file", "traces"}
+"""Records for which later ones do not wait: artifacts may live elsewhere than the rest."""
 LONGEST_PAUSE = 30.0  # seconds between two attempts
 CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delivered
 
@@ -97,8 +100,8 @@ class MlflowWriter:
 
     Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics":
     {"gen/length":
-    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `end` (status) or
-    `told` (tags), which waits for the files before it; `time` is Unix ms.
+    4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `traces`,
+    `end` (status) or `told` (tags), which waits for the files and traces before it; `time` is Unix ms.
     """
 
     def __init__(self, uri: str, owner: Owner) -> None:
@@ -106,10 +109,12 @@ class MlflowWriter:
         self._mlflow: Any = None
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, str] = {}
+        self._traces = True
+        """Whether MLflow there takes any."""
 
     def send(self, records: Sequence[Record], note_delivery: Callable[[], None]) -> tuple[list[Record], str]:
         """What could not be delivered, and why. Stops at the first record that fails, except for files: artifacts may
-        live elsewhere than the rest, and metrics should not wait for them.
+        live elsewhere than the rest, and metrics should not wait for them; nor for traces.
         """
         left: list[Record] = []
         trouble = ""
@@ -122,11 +127,15 @@ class MlflowWriter:
                 note_delivery()
             except Exception as error:  # the network, the server, its database and its disk can fail in any way
                 reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
+                if record["do"] == "traces" and completions.no_traces_here(error):
+                    log.warning("MLflow there takes no traces; completions lie in samples.json of each run: %s", reason)
+                    self._traces = False
+                    continue
                 if self._is_refusal(error):
                     log.warning("MLflow refuses a record of %s: %s", record["key"], reason)
                     continue
                 trouble = reason
-                if record["do"] != "file":
+                if record["do"] not in BESIDE:
                     return left + list(records[index:]), trouble
                 left.append(record)
         return left, trouble
@@ -140,6 +149,11 @@ class MlflowWriter:
         match record["do"]:
             case "file":
                 mlflow.log_text(run_id, record["text"], record["path"])
+            case "traces":
+                if self._traces:
+                    trial = f"{self._owner.id}/{record['key']}"
+                    number = self._experiments[record["experiment"]]
+                    completions.deliver(self._uri, number, run_id, trial, record["traces"])
             case "end":
                 mlflow.set_terminated(run_id, record["status"], record["time"])
             case "open" | "log" | "told" as what:

@@ -5,8 +5,6 @@ is told afterwards (`mirror.py`).
 """
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +13,7 @@ from spaces.reading import as_tree, dump_yaml
 from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState
 from trainable.metrics import EVAL, STEP_SECONDS, STEPS_DONE, TRIAL_SECONDS
-from trainable.outcome import Outcome, Sample, Status, StepReport
+from trainable.outcome import Outcome, Status, StepReport
 
 RUN_STATUS: dict[Status, str] = {
     "completed": "FINISHED",
@@ -24,7 +22,6 @@ RUN_STATUS: dict[Status, str] = {
     "failed": "FAILED",
 }
 LONGEST_PARAM = 6000  # characters, MLflow's limit
-SAMPLE_COLUMNS = ("step", "prompt", "completion", "answer", "reward")
 
 
 def trial_key(sweep: str, arm: str, replicate: int) -> str:
@@ -69,14 +66,6 @@ def param_of(value: Any) -> str:
     text = value if isinstance(value, str) else as_json(value)
     mark = f"... ({len(text)} characters)"
     return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(mark)] + mark
-
-
-def samples_table(samples: Sequence[Sample]) -> str:
-    """What MLflow's log_table writes; that one reads and uploads the whole table again at each call, and appends when
-    retried."""
-    cells = [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
-    strict = [[str(c) if isinstance(c, float) and not math.isfinite(c) else c for c in row] for row in cells]
-    return as_json({"columns": SAMPLE_COLUMNS, "data": strict})
 
 
 def as_json(value: Any) -> str:

@@ -13,7 +13,7 @@ A run's tag `status` is the trial's (`running`, then `completed | collapsed | st
 FINISHED, KILLED for a collapse or what was stopped, FAILED. Non-finite metrics are kept: NaN as NaN, an infinity as the
 largest float (SQL has none), and the tag `nonfinite/<metric>` holds the first step of either.
 
-Left out: nested runs (MLflow's table shows only the parent), traces, the model registry. mlflow is imported at first
+Left out: nested runs (MLflow's table shows only the parent), the model registry. mlflow is imported at first
 use.
 """
 
@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from search import completions
 from search.arms import Arm, trial_config, trial_folder
 from search.delivery import Delivery, MlflowWriter
 from search.mlflow_client import Owner, absolute_uri, claim, client, one_line, refuse_other_owner
@@ -35,7 +36,6 @@ from search.told import (
     outcome_files,
     param_of,
     reason_of,
-    samples_table,
     scores_of,
     standing,
     step_metrics,
@@ -141,10 +141,12 @@ class Tracker:
             self._put(arm, replicate, do="log", step=step, time=at, metrics=scores_of(state.outcome))
         files = {} if state.outcome is None else outcome_files(state.outcome)
         tags = {"status": status, **reason_of(state)}
-        samples = [sample for report in reports for sample in report.samples]
-        if samples:
-            files["samples.json"] = samples_table(samples)
+        if any(report.samples for report in reports):
+            steps = arm.config.grpo.steps
+            files["samples.json"] = completions.table(reports, steps)
             tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
+            of = {"arm": arm.name, "replicate": str(replicate), "trial": f"{arm.name}/{replicate}"}
+            self._put(arm, replicate, do="traces", traces=completions.traces(reports, steps, of))
         for path, text in files.items():
             self._put(arm, replicate, do="file", path=path, text=text)
         self._put(arm, replicate, do="log", tags=tags)

@@ -42,6 +42,12 @@ def files(uri: str, run: Any) -> list[str]:
     return sorted(file.path for file in client(uri).list_artifacts(run.info.run_id))
 
 
+def traces(uri: str, run: Any) -> list[dict[str, Any]]:
+    """A run's, in the order of their times."""
+    found = client(uri).search_traces(locations=[run.info.experiment_id], run_id=run.info.run_id, max_results=500)
+    return [trace.to_dict() for trace in sorted(found, key=lambda trace: trace.info.request_time)]
+
+
 def everything(uri: str, experiment: str) -> str:
     """Whatever a second delivery could double or change; two of these texts are compared."""
     return repr(
@@ -54,6 +60,7 @@ def everything(uri: str, experiment: str) -> str:
                 run.info.end_time,
                 {name: points(uri, run, name) for name in run.data.metrics},
                 {path: text(uri, run, path) for path in files(uri, run)},
+                traces(uri, run),
             )
             for run in runs(uri, experiment)
         ]

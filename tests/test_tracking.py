@@ -31,7 +31,7 @@ from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError, EvalConfig, TrialConfig
 from spaces.reading import as_tree, flatten, parse_yaml, read_config
 from tests.processes import free_port
-from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, points, runs, text
+from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, points, runs, text, traces
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
 from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome
 from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
@@ -343,18 +343,21 @@ def test_counts_of_samples_and_pass_at_every_k_arrive_however_many_they_are(swee
     assert json.loads(text(sweep.uri, run, "right.json")) == list(right)
 
 
-def test_samples_are_an_mlflow_table(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_an_mlflow_table_with_a_name_for_each_in_front(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sweep.uri)  # load_table looks there, whatever its client says
     sweep.begin()
-    sweep.step(samples=(SAMPLE,))
+    sweep.step(samples=(SAMPLE, replace(SAMPLE, correct=True)))
     sweep.step(samples=(Sample(step=1, prompt="p", completion="c", answer="a", reward=math.nan),))
     sweep.step()
     sweep.end()
     sweep.tracker.close()
     run, client = sweep.shown(), mlflow_client.client(sweep.uri)
     table = client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])
-    assert list(table.columns) == ["step", "prompt", "completion", "answer", "reward"]
-    assert table["step"].tolist() == [0, 1]
+    assert list(table.columns) == ["completion_id", "prompt", "completion", "answer", "reward", "sigma", "correct"]
+    assert table["completion_id"].tolist() == ["step 00, 1", "step 00, 2", "step 01, 1"]
+    assert table["correct"].fillna("unknown").tolist() == ["unknown", "yes", "unknown"]
     json.loads(text(sweep.uri, run, "samples.json"), parse_constant=pytest.fail)  # browsers refuse NaN
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
 
@@ -512,7 +515,7 @@ def test_an_outage_costs_nothing_but_a_line_and_is_told_once(
     with caplog.at_level(logging.WARNING):
         away.run(steps=29)
         left = away.tracker.close()
-    assert left == 3 + 29 + 1 + 4 + 3  # start, reports, scores, files, end
+    assert left == 3 + 29 + 1 + 4 + 1 + 3  # start, reports, scores, files, traces, end
     (line,) = [message for message in caplog.messages if "does not take records" in message]
     assert "they are told again later" in line
     assert "secret" not in caplog.text
@@ -534,7 +537,7 @@ def test_telling_what_is_missing_makes_no_database(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("delivered", [1, 2, 4, 7, 10, 12, 13])
+@pytest.mark.parametrize("delivered", [1, 2, 4, 7, 9, 12, 14])
 def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
     sweep: Sweep, delivered: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -542,7 +545,7 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
     with monkeypatch.context() as during:
         during.setattr(Delivery, "put", lambda self, record: records.append(record))
         sweep.run()
-    assert len(records) == 14
+    assert len(records) == 15
     assert MlflowWriter(sweep.uri, sweep.config.owner).send(records[:delivered], lambda: None) == ([], "")
     assert sweep.again() == 0
     run = sweep.shown()
@@ -853,6 +856,8 @@ def test_a_server_killed_and_restarted_in_mid_sweep_misses_nothing(
     assert json.loads(text(server.uri, run, "correct.json")) == list(ended.eval.correct)
     client = mlflow_client.client(server.uri)
     assert len(client.load_table(run.info.experiment_id, "samples.json", run_ids=[run.info.run_id])) == 1
+    (trace,) = traces(server.uri, run)
+    assert (trace["info"]["request_preview"], trace["info"]["response_preview"]) == ("1+2=", "3")
     # told exactly once: the same records again change nothing
     once = everything(server.uri, experiment)
     known = known_trials(server.uri, experiment, sweep.config.owner)

@@ -59,6 +59,8 @@ class Sample:
     completion: str
     answer: str
     reward: float
+    correct: bool | None = None
+    """None of a sweep that was made before this was written down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

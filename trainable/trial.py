@@ -554,6 +554,13 @@ def _scores(start: tuple[Evaluation, Evaluation], end: tuple[Evaluation, Evaluat
 def _samples(step: int, groups: list[Group]) -> tuple[Sample, ...]:
     episodes = [group[0] for group in groups[:_SAMPLES_PER_STEP]]
     return tuple(
-        Sample(step=step, prompt=e.question.prompt, completion=e.text, answer=e.question.answer, reward=e.score.reward)
+        Sample(
+            step=step,
+            prompt=e.question.prompt,
+            completion=e.text,
+            answer=e.question.answer,
+            reward=e.score.reward,
+            correct=e.score.correct,
+        )
         for e in episodes
     )
