@@ -177,6 +177,21 @@ def test_an_arm_that_is_what_the_other_sweep_is_as_a_whole_is_the_same_configura
     assert "c02 = c01: the very same configuration in both" in below
 
 
+def test_a_setting_that_changes_nothing_in_one_of_them_parts_no_pair(tmp_path: Path) -> None:
+    """Without a format nothing comes after the rounding of weights."""
+    runs, linear = [250, 252, 254, 256, 258], "noise.modules=[linear]"
+    exact = {"quant": {"weights": "none", "activations": "none"}}
+    here = swept(
+        tmp_path,
+        "a",
+        {"control": runs, "c01": runs},
+        settings=exact,
+        overrides={"c01": [linear, "noise.placement=after"]},
+    )
+    there = swept(tmp_path, "b", {"control": runs, "c01": runs}, overrides={"c01": [linear]})
+    assert set(of(sides_of(here, there), "c01", "c01").settings) == {"quant.weights", "quant.activations"}
+
+
 # --- where nothing may be said ----------------------------------------------------------------------------------------
 
 
