@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import typer
 
+from dashboards import completion
 from dashboards.keep_cli import keeping
 from dashboards.lasting import lasting_output
 from dashboards.look_cli import looks
@@ -30,7 +31,6 @@ app = typer.Typer(
     name="rin",
     help="Sigma sweeps for 4-bit GRPO with noisy rollouts that can be believed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for commands in (sweeps, looks, keeping, trials, trainers, program):
@@ -44,7 +44,8 @@ def main() -> None:
         logging.getLogger(talkative).setLevel(logging.ERROR)
     with exit_codes(), lasting_output():
         _with_allocator_settings()
-        app()
+        command = completion.offering(typer.main.get_command(app)) if completion.asked() else app
+        command(prog_name="rin")
 
 
 @contextlib.contextmanager
