@@ -10,7 +10,7 @@ every value, which a page of hundreds of panels would wait for; the tests check 
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -25,7 +25,7 @@ from dashboards.figure_rows import (
     SpaceCell,
 )
 from dashboards.tables import points
-from dashboards.trial_rows import Anatomy, CurvePanel, ReceiptPanel
+from dashboards.trial_rows import Anatomy, CurvePanel, MeanPoint, ReceiptPanel, mean_curve
 from search.importance import Importance
 
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7A7F85"
@@ -531,6 +531,33 @@ def curves(panel: CurvePanel, span: tuple[float, float], metric: str = "reward")
     broke = sum(curve.ending == "collapsed" for curve in panel.seeds)
     alt = f"{metric} over steps of {name}, {len(panel.seeds)} seeds, {broke} collapsed; {panel.noise}."
     return Figure(name=f"curves-{panel.arm}", alt=alt, data=data, layout=layout)
+
+
+def mean_curves(panel: CurvePanel, span: tuple[float, float]) -> Figure:
+    """The same with the mean over seeds and its 95 % band in front, the control's mean dotted; where there are two
+    seeds."""
+    drawn = curves(panel, span)
+    seeds = [{**trace, "opacity": 0.35} if "lines" in trace["mode"] else trace for trace in drawn.data]
+    means: list[Trace] = []
+    mean, behind = mean_curve(panel.seeds), mean_curve(panel.behind)
+    if mean:
+        steps = [point.step for point in mean]
+        low, high = (_rounded(clipped) for clipped in _within(mean, span))
+        band = {"x": [*steps, *reversed(steps)], "y": [*low, *reversed(high)], "fill": "toself", "mode": "none"}
+        means.append({**band, "fillcolor": faint(BLUE, 0.2), "hoverinfo": "skip"})
+    for line, points_of in (
+        ({"color": GREY, "width": 2, "dash": "dot"}, behind),
+        ({"color": BLUE, "width": 2.5}, mean),
+    ):
+        if points_of:
+            place = {"x": [one.step for one in points_of], "y": _rounded([one.mean for one in points_of])}
+            means.append({**place, "mode": "lines", "line": line, "hoverinfo": "skip"})
+    return replace(drawn, data=[*seeds, *means], alt=f"{drawn.alt} Mean over seeds with its 95 % band.")
+
+
+def _within(mean: Sequence[MeanPoint], span: tuple[float, float]) -> tuple[list[float], list[float]]:
+    """Of two seeds the band may be wider than any axis."""
+    return [max(one.low, span[0]) for one in mean], [min(one.high, span[1]) for one in mean]
 
 
 def anatomy(found: Anatomy) -> Figure:

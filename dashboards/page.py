@@ -26,6 +26,7 @@ from dashboards.answer import QUESTION, Answer, answer_of
 from dashboards.figures import Figure
 from dashboards.listing import note_lines
 from dashboards.options import Place
+from dashboards.pictures import pictures
 from dashboards.program_view import state_lines
 from dashboards.report_text import interval, report_lines
 from dashboards.tables import describe_noise, points, why
@@ -33,14 +34,14 @@ from dashboards.trial_rows import Anatomy, Run
 from search.arms import Arm, candidate_of, read_arms
 from search.confirm import Confirmation, confirmation_of
 from search.export import to_yaml
+from search.mirror import tell_report
 from search.notes import read_notes
 from search.program_study import read_state
 from search.report import StudyReport, report_study
-from search.store import BEST_FILE, StudyConfig, absolute_store, is_driven, study_text, sweeps
+from search.store import BEST_FILE, PAGE_FILE, StudyConfig, absolute_store, is_driven, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.folder import Folder
 
-PAGE_FILE = "report.html"
 FIRST = 12
 """Panels that are not folded away."""
 FORESTS = 20
@@ -97,12 +98,16 @@ def write_page(config: StudyConfig, file: Path | None = None) -> str:
     """Write it, and where it lies. A sweep whose files cannot be read has a page that says so. Raises ConfigError for
     that sweep, and for a file that cannot be written."""
     try:
-        text, broken = page(read_material(config)), None
+        material = read_material(config)
+        text, broken = page(material), None
     except ConfigError as error:
         text, broken = page_without(config.name, str(error)), error
     place = _put(config.folder, text, file)
     if broken is not None:
         raise broken
+    if file is None:
+        for name, picture in pictures(material.report, material.runs, arms=FORESTS, panels=FIRST).items():
+            _write(config.folder, name, picture)
     return place
 
 
@@ -117,18 +122,20 @@ def say_unreadable(place: Place, why_not: str, file: Path | None) -> None:
 def _put(folder: Folder, text: str, file: Path | None) -> str:
     """Raises ConfigError where that cannot be written."""
     if file is None:
-        try:
-            folder.write(PAGE_FILE, text)
-        except OSError as error:
-            raise ConfigError(
-                f"--html: {folder.uri}: {error.strerror}; give a file elsewhere: --html FILE.html"
-            ) from None
+        _write(folder, PAGE_FILE, text)
         return str(folder.local / PAGE_FILE) if folder.local else f"{PAGE_FILE} in {folder.uri}"
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {file}: {error.strerror}; give a file in a folder that exists") from None
     return str(file)
+
+
+def _write(folder: Folder, name: str, text: str) -> None:
+    try:
+        folder.write(name, text)
+    except OSError as error:
+        raise ConfigError(f"--html: {folder.uri}: {error.strerror}; give a file elsewhere: --html FILE.html") from None
 
 
 def left_behind(config: StudyConfig) -> tuple[str, bool]:
@@ -141,9 +148,14 @@ def left_behind(config: StudyConfig) -> tuple[str, bool]:
 
 
 def leave_behind(config: StudyConfig, *, quiet: bool = False) -> None:
-    """That, and say it. `quiet`: stdout is for something else."""
+    """That, say it, and tell MLflow. `quiet`: stdout is for something else."""
     line, written = left_behind(config)
     print(line, file=sys.stderr if quiet or not written else sys.stdout)
+    if written:
+        try:
+            tell_report(config)
+        except ConfigError as error:
+            print(f"MLflow has no page yet ({error}); rin ui {config.name} tells it", file=sys.stderr)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

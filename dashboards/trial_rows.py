@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import fmean
+from statistics import fmean, stdev
 
 from dashboards.tables import describe_noise, finite
 from search.arms import Arm, planned, trial_folder
@@ -111,6 +111,35 @@ class CurvePanel:
     """Those with noise."""
     steps: int
     """That were asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanPoint:
+    """Over seeds, with its 95 % t interval. Example: MeanPoint(step=3, mean=0.25, low=0.2, high=0.3)."""
+
+    step: int
+    mean: float
+    low: float
+    high: float
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[MeanPoint, ...]:
+    """In steps that every seed made, from the first on, with a number in each: what is left of an arm after one of its
+    runs has collapsed is no mean of it. Empty below two seeds."""
+    from scipy import stats
+
+    found: list[MeanPoint] = []
+    if len(curves) < 2:
+        return ()
+    by_step = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    for step in sorted(set.intersection(*map(set, by_step))):
+        values = [value for seed in by_step if (value := seed[step]) is not None]
+        if len(values) < len(curves):
+            continue
+        mean = fmean(values)
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+        found.append(MeanPoint(step=step, mean=mean, low=mean - half, high=mean + half))
+    return tuple(found)
 
 
 def curve_panels(report: StudyReport, runs: Sequence[Run], metric: str = REWARD) -> tuple[CurvePanel, ...]:

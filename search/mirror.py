@@ -2,20 +2,22 @@
 
 A driver that is killed, a server that is down, a trial that ends while everything is stopped: the folder has it, MLflow
 does not. It is asked which trials it knows and in which state; of each that stands otherwise in the folder it is told
-everything once more, which has no effect on what it has heard before.
+everything once more, which has no effect on what it has heard before. The same of the page that a sweep left.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 from search.arms import Arm, planned, read_arms, trial_folder
-from search.store import StudyConfig
+from search.store import REPORT_FILES, StudyConfig
 from search.told import standing, trial_key
-from search.tracking import Tracker, known_trials
+from search.tracking import REPORT, Heard, Tracker, known_trials, tell_page
 from trainable.disk.trial_folder import read_trial
 
 
-def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
-    """Of a sweep that nobody runs at this moment. Raises ConfigError when MLflow cannot be asked."""
+def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> Mapping[str, Heard]:
+    """Of a sweep that nobody runs at this moment; what MLflow knew of it. Raises ConfigError when it cannot be
+    asked."""
     known = known_trials(study.tracking_uri, study.name, study.owner)
     for number, arm in enumerate(arms):
         for replicate in planned(study, arm):
@@ -30,6 +32,7 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> None:
             if not told:
                 tracker.begin(arm, number, replicate)
                 tracker.end(arm, replicate)
+    return known
 
 
 def tell_endings(study: StudyConfig, tracker: Tracker) -> None:
@@ -40,9 +43,29 @@ def tell_endings(study: StudyConfig, tracker: Tracker) -> None:
         tracker.end(by_name[name], replicate)
 
 
+def tell_report(study: StudyConfig) -> None:
+    """The page and the pictures that lie in its folder, in place of those that it was told before. Raises
+    ConfigError."""
+    files, digest = _report(study)
+    if files:
+        tell_page(study, files, digest)
+
+
+def _report(study: StudyConfig) -> tuple[dict[str, str], str]:
+    """Files, and a word that is theirs alone."""
+    found = {name: text for name in REPORT_FILES if (text := study.folder.read(name)) is not None}
+    digest = hashlib.blake2b(b"\0".join(found.values()), digest_size=16).hexdigest()
+    return {name: text.decode() for name, text in found.items()}, digest
+
+
 def send_missing(study: StudyConfig) -> int:
     """All that MLflow lacks of a sweep that nobody runs; how many records it did not take. Raises ConfigError when it
     cannot be asked."""
     tracker = Tracker(study)
-    catch_up(study, read_arms(study), tracker)
-    return tracker.close()
+    known = catch_up(study, read_arms(study), tracker)
+    left = tracker.close()
+    files, digest = _report(study)
+    heard = known.get(trial_key(study.name, REPORT, 0))
+    if files and (heard is None or heard.standing != digest):
+        tell_page(study, files, digest)
+    return left

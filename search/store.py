@@ -53,6 +53,8 @@ from trainable.disk.folder import Folder
 from trainable.pass_at_k import k_of
 
 STUDY_FILE, BEST_FILE, EVIDENCE_FILE = "study.json", "best.yaml", "evidence.json"
+PAGE_FILE, FOREST_FILE, CURVES_FILE = REPORT_FILES = ("report.html", "report-forest.svg", "report-curves.svg")
+"""What it came to, for people: written at its end, and by `rin report --html`."""
 VERSION = 3
 MOST = 8
 """Replicates of one arm in a sweep that gives them where they matter: a confirmation knows more by further ones."""

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from trainable.scan import Scan
 
 TOLD_TAG = "told"
-DOCUMENTS, SCANS = "documents", "srdd"
-"""Status of a run that is no trial: of a programme's documents, which is its name too, and of a scan."""
+DOCUMENTS, SCANS, REPORT = "documents", "srdd", "report"
+"""Status of a run that is no trial: of a programme's documents and of a sweep's page, which is its name too, and of a
+scan."""
 RUNS_PER_PAGE = 1000
 
 
@@ -178,6 +179,11 @@ def tell_documents(study: StudyConfig, files: Mapping[str, str]) -> None:
     _tell_run(study, DOCUMENTS, DOCUMENTS, files)
 
 
+def tell_page(study: StudyConfig, files: Mapping[str, str], standing: str) -> None:
+    """The same of a sweep's page and its pictures. Raises ConfigError."""
+    _tell_run(study, REPORT, REPORT, files, standing=standing)
+
+
 def tell_scan(study: StudyConfig, title: str, scan: "Scan", files: Mapping[str, str]) -> None:
     """As a run of its own, which another scan leaves as it is: every score that each layer has as a metric over layers,
     the rest as artifacts. Raises ConfigError."""
@@ -200,14 +206,16 @@ def _tell_run(
     files: Mapping[str, str],
     title: str = "",
     records: Sequence[Mapping[str, Any]] = (),
+    standing: str = "",
 ) -> None:
-    """A run that is no trial, whole. Raises ConfigError."""
+    """A run that is no trial, whole. `standing`: of what it was made, where that is asked again. Raises ConfigError."""
     claim(study.tracking_uri, study.name, study.owner)
     record = {"experiment": study.name, "key": trial_key(study.name, key, 0), "time": _ms(None)}
     told = [{**record, "do": "open", "name": title or status, "tags": {"sweep": study.name, "status": status}}]
     told += [{**record, **one} for one in records]
     told += [{**record, "do": "file", "path": path, "text": text} for path, text in files.items()]
     told.append({**record, "do": "end", "status": "FINISHED"})
+    told.append({**record, "do": "told", "tags": {TOLD_TAG: standing} if standing else {}})
     left, trouble = MlflowWriter(absolute_uri(study.tracking_uri), study.owner).send(told, lambda: None)
     if left:
         raise ConfigError(

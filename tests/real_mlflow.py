@@ -23,7 +23,15 @@ def runs(uri: str, experiment: str) -> list[Any]:
     mlflow = client(uri)
     found = mlflow.get_experiment_by_name(experiment)
     shown = [] if found is None else mlflow.search_runs([found.experiment_id])
+    shown = [run for run in shown if "arm" in run.data.tags]
     return sorted(shown, key=lambda run: (int(run.data.tags["arm_number"]), int(run.data.tags["replicate"])))
+
+
+def others(uri: str, experiment: str) -> list[Any]:
+    """Its runs that are no trials."""
+    mlflow = client(uri)
+    shown = mlflow.search_runs([mlflow.get_experiment_by_name(experiment).experiment_id])
+    return [run for run in shown if "arm" not in run.data.tags]
 
 
 def points(uri: str, run: Any, metric: str) -> list[tuple[int, float]]:

@@ -8,19 +8,28 @@ from typing import Any
 
 import pytest
 
+from search import mirror
 from search.ablation import ablation
 from search.arms import Arm, read_arms, trial_folder, write_arm
 from search.confirm import planned_confirmation
 from search.delivery import Delivery
 from search.execution import TrialEvent
-from search.mirror import catch_up, send_missing
+from search.mirror import catch_up, send_missing, tell_report
 from search.mlflow_client import check_tracking, claim
-from search.store import BEST_FILE, StudyConfig, default_tracking_uri, load_study_config, save_study_config
+from search.store import (
+    BEST_FILE,
+    FOREST_FILE,
+    PAGE_FILE,
+    StudyConfig,
+    default_tracking_uri,
+    load_study_config,
+    save_study_config,
+)
 from search.study import StudyResult, resume_study, run_study
 from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError
 from tests.plain_sweeps import without_ray
-from tests.real_mlflow import Server, everything, files, points, runs
+from tests.real_mlflow import Server, everything, files, others, points, runs, text
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 from trainable.disk.checkpoint import save_checkpoint
 from trainable.disk.trial_folder import AttemptLog, write_outcome
@@ -178,6 +187,34 @@ def test_the_first_word_of_a_rule_is_kept_over_a_restart(sweep: StudyConfig) -> 
     assert tracker.close() == 0
     (run,) = runs(sweep.tracking_uri, sweep.name)
     assert (run.data.tags["collapse/rule"], run.data.tags["collapse/step"]) == ("entropy_high", "1")
+
+
+# The page
+
+
+def test_the_page_of_a_sweep_is_told_once_and_a_newer_one_takes_its_place(sweep: StudyConfig) -> None:
+    assert send_missing(sweep) == 0
+    assert others(sweep.tracking_uri, sweep.name) == []
+    sweep.folder.write(PAGE_FILE, "<p>undecided</p>")
+    tell_report(sweep)
+    (run,) = others(sweep.tracking_uri, sweep.name)
+    assert (run.data.tags["status"], run.info.status, run.info.run_name) == ("report", "FINISHED", "report")
+    assert files(sweep.tracking_uri, run) == [PAGE_FILE]
+    sweep.folder.write(PAGE_FILE, "<p>ahead</p>")
+    sweep.folder.write(FOREST_FILE, "<svg/>")
+    assert send_missing(sweep) == 0  # by the next look, where it was written while MLflow was away
+    (again,) = others(sweep.tracking_uri, sweep.name)
+    assert again.info.run_id == run.info.run_id
+    assert text(sweep.tracking_uri, again, PAGE_FILE) == "<p>ahead</p>"
+    assert files(sweep.tracking_uri, again) == [FOREST_FILE, PAGE_FILE]
+    assert runs(sweep.tracking_uri, sweep.name) == []
+
+
+def test_a_page_that_mlflow_has_is_not_told_again(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep.folder.write(PAGE_FILE, "<p>undecided</p>")
+    assert send_missing(sweep) == 0
+    monkeypatch.setattr(mirror, "tell_page", lambda *given: pytest.fail("told again"))
+    assert send_missing(sweep) == 0
 
 
 # Whose an experiment is

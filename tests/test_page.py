@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from dashboards import page as page_module
 from dashboards.cli import app
-from dashboards.page import FIRST, PAGE_FILE, left_behind, page, read_material, write_page
+from dashboards.page import FIRST, left_behind, page, read_material, write_page
 from search.arms import read_arms
 from search.confirm import planned_confirmation
-from search.store import StudyConfig, save_study_config
+from search.store import PAGE_FILE, StudyConfig, save_study_config
 from spaces.errors import ConfigError
 from tests.browser import Browser, browser
 from tests.drawn_sweeps import drawn_sweep, steps_of
