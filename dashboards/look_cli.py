@@ -199,6 +199,7 @@ def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="O
     study = place.sweep()
     from dashboards.mlflow_views import serve_ui
     from search.mirror import send_missing
+    from search.notes import tell_notes
     from search.store import is_driven, only_driver
 
     if not is_driven(study):
@@ -206,4 +207,5 @@ def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="O
             untold = send_missing(study)
         if untold:
             print(f"MLflow did not take {untold} records of the sweep", file=sys.stderr)
+    tell_notes(study)
     serve_ui(study.tracking_uri, study.name, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))

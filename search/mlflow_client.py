@@ -146,6 +146,24 @@ def claimed_experiment(mlflow: Any, uri: str, name: str, owner: Owner) -> str:
     return number
 
 
+def client_of_what_is_there(uri: str) -> Any:
+    """None where nothing was ever tracked: a database is not made by asking."""
+    try:
+        return client(uri)
+    except FileNotFoundError:
+        return None
+
+
+def experiments_of(mlflow: Any, owner: Owner) -> list[Any]:
+    """That are this sweep's, deleted or not, whatever they are called: one, or none where MLflow has never heard of
+    it."""
+    if mlflow is None:
+        return []
+    from mlflow.entities import ViewType
+
+    return list(mlflow.search_experiments(ViewType.ALL, filter_string=f"tags.{OWNER_TAG} = '{owner.id}'"))
+
+
 def refuse_other_owner(experiment: Any, uri: str, owner: Owner) -> None:
     """Raises ConfigError: the runs of two sweeps in one experiment would be told apart by nobody."""
     claimed = experiment.tags.get(OWNER_TAG, owner.id)

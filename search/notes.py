@@ -10,10 +10,13 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from search.mlflow_client import client_of_what_is_there, experiments_of, one_line
 from search.store import StudyConfig
 from spaces.config import ConfigError
 
 NOTES = "notes"
+"""The folder, and the tag of the experiment in MLflow."""
+LONGEST_TAG = 5000  # characters, MLflow's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +55,16 @@ def read_notes(study: StudyConfig) -> list[Note]:
             note = Note(written=when, text=f"(this note cannot be read: {folder.uri}/{name})")
         notes.append(note)
     return notes
+
+
+def tell_notes(study: StudyConfig) -> None:
+    """MLflow, as a tag of the sweep's experiment, the last note first. Raises ConfigError where it cannot be told."""
+    notes = read_notes(study)
+    if not notes:
+        return
+    text = "\n\n".join(f"{note.written:%Y-%m-%d %H:%M} UTC: {note.text}" for note in reversed(notes))
+    with one_line(study.tracking_uri, f"cannot write the notes of {study.name}"):
+        mlflow = client_of_what_is_there(study.tracking_uri)
+        for experiment in experiments_of(mlflow, study.owner):
+            if experiment.lifecycle_stage == "active":
+                mlflow.set_experiment_tag(experiment.experiment_id, NOTES, text[:LONGEST_TAG])

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from search.jobs import noted_job
-from search.mlflow_client import OWNER_TAG, client, one_line
+from search.mlflow_client import client_of_what_is_there, experiments_of, one_line
 from search.secrets import strip_password
 from search.store import (
     STUDY_FILE,
@@ -102,8 +101,8 @@ def _hide_in_mlflow(study: StudyConfig, hidden: str) -> None:
     """Its experiment, and with it its runs, deleted under another name. Raises ConfigError."""
     uri = study.tracking_uri
     with one_line(uri, f"cannot delete experiment {study.name}"):
-        mlflow = _client_of_what_is_there(uri)
-        for experiment in _experiments(mlflow, study):
+        mlflow = client_of_what_is_there(uri)
+        for experiment in experiments_of(mlflow, study.owner):
             if experiment.lifecycle_stage == "active":
                 if experiment.name == study.name:
                     mlflow.rename_experiment(experiment.experiment_id, hidden)
@@ -147,8 +146,8 @@ def _show_in_mlflow(study: StudyConfig) -> None:
     """Raises ConfigError, also where its name is another's by now."""
     uri, name = study.tracking_uri, study.name
     with one_line(uri, f"cannot restore experiment {name}"):
-        mlflow = _client_of_what_is_there(uri)
-        for experiment in _experiments(mlflow, study):
+        mlflow = client_of_what_is_there(uri)
+        for experiment in experiments_of(mlflow, study.owner):
             number = experiment.experiment_id
             namesake = mlflow.get_experiment_by_name(name)
             if namesake is not None and namesake.experiment_id != number:
@@ -160,26 +159,6 @@ def _show_in_mlflow(study: StudyConfig) -> None:
                 mlflow.restore_experiment(number)
             if experiment.name != name:
                 mlflow.rename_experiment(number, name)
-
-
-# --- both -------------------------------------------------------------------------------------------------------------
-
-
-def _client_of_what_is_there(uri: str) -> Any:
-    """None where nothing was ever tracked."""
-    try:
-        return client(uri)
-    except FileNotFoundError:
-        return None
-
-
-def _experiments(mlflow: Any, study: StudyConfig) -> list[Any]:
-    """That are this sweep's, deleted or not: one, or none where MLflow has never heard of it."""
-    if mlflow is None:
-        return []
-    from mlflow.entities import ViewType
-
-    return list(mlflow.search_experiments(ViewType.ALL, filter_string=f"tags.{OWNER_TAG} = '{study.id}'"))
 
 
 def _folder(study: StudyConfig) -> Path:
