@@ -23,32 +23,49 @@ NOT_A_CONFIRMATION = (
 
 
 def side_by_side_table(seen: SideBySide) -> Table:
-    """An arm of both sweeps in each row, then those of one alone."""
-    words, numbers = ("arm", "noise", "collapsed"), ("A", "B", "A vs control", "B vs control", "B - A", "interval")
-    table = empty_table("", words, numbers)
+    """An arm of both sweeps in each row, then those of one alone. Numbers stand below each other, so that a narrow
+    terminal has room for all of them."""
+    table = empty_table("", ("arm", "noise"), ("A", "B", "B - A"))
     table.add_column("verdict", overflow="fold")
     for pair in seen.pairs:
         a, b = seen.here.rows[pair.here], seen.there.rows[pair.there]
-        between = pair.between
         table.add_row(
             a.arm if a.arm == b.arm else f"{a.arm} = {b.arm}",
-            describe_noise(a.config) if "noise" not in _parts(pair.settings) else _both_noises(a, b),
-            " | ".join(_collapsed(row) for row in (a, b)),
-            points(a.score),
-            points(b.score),
-            *(escape(_own(side, row.arm)) for side, row in ((seen.here, a), (seen.there, b))),
-            "-" if between is None else f"{100 * between.difference:+.1f}",
-            "" if between is None else escape(interval(between)),
+            _noise(a, b),
+            *(escape(_cell(side, row)) for side, row in ((seen.here, a), (seen.there, b))),
+            "-" if pair.between is None else escape(_points(pair.between)),
             verdict(pair),
         )
     for letter, side, names in zip("AB", (seen.here, seen.there), seen.alone, strict=True):
-        for name in names:
-            row = side.rows[name]
-            cells = [points(row.score), "", escape(_own(side, name)), ""]
-            if letter == "B":
-                cells = ["", cells[0], "", cells[2]]
-            table.add_row(name, describe_noise(row.config), _collapsed(row), *cells, "", "", f"only in {letter}")
+        for row in (side.rows[name] for name in names):
+            cell = escape(_cell(side, row))
+            cells = (cell, "") if letter == "A" else ("", cell)
+            table.add_row(row.arm, describe_noise(row.config), *cells, "", f"only in {letter}")
     return table
+
+
+def _cell(side: Side, row: ArmReport) -> str:
+    """What it scores, its difference to its control, how many runs collapsed and how many are missing."""
+    own = side.own.get(row.arm)
+    lines = [points(row.score), *([] if own is None or own.replicates == 0 else [_points(own)])]
+    if row.collapsed:
+        lines.append(f"{row.collapsed} of {row.replicates} collapsed")
+    if row.missing:
+        lines.append(f"{row.replicates} of {row.replicates + row.missing} runs")
+    return "\n".join(lines)
+
+
+def _points(seen: Comparison) -> str:
+    return f"{100 * seen.difference:+.1f}\n{interval(seen)}"
+
+
+def _noise(a: ArmReport, b: ArmReport) -> str:
+    """Without the formats and rewards in which they differ, which stand above."""
+    one, other = describe_noise(a.config), describe_noise(b.config)
+    if one == other:
+        return one
+    bare = [text.partition(", ")[0] for text in (one, other)]
+    return bare[0] if bare[0] == bare[1] else f"{one} | {other}"
 
 
 def side_by_side_lines(seen: SideBySide) -> tuple[list[str], list[str]]:
@@ -77,6 +94,7 @@ def _pair_lines(seen: SideBySide) -> Iterator[str]:
         how = "paired by seed" if paired == len(compared) else "without common seeds (Welch)"
         if 0 < paired < len(compared):
             how = f"{paired} paired by seed, {len(compared) - paired} without common seeds (Welch)"
+        yield "A, B: the score, and with its interval the difference to the control of that sweep"
         yield (
             f"B - A: of controls in accuracy, of arms with noise in what they differ from their control; {how}; "
             f"intervals at 95 % for all {len(compared)} together"
@@ -168,23 +186,3 @@ def _told(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_told, value)) or "none"
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def _own(side: Side, name: str) -> str:
-    seen = side.own.get(name)
-    if seen is None or seen.replicates == 0:
-        return ""
-    return f"{100 * seen.difference:+.1f} {interval(seen)}"
-
-
-def _collapsed(row: ArmReport) -> str:
-    return f"{row.collapsed} of {row.replicates}"
-
-
-def _parts(settings: Settings) -> set[str]:
-    return {key.partition(".")[0] for key in settings}
-
-
-def _both_noises(a: ArmReport, b: ArmReport) -> str:
-    one, other = describe_noise(a.config), describe_noise(b.config)
-    return one if one == other else f"{one} | {other}"

@@ -42,7 +42,7 @@ OF_THE_RUN = {"seed", "threads", "noise.sigma_start"}
 """Of each replicate and arm, never of a sweep as a whole."""
 SAID = (
     *("kind", "parent", "workload", "measure", "searcher", "objectives", "trials", "replicates", "total", "seed"),
-    *("points", "evidence", "warm_start", "looks", "cpus", "gpus"),
+    *("points", "evidence", "warm_start", "looks", "budget_hours", "concurrent", "cpus", "gpus"),
 )
 """What is told of two studies where it differs."""
 

@@ -80,6 +80,14 @@ def test_list_status_report_and_page_show_notes(rin: Rin, tmp_path: Path) -> Non
     assert rin("note", "t", "x")[0] == 2
 
 
+def test_notes_lie_in_an_object_store_too(s3_store: Callable[[str], str]) -> None:
+    config = study(s3_store("noted"))
+    save_study_config(config)
+    write_note(config, "größer")
+    write_note(config, "second")
+    assert [note.text for note in read_notes(config)] == ["größer", "second"]
+
+
 # --- the trash --------------------------------------------------------------------------------------------------------
 
 

@@ -4,15 +4,17 @@ said."""
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from dashboards.page import page, read_material
-from dashboards.side_by_side_text import side_by_side_lines
+from dashboards.side_by_side_text import side_by_side_lines, side_by_side_table
 from search.arms import read_arms, trial_folder
 from search.side_by_side import Pair, SideBySide, read_side, side_by_side, sides_of
 from search.statistics import compare_groups
@@ -295,6 +297,28 @@ def test_report_sets_two_sweeps_beside_each_other_and_drops_no_option(rin: Rin, 
         assert (code, err.count("\n")) == (2, 1)
         assert f"{option[0]}: is made of one sweep; leave b out" in err
     assert rin("report", "a", "nobody")[0] == 2
+
+
+def test_a_narrow_terminal_cuts_no_number(tmp_path: Path) -> None:
+    here = swept(
+        tmp_path, "a", {**PLAIN, "c04": [("collapsed", 100)] * 5}, overrides={"c04": ["noise.sigma_start=0.03"]}
+    )
+    seen = sides_of(
+        here,
+        swept(
+            tmp_path,
+            "b",
+            {**NOISY, "x2": [250, 255, None, None, None]},
+            seed=100,
+            overrides={"x2": ["noise.sigma_start=0.04"]},
+        ),
+    )
+    said = StringIO()
+    Console(file=said, width=80).print(side_by_side_table(seen))
+    assert "…" not in said.getvalue()
+    cells = " ".join(said.getvalue().replace("│", " ").split())
+    for words in ("65.5 %", "+2.3", "5 of 5", "2 of 5 runs", "only in A"):
+        assert words in cells
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
