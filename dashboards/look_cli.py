@@ -50,6 +50,7 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
     from dashboards.listing import note_lines
     from dashboards.tables import arm_table, say, status_row, terminal
     from search.arms import failures, read_arms, unfinished
+    from search.followup import second_part
     from search.notes import read_notes
     from search.report import arm_reports
     from search.store import is_driven
@@ -79,6 +80,8 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
         for line in failures(study, arms):
             print(line)
         print(f"{left} trials are not finished and nobody is running them; go on: {study.go_on}{place.again}")
+    elif line := second_part(study, arms):
+        print(f"{line}{place.again}")
 
 
 def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 import typer.core
 
+from search.replicates import AT_ONCE
 from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ Csv = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT_STORE = "runs"
+WHAT_RUNS = (
+    *("space", "source", "workload", "runs", "trials"),
+    *("overrides", "points", "evidence", "warm_start", "searcher"),
+)
+"""Options that say what a sweep runs; without any it is the one that shows what the product is for."""
+COLLAPSES = "e13i-baseline"
+"""The experiment of the plan that runs then, too."""
 
 
 class HtmlAlone(typer.core.TyperCommand):
@@ -120,7 +128,11 @@ class SweepOptions:
     ] = None
     trials: Annotated[
         int | None,
-        typer.Option(min=1, help="Configurations, the control included. Default: 8, or what the points need."),
+        typer.Option(
+            min=1,
+            help="Configurations, the control included. Default: 8, or what the points need; the sweep that is asked "
+            "for nothing also runs the plan's e13i-baseline, which collapses, and its control: 10.",
+        ),
     ] = None
     replicates: Annotated[int | None, typer.Option(min=1, help="Runs per configuration, with paired seeds. [1]")] = None
     concurrent: Concurrent = None
@@ -146,6 +158,13 @@ class SweepOptions:
             "--objective",
             help="accuracy (default), collapses, hours, or pass@K with eval.samples of K or more; several: a Pareto "
             "front. The first accuracy or pass@K is what arms are compared, chosen and confirmed by.",
+        ),
+    ] = None
+    confirm: Annotated[
+        bool | None,
+        typer.Option(
+            "--confirm/--no-confirm",
+            help=f"Then confirm the candidate (the default), up to {AT_ONCE} pairs of runs; rin confirm goes on.",
         ),
     ] = None
     budget: Budget = None
@@ -203,12 +222,6 @@ class Place:
 NO_USE_IN_A_PLAN = (
     *("evidence", "warm_start", "objectives"),  # they change what is proposed, not how much runs
     *("name", "tracking_uri", "address"),
-)
-
-
-NO_USE_WITH_ABLATE = (
-    *("space", "source", "workload", "runs", "trials"),
-    *("overrides", "points", "evidence", "warm_start", "searcher"),
 )
 
 
@@ -291,7 +304,9 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
     left = searched(chosen, workload, settings)
 
-    held = {point: dict(read_point(point)[1]) for point in _names(options.points)}
+    plain = not _decided(options)
+    points = (COLLAPSES,) if plain else _names(options.points)
+    held = {point: dict(read_point(point)[1]) for point in points}
     files = {point: settings for point, settings in held.items() if _is_file(point)}
     if before is not None and options.points is None:
         files = files_of(before)
@@ -316,6 +331,10 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else there[0],
         "address": ray_address(options.address, there[1]),
     }
+    if plain:
+        changed["points"] = points
+    if options.confirm is not None or before is None:
+        changed["confirm_pairs"] = 0 if options.confirm is False else AT_ONCE
     if options.objectives is not None:
         changed["objectives"] = tuple(dict.fromkeys(options.objectives))
     if options.budget is not None:
@@ -325,7 +344,13 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     if before is not None:
         study = derived(before, study, changes)
     arms = fixed_arms(study)  # a setting that the sweep would not take is told here
-    return study.model_copy(update={"trials": number or (len(arms) if options.points else 8)})
+    configurations = 7 + len(arms) if plain else len(arms) if options.points else 8
+    return study.model_copy(update={"trials": number or configurations})
+
+
+def _decided(options: SweepOptions) -> list[str]:
+    """Which of the options that say what runs are given."""
+    return [option for option in WHAT_RUNS if getattr(options, option) is not None]
 
 
 def _sizes(options: SweepOptions, before: "StudyConfig | None") -> dict[str, int | None]:
@@ -352,14 +377,15 @@ def _sizes(options: SweepOptions, before: "StudyConfig | None") -> dict[str, int
 
 def refuse_with_ablate(options: SweepOptions) -> None:
     """An ablation's arms come from its sweep alone. Raises ConfigError."""
-    for option in NO_USE_WITH_ABLATE:
-        if getattr(options, option) is not None:
-            flag = {"space": "SPACE", "overrides": "--set", "source": "--from"}.get(
-                option, f"--{option.replace('_', '-')}"
-            )
-            raise ConfigError(
-                f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out"
-            )
+    if options.confirm:
+        raise ConfigError(
+            "--confirm: has no use with --ablate, whose winner is the one that rin confirm judges; leave it out"
+        )
+    for option in _decided(options):
+        flag = {"space": "SPACE", "overrides": "--set", "source": "--from"}.get(option, f"--{option.replace('_', '-')}")
+        raise ConfigError(
+            f"{flag}: has no use with --ablate, whose arms come from the sweep that it takes apart; leave it out"
+        )
 
 
 def destination(address: str, options: SweepOptions, *, begun: bool = False) -> "JobServer":

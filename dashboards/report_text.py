@@ -174,8 +174,13 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
         if risks.completed is not None and (risks.treated_risk.collapsed or risks.control_risk.collapsed):
             lines.append(f"  completed pairs alone: {_apart(risks.completed, 2)} points {interval(risks.completed)}")
     lines += [f"  {note}" for note in state.notes]
-    if state.unfinished:
+    left = [look for look in state.looks if look > state.replicates]
+    if state.unfinished and state.budget_spent:
+        lines.append(f"  its budget is spent; with a larger one: {config.go_on}{where} --budget HOURS")
+    elif state.unfinished:
         lines.append(f"  {state.unfinished} trials are not finished; go on: {config.go_on}{where}")
+    elif left and not state.settled:
+        lines.append(f"  looks after {', '.join(map(str, left))} pairs are left; go on: {config.go_on}{where}")
     return lines
 
 
@@ -209,6 +214,7 @@ def plan_lines(plan: StudyPlan) -> list[str]:
         f"{config.quant.mode}, filter {config.grpo.filter_groups}",
         *_samples(plan),
         *_cost(plan),
+        *_confirmation(plan),
         f"one accuracy has a standard error of {100 * plan.question_se:.1f} points from "
         f"its {config.eval.questions} questions alone",
     ]
@@ -235,6 +241,30 @@ def _samples(plan: StudyPlan) -> list[str]:
         f"pass@k: {config.eval.samples} samples of {config.eval.questions} questions before and after training, "
         f"{plan.sampled:,} answers beside {trained:,} completions of training; "
         "fewer eval.questions or eval.samples cost less"
+    ]
+
+
+def forecast_line(plan: StudyPlan) -> str:
+    """Of a sweep that is about to begin, its confirmation included."""
+    if plan.wall_seconds is None or plan.confirm_seconds is None:
+        return f"how long it takes is not known yet for this model, task and size; {plan.slots} trials at once"
+    rest = f" and {duration(plan.confirm_seconds)} for the confirmation" if plan.confirm_runs else ""
+    return (
+        f"about {duration(plan.wall_seconds)}{rest} at most, {plan.slots} trials at once "
+        f"({duration(plan.trial_seconds or 0.0)} each: {plan.seconds_source})"
+    )
+
+
+def _confirmation(plan: StudyPlan) -> list[str]:
+    """What follows the sweep by itself."""
+    if not plan.confirm_runs:
+        return []
+    cost = ""
+    if plan.confirm_seconds is not None and plan.confirm_hours is not None:
+        cost = f": about {duration(plan.confirm_seconds)} and {plan.confirm_hours:.2f} hours more"
+    return [
+        f"then its candidate is confirmed: up to {plan.study.confirm_pairs} pairs, {plan.confirm_runs} runs with fresh "
+        f"seeds and other questions{cost} (--no-confirm leaves that out)"
     ]
 
 

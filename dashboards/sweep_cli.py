@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +68,8 @@ def sweep(
     from search.study import run_study
 
     place = Place(name=study.name, store=options.store, tracking_uri=options.tracking_uri)
-    _run(study, place, lambda view, progress: run_study(study, view, progress, arms))
+    forecast = [_forecast(study)] if study.address is None and ablate is None else []
+    _run(study, place, lambda view, progress: run_study(study, view, progress, arms), forecast=forecast)
 
 
 @sweeps.command()
@@ -129,30 +130,94 @@ def _follow(server: "JobServer", job: "Submission") -> None:
     )
 
 
-def _run(study: "StudyConfig", place: Place, run: "Callable[..., StudyResult]", to_go: int | None = None) -> None:
-    """Run a sweep with its live view, and print what it came to. `to_go`: trials without an outcome, of a sweep that
-    goes on."""
+def _forecast(study: "StudyConfig") -> str:
+    import torch
+
+    from dashboards.report_text import forecast_line
+    from search.cores import usable_cpus
+    from search.plan import plan_study
+
+    return forecast_line(plan_study(study, usable_cpus(), torch.cuda.device_count()))
+
+
+def _run(
+    study: "StudyConfig",
+    place: Place,
+    run: "Callable[..., StudyResult]",
+    to_go: int | None = None,
+    forecast: Sequence[str] = (),
+) -> None:
+    """Run a sweep with its live view, then the confirmation of its candidate where one is to follow, and print what
+    they came to; in the end the answer in one sentence. `to_go`: trials without an outcome, of a sweep that goes
+    on."""
+    from dashboards.answer import answer_of
     from dashboards.live import build_progress, interruption_told, sweep_view
     from dashboards.page import leave_behind
-    from dashboards.sweep_text import ending_of
+    from dashboards.sweep_text import announced, collapse_lines, ending_of
     from dashboards.tables import arm_table, say, terminal
-    from search.report import arm_reports
+    from search.confirm import confirmation_of
+    from search.report import report_study
 
     console, runs = terminal(), study.runs
     left = f", {to_go} to go" if to_go is not None else ""
-    say(console, [f"sweep {study.name}: {runs} trials{left}"])
+    say(console, [f"sweep {study.name}: {runs} trials{left}", *announced(study), *forecast])
     to_come = runs if to_go is None else to_go
     with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
         result = run(view, progress)
-    title = f"sweep {study.name}, in {result.config.folder.uri}"
-    console.print(arm_table(arm_reports(result.config, result.arms), title))
+    report = report_study(result.config)
+    console.print(arm_table(report.arms, f"sweep {study.name}, in {result.config.folder.uri}"))
+    say(console, collapse_lines(report))
     ending = ending_of(result, runs, place.again, replace(place, tracking_uri=None).again)
     say(console, ending.lines)
+    unconfirmed = "" if ending.code else _confirm_candidate(result, place)
+    say(console, ending.commands)
     leave_behind(result.config)
-    for line in ending.troubles:
+    for line in (*ending.troubles, *filter(None, [unconfirmed])):
         print(line, file=sys.stderr)
-    if ending.code:
-        raise typer.Exit(ending.code)
+    say(console, [f"{answer_of(report, confirmation_of(result.config)).sentence}."])
+    if ending.code or unconfirmed:
+        raise typer.Exit(1)
+
+
+def _confirm_candidate(result: "StudyResult", place: Place) -> str:
+    """The second part of a sweep, where one was asked for; why it is not finished, else empty."""
+    from dashboards.live import build_progress, sweep_view
+    from dashboards.page import left_behind
+    from dashboards.report_text import confirmation_lines
+    from dashboards.sweep_text import confirmation_begins
+    from dashboards.tables import say, terminal
+    from search.confirm import confirm as run_confirmation
+    from search.followup import follow_up, second_part
+
+    config, console, again = result.config, terminal(), f"rin resume {result.config.name}{place.again}"
+    follow = follow_up(config, result.arms)
+    if follow is None:
+        return ""
+    if result.interrupted:
+        return f"interrupted: its candidate is not confirmed yet. Go on: {again}"
+    if follow.candidate is None:
+        say(console, [f"no confirmation: {follow.why_not}"])
+        return ""
+    left_behind(config)  # what follows takes its time
+    if second_part(config, result.arms):
+        say(console, confirmation_begins(config, follow.candidate))
+    try:
+        with build_progress(console) as progress, sweep_view(console, 2 * config.confirm_pairs) as view:
+            state = run_confirmation(
+                config,
+                view,
+                progress,
+                until=config.confirm_pairs,
+                budget_hours=follow.budget_hours,
+                address=config.address,
+            )
+    except KeyboardInterrupt:  # before there was a trial
+        return f"interrupted: its candidate is not confirmed yet. Go on: {again}"
+    say(console, confirmation_lines(state, place.again))
+    left_behind(state.config)
+    if (state.unfinished and not state.budget_spent) or (state.interrupted and not state.taken(config.confirm_pairs)):
+        return f"its confirmation is not finished. Go on: {again}"
+    return ""
 
 
 @sweeps.command()
@@ -209,5 +274,5 @@ def confirm(
     else:
         say(console, confirmation_lines(state, place.again))
     leave_behind(state.config, quiet=as_json)
-    if state.unfinished and not state.budget_spent:
+    if (state.unfinished and not state.budget_spent) or (state.interrupted and not state.settled):
         raise typer.Exit(1)

@@ -62,6 +62,7 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "evidence": (),
             "warm_start": "",
             "given": None,
+            "confirm_pairs": 0,
             "trials": len(chosen),
         }
     )

@@ -56,8 +56,18 @@ class Confirmation:
     looks: tuple[int, ...]
     """Replicates at which it looks."""
     budget_spent: bool = False
+    interrupted: bool = False
     notes: tuple[str, ...] = ()
     """What else must be known: trials that failed, a winner that has changed, other confirmations of this sweep."""
+
+    @property
+    def settled(self) -> bool:
+        """No look that is planned could change what is said."""
+        return self.finding is not None and self.finding.settled(self.looks[-1])
+
+    def taken(self, pairs: int) -> bool:
+        """Whether no look within so many pairs is left to take."""
+        return self.settled or not any(self.replicates < look <= pairs for look in self.looks)
 
 
 def planned_confirmation(
@@ -92,6 +102,7 @@ def planned_confirmation(
             "warm_start": "",
             "given": None,
             "derived": None,
+            "confirm_pairs": 0,
         }
     )
     return config, arms
@@ -104,10 +115,14 @@ def confirm(
     *,
     looks: Sequence[int] | None = None,
     arm: str | None = None,
+    until: int | None = None,
     budget_hours: float | None = None,
     address: str | None = None,
 ) -> Confirmation:
     """Run until decided, or until the replicates or the budget end.
+
+    `until`: pause after the last look within so many pairs; the looks that are left stay planned, and the next call
+    takes them.
 
     `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were
     planned, since the error level is spent by that plan. One that has found a gain may have more after them, to exclude
@@ -134,7 +149,10 @@ def confirm(
     config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "address": address})
     if budget_hours is not None or not begun:
         config = config.model_copy(update={"budget_hours": budget_hours})
-    for look in [look for look in config.looks if look >= config.replicates]:
+    to_take = [look for look in config.looks if config.replicates <= look <= (until or config.looks[-1])]
+    if not to_take:
+        return read_confirmation(config)
+    for look in to_take:
         config = config.model_copy(update={"replicates": look})
         if arms is None:
             result = resume_study(config, view, progress)
@@ -142,8 +160,8 @@ def confirm(
             result, arms = run_study(config, view, progress, arms), None
         worth = _collapsed_in(parent)
         state = judge(config, unfinished=result.unfinished, ends=result.budget_spent, collapsed_elsewhere=worth)
-        state = _noted(parent, state, result.arms)
-        if result.unfinished or (state.finding is not None and state.finding.settled(config.looks[-1])):
+        state = replace(_noted(parent, state, result.arms), interrupted=result.interrupted)
+        if result.unfinished or result.interrupted or state.settled:
             break
     if result.budget_spent and state.replicates not in config.looks and state.replicates >= MIN_REPLICATES:
         # It has been looked at, so it is a look: whoever goes on with more budget has spent that part of the level.

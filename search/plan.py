@@ -90,6 +90,21 @@ class StudyPlan:
         )
 
     @property
+    def confirm_runs(self) -> int:
+        """Of the confirmation that follows, at most; beyond those of the sweep."""
+        return 2 * self.study.confirm_pairs
+
+    @property
+    def confirm_seconds(self) -> float | None:
+        return None if self.trial_seconds is None else math.ceil(self.confirm_runs / self.slots) * self.trial_seconds
+
+    @property
+    def confirm_hours(self) -> float | None:
+        return (
+            None if self.trial_seconds is None else self.confirm_runs * self.trial_seconds / 3600 * slots_of(self.study)
+        )
+
+    @property
     def question_se(self) -> float:
         """Standard error of one accuracy near one half from its questions alone, a share."""
         return 0.5 / math.sqrt(self.config.eval.questions)
@@ -124,7 +139,14 @@ class StudyPlan:
             lines.append(f"the budget of {budget:g} hours pays for about {self.affordable} of {asked} {what}")
         if budget is not None and self.affordable is not None and self.affordable < 2:
             lines.append("so it cannot decide anything: no configuration would have a control to be compared with")
-        if self.study.each is not None and self.study.each < 3:
+        if (
+            budget is not None
+            and self.hours is not None
+            and self.confirm_hours
+            and budget < self.hours + self.confirm_hours
+        ):
+            lines.append("the budget holds for the confirmation, too, and does not pay for all of it")
+        if self.study.each is not None and self.study.each < 3 and not self.confirm_runs:
             lines.append("fewer than 3 replicates: every comparison will say undecided (rin confirm runs its own)")
         elif self.detectable is not None and self.detectable > 0.02:
             lines.append(

@@ -11,6 +11,8 @@ from spaces.errors import ConfigError
 
 MIN_REPLICATES = 3
 """Fewer say nothing about their own spread."""
+AT_ONCE = 8
+"""Pairs up to which a sweep confirms its candidate by itself: the first two looks of the default plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,6 +121,9 @@ class StudyConfig(BaseModel):
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
     looks: tuple[int, ...] = ()
     """Of a confirmation: numbers of replicates after which it compares."""
+    confirm_pairs: int = Field(0, ge=0)
+    """Pairs of runs up to which its candidate is confirmed when its own trials are done (`search/followup.py`); 0 = it
+    is not."""
     workload: str = "embedded"
     """What is trained."""
     settings: dict[str, Any] = Field(default_factory=dict)

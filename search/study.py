@@ -68,6 +68,8 @@ class StudyResult:
     unfinished: int
     """Trials without an outcome: the sweep was interrupted, its budget is spent, or they failed."""
     budget_spent: bool = False
+    interrupted: bool = False
+    """It was asked to end: nothing else begins, also where the last trial had just ended."""
     untold: int = 0
     """Records that MLflow did not take; the folder has what they are of, and the next resume tells it."""
 
@@ -177,6 +179,7 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
         candidate=_save_candidate(config, arms),
         unfinished=unfinished(config, arms),
         budget_spent=budget.spent,
+        interrupted=interruption.asked,
         untold=untold,
     )
 

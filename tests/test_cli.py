@@ -370,7 +370,9 @@ def test_plan_lists_what_would_run_and_trains_nothing(tmp_path: Path) -> None:
 def test_a_new_user_s_walk(tmp_path: Path) -> None:
     """sweep -> list -> status -> export -> trial --config."""
     swept = rin(
-        "sweep", "--workload", "tiny", "--trials", "3", "--name", "first", "--set", "eval.questions=32", cwd=tmp_path
+        *("sweep", "--workload", "tiny", "--trials", "3", "--name", "first", "--no-confirm"),
+        *("--set", "eval.questions=32"),
+        cwd=tmp_path,
     )
     assert swept.returncode == 0, swept.stderr
     assert "candidate:" in swept.stdout

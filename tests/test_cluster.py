@@ -172,7 +172,7 @@ def test_a_killed_node_costs_no_trial_and_changes_no_number(short: Path, tmp_pat
     """Three raylets, tokens on: a head without CPUs, a node that dies in the middle of a trial, and one that comes
     instead."""
     trials = tmp_path / "s" / "trials"
-    arguments = ["--workload", "tiny", "--trials", "2", "--name", "s", "--store", str(tmp_path)]
+    arguments = ["--workload", "tiny", "--trials", "2", "--no-confirm", "--name", "s", "--store", str(tmp_path)]
     arguments += ["--set", "grpo.steps=150", "--set", "eval.questions=64", "--set", "collapse.mode=off"]
     with head_node(short, cpus=0) as running, worker_node(running, short, cpus=1) as first:
         with program(

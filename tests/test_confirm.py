@@ -43,6 +43,7 @@ class Sweeps:
 
     def __init__(self, truth: Truth) -> None:
         self.truth, self.room, self.budget_spent = truth, 10**6, False
+        self.interrupted = ""  # name of the study in which Ctrl-C comes as its last trial ends
         self.calls: list[tuple[str, int]] = []
         self.configs: list[StudyConfig] = []
 
@@ -56,6 +57,7 @@ class Sweeps:
         return self._advance("run", config)
 
     def resume(self, config: StudyConfig, view: object, progress: object = None) -> StudyResult:
+        save_study_config(config)
         return self._advance("resume", config)
 
     def _advance(self, how: str, config: StudyConfig) -> StudyResult:
@@ -73,7 +75,14 @@ class Sweeps:
         arms = read_arms(config)
         left = unfinished(config, arms)
         spent = self.budget_spent and left > 0
-        return StudyResult(config=config, arms=tuple(arms), candidate=None, unfinished=left, budget_spent=spent)
+        return StudyResult(
+            config=config,
+            arms=tuple(arms),
+            candidate=None,
+            unfinished=left,
+            budget_spent=spent,
+            interrupted=config.name == self.interrupted,
+        )
 
 
 @pytest.fixture

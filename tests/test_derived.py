@@ -11,12 +11,13 @@ import typer
 
 from dashboards import cli
 from dashboards.listing import sweep_line, sweep_row
-from dashboards.options import NO_USE_WITH_ABLATE, SweepOptions, refuse_with_ablate, study_config
+from dashboards.options import WHAT_RUNS, SweepOptions, refuse_with_ablate, study_config
 from dashboards.page import page, read_material
 from dashboards.report_text import report_lines
 from search import rewards
 from search.arms import Arm, read_arms, write_arm
 from search.lineup import base_tree, fixed_arms
+from search.replicates import AT_ONCE
 from search.report import report_study
 from search.searchers import RinSearch
 from search.store import StudyConfig, load_study_config, save_study_config
@@ -39,6 +40,7 @@ OF_ANOTHER_KIND = {
     "warm_start": "earlier",
     "searcher": "tpe",
     "objectives": ["accuracy", "hours"],
+    "confirm": False,
     "budget": 1.5,
     "cpus": 2,
     "gpus": 0.5,
@@ -59,6 +61,7 @@ PLAIN: dict[str, tuple[Any, dict[str, Any]]] = {
     "warm_start": ("", {"warm_start": ""}),
     "searcher": ("gp", {"searcher": "gp"}),
     "objectives": (["accuracy"], {"objectives": ("accuracy",)}),
+    "confirm": (True, {"confirm_pairs": AT_ONCE}),
     "budget": (9.0, {"budget_hours": 9.0}),
     "cpus": (1, {"cpus": 1}),
     "gpus": (0.0, {"gpus": 0.0}),
@@ -232,7 +235,7 @@ def test_what_has_no_arms_of_its_own_choosing_is_no_source(kind: str, said: str,
         changed(tmp_path)
 
 
-@pytest.mark.parametrize("option", NO_USE_WITH_ABLATE)
+@pytest.mark.parametrize("option", [*WHAT_RUNS, "confirm"])
 def test_an_ablation_refuses_whatever_is_its_sweep_s_also_with_its_default(option: str) -> None:
     value = "a" if option == "source" else PLAIN[option][0]
     with pytest.raises(ConfigError, match="has no use with --ablate"):

@@ -753,7 +753,7 @@ def test_stock_vllm_loads_the_packed_form_with_the_weights_of_training(
 def test_a_swept_model_is_exported_and_after_its_weights_were_lost_it_is_trained_again_to_the_same(
     tmp_path: Path,
 ) -> None:
-    asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x")
+    asked = ("--set", "eval.questions=64", "--trials", "2", "--name", "x", "--no-confirm")
     with without_ray():
         swept = rin("sweep", "--workload", "tiny", *asked, cwd=tmp_path)
     assert swept.code == 0, swept.err

@@ -13,6 +13,7 @@ import typer
 
 from dashboards import cli, sweep_cli
 from dashboards.options import (
+    COLLAPSES,
     NO_USE_IN_A_PLAN,
     Place,
     SweepOptions,
@@ -21,16 +22,18 @@ from dashboards.options import (
     study_config,
     trial_config,
 )
+from search.ablation import ablation
 from search.lineup import fixed_arms
 from search.objectives import OBJECTIVES
 from search.proposals import SEARCHERS
+from search.replicates import AT_ONCE
 from search.store import StudyConfig, default_tracking_uri, save_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.points import POINTS
 from spaces.reading import as_tree, dump_yaml
 from spaces.workloads import WORKLOADS
-from tests.written_sweeps import study
+from tests.written_sweeps import make_arm, study, write_sweep
 
 
 def made(tmp_path: Path, **given: Any) -> StudyConfig:
@@ -43,10 +46,45 @@ def test_without_options_it_is_the_default_sweep_in_this_folder(
     monkeypatch.chdir(tmp_path)
     config = study_config(SweepOptions())
     assert re.fullmatch(r"sigma-\d{8}-\d{6}", config.name)
-    assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 8, 1)
+    assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 10, 1)
+    assert [arm.name for arm in fixed_arms(config)] == ["control", "control-resample", "e13i-baseline"]
+    assert config.confirm_pairs == AT_ONCE
     assert (config.searcher, config.objectives) == ("gp", ("accuracy",))
     assert (config.store, config.tracking_uri) == (str(tmp_path / "runs"), default_tracking_uri(str(tmp_path / "runs")))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "trials"),
+    [
+        ({"space": "schedule"}, 8),
+        ({"workload": "tiny"}, 8),
+        ({"trials": 2}, 2),
+        ({"runs": 12}, 12),
+        ({"overrides": ["grpo.steps=20"]}, 8),
+        ({"evidence": "e13i-baseline"}, 8),
+        ({"points": "control"}, 1),
+    ],
+)
+def test_the_experiment_that_collapses_runs_where_nothing_was_asked_for_and_takes_nobody_s_trials(
+    tmp_path: Path, given: dict[str, Any], trials: int
+) -> None:
+    """Without it a sweep has eight configurations, with it and its control ten: the searcher has seven in both."""
+    config = made(tmp_path, **given)
+    assert "e13i-baseline" not in config.points
+    assert config.trials == trials
+    plain = made(tmp_path, seed=3, budget=2.0, replicates=2, confirm=False)
+    assert (plain.points, plain.trials - len(fixed_arms(plain))) == ((COLLAPSES,), 7)
+    assert POINTS[COLLAPSES].collapsed_at_step is not None
+
+
+def test_a_sweep_is_confirmed_unless_it_is_told_not_to_be_and_an_ablation_never_is(tmp_path: Path) -> None:
+    assert made(tmp_path, workload="tiny").confirm_pairs == AT_ONCE
+    assert made(tmp_path, workload="tiny", confirm=False).confirm_pairs == 0
+    config = study(tmp_path, trials=2)
+    write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [280], "c01": [300]})
+    parts = ablation(config, made(tmp_path), named=False)
+    assert (parts.config.confirm_pairs, parts.config.points) == (0, ())
 
 
 def test_every_option_reaches_the_study(tmp_path: Path) -> None:
@@ -63,6 +101,7 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         "warm_start": "earlier",
         "searcher": "tpe",
         "objectives": ["accuracy", "collapses", "accuracy"],
+        "confirm": False,
         "budget": 1.5,
         "cpus": 2,
         "gpus": 0.5,
@@ -143,7 +182,7 @@ def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.Mon
     assert asked(monkeypatch, "sweep", "--seed", "0", "--from", "a") == SweepOptions(seed=0, source="a")
     plan = ["schedule", "--workload", "tiny", "--trials", "12", "--replicates", "3", "--concurrent", "2", "--seed", "5"]
     plan += ["--set", "noise.modules=linear", "--set", "eval.questions=16", "--points", "e12,e13h", "--searcher", "tpe"]
-    plan += ["--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
+    plan += ["--no-confirm", "--budget", "1.5", "--cpus", "2", "--gpus", "0.5", "--store", "there"]
     more = ["--evidence", "e13i-baseline", "--warm-start", "earlier", "--objective", "accuracy", "--objective", "hours"]
     more += ["--name", "mine", "--tracking-uri", "http://host:5000", "--address", "HEAD:6379"]
     planned = SweepOptions(
@@ -156,6 +195,7 @@ def test_every_word_of_a_command_line_reaches_the_record(monkeypatch: pytest.Mon
         overrides=["noise.modules=linear", "eval.questions=16"],
         points="e12,e13h",
         searcher="tpe",
+        confirm=False,
         budget=1.5,
         cpus=2,
         gpus=0.5,

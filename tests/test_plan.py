@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from dashboards.report_text import plan_lines
+from dashboards.report_text import forecast_line, plan_lines
 from search.arms import Arm
 from search.plan import StudyPlan, experience, plan_study
 from search.store import StudyConfig
@@ -252,3 +252,28 @@ def test_a_plan_refuses_what_a_sweep_would_refuse(tmp_path: Path) -> None:
         planned(tmp_path, points=("e99",))
     with pytest.raises(ConfigError, match="--trials 1: the control and the points are 3"):
         planned(tmp_path, trials=1, points=("e13i-baseline",))
+
+
+def test_the_confirmation_that_follows_is_in_the_plan_with_its_time_and_hours(tmp_path: Path) -> None:
+    plan = planned(tmp_path, cpus=2, workload="embedded", settings={}, trials=4, confirm_pairs=8)
+    seconds = WORKLOADS["embedded"].trial_seconds
+    assert (plan.study.runs, plan.confirm_runs, plan.confirm_seconds) == (4, 16, 8 * seconds)
+    assert plan.hours == pytest.approx(4 * seconds / 3600), "the sweep's own apart"
+    said = text(plan)
+    assert "up to 8 pairs, 16 runs with fresh seeds and other questions: about 1.7 min and 0.06 hours more" in said
+    assert forecast_line(plan).startswith("about 26 s and 1.7 min for the confirmation at most, 2 trials at once (13 s")
+    assert "say undecided" not in said, "which is what the confirmation is for"
+    alone = planned(tmp_path, cpus=2, workload="embedded", settings={}, trials=4)
+    assert "confirmed" not in text(alone)
+    assert forecast_line(alone).startswith("about 26 s at most, 2 trials at once")
+    unknown = planned(tmp_path, settings={"grpo": {"steps": 3}}, confirm_pairs=8)
+    assert (unknown.confirm_seconds, forecast_line(unknown)[:26]) == (None, "how long it takes is not k")
+    assert "16 runs with fresh seeds and other questions (--no-confirm" in text(unknown)
+
+
+def test_a_budget_that_does_not_pay_for_the_confirmation_is_told(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"workload": "embedded", "settings": {}, "trials": 4, "confirm_pairs": 8}
+    whole = 20 * WORKLOADS["embedded"].trial_seconds / 3600
+    warning = "the budget holds for the confirmation, too, and does not pay for all of it"
+    assert warning in text(planned(tmp_path, budget_hours=0.9 * whole, **given))
+    assert warning not in text(planned(tmp_path, budget_hours=whole, **given))

@@ -87,6 +87,7 @@ def test_a_sweep_in_an_object_store_goes_on_after_its_driver_was_killed(endpoint
         "tiny",
         "--trials",
         "2",
+        "--no-confirm",
         "--name",
         "s",
         "--concurrent",

@@ -27,7 +27,7 @@ from tests.real_mlflow import mlflow_server
 from tests.test_architecture import MODULES, relative
 
 RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
-SHORT = ["--workload", "tiny", "--trials", "2", "--concurrent", "1"]  # one process imports for both
+SHORT = ["--workload", "tiny", "--trials", "2", "--no-confirm", "--concurrent", "1"]  # one process imports for both
 SHORT += ["--set", "grpo.steps=3", "--set", "noise.num_stages=2", "--set", "eval.questions=32"]
 IN_URI, IN_ENVIRONMENT = "canary-4711-in-the-uri", "canary-4711-in-the-environment"
 

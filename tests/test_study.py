@@ -367,6 +367,7 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
         "tiny",
         "--trials",
         "40",
+        "--no-confirm",
         "--name",
         "s",
         "--store",

@@ -502,6 +502,7 @@ def test_a_submitted_sweep_outlives_the_submitter_on_nodes_without_rin(short: Pa
             "tiny",
             "--trials",
             "2",
+            "--no-confirm",
             "--name",
             "s",
             "--submit",

@@ -125,6 +125,7 @@ class Sweep:
                 "sweep",
                 "--workload",
                 "tiny",
+                "--no-confirm",
                 "--searcher",
                 "random",
                 "--trials",

@@ -1,0 +1,71 @@
+"""What follows a sweep by itself: the confirmation of its candidate.
+
+A sweep's own runs cannot say that noise helps: its candidate was chosen and judged on the same questions. So a sweep
+that is asked for as it is by default does not end there. `study.json` says up to how many pairs its candidate is
+confirmed (`confirm_pairs`), and whoever drives the sweep to its end goes on with that: `rin sweep`, `rin resume` after
+an interruption in either part, a cluster's job. Nothing else is written down: the confirmation is the study
+NAME-confirm, as `rin confirm NAME` begins and reads it, planned with all of its looks. Here it pauses at the last look
+within those pairs, and `rin confirm NAME` takes the looks that are left: the error level is that of the one plan,
+whoever runs its parts.
+
+One budget holds for both parts. Where a confirmation could not say anything there is none, and why is said: trials are
+missing, nothing held, the budget is spent, or the control itself collapsed, beside which nothing helps or hurts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from search.arms import Arm, Candidate, candidate_of, replicates_of, unfinished
+from search.confirm import confirmation_of
+from search.ledger import read_ledger
+from search.store import StudyConfig, is_driven
+from spaces.errors import NoCandidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowUp:
+    """Example: FollowUp(candidate=Candidate(...), budget_hours=None, why_not="")"""
+
+    candidate: Candidate | None
+    budget_hours: float | None
+    """What is left of the sweep's; None without one."""
+    why_not: str
+    """Empty where the candidate is confirmed now."""
+
+
+def follow_up(config: StudyConfig, arms: Sequence[Arm]) -> FollowUp | None:
+    """Of a sweep that nobody runs; None where none was asked for."""
+    if not config.confirm_pairs:
+        return None
+    if unfinished(config, arms):
+        return _none("trials of the sweep are missing")
+    try:
+        candidate = candidate_of(config, arms)
+    except NoCandidate:
+        return _none("no configuration with noise has completed all its replicates")
+    if all(run.collapsed for run in replicates_of(config, candidate.control)):
+        control = candidate.control.name
+        return _none(
+            f"{control} itself collapsed, and beside a control that does not hold noise neither helps nor hurts"
+        )
+    left = None if config.budget_hours is None else config.budget_hours - read_ledger(config, arms).hours
+    if left is not None and left <= 0:
+        return _none(f"the budget of {config.budget_hours:g} hours is spent")
+    return FollowUp(candidate=candidate, budget_hours=left, why_not="")
+
+
+def second_part(config: StudyConfig, arms: Sequence[Arm]) -> str:
+    """What is to be done about the confirmation of a sweep that nobody runs; empty where nothing is."""
+    follow = follow_up(config, arms)
+    if follow is None or follow.candidate is None:
+        return ""
+    state = confirmation_of(config)
+    if state is not None and is_driven(state.config):
+        return f"its candidate is being confirmed: rin status {state.config.name}"
+    if state is not None and not state.unfinished and state.taken(config.confirm_pairs):
+        return ""
+    return f"its candidate is not confirmed yet; go on: {config.go_on}"
+
+
+def _none(why: str) -> FollowUp:
+    return FollowUp(candidate=None, budget_hours=None, why_not=why)
