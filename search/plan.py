@@ -194,7 +194,10 @@ def _seconds(
 ) -> tuple[float | None, str]:
     """Of one trial, and where that is from. Where none has sampled so many answers, the time of one without samples
     and what they take on this workload."""
-    here, figure = "median of completed trials in this store", "the workload's figure (README, Measurements)"
+    here, figure = (
+        "median of completed trials in this store",
+        "the workload's figure (docs/architecture.md, Measurements)",
+    )
     evaluated = control.eval
     if known.trial_seconds is not None:
         return known.trial_seconds, here

@@ -1,10 +1,14 @@
 """What README and docs/ say is there: files and headings that they link to, commands and settings that they show."""
 
+import io
+import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -22,8 +26,8 @@ from spaces.reading import flatten_fields
 from tests.benchmarks import reference
 from trainable.collapse_rules import RULES, WORDS
 from trainable.failure import FAILURES
-from trainable.metrics import GROUPS, METRICS, UNITS
-from trainable.outcome import STATUSES, Status
+from trainable.metrics import ENTROPY, GIBBERISH, GROUPS, METRICS, REWARD, ROLLOUT_KL, SIGMA, UNITS
+from trainable.outcome import STATUSES, CollapseVerdict, Effect, Status, StepReport
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -151,3 +155,26 @@ def test_every_metric_has_a_unit_and_a_group_that_says_when_it_is_logged() -> No
 def test_every_key_of_a_file_is_told_what_it_means(model: type[BaseModel]) -> None:
     bare = [name for name, field in model.model_fields.items() if not field.description and name != "kind"]
     assert bare == [], "a string under the field says it"
+
+
+def test_the_ladder_of_sigmas_is_read_from_what_a_trial_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/examples/sigma_ladder.py: a row per stage, the mean over the weights that got noise in it."""
+    signals = {SIGMA: 0.1, REWARD: 0.25, ENTROPY: 1.5, GIBBERISH: 0.05, ROLLOUT_KL: 2.0}
+    healthy = CollapseVerdict(collapsed=False)
+    steps = [
+        StepReport(
+            step=k, sigma=0.1 * k, signals=signals, verdict=healthy, seconds=1.0, samples=(), time_ms=0
+        ).as_tree()
+        for k in (0, 1)
+    ]
+    shared: dict[str, Any] = {"stage": 1, "step": 1, "layer": 0, "kind": "linear", "nominal": 0.1, "changed": 0.5}
+    noised = [Effect(name=str(x), applied=x, applied_relative=2 * x, **shared) for x in (0.08, 0.12)]
+    lines = [*steps, {"receipt": {"effects": [asdict(effect) for effect in noised]}}]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{json.dumps(line)}\n" for line in lines)))
+    runpy.run_path(str(ROOT / "docs" / "examples" / "sigma_ladder.py"))
+    head, quiet, noisy = capsys.readouterr().out.splitlines()
+    assert head.split() == ["sigma", "applied", "dose", "changed", "reward", "entropy", "gibberish", "KL"]
+    assert quiet.split() == ["0", "0.0000", "0.0%", "0.0%", "0.250", "1.500", "5.0%", "2"]
+    assert noisy.split() == ["0.1", "0.1000", "20.0%", "50.0%", "0.250", "1.500", "5.0%", "2"]
