@@ -78,6 +78,14 @@ def test_every_page_is_listed_where_a_reader_looks_for_it() -> None:
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} | {"cluster/README.md"}
 
 
+@pytest.mark.parametrize("package", ["spaces", "trainable", "search", "dashboards"])
+def test_every_module_stands_in_the_file_tree(package: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^{package}/ .*\n((?:  .*\n)+)", text, re.MULTILINE)
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    assert modules - set(re.findall(r"\w+", section)) == set(), "a line in docs/architecture.md says what it is for"
+
+
 def shown(text: str) -> Iterator[tuple[str, bool]]:
     """Every rin command of a page, and whether it is whole: in a block, not named within a sentence."""
     text = text.replace("\\\n", " ")
