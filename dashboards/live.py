@@ -1,81 +1,111 @@
-"""A sweep while it runs: a table that redraws itself in a terminal, plain lines elsewhere (a log file, a pipe)."""
+"""A sweep while it runs: lines that are drawn anew in a terminal, plain lines elsewhere (a log file, a pipe).
 
+What is shown is decided in `live_rows.py`; here it meets the terminal. A phase may follow another in the same view (a
+confirmation after its sweep): whatever an event belongs to is what is shown.
+"""
+
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from dashboards.tables import COLORS, describe_noise, empty_table, points, say
-from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
-from trainable.outcome import in_step
+from dashboards.live_folder import SweepFolder
+from dashboards.live_rows import ENDED, Watched, clock, dated, frame, news, told
+from dashboards.tables import say
+from search.events import Event, StudyEvent, View
 
-if TYPE_CHECKING:
-    from search.execution import TrialEvent, View
+REDRAWS_PER_SECOND = 2
+"""A screen that is looked at for ten hours should not cost the trials their core."""
 
-_NUMBERS = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
+
+class Board:
+    """What the driver of a sweep knows of it: its events, after what its folder held when trials began."""
+
+    def __init__(self) -> None:
+        self.watched: Watched | None = None
+        self._folder: SweepFolder | None = None
+        self._ended = -1
+        self._ahead = ""
+
+    def hear(self, event: Event) -> str:
+        """What is new, in a line; empty where nothing is to be said."""
+        before = self.watched
+        if isinstance(event, StudyEvent):
+            self.watched = self._doing(event)
+            return ""
+        assert before is not None, "a sweep says what it does before its trials do anything"
+        self.watched = told(before, event)
+        return news(before.trials.get(event.trial), self.watched.trials[event.trial])
+
+    def draw(self, console: Console) -> Group:
+        """For the screen as it is now."""
+        if self.watched is None:
+            return Group()
+        self._look_who_is_ahead(self.watched)
+        watched = replace(self.watched, ahead=self._ahead)
+        width, height = console.size
+        ascii_only = console.options.ascii_only
+        return Group(*frame(watched, width=width, height=height - 1, now=time.time(), ascii_only=ascii_only))
+
+    def _doing(self, event: StudyEvent) -> Watched:
+        """Another sweep is a new page; one whose trials are about to run may have some that ran before."""
+        watched = self.watched
+        if watched is None or watched.study.id != event.study.id:
+            watched, self._folder = Watched(study=event.study), SweepFolder(event.study)
+            self._ended, self._ahead = -1, ""
+        if not event.doing and self._folder is not None:
+            self._folder.study = event.study  # a later look of a confirmation has more replicates
+            watched = self._folder.look(driven=True, now=event.at)
+        return replace(watched, study=event.study, doing=event.doing, since=event.at)
+
+    def _look_who_is_ahead(self, watched: Watched) -> None:
+        """When a trial has ended. In the thread that draws: trials do not wait for it."""
+        ended = len(watched.having(*ENDED))
+        if ended != self._ended and self._folder is not None and not watched.doing:
+            self._ended = ended
+            with suppress(OSError):  # of a store that does not answer: the next end asks again
+                self._ahead = self._folder.look(driven=True, now=time.time()).ahead
 
 
 @contextmanager
-def sweep_view(console: Console, runs: int | None) -> Iterator["View"]:
-    """Yields the view that a sweep reports to; `runs` is how many trials are to come, None where that hangs on them."""
+def sweep_view(console: Console) -> Iterator[View]:
+    """Yields the view that a sweep reports to."""
+    board = Board()
     if not console.is_terminal:
-        yield partial(_plain_line, console, runs, count(1))
+        yield lambda event: _plainly(console, board, event)
         return
-    events: dict[str, TrialEvent] = {}
-    with Live(_table(events, runs), console=console, refresh_per_second=4) as live:
-
-        def view(event: "TrialEvent") -> None:
-            known = events.get(event.trial)  # an evaluation stays visible in the steps after it
-            events[event.trial] = replace(event, metrics={**(known.metrics if known else {}), **event.metrics})
-            live.update(_table(events, runs))
-
-        yield view
-
-
-def _table(events: "Mapping[str, TrialEvent]", runs: int | None) -> Table:
-    ended = sum(event.status != "running" for event in events.values())
-    numbers = ("steps done", "sigma", "reward", "entropy", "gibberish", "accuracy")
-    table = empty_table(
-        f"{ended}{'' if runs is None else f' of {runs}'} trials ended", ("trial", "noise", "status"), numbers
-    )
-    for event in events.values():
-        status = f"{event.status} ({event.rule})" if event.rule else event.status
-        sigma, reward, entropy, gibberish, accuracy = (event.metrics.get(name) for name in _NUMBERS)
-        table.add_row(
-            event.trial,
-            describe_noise(event.config),
-            f"[{COLORS.get(event.status, 'white')}]{status}[/]",
-            f"{event.step}/{event.config.grpo.steps}",
-            "-" if sigma is None else f"{sigma:.4g}",
-            points(reward),
-            "-" if entropy is None else f"{entropy:.2f}",
-            points(gibberish),
-            points(accuracy),
-        )
-    return table
+    # An end has its own table: what ran stays to be read there.
+    with Live(
+        get_renderable=lambda: board.draw(console),
+        console=console,
+        refresh_per_second=REDRAWS_PER_SECOND,
+        transient=True,
+    ):
+        yield lambda event: _silently(board, event)
 
 
-def _plain_line(console: Console, runs: int | None, ended: Iterator[int], event: "TrialEvent") -> None:
-    """When a trial starts, evaluates or ends; `ended` counts the last."""
-    accuracy, steps = points(event.metrics.get(ACCURACY)), event.config.grpo.steps
-    if event.status != "running":
-        rule = f", rule {event.rule}" if event.rule else ""
-        when = in_step(event.step - 1, steps) if event.status == "collapsed" else f"after {event.step} steps"
-        told = f"{event.status} {when}{rule}, accuracy {accuracy}"
-        number = f"{next(ended)}" if runs is None else f"{next(ended)}/{runs}"
-        say(console, [f"[{number}] {event.trial}: {told}"])
-    elif event.step == 0:
-        say(console, [f"{event.trial}: starts, noise {describe_noise(event.config)}"])
-    elif ACCURACY in event.metrics:
-        say(console, [f"{event.trial}: after {event.step} of {steps} steps, accuracy {accuracy}"])
+def _silently(board: Board, event: Event) -> None:
+    board.hear(event)
+
+
+def _plainly(console: Console, board: Board, event: Event) -> None:
+    line = board.hear(event)
+    if isinstance(event, StudyEvent):
+        if event.asked:
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"{event.doing}\n".encode())
+        elif event.doing:
+            say(console, [f"{clock(event.at)} {event.doing}"])
+    elif line:
+        assert board.watched is not None
+        say(console, [dated(board.watched, line, event.at)])
 
 
 @contextmanager
@@ -92,7 +122,7 @@ def interruption_told() -> Iterator[None]:
 def build_progress(console: Console) -> Iterator[Any]:
     """A progress bar for the embedded base; appears only when something is built."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, refresh_per_second=REDRAWS_PER_SECOND) as bar:  # of a view within it, too
         task = bar.add_task("", visible=False)
         said: set[str] = set()
 

@@ -84,6 +84,21 @@ def status(place: Place, as_json: given.AsJson = False) -> None:
         print(f"{line}{place.again}")
 
 
+@looks.command()
+@given.takes(Place, without=["tracking_uri"])
+def watch(
+    place: Place,
+    once: Annotated[bool, typer.Option("--once", help="Print how it stands now, and leave.")] = False,
+) -> None:
+    """A sweep that another process runs, live: from another terminal, or from another machine with the store. Ctrl-C
+    leaves the sweep alone."""
+    study = place.sweep()
+    from dashboards.tables import terminal
+    from dashboards.watch import attend, print_once
+
+    (print_once if once else attend)(study, terminal(), place.again)
+
+
 def _say_not_begun(missing: str, job: "Job", as_json: bool) -> None:
     """Of a sweep whose folder is not there, or not to be seen from here. Raises ConfigError where its job says nothing
     either."""

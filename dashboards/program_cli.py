@@ -86,7 +86,7 @@ def run(
 
     console = terminal()
     say(console, [f"programme {study.name}, {'goes on' if begun else f'on {study.workload}'}"])
-    with interruption_told(), build_progress(console) as progress, sweep_view(console, None) as view:
+    with interruption_told(), build_progress(console) as progress, sweep_view(console) as view:
         if begun:
             result = go_on(study, programme, chosen, view, progress)
         else:

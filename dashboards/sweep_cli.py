@@ -161,8 +161,7 @@ def _run(
     console, runs = terminal(), study.runs
     left = f", {to_go} to go" if to_go is not None else ""
     say(console, [f"sweep {study.name}: {runs} trials{left}", *announced(study), *forecast])
-    to_come = runs if to_go is None else to_go
-    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+    with interruption_told(), build_progress(console) as progress, sweep_view(console) as view:
         result = run(view, progress)
     report = report_study(result.config)
     console.print(arm_table(report.arms, f"sweep {study.name}, in {result.config.folder.uri}"))
@@ -202,7 +201,7 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
     if second_part(config, result.arms):
         say(console, confirmation_begins(config, follow.candidate))
     try:
-        with build_progress(console) as progress, sweep_view(console, 2 * config.confirm_pairs) as view:
+        with build_progress(console) as progress, sweep_view(console) as view:
             state = run_confirmation(
                 config,
                 view,
@@ -262,11 +261,9 @@ def confirm(
     from dashboards.report_text import confirmation_lines, confirmation_tree
     from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
-    from search.sequential import CONFIRM
 
     console = terminal(stderr=as_json)
-    to_come = 2 * (planned or CONFIRM.looks)[-1]
-    with interruption_told(), build_progress(console) as progress, sweep_view(console, to_come) as view:
+    with interruption_told(), build_progress(console) as progress, sweep_view(console) as view:
         cluster = given.ray_address(address, study.address)
         state = run_confirmation(study, view, progress, looks=planned, arm=arm, budget_hours=budget, address=cluster)
     if as_json:

@@ -112,21 +112,7 @@ def read_arms(study: StudyConfig) -> list[Arm]:
     folder = study.folder / "arms"
     arms = []
     for name in folder.names():
-        try:
-            tree = json.loads(folder.read(name) or b"")
-            arm = Arm(
-                name=tree["name"],
-                origin=tree["origin"],
-                config=read_config(tree["config"], origin=f"{folder.uri}/{name}"),
-                params=tree["params"],
-                planned=int(tree.get("planned", 1)),
-            )
-        except ConfigError:  # a ValueError, too: a configuration that this version does not take
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(
-                f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup"
-            ) from None
+        arm = read_arm(folder, name)
         for replicate in planned(study, arm):
             outcome = read_outcome(trial_folder(study, arm.name, replicate))
             if outcome is not None:
@@ -134,6 +120,25 @@ def read_arms(study: StudyConfig) -> list[Arm]:
         _check_alike(arm)
         arms.append(arm)
     return arms
+
+
+def read_arm(folder: Folder, name: str) -> Arm:
+    """Of a file, without outcomes. Raises ConfigError where it is damaged."""
+    try:
+        tree = json.loads(folder.read(name) or b"")
+        return Arm(
+            name=tree["name"],
+            origin=tree["origin"],
+            config=read_config(tree["config"], origin=f"{folder.uri}/{name}"),
+            params=tree["params"],
+            planned=int(tree.get("planned", 1)),
+        )
+    except ConfigError:  # a ValueError, too: a configuration that this version does not take
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{folder.uri}/{name}: is damaged (not the JSON of an arm); restore it from a backup"
+        ) from None
 
 
 def _check_alike(arm: Arm) -> None:

@@ -29,7 +29,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.errors import NoCandidate
 
 if TYPE_CHECKING:
-    from search.execution import View
+    from search.events import View
     from trainable.policy.embedded import Progress
 
 FRESH = 1000
@@ -250,12 +250,17 @@ def _collapsed_in(parent: StudyConfig) -> float | None:
 
 
 def judge(
-    config: StudyConfig, *, unfinished: int = 0, ends: bool = False, collapsed_elsewhere: float | None = None
+    config: StudyConfig,
+    *,
+    unfinished: int = 0,
+    ends: bool = False,
+    collapsed_elsewhere: float | None = None,
+    arms: Sequence[Arm] | None = None,
 ) -> Confirmation:
     """What the pairs that have ended say. `ends`: none will follow. `collapsed_elsewhere`: the accuracy of the sweep's
-    collapsed run that was left with the least."""
+    collapsed run that was left with the least. `arms`: where they have been read already."""
     rule = SequentialRule(looks=config.looks)
-    control, winner = read_arms(config)
+    control, winner = read_arms(config) if arms is None else arms
     treated, plain = replicates_of(config, winner), replicates_of(config, control)
     both = {run.seed for run in treated} & {run.seed for run in plain}
     # As they were planned, up to the first that is missing: which one failed must not choose what is looked at.

@@ -9,9 +9,8 @@ import re
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from ray import tune
 from search.arms import Arm, trial_folder
 from search.budget import Budget
 from search.cluster import check_fits, connected, resources
+from search.events import ENDS, StudyEvent, TrialEvent, View
 from search.evidence import read_evidence
 from search.interruption import Interruption
 from search.ray_internals import trials_leave_in_their_time
 from search.searchers import RinSearch
 from search.store import StudyConfig, gpus_of
 from search.tracking import Tracker
-from spaces.config import TrialConfig
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
@@ -37,30 +36,6 @@ from trainable.ray_trainable import REFUSED, RinTrainable
 RETRIES = 2
 """Times that a trial is started again from its checkpoint after its process died, hung or raised. What the user has to
 mend is no such end: it would come again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialEvent:
-    """Something happened to a trial; what a view draws.
-
-    Example: TrialEvent(arm="c03", replicate=0, status="running", config=..., step=4, metrics={...})
-    """
-
-    arm: str
-    replicate: int
-    status: Status
-    config: TrialConfig
-    step: int = 0
-    """Steps done."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    rule: str = ""
-
-    @property
-    def trial(self) -> str:
-        return f"{self.arm}/{self.replicate}"
-
-
-View = Callable[[TrialEvent], None]
 
 
 def run_trials(
@@ -94,16 +69,21 @@ def run_trials(
             log_to_file=True,
         ),
     )
-    with trials_leave_in_their_time(), _tune_ends_early(), interruption.passed_on(lambda: _end_early(budget.running)):
-        tuner.fit()
+
+    def end_early() -> None:
+        """In a signal's handler. Tune takes SIGUSR1 for a first Ctrl-C, however often it comes."""
+        saved = f"{budget.running} trial{'s'[: budget.running != 1]}"
+        doing = f"ends early: {saved} save themselves; Ctrl-C again does not wait for them"
+        view(StudyEvent(study=study, doing=doing, asked=True))
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    view(StudyEvent(study=study, doing=""))
+    try:
+        with trials_leave_in_their_time(), _tune_ends_early(), interruption.passed_on(end_early):
+            tuner.fit()
+    finally:
+        view(StudyEvent(study=study, doing=ENDS))
     return searcher.exhausted
-
-
-def _end_early(running: int) -> None:
-    """In a signal's handler. Tune takes SIGUSR1 for a first Ctrl-C, however often it comes."""
-    with suppress(OSError):  # of a terminal that is gone
-        os.write(2, f"saving {running} trial{'s'[: running != 1]}; Ctrl-C again does not wait for them\n".encode())
-    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 @contextmanager
@@ -167,7 +147,8 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
             assert outcome is not None
             self.tracker.end(arm, replicate)
             status = outcome.outcome
-        self._tell(trial, status, step=report.step + 1, metrics=report.signals, rule=report.verdict.rule)
+        seen = {"step": report.step + 1, "metrics": report.signals, "seconds": report.seconds}
+        self._tell(trial, status, **seen, rule=report.verdict.rule, why=report.verdict.evidence)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Without an outcome it was stopped from outside and evaluates itself as it leaves: `mirror.tell_endings` hears
@@ -195,16 +176,17 @@ class SweepCallback(tune.Callback):  # type: ignore[misc]
         _, arm, replicate = self._trial(trial)
         self.tracker.end(arm, replicate)
         state = read_trial(trial_folder(self.study, arm.name, replicate), driven=False)
-        self._tell(trial, state.status, step=state.step, rule=state.rule)
+        self._tell(trial, state.status, step=state.step, rule=state.rule, why=state.reason)
 
     def _trial(self, trial: Any) -> tuple[int, Arm, int]:
         number = trial.config["number"]
         return number, self.arms[number], trial.config["replicate"]
 
     def _tell(self, trial: Any, status: Status, **seen: Any) -> None:
-        """`seen`: step, metrics and rule of the event, as far as there are any."""
+        """`seen`: fields of the event, as far as there are any."""
         _, arm, replicate = self._trial(trial)
-        self.view(TrialEvent(arm=arm.name, replicate=replicate, status=status, config=arm.config, **seen))
+        hours = self.budget.hours
+        self.view(TrialEvent(arm=arm.name, replicate=replicate, status=status, config=arm.config, hours=hours, **seen))
 
 
 def _write_death(folder: Folder, error_file: str | None, began: bool) -> None:

@@ -19,8 +19,10 @@ IMPATIENT = 3
 class Interruption:
     """Takes the signals; `asked` once there was one."""
 
-    def __init__(self, numbers: Sequence[int] = ()) -> None:
+    def __init__(self, numbers: Sequence[int] = (), waits: Callable[[], None] = lambda: None) -> None:
+        """`waits` is called for a signal that has to wait."""
         self.asked = False
+        self._waits = waits
         self._numbers = numbers
         self._strokes = 0
         self._take: Callable[[], None] | None = None
@@ -34,6 +36,8 @@ class Interruption:
             self._take()
         elif self._strokes >= IMPATIENT:
             os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            self._waits()
 
     def listen(self) -> None:
         """Take the signals; again where somebody else has taken one (Ray's start leaves a handler of SIGTERM that ends
@@ -60,13 +64,13 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
+def interruptible(waits: Callable[[], None] = lambda: None) -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     taken = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
-    interruption = Interruption(taken)
+    interruption = Interruption(taken, waits)
     interruption.listen()
     try:
         yield interruption

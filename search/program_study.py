@@ -35,7 +35,7 @@ from spaces.reading import as_tree, merge, read_config
 from spaces.uses import is_noisy, refuse_idle
 
 if TYPE_CHECKING:
-    from search.execution import View
+    from search.events import View
     from search.study import StudyResult
     from trainable.policy.embedded import Progress
 

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from search.arms import (
     Arm,
+    Candidate,
     Origin,
     apart,
     candidate_of,
@@ -282,6 +283,17 @@ def _judged(
             finding = find(*both, collapsed_elsewhere=worth[measure], arms=len(family))
             found[name, measure] = Judged(alone=alone, corrected=both[0], finding=finding, family=len(family))
     return found
+
+
+def leading(config: StudyConfig, arms: Sequence[Arm]) -> tuple[Candidate, Judged | None] | None:
+    """The candidate so far, and how it stands among the arms that share its control; None where there is none."""
+    try:
+        candidate = candidate_of(config, arms)
+    except NoCandidate:
+        return None
+    controls = {arm.name: control_for(arm, arms) for arm in arms}
+    judged = _judged(config, arms, controls, (config.measure,), defaultdict(list))
+    return candidate, judged.get((candidate.arm.name, config.measure))
 
 
 def _controls_apart(config: StudyConfig, arms: Sequence[Arm]) -> list[ControlsApart]:

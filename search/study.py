@@ -11,9 +11,7 @@
 A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a
 sweep can be killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are
 at first says `lineup.py`, what is asked before anything starts `preflight.py`, how trials run `execution.py`, what
-MLflow has yet to hear `mirror.py`. One process at a time drives a sweep.
-
-The sweep reports what happens to a view (a live table, plain lines, or nothing); it prints nothing itself.
+MLflow has yet to hear `mirror.py`. One process at a time drives a sweep, and tells a view of it (`events.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,8 +30,9 @@ from search.arms import (
     write_arm,
 )
 from search.budget import Budget
+from search.events import CHECKS, RAY_STARTS, StudyEvent, View, waiting
 from search.evidence import Evidence, evidence_of, write_evidence
-from search.execution import View, run_trials, sweep_ray
+from search.execution import run_trials, sweep_ray
 from search.export import to_yaml
 from search.interruption import Interruption, interruptible
 from search.lineup import fixed_arms
@@ -86,8 +85,10 @@ def run_study(
 
     Raises ConfigError for whatever the user can mend, before anything is written down.
     """
+    view(StudyEvent(study=config, doing=CHECKS))
     start = _checked(config, progress, fixed)
-    with interruptible() as interruption, sweep_ray(config):
+    view(StudyEvent(study=config, doing=RAY_STARTS))
+    with interruptible(waiting(config, view)) as interruption, sweep_ray(config):
         interruption.listen()
         interruption.refuse()
         _write_down(config, start, files or {})
@@ -145,7 +146,8 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
             bring_rewards(config, arms)
             check_sources(config, arms)
             build_once(config, arms, progress)
-        with interruptible() as interruption, sweep_ray(config) if runs else nullcontext():
+            view(StudyEvent(study=config, doing=RAY_STARTS))
+        with interruptible(waiting(config, view)) as interruption, sweep_ray(config) if runs else nullcontext():
             interruption.listen()
             save_study_config(config)  # a new budget or another place holds for the next resume, too
             return _advance(config, view, interruption)

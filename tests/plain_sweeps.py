@@ -6,7 +6,7 @@ it here. Searcher, trainable and callback are the real ones, driven as Tune driv
 test_study.py and test_survival.py are about.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -16,13 +16,24 @@ from ray.tune.search import Searcher
 
 from search.arms import Arm
 from search.budget import Budget
+from search.events import Event, TrialEvent, View
 from search.evidence import read_evidence
-from search.execution import SweepCallback, View
+from search.execution import SweepCallback
 from search.interruption import Interruption
 from search.searchers import RinSearch
 from search.store import StudyConfig
 from search.tracking import Tracker
 from trainable.ray_trainable import RinTrainable
+
+
+def of_trials(hear: Callable[[TrialEvent], None]) -> View:
+    """A view that hears of trials alone."""
+
+    def view(event: Event) -> None:
+        if isinstance(event, TrialEvent):
+            hear(event)
+
+    return view
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from dashboards.report_text import plan_lines
 from search.allocation import NEW, Run, Standing, new_configurations, next_run
 from search.arms import candidate_of, planned, read_arms, unfinished, write_arm
 from search.confirm import planned_confirmation
+from search.events import TrialEvent
 from search.evidence import known_of
-from search.execution import TrialEvent
 from search.lineup import fixed_arms
 from search.plan import plan_study
 from search.promise import seen_of
@@ -23,7 +23,7 @@ from search.store import MOST
 from search.study import resume_study, run_study
 from search.surrogate import Seen
 from spaces.library import SPACES, Choice, Dimension, Space
-from tests.plain_sweeps import without_ray
+from tests.plain_sweeps import of_trials, without_ray
 from tests.searches import Search, cliff, drive, outcome, reread, searcher
 from tests.written_sweeps import make_arm, study, write_sweep, write_trial
 
@@ -246,7 +246,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_just_its_runs(tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with without_ray():
-        stopped = run_study(config, view)
+        stopped = run_study(config, of_trials(view))
         assert stopped.unfinished > 0
         assert len(stopped.arms[0].results) == 2
         result = resume_study(config, lambda event: None)

@@ -60,6 +60,7 @@ COMMANDS = (
     "plan",
     "list",
     "status",
+    "watch",
     "report",
     "confirm",
     "export",

@@ -13,7 +13,7 @@ from search.ablation import ablation
 from search.arms import Arm, read_arms, trial_folder, write_arm
 from search.confirm import planned_confirmation
 from search.delivery import Delivery
-from search.execution import TrialEvent
+from search.events import TrialEvent
 from search.mirror import catch_up, send_missing, tell_report
 from search.mlflow_client import check_tracking, claim
 from search.store import (
@@ -28,7 +28,7 @@ from search.store import (
 from search.study import StudyResult, resume_study, run_study
 from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError
-from tests.plain_sweeps import without_ray
+from tests.plain_sweeps import of_trials, without_ray
 from tests.real_mlflow import Server, everything, files, others, points, runs, text
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 from trainable.disk.checkpoint import save_checkpoint
@@ -313,7 +313,7 @@ def test_a_sweep_whose_tracking_dies_in_the_middle_ends_as_if_nothing_had_happen
 
     config = sweep_of(tmp_path / "runs", server.uri)
     with without_ray():
-        result = run_study(config, view)
+        result = run_study(config, of_trials(view))
     assert server.process is None
     assert (result.unfinished, result.candidate is not None) == (0, True)
     assert accuracies(result) == accuracies(undisturbed)
@@ -326,7 +326,9 @@ def test_a_sweep_whose_tracking_dies_in_the_middle_ends_as_if_nothing_had_happen
     assert ("completed", "FINISHED") not in statuses(config)[1:]
     assert send_missing(config) == 0
     assert [heard.steps for heard in known_trials(server.uri, "s", config.owner).values()] == [4, 4, 4]
-    again = resume_study(load_study_config(config.store, "s"), lambda event: pytest.fail("a trial ran again"))
+    again = resume_study(
+        load_study_config(config.store, "s"), of_trials(lambda event: pytest.fail("a trial ran again"))
+    )
     assert again.untold == 0
     shown = runs(server.uri, "s")
     assert [run.data.tags["arm"] for run in shown] == ["control", "c01", "c02"]

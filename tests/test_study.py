@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING
 import search.study
 from search.arms import Arm, read_trials, replicates_of, trial_folder
 from search.budget import Budget
-from search.execution import SweepCallback, TrialEvent
+from search.events import TrialEvent
+from search.execution import SweepCallback
 from search.export import to_verl, to_yaml
 from search.lineup import fixed_arms
 from search.plan import plan_study
@@ -33,6 +34,7 @@ from spaces.config import ConfigError, ModelConfig, QuantConfig
 from spaces.library import SPACES
 from spaces.reading import load_yaml, merge, parse_yaml, read_config
 from tests.conftest import ModelFolder
+from tests.plain_sweeps import of_trials
 from tests.real_mlflow import points, runs, text
 from tests.written_sweeps import attempt
 from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
@@ -72,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyResult, lis
         "collapse": {"reward_floor": 1.0},  # nor does it fall by chance
     }
     config = study(store, trials=4, replicates=2, points=("e13i-baseline",), settings=settings, seed=5)
-    return run_study(config, events.append), events
+    return run_study(config, of_trials(events.append)), events
 
 
 def named(result: StudyResult) -> dict[str, Arm]:
@@ -344,7 +346,7 @@ def test_a_trial_that_fails_is_a_failure_and_not_a_finding(tmp_path: Path, monke
     missing = tmp_path / "no-such-model"
     settings = {"model": {"name": str(missing), "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
     events: list[TrialEvent] = []
-    result = run_study(study(tmp_path, workload="embedded", trials=1, settings=settings), events.append)
+    result = run_study(study(tmp_path, workload="embedded", trials=1, settings=settings), of_trials(events.append))
     (control,) = result.arms
     (state,) = read_trials(result.config, control, driven=False)
     assert (control.results, state.status, len(state.attempts)) == ({}, "failed", 1)
@@ -417,7 +419,7 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
 ) -> None:
     result, _ = finished
     events: list[TrialEvent] = []
-    again = resume_study(load_study_config(result.config.store, "s"), events.append)
+    again = resume_study(load_study_config(result.config.store, "s"), of_trials(events.append))
     assert events == []
     assert again.arms == result.arms
     assert again.candidate == result.candidate

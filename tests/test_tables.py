@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dashboards.live import sweep_view
 from dashboards.tables import arm_table, describe_noise, duration, points, status_row, steps_text, why
 from search.arms import read_arms
-from search.execution import TrialEvent
 from search.report import ArmReport, arm_reports
-from spaces.points import POINTS
 from spaces.reading import read_config
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 
@@ -110,46 +107,6 @@ def test_units() -> None:
         "3.5 min",
         "2.3 h",
     ]
-
-
-def event(status: str, **changes: Any) -> TrialEvent:
-    config = read_config(POINTS["e13i-baseline"].settings)
-    given: dict[str, Any] = {"arm": "c01", "replicate": 0, "status": status, "config": config, "metrics": {}}
-    return TrialEvent(**{**given, **changes})
-
-
-def tell(console: Console) -> None:
-    with sweep_view(console, 1) as view:
-        view(event("running"))
-        view(event("running", step=3, metrics={"grpo/reward": 0.25, "eval/accuracy": 0.375}))
-        view(event("collapsed", step=4, metrics={"grpo/reward": 0.0}, rule="filter_rejection"))
-
-
-def test_outside_a_terminal_each_start_evaluation_and_end_is_one_plain_line() -> None:
-    text = io.StringIO()
-    tell(Console(file=text, width=200))
-    assert text.getvalue().splitlines() == [
-        "c01/0: starts, noise linear 0.05 -> 0.0005",
-        "c01/0: after 3 of 29 steps, accuracy 37.5 %",
-        "[1/1] c01/0: collapsed in step 3, the 4th of 29, rule filter_rejection, accuracy -",
-    ]
-
-
-def test_a_trial_that_has_made_no_step_has_no_sigma() -> None:
-    text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=200, color_system=None)
-    with sweep_view(console, 1) as view:
-        view(event("running"))
-    row = next(line for line in reversed(text.getvalue().splitlines()) if "c01/0" in line)
-    assert [cell.strip() for cell in row.split("│")[4:10]] == ["0/29", *5 * ["-"]]
-
-
-def test_in_a_terminal_a_table_shows_the_last_known_numbers() -> None:
-    text = io.StringIO()
-    tell(Console(file=text, force_terminal=True, width=200))
-    last = text.getvalue()[-4000:]
-    for said in ("1 of 1 trials ended", "filter_rejection", "4/29", "37.5 %", "linear 0.05 -> 0.0005"):
-        assert said in last
 
 
 def test_the_final_table_is_drawn(tmp_path: Path) -> None:

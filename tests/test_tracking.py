@@ -696,7 +696,8 @@ def test_every_ending_of_a_real_tune_run_closes_its_run(
     import ray
     from ray import tune
 
-    from search.execution import SweepCallback, TrialEvent
+    from search.events import TrialEvent
+    from search.execution import SweepCallback
 
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 REFUSED = "refused"
 """Key of the result of a trial that cannot run as it is configured: with the reason, and without a report."""
 CHECKPOINT_SHARE = 0.02  # of a trial's time
+NEAR_BEAT_SECONDS = 2.0
+"""Between two signs of life in a folder: 0.2 ms of a thread that waits. An object store wants to be paid for more."""
 
 
 class RinTrainable(tune.Trainable):  # type: ignore[misc]
@@ -90,7 +92,8 @@ class TrialWorker:
     def __init__(self, folder: Folder, settings: TrialConfig) -> None:
         self.folder, self.settings = folder, settings
         self.attempt = AttemptLog(folder)
-        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat)
+        beat = None if folder.local is None else NEAR_BEAT_SECONDS
+        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat, beat)
         self.broken, self.ended = False, False
         self.reports: list[StepReport] = []
         self.trial: Trial | None = None
@@ -116,7 +119,7 @@ class TrialWorker:
     def _step(self) -> dict[str, Any]:
         trial = self.trial = self.trial or self._load()
         report = trial.step()
-        self.attempt.step = report.step + 1
+        self.attempt.stepped(report)
         outcome = trial.outcome() if trial.done else None
         self.reports.append(report)
         self.watchdog.enter("save")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from search.arms import trial_folder
-from search.execution import TrialEvent
+from search.events import Event, TrialEvent
 from search.statistics import Comparison, compare
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
@@ -84,8 +84,8 @@ def sweep(store: Path, name: str, points: Sequence[str], seeds: int, *overrides:
         tracking_uri=default_tracking_uri(str(store)),
     )
 
-    def view(event: TrialEvent) -> None:
-        if event.status != "running":
+    def view(event: Event) -> None:
+        if isinstance(event, TrialEvent) and event.status != "running":
             accuracy = event.metrics.get("eval/accuracy")
             print(
                 f"  {name} {event.trial}: {event.status} {event.rule} step {event.step} accuracy {accuracy}", flush=True

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 from spaces.config import ConfigError
 from trainable.disk.folder import Folder
 from trainable.failure import FAILURES
+from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 from trainable.outcome import Outcome, Status, StepReport
 from trainable.versions import versions
 
@@ -38,6 +39,10 @@ FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
 DIED, KILLED = "died", "killed"
 """How an attempt ended that could not say so itself. died: its process was killed, and the sweep did not start the
 trial again; killed: with the driver before this one."""
+SHOWN = (SIGMA, REWARD, ENTROPY, GIBBERISH, ACCURACY)
+"""What an attempt's file tells of its last steps, for whoever watches."""
+RECENT = 40
+"""How many steps that are: those between two signs of life, unless a step takes less than a quarter of a second."""
 Parsed = TypeVar("Parsed")
 _ATTEMPT_FILE = re.compile(r"attempt-(\d+)\.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
@@ -152,6 +157,8 @@ class Attempt:
     """Until it was ready for its first step."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the programs it ran; empty where an earlier version did not write them down."""
+    recent: tuple[Mapping[str, Any], ...] = ()
+    """Records of its last steps, of the signals SHOWN alone: a checkpoint, which has them all, may be an hour old."""
 
     @property
     def hours(self) -> float:
@@ -171,6 +178,7 @@ class AttemptLog:
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
         self._values["versions"] = versions()
         self.step = 0
+        self.recent: tuple[Mapping[str, Any], ...] = ()
         self._lock = threading.Lock()  # the watchdog's thread beats too
         self.beat()
 
@@ -180,6 +188,11 @@ class AttemptLog:
         loading = time.time() - self._values["started"]
         self._values |= {"first_step": first_step, "loading_seconds": loading, "damaged": list(damaged)}
         self.beat()
+
+    def stepped(self, report: StepReport) -> None:
+        """Written with the next sign of life: a step must not wait for a file of a far store."""
+        self.step = report.step + 1
+        self.recent = (*self.recent[1 - RECENT :], _shown(report))
 
     def end(self, how: str, **more: str) -> None:
         self._values |= {"ended": how, **more}
@@ -192,11 +205,16 @@ class AttemptLog:
 
     def beat(self) -> None:
         with self._lock:
-            self._values |= {"seen": time.time(), "step": self.step}
+            self._values |= {"seen": time.time(), "step": self.step, "recent": self.recent}
             try:
                 self._trial.write(self._name, json.dumps(self._values))
             except OSError as error:
                 log.warning("%s: %s: %s", self._trial.uri, self._name, error)
+
+
+def _shown(report: StepReport) -> Mapping[str, Any]:
+    signals = {name: report.signals[name] for name in SHOWN if name in report.signals}
+    return replace(report, signals=signals, samples=()).as_record()
 
 
 def read_attempts(trial: Folder) -> list[Attempt]:

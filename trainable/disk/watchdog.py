@@ -7,7 +7,8 @@ starts the trial again from its checkpoint, a limited number of times. Should th
 back, the thread cannot run either: the C-level timer of `faulthandler` then ends the process a little later, with the
 stacks on stderr.
 
-The same thread shows every `beat` seconds that the process lives; the sweep's ledger counts hours by that.
+The same thread shows every few seconds that the process lives; the sweep's ledger counts hours by that, and whoever
+watches sees how far a trial is.
 """
 
 import faulthandler
@@ -31,9 +32,13 @@ class Watchdog:
     """
 
     def __init__(
-        self, limit_seconds: float, on_hang: Callable[[str, float, str], None], on_beat: Callable[[], None]
+        self,
+        limit_seconds: float,
+        on_hang: Callable[[str, float, str], None],
+        on_beat: Callable[[], None],
+        beat_seconds: float | None = None,
     ) -> None:
-        self.limit = limit_seconds
+        self.limit, self.beat = limit_seconds, BEAT_SECONDS if beat_seconds is None else beat_seconds
         self._on_hang, self._on_beat = on_hang, on_beat
         self._now = ("", time.monotonic())  # phase and its begin, replaced in one go
         self._stopped = threading.Event()
@@ -61,7 +66,7 @@ class Watchdog:
             if phase and now - since > self.limit:
                 self._on_hang(phase, now - since, _stacks())
                 os.kill(os.getpid(), signal.SIGKILL)
-            if now - beaten > BEAT_SECONDS:
+            if now - beaten > self.beat:
                 beaten = now
                 self._on_beat()
 
