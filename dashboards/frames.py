@@ -3,6 +3,7 @@
     from dashboards.frames import load
 
     sweep = load()                      # the newest in runs; load("NAME", store="/data/runs") another one
+    sweep.answer                        # the sentence that its page begins with
     sweep.trials                        # a frame; sweep.columns says what each column means
     sweep.comparisons                   # differences to the control, the numbers of `rin report`
     sweep.figure("forest")              # the page's figures, by the names in sweep.figures
@@ -28,10 +29,12 @@ from typing import Any
 
 import pandas as pd
 
+from dashboards.answer import answer_of
 from dashboards.figures import Figure
 from dashboards.page import SECTIONS, Material, read_material
 from dashboards.tables import describe_noise, fields_of
 from search.arms import measured
+from search.confirm import Confirmation
 from search.finding import Finding
 from search.program_study import read_state
 from search.report import ArmReport, StudyReport, dose_of, screening
@@ -179,6 +182,11 @@ class Sweep:
     def report(self) -> StudyReport:
         """All that `rin report` knows, with each arm's whole configuration."""
         return self.material.report
+
+    @property
+    def answer(self) -> str:
+        """Does noise help, in the sentence that the page begins with."""
+        return answer_of(self.report, self.material.confirmation).sentence
 
     @property
     def frames(self) -> dict[str, pd.DataFrame]:
@@ -438,15 +446,18 @@ def _effect_rows(material: Material) -> Iterator[dict[str, Any]]:
 
 
 def _comparison_rows(material: Material) -> Iterator[dict[str, Any]]:
-    """What `rin report` compares, by what it compares with."""
+    """What `rin report` compares, by what it compares with; of a sweep what its confirmation found, too."""
     config, report = material.config, material.report
     if config.kind == "confirm":
-        yield _confirmed(material)
+        assert material.confirmation is not None
+        yield _confirmed(material.confirmation)
     elif config.kind == "program":
         yield from _experiments(config)
     else:
         for row in report.arms:
             yield from _screened(row)
+        if material.confirmation is not None:
+            yield _confirmed(material.confirmation)
         for pair in report.controls:
             apart = {"judged_by": "controls", "arm": pair.control, "control": pair.other, "measure": config.measure}
             yield {**apart, "main": True, **_compared(pair.comparison)}
@@ -463,9 +474,7 @@ def _screened(row: ArmReport) -> Iterator[dict[str, Any]]:
         yield {**named, "measure": measure, "main": False, **found}
 
 
-def _confirmed(material: Material) -> dict[str, Any]:
-    state = material.confirmation
-    assert state is not None
+def _confirmed(state: Confirmation) -> dict[str, Any]:
     named = {"judged_by": "confirmation", "arm": state.winner, "control": state.control}
     none_yet = {"verdict": state.comparison.verdict, "words": state.comparison.words()}
     said = none_yet if state.finding is None else _said(state.finding, screened=False)

@@ -109,7 +109,10 @@ def test_a_confirmation_says_what_it_found_and_only_it_says_better(tmp_path: Pat
     tree: Any = confirmation_tree(read_confirmation(confirmation))
     assert told(row) == kept(tree["comparison"])
     assert (row.judged_by, row.verdict, row.words) == ("confirmation", "better where it holds", tree["words"])
-    assert set(load("s", str(tmp_path)).comparisons.verdict) == {"ahead where it holds"}
+    said = load("s", str(tmp_path)).comparisons.set_index("judged_by")
+    assert said.verdict.to_dict() == {"sweep": "ahead where it holds", "confirmation": "better where it holds"}
+    assert said.loc["confirmation"].difference == row.difference
+    assert "better" in load("s", str(tmp_path)).answer
     assert load(store=str(tmp_path)).name == "s", "the newest that is no confirmation"
 
 
