@@ -20,6 +20,7 @@ import torch
 
 from spaces.config import Correction, RolloutConfig
 from trainable.episode import Group
+from trainable.forward.head import is_plain, sampled_logps, too_many
 from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.policy.policy import Policy
 
@@ -140,16 +141,19 @@ def _logps_packed(policy: Policy, batch: Batch, temperature: float, side_by_side
     step = torch.arange(tokens, device=device).repeat(side_by_side)  # [K * T]: 0, 1, .., T - 1, 0, 1, ..
     position_ids = torch.cat([positions(prompt_mask), prompt_mask.sum(1, keepdim=True) + step], 1)  # [R, S]
     real = torch.cat([prompt_mask, batch.mask.view(rows, -1)], 1) > 0  # [R, S]
-    if side_by_side == 1 and forward_of(policy) is None:
-        logits = _logits(policy, ids, position_ids, real.long(), keep=tokens + 1)
-    else:
-        mask = _mask_of_packed(policy, real, tokens, side_by_side)
-        logits = _logits(policy, ids, position_ids, mask, keep=side_by_side * tokens + 1)
-    distribution = torch.log_softmax(logits.float() / temperature, dim=-1)  # [R, 1 + K * T, V]
     # A completion's first token follows the prompt's last one, which comes first here; others follow the one before.
     before = torch.arange(side_by_side * tokens, device=device).where(step > 0, 0)  # [K * T]
-    logps = distribution[torch.arange(rows, device=device)[:, None], before, completions]  # [R, K * T]
-    return logps.view(-1, tokens)
+    row, kept, forward = torch.arange(rows, device=device)[:, None], side_by_side * tokens + 1, forward_of(policy)
+    by_transformers = side_by_side == 1 and forward is None
+    mask = real.long() if by_transformers else _mask_of_packed(policy, real, tokens, side_by_side)
+    if forward is not None and is_plain(forward.head) and too_many(rows * kept, forward.head):
+        hidden = forward.normed(forward.hidden(ids, forward.angles(position_ids), forward.masked(mask))[:, -kept:])
+        inside = real[:, -kept + 1 :]  # [R, K * T]: padding needs no log-prob, and gets 0
+        logps = torch.zeros(inside.shape, device=device)
+        found = sampled_logps(hidden[row, before][inside], forward.head, completions[inside], temperature)
+        return logps.masked_scatter(inside, found).view(-1, tokens)
+    distribution = torch.log_softmax(_logits(policy, ids, position_ids, mask, kept).float() / temperature, dim=-1)
+    return distribution[row, before, completions].view(-1, tokens)  # of [R, 1 + K * T, V]
 
 
 def _mask_of_packed(policy: Policy, real: torch.Tensor, tokens: int, side_by_side: int) -> torch.Tensor:

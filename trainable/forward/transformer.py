@@ -146,7 +146,12 @@ class Forward:
         )  # half of a rotation's terms are subtracted: their sign goes into the sine
         return x * cos[:, None] + x.roll(half, -1) * signed[:, None]
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """As the head reads them, [..., hidden]."""
+        normed: Tensor = self.body.norm(hidden)
+        return normed
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Of each token's successor, [..., V]."""
-        logits: Tensor = self.head(self.body.norm(hidden))
+        logits: Tensor = self.head(self.normed(hidden))
         return logits
