@@ -186,7 +186,15 @@ def test_what_a_stopped_trial_had_come_to_is_shown_and_not_counted(tmp_path: Pat
 # Whatever lies in its folder
 
 
-@pytest.mark.parametrize("make", [*ODD, sampled_sweep], ids=lambda make: make.__name__)
+def ablation(store: Path) -> StudyConfig:
+    config = study(store, kind="ablation", parent="p", replicates=3, trials=3)
+    arms = [make_arm(config, "control"), make_arm(config, "w", origin="winner")]
+    arms.append(make_arm(config, "w-without-layers", origin="ablation"))
+    write_sweep(config, arms, {"control": [200] * 3, "w": [220, 222, 221], "w-without-layers": [201, 203, 200]})
+    return config
+
+
+@pytest.mark.parametrize("make", [*ODD, sampled_sweep, ablation], ids=lambda make: make.__name__)
 def test_frames_of_odd_data_have_their_columns_their_types_and_a_meaning_for_each(tmp_path: Path, make: Any) -> None:
     config = make(tmp_path)
     odd = load(config.name, str(tmp_path))
@@ -200,6 +208,8 @@ def test_frames_of_odd_data_have_their_columns_their_types_and_a_meaning_for_eac
     planned = sum(len(row.trials) for row in report_study(config).arms)
     assert len(odd.trials) == planned
     assert set(odd.trials.arm) == set(odd.arms.arm)
+    assert all(odd.figure(name).layout.height for name in odd.figures)
+    assert odd.answer
 
 
 def test_a_metric_that_is_no_number_stays_one_that_is_none(tmp_path: Path) -> None:
