@@ -2,7 +2,7 @@
 records to lines."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -55,7 +55,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     ledger = report.ledger
     families = {row.control: row.family for row in report.arms if row.corrected is not None}
     lines = [NOT_A_FINDING.format(families=", ".join(f"{control}: {n}" for control, n in families.items()) or "none")]
-    lines += report.config.history
+    lines += [*report.config.history, *_candidates_before(report)]
     if report.unfinished:
         lines.append(f"{report.unfinished} trials have no outcome yet: {report.config.go_on}{where}")
     for row in report.arms:
@@ -90,6 +90,17 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     if report.candidate is not None and report.config.kind == "sweep":
         lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
     return lines
+
+
+def _candidates_before(report: StudyReport) -> Iterator[str]:
+    """Of a sweep that was extended: who is not ahead any more, and may have been confirmed."""
+    now = report.candidate.arm if report.candidate is not None else "none"
+    for extension in report.config.extensions:
+        if extension.candidate not in ("", now):
+            yield (
+                f"before it was extended on {extension.at[:10]} the candidate was {extension.candidate}, now it is "
+                f"{now}: a confirmation that began then stays one of {extension.candidate}"
+            )
 
 
 def _controls_line(pair: ControlsApart, measure: str) -> str:
@@ -338,6 +349,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
         "name": report.config.name,
         "kind": report.config.kind,
         "history": list(report.config.history),
+        "extensions": [extension.model_dump() for extension in report.config.extensions],
         "unfinished": report.unfinished,
         "candidate": report.candidate.arm if report.candidate is not None else None,
         "arms": [_row(row) for row in report.arms],

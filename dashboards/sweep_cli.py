@@ -45,7 +45,8 @@ def sweep(
     from search.store import refuse_taken_name
 
     refuse_taken_name(study)
-    server = None if submit is None else given.destination(submit, options)
+    tracked = options if study.derived is None else replace(options, tracking_uri=study.tracking_uri)
+    server = None if submit is None else given.destination(submit, tracked)
     for line in study.history:
         print(line)
     if ablate is None:
@@ -109,11 +110,62 @@ def resume(
     from search.arms import read_arms, unfinished
     from search.study import resume_study
 
-    given_now = {"budget_hours": budget, "concurrent": concurrent, "cpus": cpus, "gpus": gpus}
-    changed = {key: value for key, value in given_now.items() if value is not None}
-    study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
+    study = _changed(study, address, budget_hours=budget, concurrent=concurrent, cpus=cpus, gpus=gpus)
     to_go = unfinished(study, read_arms(study))
     _run(study, place, lambda view, progress: resume_study(study, view, progress), to_go)
+
+
+@sweeps.command()
+@given.takes(Place)
+def extend(
+    place: Place,
+    trials: Annotated[int | None, typer.Option(min=1, help="So many more configurations.")] = None,
+    replicates: Annotated[
+        int | None, typer.Option(min=1, help="So many more runs of every configuration, old and new.")
+    ] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="So many more trials, of a sweep that has --runs.")] = None,
+    budget: given.Budget = None,
+    concurrent: given.Concurrent = None,
+    cpus: given.Cpus = None,
+    gpus: given.Gpus = None,
+    address: given.Address = None,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Write it down alone; rin resume NAME, also with --submit, runs it.")
+    ] = False,
+) -> None:
+    """More of a sweep that has run or was interrupted: what has an outcome stays, and the extension is written down."""
+    if place.name is None:
+        raise ConfigError("NAME: say which sweep gets more: a wrong one would train for hours; rin list shows them")
+    study = place.sweep()
+    from search.arms import read_arms, unfinished
+    from search.extension import extended, refuse_what_is_not_there, write_extension
+    from search.store import refuse_second_driver
+
+    refuse_second_driver(study)
+    arms = read_arms(study)
+    larger = _changed(
+        extended(study, arms, trials=trials, replicates=replicates, runs=runs),
+        address,
+        budget_hours=budget,
+        concurrent=concurrent,
+        cpus=cpus,
+        gpus=gpus,
+    )
+    refuse_what_is_not_there(study, larger, arms)
+    print(f"extended: {larger.extensions[-1].words}")
+    if no_run:
+        write_extension(larger)
+        print(f"{unfinished(larger, arms)} trials to go: {larger.go_on}{place.again}")
+        return
+    from search.study import resume_study
+
+    _run(larger, place, lambda view, progress: resume_study(larger, view, progress), unfinished(larger, arms))
+
+
+def _changed(study: "StudyConfig", address: str | None, **now: float | None) -> "StudyConfig":
+    """With what is given when it goes on."""
+    changed = {key: value for key, value in now.items() if value is not None}
+    return study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
 
 
 def _follow(server: "JobServer", job: "Submission") -> None:

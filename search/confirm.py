@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.arms import Arm, as_ran, candidate_of, failures, read_arms, replicates_of, unfinished
 from search.finding import Finding, find, lowest_collapsed
-from search.replicates import MIN_REPLICATES
+from search.replicates import FRESH, MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import ArmComparison, Comparison, compare_arms
@@ -31,9 +31,6 @@ from spaces.errors import NoCandidate
 if TYPE_CHECKING:
     from search.events import View
     from trainable.policy.embedded import Progress
-
-FRESH = 1000
-"""Distance between the sweep's seeds and the confirmation's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +100,7 @@ def planned_confirmation(
             "given": None,
             "derived": None,
             "confirm_pairs": 0,
+            "extensions": (),
         }
     )
     return config, arms

@@ -9,7 +9,8 @@ within those pairs, and `rin confirm NAME` takes the looks that are left: the er
 whoever runs its parts.
 
 One budget holds for both parts. Where a confirmation could not say anything there is none, and why is said: trials are
-missing, nothing held, the budget is spent, or the control itself collapsed, beside which nothing helps or hurts.
+missing, nothing held, the budget is spent, the control itself collapsed, beside which nothing helps or hurts, or it has
+one of an earlier candidate, from before it was extended.
 """
 
 from collections.abc import Sequence
@@ -47,6 +48,12 @@ def follow_up(config: StudyConfig, arms: Sequence[Arm]) -> FollowUp | None:
         control = candidate.control.name
         return _none(
             f"{control} itself collapsed, and beside a control that does not hold noise neither helps nor hurts"
+        )
+    state = confirmation_of(config)
+    if state is not None and state.winner != candidate.arm.name:  # the sweep was extended since
+        return _none(
+            f"{state.config.name} confirms {state.winner}, which was the candidate when it began; now it is "
+            f"{candidate.arm.name}: rin confirm {config.name} --arm {candidate.arm.name}"
         )
     left = None if config.budget_hours is None else config.budget_hours - read_ledger(config, arms).hours
     if left is not None and left <= 0:

@@ -10,7 +10,9 @@ memory and is made from the arms for each draw: nothing stale, nothing left runn
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -22,7 +24,7 @@ from search.evidence import Evidence, known_of
 from search.lineup import base_tree, missing_control
 from search.program_study import due, stopped
 from search.promise import seen_of
-from search.proposals import SEARCHERS, every
+from search.proposals import GRID_LEVELS, SEARCHERS, every, lattice
 from search.registration import Registration, read_registrations
 from search.rewards import pinned
 from search.store import StudyConfig
@@ -203,6 +205,21 @@ class RinSearch(Searcher):  # type: ignore[misc]
         raise ConfigError(
             f"space {space.name}: no draw gave a configuration that is valid and new; the last: {last}; {remedy}",
         )
+
+    def further(self, limit: int) -> int | None:
+        """Configurations that are valid and were not run yet, counted up to a limit; None where there is no end of
+        them."""
+        space, seen = self.study.space, set(self._seen)
+        rest = every(space)
+        if rest is None and self.study.searcher != "grid":
+            return None
+        for params in lattice(space, GRID_LEVELS) if rest is None else islice(rest, _ENUMERABLE):
+            tree = merge(self.base, unflatten(settings_of(space, params)))
+            with suppress(ConfigError):  # two ranges that overlap the wrong way
+                seen.add(_identity(self._with_rewards(read_config(tree, origin=f"space {space.name}"))))
+            if len(seen) - len(self._seen) >= limit:
+                break
+        return len(seen) - len(self._seen)
 
     def _with_rewards(self, config: TrialConfig) -> TrialConfig:
         """As the sweep began with them, which may have been in another process."""

@@ -1,7 +1,8 @@
 """What a store holds, file by file. The truth about a sweep is here, in plain JSON that anyone can read.
 
     STORE/mlflow.db                       every run of every sweep, for looking at
-    STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig)
+    STORE/NAME/study.json                 the sweep, written down before it starts (StudyConfig); what it was given
+                                          more of since then
     STORE/NAME/arms/0003.json             an arm, written down before its first replicate runs; where replicates go
                                           where they matter, again before each further one
     STORE/NAME/programme.json             of a programme: every registration (`search/registration.py`)
@@ -103,6 +104,33 @@ class Derived(BaseModel):
         return f"the same as {self.name} {changes}{read}"
 
 
+class Extension(BaseModel):
+    """That a sweep was given more (`rin extend`), and what it was before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    at: str
+    """2026-03-01T10:00:00+00:00"""
+    version: str
+    """Of the program, with its commit where it ran from a checkout."""
+    ended: int
+    """Trials that had an outcome."""
+    candidate: str
+    """The arm that was ahead; empty where there was none."""
+    trials: tuple[int, int]
+    """Configurations before and after."""
+    replicates: tuple[int, int]
+    total: tuple[int, int] | None = None
+
+    @property
+    def words(self) -> str:
+        """Example: 4 -> 8 configurations on 2026-03-01 (0.1.0 3f2a9c1d04be), after 4 trials had ended"""
+        numbers = {"configurations": self.trials, "replicates": self.replicates}
+        grown = numbers if self.total is None else {"runs": self.total}
+        more = [f"{before} -> {after} {what}" for what, (before, after) in grown.items() if before != after]
+        return f"{', '.join(more)} on {self.at[:10]} ({self.version}), after {self.ended} trials had ended"
+
+
 class StudyConfig(BaseModel):
     """A sweep, written down; `study.json` holds it."""
 
@@ -168,6 +196,8 @@ class StudyConfig(BaseModel):
     """Null for arms that were chosen elsewhere, and in what an earlier version began."""
     derived: Derived | None = None
     """Null = begun from its own options alone."""
+    extensions: tuple[Extension, ...] = ()
+    """What it was given more of since it began, oldest first; its size is that after the last."""
 
     @field_validator("space")
     @classmethod
@@ -177,7 +207,15 @@ class StudyConfig(BaseModel):
     @property
     def history(self) -> tuple[str, ...]:
         """What must be known of how it came about, a line each."""
-        return () if self.derived is None else (self.derived.words,)
+        lines = [] if self.derived is None else [self.derived.words]
+        if self.extensions:
+            times = {1: "once", 2: "twice"}.get(len(self.extensions), f"{len(self.extensions)} times")
+            lines.append(f"extended {times}: {'; '.join(extension.words for extension in self.extensions)}")
+            lines.append(
+                "whoever sees results and then asks for more chooses when to stop: intervals and verdicts of this "
+                "sweep are not corrected for that; those of rin confirm are of runs of its own, with planned looks"
+            )
+        return tuple(lines)
 
     @property
     def runs(self) -> int:
@@ -270,6 +308,16 @@ def refuse_taken_name(config: StudyConfig) -> None:
 
 def save_study_config(config: StudyConfig) -> None:
     config.folder.write(STUDY_FILE, study_text(config))
+
+
+def refuse_stale(config: StudyConfig) -> None:
+    """Raises ConfigError where the sweep was extended since this was read: writing it would take that back."""
+    now = load_study_config(config.store, config.name)
+    if config.extensions[: len(now.extensions)] != now.extensions:
+        raise ConfigError(
+            f"NAME={config.name}: another process has extended it meanwhile; look at it by rin report {config.name}, "
+            "then ask again"
+        )
 
 
 def study_text(config: StudyConfig) -> str:

@@ -46,6 +46,7 @@ from search.store import (
     StudyConfig,
     check_writable,
     only_driver,
+    refuse_stale,
     refuse_taken_name,
     save_study_config,
 )
@@ -140,6 +141,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
     check_writable(config.store)
     check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
+        refuse_stale(config)
         arms = read_arms(config)
         runs = unfinished(config, arms) > 0 and not Budget(config, arms).spent
         if runs:

@@ -55,6 +55,7 @@ def test_a_mistake_is_one_line_with_key_value_and_remedy_and_exit_code_2(
 
 COMMANDS = (
     "sweep",
+    "extend",
     "resume",
     "trial",
     "plan",

@@ -302,6 +302,19 @@ def test_an_ablation_can_be_sent_too(
     ]
 
 
+def test_the_same_sweep_with_a_change_is_sent_to_the_tracking_of_that_one(
+    reached: Callable[..., Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reached(on_this_machine=False)
+    parent = study(tmp_path / "shared", tracking_uri="http://head:5000")
+    write_sweep(parent, fixed_arms(parent), {"control": [280]})
+    words = ["sweep", "--from", "s", "--name", "b", "--set", "grpo.steps=5", "--store", parent.store]
+    code, out, err = here(monkeypatch, capsys, *words, "--submit", "http://head:8265")
+    assert (code, out.splitlines()[0]) == (0, "the same as s but grpo.steps=5"), err
+    sent = load_study_config(str(tmp_path / "kept" / "sweep"), "b")
+    assert (sent.tracking_uri, sent.derived and sent.derived.id) == ("http://head:5000", parent.id)
+
+
 def test_a_resumed_sweep_sends_its_name_and_nothing_else(
     reached: Callable[..., Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
