@@ -37,7 +37,7 @@ from search.arms import measured
 from search.confirm import Confirmation
 from search.finding import Finding
 from search.program_study import read_state
-from search.report import ArmReport, StudyReport, dose_of, screening
+from search.report import ArmReport, StudyReport, screening
 from search.statistics import Comparison
 from search.store import StudyConfig, absolute_store, check_store, is_driven, load_study_config, newest_study
 from spaces.errors import ConfigError
@@ -388,7 +388,7 @@ def _ending(outcome: Outcome) -> dict[str, float | None]:
     found |= {f"{EVAL}{name}_start": value for name, value in scores.parts_start.items()}
     found |= pass_at_k.metrics(scores.right, samples)
     found |= {f"{name}_start": value for name, value in pass_at_k.metrics(scores.right_start, samples).items()}
-    return {DOSE: dose_of(outcome.receipt), **found, TRIAL_SECONDS: outcome.seconds}
+    return {DOSE: outcome.receipt.dose, **found, TRIAL_SECONDS: outcome.seconds}
 
 
 def _step_rows(material: Material) -> Iterator[dict[str, Any]]:

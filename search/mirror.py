@@ -18,20 +18,26 @@ from trainable.disk.trial_folder import read_trial
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> Mapping[str, Heard]:
     """Of a sweep that nobody runs at this moment; what MLflow knew of it. Raises ConfigError when it cannot be
     asked."""
+    tracker.meet(arms)
     known = known_trials(study.tracking_uri, study.name, study.owner)
+    untold: list[tuple[int, Arm, int]] = []
     for number, arm in enumerate(arms):
         for replicate in planned(study, arm):
-            folder = trial_folder(study, arm.name, replicate)
-            state = read_trial(folder, driven=False)
+            state = read_trial(trial_folder(study, arm.name, replicate), driven=False)
             heard = known.get(trial_key(study.name, arm.name, replicate))
             if heard is None and state.status == "waiting":
                 continue  # it never began
             told = heard is not None and heard.standing == standing(state)
-            if heard is not None and not (told and state.status in ("completed", "collapsed")):
+            if told and state.status in ("completed", "collapsed"):
+                tracker.told_before(arm, replicate)
+                continue
+            if heard is not None:
                 tracker.heard_before(arm, replicate, heard)
             if not told:
-                tracker.begin(arm, number, replicate)
-                tracker.end(arm, replicate)
+                untold.append((number, arm, replicate))
+    for number, arm, replicate in untold:  # after all is known that was told before: a control has news for those
+        tracker.begin(arm, number, replicate)
+        tracker.end(arm, replicate)
     return known
 
 

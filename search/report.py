@@ -54,7 +54,6 @@ from spaces.config import TrialConfig
 from spaces.errors import ConfigError, NoCandidate
 from spaces.reading import as_tree, flatten
 from trainable.disk.trial_folder import TrialState
-from trainable.outcome import EffectReceipt
 from trainable.pass_at_k import shown
 
 Row = TypeVar("Row")
@@ -327,11 +326,6 @@ def screening(words: str) -> str:
     return words.replace("better", "ahead").replace("worse", "behind")
 
 
-def dose_of(receipt: EffectReceipt) -> float | None:
-    """Applied noise over the size of the weights, mean over weights and noisy stages."""
-    return fmean(effect.applied_relative for effect in receipt.effects) if receipt.effects else None
-
-
 def noisy_runs(arms: Sequence[Arm]) -> list[NoisyRun]:
     """Every replicate that ended by itself with one absolute sigma on all layers: other doses share no axis with it."""
     runs = []
@@ -373,7 +367,7 @@ def _row(
     greedy = replicates_of(config, arm, "accuracy")
     seen = [one for outcome in arm.results.values() if (one := measured(outcome, config.measure)) is not None]
     outcomes = list(arm.results.values())
-    doses = [dose for outcome in outcomes if (dose := dose_of(outcome.receipt)) is not None]
+    doses = [dose for outcome in outcomes if (dose := outcome.receipt.dose) is not None]
     return ArmReport(
         arm=arm.name,
         origin=arm.origin,

@@ -21,36 +21,43 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from search import completions
-from search.arms import Arm, trial_config, trial_folder
+from search.arms import Arm, control_for, trial_config, trial_folder
 from search.delivery import Delivery, MlflowWriter
 from search.mlflow_client import Owner, absolute_uri, claim, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig, new_id
 from search.told import (
+    LONGEST_TAG,
     RUN_STATUS,
+    Beside,
     as_json,
+    beside,
+    ending_words,
+    last_metrics,
+    note,
     outcome_files,
-    param_of,
+    params_of,
     reason_of,
-    scores_of,
+    run_name,
     standing,
+    start_metrics,
     step_metrics,
     trial_key,
 )
 from spaces.config import ConfigError
-from spaces.reading import as_tree, dump_yaml, flatten
-from trainable.disk.trial_folder import read_reports, read_trial
+from spaces.reading import as_tree, dump_yaml
+from trainable.disk.trial_folder import TrialState, read_outcome, read_reports, read_trial
 from trainable.metrics import SCAN, STEPS_DONE
-from trainable.outcome import Status, StepReport
+from trainable.outcome import Outcome, Status, StepReport
 
 if TYPE_CHECKING:
     from trainable.scan import Scan
 
-TOLD_TAG = "told"
+TOLD_TAG, NOTE_TAG = "told", "mlflow.note.content"
 DOCUMENTS, SCANS, REPORT = "documents", "srdd", "report"
 """Status of a run that is no trial: of a programme's documents and of a sweep's page, which is its name too, and of a
 scan."""
@@ -89,9 +96,22 @@ class Tracker:
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
+        self._arms: dict[str, Arm] = {}
+        self._plain: dict[tuple[str, int], Outcome] = {}
+        """Of controls that have ended, as far as anybody asked."""
         writer = MlflowWriter(absolute_uri(study.tracking_uri), study.owner)
         self._delivery = Delivery(writer.send, f"tracking at {strip_password(study.tracking_uri)}")
         self._runs: dict[tuple[str, int], _Run] = {}
+        self._ended: set[tuple[str, int]] = set()
+        """Trials with an outcome, of which MLflow was told all but perhaps what their control came to."""
+
+    def meet(self, arms: Sequence[Arm]) -> None:
+        """Those that were written down before; an arm that begins is met by that."""
+        self._arms |= {arm.name: arm for arm in arms}
+
+    def told_before(self, arm: Arm, replicate: int) -> None:
+        """MLflow knows all of this trial, which is over, from a process before this one."""
+        self._ended.add((arm.name, replicate))
 
     def heard_before(self, arm: Arm, replicate: int, heard: "Heard") -> None:
         """MLflow knows this trial from a process before this one."""
@@ -102,16 +122,17 @@ class Tracker:
 
     def begin(self, arm: Arm, number: int, replicate: int) -> None:
         """A process starts to work on it: for the first time, after a retry or a resume. `number` is the arm's."""
-        config = as_tree(trial_config(self._study, arm, replicate))
+        config = trial_config(self._study, arm, replicate)
+        self._arms[arm.name] = arm
         self._runs.setdefault((arm.name, replicate), _Run()).status = "running"
-        attempts = read_trial(trial_folder(self._study, arm.name, replicate), driven=True).attempts
+        state = read_trial(trial_folder(self._study, arm.name, replicate), driven=True)
         tags = {"sweep": self._study.name, "arm": arm.name, "replicate": str(replicate), "status": "running"}
-        tags |= {"origin": arm.origin, "arm_number": str(number)}
-        since = _ms(attempts[0].started if attempts else None)
-        self._put(arm, replicate, do="open", name=f"{arm.name}/{replicate}", tags=tags, time=since)
-        params = {name: param_of(value) for name, value in flatten(config).items()}
-        self._put(arm, replicate, do="log", params=params)
-        self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(config))
+        tags |= {"origin": arm.origin, "arm_number": str(number), "mode": config.quant.mode}
+        tags |= self._words(arm, replicate, replace(state, status="running", outcome=None))
+        since = _ms(state.attempts[0].started if state.attempts else None)
+        self._put(arm, replicate, do="open", name=run_name(arm.name, replicate), tags=tags, time=since)
+        self._put(arm, replicate, do="log", params=params_of(self._study, config))
+        self._put(arm, replicate, do="file", path="config.yaml", text=dump_yaml(as_tree(config)))
 
     def report(self, arm: Arm, replicate: int, report: StepReport) -> None:
         """A step was made. One that is made again, from a checkpoint, is told once."""
@@ -120,6 +141,9 @@ class Tracker:
             return
         run.steps = report.step + 1
         metrics, tags, when = step_metrics(report), run.news(report), report.time_ms
+        if start := start_metrics(report):
+            began = when - round(1000 * report.seconds)
+            self._put(arm, replicate, do="log", step=report.step, metrics=start, time=began)
         # At its own time: MLflow then knows it when it comes twice.
         self._put(arm, replicate, do="log", step=report.step, metrics=metrics, tags=tags, time=when)
 
@@ -135,11 +159,6 @@ class Tracker:
             self.report(arm, replicate, report)
         status: Status = "stopped" if state.status == "waiting" else state.status
         self._runs[arm.name, replicate].status = status
-        when = _ms(state.attempts[-1].seen if state.attempts else None)
-        if state.outcome is not None:
-            step = max(state.outcome.step - 1, 0)
-            at = reports[-1].time_ms if reports and reports[-1].step == step else when
-            self._put(arm, replicate, do="log", step=step, time=at, metrics=scores_of(state.outcome))
         files = {} if state.outcome is None else outcome_files(state.outcome)
         tags = {"status": status, **reason_of(state)}
         if any(report.samples for report in reports):
@@ -150,9 +169,50 @@ class Tracker:
             self._put(arm, replicate, do="traces", traces=completions.traces(reports, steps, of))
         for path, text in files.items():
             self._put(arm, replicate, do="file", path=path, text=text)
-        self._put(arm, replicate, do="log", tags=tags)
-        self._put(arm, replicate, do="end", status=RUN_STATUS[status], time=when)
+        self._say_ending(arm, replicate, state, reports, tags)
+        if state.status in ("completed", "collapsed"):
+            self._ended.add((arm.name, replicate))
+        for other in self._waiting_for(arm, replicate):
+            there = trial_folder(self._study, other.name, replicate)
+            self._say_ending(other, replicate, read_trial(there, driven=False), read_reports(there), {})
+        self._put(arm, replicate, do="end", status=RUN_STATUS[status], time=_last_seen(state))
         self._put(arm, replicate, do="told", tags={TOLD_TAG: standing(state)})
+
+    def _say_ending(
+        self, arm: Arm, replicate: int, state: TrialState, reports: Sequence[StepReport], tags: Mapping[str, str]
+    ) -> None:
+        """Its numbers, and in words; said again when its control has come to its end, too."""
+        config = trial_config(self._study, arm, replicate)
+        last = reports[-1] if reports else None
+        step = max(state.step - 1, 0)
+        at = last.time_ms if last is not None and last.step == step else _last_seen(state)
+        metrics = last_metrics(self._study, config, state, last, self._beside(arm, replicate, state))
+        words = self._words(arm, replicate, state, reports)
+        self._put(arm, replicate, do="log", step=step, time=at, metrics=metrics, tags={**tags, **words})
+
+    def _words(self, arm: Arm, replicate: int, state: TrialState, reports: Sequence[StepReport] = ()) -> dict[str, str]:
+        config = trial_config(self._study, arm, replicate)
+        said = [report.verdict.evidence for report in reports if report.verdict.rule]
+        why = state.reason or (said[-1] if said else "")
+        text = note(self._study, arm, config, state, why, self._beside(arm, replicate, state))
+        return {"ended": ending_words(state, config.grpo.steps), NOTE_TAG: text}
+
+    def _beside(self, arm: Arm, replicate: int, state: TrialState) -> Beside | None:
+        """None where it has no control."""
+        control = control_for(arm, list(self._arms.values()))
+        if control is None:
+            return None
+        key = control.name, replicate
+        if key not in self._plain and (there := read_outcome(trial_folder(self._study, *key))) is not None:
+            self._plain[key] = there
+        here = None if state.status == "stopped" else state.outcome
+        return beside(self._study, control, replicate, here, self._plain.get(key))
+
+    def _waiting_for(self, control: Arm, replicate: int) -> list[Arm]:
+        """Arms whose replicate was told without what this one, its control, came to."""
+        arms = list(self._arms.values()) if control.origin == "control" else []
+        ended = [arm for arm in arms if (arm.name, replicate) in self._ended]
+        return [arm for arm in ended if (found := control_for(arm, arms)) is not None and found.name == control.name]
 
     def open(self) -> list[tuple[str, int]]:
         """(arm, replicate) of every trial that was begun and not ended."""
@@ -163,8 +223,15 @@ class Tracker:
         return self._delivery.close()
 
     def _put(self, arm: Arm, replicate: int, **record: Any) -> None:
+        for part in ("params", "tags"):  # a reason or an address may hold a password
+            if part in record:
+                record[part] = {name: strip_password(text)[:LONGEST_TAG] for name, text in record[part].items()}
         key = trial_key(self._study.name, arm.name, replicate)
         self._delivery.put({"experiment": self._study.name, "key": key, "time": _ms(None), **record})
+
+
+def _last_seen(state: TrialState) -> int:
+    return _ms(state.attempts[-1].seen if state.attempts else None)
 
 
 def _ms(seconds: float | None) -> int:

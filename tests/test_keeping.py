@@ -102,7 +102,7 @@ def tracked(config: StudyConfig) -> Any:
     claim(config.tracking_uri, config.name, config.owner)
     mlflow = client(config.tracking_uri)
     found = mlflow.get_experiment_by_name(config.name)
-    mlflow.create_run(found.experiment_id, tags={"arm_number": "0", "replicate": "0", "trial_key": f"{config.name}/x"})
+    mlflow.create_run(found.experiment_id, tags={"arm": "x", "arm_number": "0", "replicate": "0", "trial_key": "x"})
     return mlflow
 
 

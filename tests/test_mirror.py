@@ -15,7 +15,7 @@ from search.confirm import planned_confirmation
 from search.delivery import Delivery
 from search.events import TrialEvent
 from search.mirror import catch_up, send_missing, tell_report
-from search.mlflow_client import check_tracking, claim
+from search.mlflow_client import check_tracking, claim, client
 from search.store import (
     BEST_FILE,
     FOREST_FILE,
@@ -26,7 +26,7 @@ from search.store import (
     save_study_config,
 )
 from search.study import StudyResult, resume_study, run_study
-from search.tracking import Tracker, known_trials
+from search.tracking import NOTE_TAG, Tracker, known_trials
 from spaces.config import ConfigError
 from tests.plain_sweeps import of_trials, without_ray
 from tests.real_mlflow import Server, everything, files, others, points, runs, text
@@ -215,6 +215,67 @@ def test_a_page_that_mlflow_has_is_not_told_again(sweep: StudyConfig, monkeypatc
     assert send_missing(sweep) == 0
     monkeypatch.setattr(mirror, "tell_page", lambda *given: pytest.fail("told again"))
     assert send_missing(sweep) == 0
+
+
+# What a run says of its control
+
+
+def difference_of(config: StudyConfig, arm: str) -> float | None:
+    run = next(run for run in runs(config.tracking_uri, config.name) if run.data.tags["arm"] == arm)
+    found: float | None = run.data.metrics.get("eval/vs_control")
+    assert (f"difference **{found:+.1f} points**" if found is not None else "has not ended") in run.data.tags[NOTE_TAG]
+    return found
+
+
+def ends(config: StudyConfig, tracker: Tracker, arm: Arm, right: int, log: AttemptLog) -> None:
+    reports = [made(step) for step in range(3)]
+    write_outcome(trial_folder(config, arm.name, 0), replace(outcome(arm, 0, right), step=3), reports)
+    log.end("outcome")
+    tracker.end(arm, 0)
+
+
+def test_a_run_and_its_control_say_the_same_whoever_ends_first_and_whether_it_is_told_live_or_afterwards(
+    sweep: StudyConfig,
+) -> None:
+    control, c01 = read_arms(sweep)
+    tracker = Tracker(sweep)
+    logs = [AttemptLog(trial_folder(sweep, arm.name, 0)) for arm in (control, c01)]
+    for number, arm in enumerate((control, c01)):
+        tracker.begin(arm, number, 0)
+        for step in range(3):
+            tracker.report(arm, 0, made(step))
+    ends(sweep, tracker, c01, 1, logs[1])
+    assert tracker.close() == 0
+    assert difference_of(sweep, "c01") is None
+    ends(sweep, tracker, control, 3, logs[0])
+    assert tracker.close() == 0
+    assert difference_of(sweep, "c01") == -50.0
+    live, mlflow = everything(sweep.tracking_uri, sweep.name), client(sweep.tracking_uri)
+    for run in runs(sweep.tracking_uri, sweep.name):
+        mlflow.delete_run(run.info.run_id)
+    assert send_missing(sweep) == 0
+    assert everything(sweep.tracking_uri, sweep.name) == live
+
+
+def test_a_control_that_ended_unheard_has_news_for_runs_that_were_told_whole(sweep: StudyConfig) -> None:
+    control, c01 = read_arms(sweep)
+    write_trial(sweep, c01, 0, outcome(c01, 0, 1), reports=[made(step) for step in range(3)])
+    killed_driver(sweep, [control], steps=2)
+    assert send_missing(sweep) == 0
+    assert difference_of(sweep, "c01") is None
+    write_trial(sweep, control, 0, outcome(control, 0, 3), reports=[made(step) for step in range(3)])
+    assert send_missing(sweep) == 0
+    assert difference_of(sweep, "c01") == -50.0
+
+
+def test_a_password_in_the_reason_of_a_failure_does_not_reach_mlflow(sweep: StudyConfig) -> None:
+    _, c01 = read_arms(sweep)
+    reason = "OSError: http://rin:geheim@host/model is not there"
+    write_trial(sweep, c01, 0, None, attempts=[attempt(ended="error", reason=reason)])
+    assert send_missing(sweep) == 0
+    shown = everything(sweep.tracking_uri, sweep.name)
+    assert "http://rin@host/model is not there" in shown
+    assert "geheim" not in shown
 
 
 # Whose an experiment is

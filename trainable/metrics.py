@@ -12,7 +12,9 @@ RULE, EVIDENCE, ROLLOUT = "rin/rule", "rin/evidence", "rin/rollout"
 COLLAPSED = "rin/collapsed"
 """There too: 1 where a rule fired."""
 DOSE = "rin/dose"
-"""There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage."""
+"""There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage. Of a run in
+MLflow the mean over noisy stages, as its receipt has it."""
+HOURS = "rin/hours"
 REWARD = "grpo/reward"
 LOSS = "grpo/loss"
 GRAD_NORM = "grpo/grad_norm"
@@ -28,6 +30,10 @@ FLOOR_KL = "rollout_corr/floor_kl"
 GATE_KL = "rollout_corr/gate_kl"
 EVAL = "eval/"
 ACCURACY = "eval/accuracy"
+UNQUANTIZED = "eval/accuracy_bf16"
+START = "_start"
+"""Behind the name of a score: before step 0."""
+DIFFERENCE = "eval/vs_control"
 PASS_AT = "eval/pass_at_"
 ROLLOUT_SECONDS = "perf/rollout_seconds"
 UPDATE_SECONDS = "perf/update_seconds"
@@ -35,6 +41,8 @@ STEP_SECONDS = "perf/step_seconds"
 TRIAL_SECONDS = "perf/trial_seconds"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 TOO_LONG = "task/too_long"
+LOG10 = "log10/"
+"""Of a setting or a metric, for axes that MLflow cannot make logarithmic."""
 SCAN = "srdd/"
 """A scan's scores (`scan.SCORES`) in its own run, with the layer where a trial has its step."""
 
@@ -68,7 +76,7 @@ METRICS: dict[str, str] = {
     FLOOR_KL: "how far training's own forward pass is from itself, measured at the gate",
     GATE_KL: "how far the engine is from training on a noise-free rollout, measured at the gate",
     ACCURACY: "greedy, in the deployed precision, on the fixed questions",
-    "eval/accuracy_bf16": "the same by the unquantised forward pass of the master weights",
+    UNQUANTIZED: "the same by the unquantised forward pass of the master weights",
     "eval/accuracy_start": "eval/accuracy before step 0",
     "eval/accuracy_bf16_start": "eval/accuracy_bf16 before step 0",
     f"{PASS_AT}K": "pass@K: at least one of K samples right, at rollout.temperature; unbiased, mean over questions",
@@ -76,10 +84,13 @@ METRICS: dict[str, str] = {
     f"{PASS_AT}K_high": "upper end of that interval",
     f"{PASS_AT}K_start": "pass@K before step 0; so are its _low_start and _high_start",
     "eval/n": "questions",
+    DIFFERENCE: "of a run in MLflow: what the sweep compares by, minus that of its control of the same seed, in points",
     ROLLOUT_SECONDS: "sampling of the step, filter and batches included",
     UPDATE_SECONDS: "log-probs and updates of the step",
     STEP_SECONDS: "the whole step, evaluation included",
     TRIAL_SECONDS: "all steps and evaluations of the trial",
+    HOURS: "of a run in MLflow: in which some process worked on the trial, times its GPUs where it has any",
+    f"{LOG10}NAME": "of a run in MLflow: log10 of a setting or of the last value of a metric",
     TOKENS_PER_SECOND: "sampled completion tokens over the rollout's seconds",
     TOO_LONG: (
         "questions that task.too_long=leave_out left out: rows of a data set, at its first step; draws of an endless "
@@ -88,13 +99,14 @@ METRICS: dict[str, str] = {
 }
 
 GROUPS: dict[str, str] = {
-    "rin": "every step",
+    "rin": "every step; dose and hours of a run in MLflow at its end",
     "grpo": "every step, of the rollout and its updates",
     "filter": "every step, of all groups that were generated",
     "gen": "every step, of the noisy rollout",
     "rollout_corr": "every step; the floor and the gate where an engine was checked",
-    "eval": "of the clean model: steps that eval.every names, and the end; `_start` before step 0",
+    "eval": "of the clean model: steps that eval.every names, and the end; `_start` before step 0, in MLflow at step 0",
     "perf": "every step; the trial's seconds at its end",
+    "log10": "a run in MLflow, at its end",
     "task": "every step, with task.too_long=leave_out",
 }
 """First word of a name -> when it is logged, and of what."""
@@ -102,6 +114,9 @@ _SHARE, _NATS, _SECONDS = "share", "nats per token", "seconds"
 UNITS: dict[str, str] = {
     SIGMA: "of noise.scale",
     STEPS_DONE: "steps",
+    HOURS: "hours",
+    DIFFERENCE: "points",
+    f"{LOG10}NAME": "log10 of its unit",
     REWARD: "reward",
     "grpo/reward_std": "reward",
     LOSS: "",

@@ -8,6 +8,7 @@ NaN rule: what was measured is kept as it was, NaN and infinities included (JSON
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
@@ -246,6 +247,11 @@ class EffectReceipt:
     """
     followed: tuple[Followed, ...] = ()
     """Settings that were taken from a scan."""
+
+    @property
+    def dose(self) -> float | None:
+        """Applied noise over the size of the weights, mean over weights and noisy stages; None without noise."""
+        return fmean(effect.applied_relative for effect in self.effects) if self.effects else None
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "coverage": self.coverage.as_tree()}
