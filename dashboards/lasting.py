@@ -14,6 +14,8 @@ class LastingStream:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.gone = False
+        """Nobody reads any more: who has nothing else to do may end."""
 
     def write(self, text: str) -> int:
         with self._surviving():
@@ -34,6 +36,7 @@ class LastingStream:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
+            self.gone = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -20,6 +20,7 @@ from dashboards.live_folder import SweepFolder
 from dashboards.live_rows import ENDED, Watched, clock, dated, frame, news, told
 from dashboards.tables import say
 from search.events import Event, StudyEvent, View
+from spaces.errors import ConfigError
 
 REDRAWS_PER_SECOND = 2
 """A screen that is looked at for ten hours should not cost the trials their core."""
@@ -70,7 +71,7 @@ class Board:
         ended = len(watched.having(*ENDED))
         if ended != self._ended and self._folder is not None and not watched.doing:
             self._ended = ended
-            with suppress(OSError):  # of a store that does not answer: the next end asks again
+            with suppress(OSError, ConfigError):  # of a store that does not answer: the next end asks again
                 self._ahead = self._folder.look(driven=True, now=time.time()).ahead
 
 
@@ -78,7 +79,7 @@ class Board:
 def sweep_view(console: Console) -> Iterator[View]:
     """Yields the view that a sweep reports to."""
     board = Board()
-    if not console.is_terminal:
+    if not console.is_interactive:  # nor is a terminal that cannot move its cursor
         yield lambda event: _plainly(console, board, event)
         return
     # An end has its own table: what ran stays to be read there.

@@ -25,6 +25,8 @@ from dashboards.tables import COLORS, describe_noise, duration, points
 from search.events import TrialEvent
 from search.store import StudyConfig, gpus_of, slots_of
 from spaces.config import TrialConfig
+from trainable.collapse_rules import WORDS
+from trainable.failure import FAILURES
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
 from trainable.outcome import Status, in_step
 
@@ -32,8 +34,8 @@ PACE_STEPS = 7
 """Steps whose median is a trial's pace."""
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 NOT_FINITE, ASCII_NOT_FINITE = "×", "!"
-LEAST_SPARK, MOST_SPARK = 10, 24
-LEAST_WHY, MOST_WHY = 18, 80
+LEAST_SPARK, MOST_SPARK = 10, 18
+LEAST_WHY, MOST_WHY = max(map(len, [*WORDS, *FAILURES])) + 5, 80  # a rule, and that there is more
 GAP = 2
 LEAST_TABLE = 4
 """Lines: names of columns, a trial, the next, how many more."""

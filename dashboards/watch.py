@@ -61,7 +61,7 @@ def _follow(study: StudyConfig, console: Console) -> bool:
     every = NEAR_SECONDS if study.folder.local is not None else FAR_SECONDS
     seen: Mapping[str, Seen] | None = None
     watched, lived, last_driven = Watched(study=study), False, None
-    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else nullcontext()
+    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_interactive else nullcontext()
     with screen as live:
         while True:
             now = time.time()
@@ -81,6 +81,8 @@ def _follow(study: StudyConfig, console: Console) -> bool:
             elif not watched.doing:
                 _say_news(console, seen, watched, now)
                 seen = watched.trials
+                if getattr(console.file, "gone", False):  # as after `rin watch | head`
+                    raise SystemExit
             time.sleep(every)
 
 

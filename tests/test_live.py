@@ -16,11 +16,13 @@ from filelock import FileLock
 from rich.console import Console
 
 from dashboards import watch
+from dashboards.lasting import LastingStream
 from dashboards.live import Board, sweep_view
 from dashboards.live_folder import SweepFolder
 from dashboards.live_rows import (
     ASCII_BARS,
     BARS,
+    LEAST_WHY,
     Column,
     Seen,
     Watched,
@@ -39,8 +41,10 @@ from spaces.points import POINTS
 from spaces.reading import read_config
 from tests import processes
 from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_sweep, write_trial
+from trainable.collapse_rules import WORDS
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import RECENT, SHOWN, AttemptLog, read_attempts
+from trainable.failure import FAILURES
 from trainable.outcome import CollapseVerdict, StepReport
 
 CONFIG = read_config(POINTS["e13i-baseline"].settings)
@@ -186,8 +190,8 @@ def test_columns_leave_in_the_order_of_what_they_are_worth() -> None:
     shown = {width: [name.strip() for name in names(width) if name.strip()] for width in (60, 80, 120, 200)}
     assert shown[60] == ["trial", "state", "step", "acc %", "reward"]
     assert shown[80] == ["trial", "state", "step", "sigma", "acc %", "reward", "now"]
-    assert shown[120] == ["trial", "noise", "state", "step", "sigma", "acc %", "reward", "now", "why"]
-    assert set(shown[200]) >= {*shown[120], "time", "entropy"}
+    assert shown[120] == ["trial", "noise", "state", "step", "sigma", "acc %", "reward", "why"]
+    assert set(shown[200]) >= {*shown[120], "now", "time", "entropy"}
 
 
 def test_room_is_given_by_rank_and_what_is_left_to_those_that_can_use_it() -> None:
@@ -242,6 +246,11 @@ def test_a_terminal_without_unicode_gets_ascii() -> None:
 )  # fmt: skip
 def test_text_is_cut_between_words(text: str, width: int, cut: str) -> None:
     assert _cut(text, width, ascii_only=False) == cut
+
+
+@pytest.mark.parametrize("rule", [*WORDS, *FAILURES])
+def test_the_narrowest_why_still_names_the_rule(rule: str) -> None:
+    assert _cut(f"{rule}: {EVIDENCE}", LEAST_WHY, ascii_only=True).startswith(rule)
 
 
 def test_parts_stay_together_and_long_ones_break_at_blanks() -> None:
@@ -548,6 +557,19 @@ def test_ctrl_c_leaves_the_sweep_alone(sweep: StudyConfig, monkeypatch: pytest.M
     with FileLock(sweep.scratch / "driver.lock"):
         said = attended(sweep, monkeypatch, stroke)
     assert said.splitlines()[-1] == "no longer watching s, which goes on"
+
+
+def test_watching_ends_where_nobody_reads_what_it_says(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rin watch | head -1`: for ten hours it would say its lines to nobody."""
+    read, write = os.pipe()
+    os.close(read)
+    with (
+        FileLock(sweep.scratch / "driver.lock"),
+        os.fdopen(write, "w", buffering=1) as pipe,
+        pytest.raises(SystemExit) as ended,
+    ):
+        watch.attend(sweep, Console(file=LastingStream(pipe), width=150), "")
+    assert not ended.value.code
 
 
 def test_a_store_that_does_not_answer_is_waited_for(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
