@@ -8,7 +8,6 @@ stand in tables beside the figures, for whoever cannot see them.
 Left out: pictures drawn beforehand, which would need a browser where sweeps run.
 """
 
-import importlib.metadata
 import json
 import platform
 import shlex
@@ -41,6 +40,7 @@ from search.report import StudyReport, report_study
 from search.store import BEST_FILE, PAGE_FILE, StudyConfig, absolute_store, is_driven, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
 from trainable.disk.folder import Folder
+from trainable.versions import versions
 
 FIRST = 12
 """Panels that are not folded away."""
@@ -195,7 +195,7 @@ def page(material: Material) -> str:
         _nav([title for title, _ in sections]),
         *(html for _, html in sections),
         f'</main><footer><p class="note">Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by rin-search '
-        f"{_version('rin-search')}, from {escape(config.folder.uri)}.</p></footer>",
+        f"{versions(VERSIONS)['rin-search']}, from {escape(config.folder.uri)}.</p></footer>",
     ]
     return _document(f"{config.name}: {answer.word}", body, drawn)
 
@@ -535,7 +535,7 @@ def _reproduce(material: Material) -> Section:
     parts = [
         f"<p>{escape(f'Seeds {seeds}.')}</p><pre>{escape(chr(10).join(commands))}</pre>",
         f"<h3>Versions that its trials ran with</h3>{_list(_versions_of_trials(material.report))}",
-        f"<h3>Versions, where this page was written</h3>{_list(_versions())}",
+        f"<h3>Versions, where this page was written</h3>{_list(_versions_here())}",
     ]
     if yaml:
         parts.append(f"<details><summary>The candidate's configuration</summary><pre>{escape(yaml)}</pre></details>")
@@ -545,20 +545,15 @@ def _reproduce(material: Material) -> Section:
 
 
 def _versions_of_trials(report: StudyReport) -> list[str]:
-    told = [", ".join(f"{name} {version}" for name, version in seen.items()) for seen in report.versions]
-    return told or ["They were not written down: an earlier version ran these trials."]
+    return [_told(seen) for seen in report.versions] or ["Not written down: an earlier version ran these trials."]
 
 
-def _versions() -> list[str]:
-    found = [f"{name} {version}" for name in VERSIONS if (version := _version(name))]
-    return [f"Python {platform.python_version()} on {sys.platform} ({platform.machine()})", ", ".join(found)]
+def _versions_here() -> list[str]:
+    return [_told(versions(VERSIONS)), f"{sys.platform} ({platform.machine()})"]
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def _told(seen: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in seen.items())
 
 
 SECTIONS: dict[str, Callable[[Material], Section | None]] = {
