@@ -212,7 +212,7 @@ def _run(
 
     console, runs = terminal(), study.runs
     left = f", {to_go} to go" if to_go is not None else ""
-    say(console, [f"sweep {study.name}: {runs} trials{left}", *announced(study), *forecast])
+    say(console, [f"sweep {study.name}: {runs} trials{left}", *announced(study, begins=to_go is None), *forecast])
     with interruption_told(), build_progress(console) as progress, sweep_view(console) as view:
         result = run(view, progress)
     report = report_study(result.config)
@@ -259,6 +259,7 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
                 view,
                 progress,
                 until=config.confirm_pairs,
+                stepwise=follow.stepwise,
                 budget_hours=follow.budget_hours,
                 address=config.address,
             )

@@ -62,15 +62,16 @@ def ending_of(result: StudyResult, runs: int, where: str, folder: str) -> Ending
     return Ending(lines=tuple(lines), commands=commands, troubles=tuple(troubles), code=code)
 
 
-def announced(config: StudyConfig) -> Iterator[str]:
-    """Before anything runs: what else will train than the searcher's configurations."""
+def announced(config: StudyConfig, *, begins: bool) -> Iterator[str]:
+    """Before anything runs: what else will train than the searcher's configurations. `begins`: not one that goes on."""
     for name in config.points:
         if name in POINTS and (step := POINTS[name].collapsed_at_step) is not None:
             yield f"among them {name}, an experiment of the plan that was recorded to collapse in step {step}"
     if config.confirm_pairs:
+        without = " (--no-confirm leaves that out)" if begins else ""
         yield (
             f"then its candidate is confirmed: up to {config.confirm_pairs} pairs of runs, candidate and control, with "
-            "fresh seeds and other questions (--no-confirm leaves that out)"
+            f"fresh seeds and other questions{without}"
         )
 
 

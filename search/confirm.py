@@ -114,13 +114,14 @@ def confirm(
     looks: Sequence[int] | None = None,
     arm: str | None = None,
     until: int | None = None,
+    stepwise: bool = True,
     budget_hours: float | None = None,
     address: str | None = None,
 ) -> Confirmation:
     """Run until decided, or until the replicates or the budget end.
 
     `until`: pause after the last look within so many pairs; the looks that are left stay planned, and the next call
-    takes them.
+    takes them. Not `stepwise`: all pairs of these looks run together, and are judged look by look all the same.
 
     `looks`: numbers of replicates after which to compare; those of a confirmation that has begun stay as they were
     planned, since the error level is spent by that plan. One that has found a gain may have more after them, to exclude
@@ -150,7 +151,7 @@ def confirm(
     to_take = [look for look in config.looks if config.replicates <= look <= (until or config.looks[-1])]
     if not to_take:
         return read_confirmation(config)
-    for look in to_take:
+    for look in to_take if stepwise else to_take[-1:]:
         config = config.model_copy(update={"replicates": look})
         if arms is None:
             result = resume_study(config, view, progress)

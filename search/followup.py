@@ -22,6 +22,9 @@ from search.ledger import read_ledger
 from search.store import StudyConfig, is_driven
 from spaces.errors import NoCandidate
 
+SHORT_SECONDS = 120.0
+"""A trial that takes no longer is short."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowUp:
@@ -32,6 +35,14 @@ class FollowUp:
     """What is left of the sweep's; None without one."""
     why_not: str
     """Empty where the candidate is confirmed now."""
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it is worth to stop at each look: where trials are short, starting their processes again takes longer
+        than the pairs that a decision would save."""
+        assert self.candidate is not None
+        outcomes = (*self.candidate.arm.results.values(), *self.candidate.control.results.values())
+        return max(outcome.seconds for outcome in outcomes) > SHORT_SECONDS
 
 
 def follow_up(config: StudyConfig, arms: Sequence[Arm]) -> FollowUp | None:

@@ -14,6 +14,7 @@ from search.store import StudyConfig
 from spaces.config import HUB, ModelConfig, QuantConfig, TrialConfig
 from spaces.narrowing import tried
 from trainable.following import follow
+from trainable.kernels.cpu import build_meanwhile
 from trainable.negative_controls import check_reward
 from trainable.noise import chosen_layers, noise_targets
 from trainable.policy.embedded import Progress, ensure_base
@@ -63,6 +64,8 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
 def build_once(config: StudyConfig, arms: Sequence[Arm], progress: Progress | None) -> None:
     """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
     and not in each trial; and make the scans that trials follow, of what the searcher may draw, too."""
+    if config.address is None and any(arm.config.model.recipe is not None for arm in arms):
+        build_meanwhile()
     drawn = tried(config.space, base_tree(config)).configs if config.kind == "sweep" else ()
     built: dict[tuple[ModelConfig, QuantConfig], Policy] = {}
     for trial in (*(arm.config for arm in arms), *(trial for trial in drawn if trial.rules)):

@@ -2,6 +2,7 @@
 came to is the last line. Trials are files that a stand-in writes."""
 
 import json
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,14 @@ from tests.written_sweeps import attempt, make_arm, study, write_sweep, write_tr
 PLAN = CONFIRM.looks
 
 
-def swept(store: Path, *, control: Any = 280, c01: Any = 300, **changes: Any) -> StudyConfig:
+def swept(store: Path, *, control: Any = 280, c01: Any = 300, seconds: float = 3600.0, **changes: Any) -> StudyConfig:
+    """Its trials took an hour each, so that it is worth to stop at each look."""
     config = study(store, trials=2, **{"confirm_pairs": AT_ONCE, **changes})
-    write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [control], "c01": [c01]})
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [control], "c01": [c01]})
+    for arm in read_arms(config):
+        for replicate, ended in arm.results.items():
+            write_trial(config, arm, replicate, replace(ended, seconds=seconds))
     return config
 
 
@@ -91,6 +97,23 @@ def test_a_decision_at_the_first_look_ends_it(tmp_path: Path, sweeps: Sweeps) ->
     swept(tmp_path)
     assert "worse than control" in last_line(resumed(tmp_path))
     assert ran(sweeps)[-1] == ("s-confirm", "run", 5)
+
+
+def test_short_trials_run_to_the_last_look_at_once_and_a_decision_at_an_earlier_one_stands(
+    tmp_path: Path, sweeps: Sweeps
+) -> None:
+    sweeps.truth = lambda arm, number: 560 - strong(arm, number)
+    config = swept(tmp_path, seconds=12.0)
+    said = resumed(tmp_path)
+    assert ran(sweeps)[-1] == ("s-confirm", "run", 8)
+    state = confirmation_of(config)
+    assert state is not None
+    assert (state.replicates, state.comparison.replicates, state.comparison.level) == (
+        8,
+        5,
+        SequentialRule().levels((5,))[0],
+    )
+    assert "(5 pairs)" in last_line(said)
 
 
 def test_an_interruption_in_the_second_part_goes_on_by_resume(tmp_path: Path, sweeps: Sweeps) -> None:

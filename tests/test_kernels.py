@@ -12,6 +12,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -233,3 +234,25 @@ def test_the_kernel_is_what_runs_here(monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_eager_and_fused_agree_with_one_scale_per_tensor(kind: str) -> None:
     x = sample(kind, "nvfp4")
     assert_same(fake_quantize(x, "nvfp4", per_tensor=True), fake_quantize_eager(x, "nvfp4", per_tensor=True))
+
+
+def test_a_compiler_that_was_started_early_is_waited_for_and_compiles_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    begun, go_on = Event(), Event()
+
+    def compiled(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        library.write_text("")
+        made.append(library)
+
+    monkeypatch.setenv("RIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_compile", compiled)
+    cpu.build_meanwhile()
+    assert begun.wait(30)
+    Timer(0.05, go_on.set).start()
+    assert [cpu.build()] == made
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    cpu.build_meanwhile()  # whoever needs them says what is wrong

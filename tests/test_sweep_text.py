@@ -147,7 +147,9 @@ def test_the_experiment_of_the_plan_is_the_one_that_is_shown_and_without_a_colla
 
 
 def test_what_else_trains_is_said_before_it_does(tmp_path: Path) -> None:
-    assert list(announced(study(tmp_path))) == []
-    known, then = announced(study(tmp_path, points=("e13i-baseline", "e13m-rmsnorm"), confirm_pairs=8))
+    assert list(announced(study(tmp_path), begins=True)) == []
+    known, then = announced(study(tmp_path, points=("e13i-baseline", "e13m-rmsnorm"), confirm_pairs=8), begins=True)
     assert known == "among them e13i-baseline, an experiment of the plan that was recorded to collapse in step 3"
     assert then.startswith("then its candidate is confirmed: up to 8 pairs")
+    assert then.endswith("(--no-confirm leaves that out)")
+    assert list(announced(study(tmp_path, confirm_pairs=8), begins=False)) == [then.rpartition(" (")[0]]

@@ -30,7 +30,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -127,6 +129,16 @@ def load() -> Kernels | None:
     module = importlib.util.module_from_spec(spec)  # which registers the operator
     torch.library.register_fake("rin::fake_quantize", lambda x, code, addend, per_tensor: torch.empty_like(x))
     return cast(Kernels, module)
+
+
+def build_meanwhile() -> None:
+    """Begin to compile, beside whatever else is to be made before the kernels are needed; who needs them waits."""
+
+    def attempt() -> None:
+        with suppress(CannotCompile):  # `load` says so
+            build()
+
+    threading.Thread(target=attempt, name="compiler", daemon=True).start()
 
 
 def build() -> Path:
