@@ -157,7 +157,9 @@ def _sentence(report: StudyReport, confirmation: Confirmation | None) -> str:
     if confirmation is not None and confirmation.finding is not None:
         row = next((row for row in report.arms if row.arm == confirmation.winner), None)
         noise = "" if row is None else f", {describe_noise(row.config)}"
-        return f"{confirmation.winner}{noise}: {_found(confirmation, confirmation.finding)}"
+        now = "" if report.candidate is None else report.candidate.arm
+        since = f"; by now the candidate is {now}" if now not in ("", confirmation.winner) else ""
+        return f"{confirmation.winner}{noise}: {_found(confirmation, confirmation.finding)}{since}"
     row = report.candidate
     if row is None:
         return f"undecided: {_why_not(report)[0].lower()}{_why_not(report)[1:].rstrip('.')}"

@@ -77,6 +77,13 @@ def test_it_says_what_the_confirmation_found_and_without_one_that_it_is_no_findi
     assert told == f"norm_001, rmsnorm 0.01 -> 0.001: {said}"
 
 
+def test_a_confirmation_of_what_is_no_longer_the_candidate_says_so(tmp_path: Path) -> None:
+    config = swept(tmp_path, norm_001=[284])
+    told = confirmed(config, CLEAR)
+    again = swept(tmp_path, norm_001=[284], norm_002=[320])
+    assert sentence(again) == f"{told}; by now the candidate is norm_002"
+
+
 def test_collapses_of_a_confirmation_are_in_the_sentence_the_control_s_too(tmp_path: Path) -> None:
     config = swept(tmp_path, norm_001=[284])
     told = confirmed(config, (*FAR[:7], ("collapsed", 100)), (*PLAIN[:6], *[("collapsed", 90)] * 2))
