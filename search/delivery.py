@@ -14,9 +14,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from search import completions
+from search import completions, logged_model
 from search.mlflow_client import Owner, claimed_experiment, client
 from search.secrets import strip_password
 
@@ -101,7 +102,7 @@ class MlflowWriter:
     Example: {"do": "log", "experiment": "e13", "key": "e13/c03/0", "time": 1760000000000, "step": 3, "metrics":
     {"gen/length":
     4.1}} `do` is `open` (name, tags), `log` (step and metrics, params, tags), `file` (path, text), `traces`,
-    `end` (status) or `told` (tags), which waits for the files and traces before it; `time` is Unix ms.
+    `model`, `end` (status) or `told` (tags), which waits for the files and traces before it; `time` is Unix ms.
     """
 
     def __init__(self, uri: str, owner: Owner) -> None:
@@ -145,6 +146,9 @@ class MlflowWriter:
             self._mlflow = client(self._uri)
         from mlflow.entities import Metric, Param, RunTag
 
+        if record["do"] == "model":
+            number = self._experiment(record["experiment"])
+            return logged_model.deliver(self._mlflow, number, self._owner.id, record, partial(self._known_run, number))
         mlflow, run_id = self._mlflow, self._run_id(record)
         match record["do"]:
             case "file":
@@ -152,7 +156,7 @@ class MlflowWriter:
             case "traces":
                 if self._traces:
                     trial = f"{self._owner.id}/{record['key']}"
-                    number = self._experiments[record["experiment"]]
+                    number = self._experiment(record["experiment"])
                     completions.deliver(self._uri, number, run_id, trial, record["traces"])
             case "end":
                 mlflow.set_terminated(run_id, record["status"], record["time"])
@@ -173,15 +177,23 @@ class MlflowWriter:
         key, experiment = record["key"], record["experiment"]
         if key in self._runs:
             return self._runs[key]
-        if experiment not in self._experiments:
-            self._experiments[experiment] = claimed_experiment(self._mlflow, self._uri, experiment, self._owner)
-        number = self._experiments[experiment]
-        found = self._mlflow.search_runs([number], filter_string=f"tags.trial_key = '{key}'", max_results=1)
-        if not found:
+        number = self._experiment(experiment)
+        found = self._known_run(number, key)
+        if found is None:
             tags = {"trial_key": key, **record.get("tags", {})}
-            found = [self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))]
-        self._runs[key] = found[0].info.run_id
-        return self._runs[key]
+            made = self._mlflow.create_run(number, start_time=record["time"], tags=tags, run_name=record.get("name"))
+            found = str(made.info.run_id)
+        self._runs[key] = found
+        return found
+
+    def _known_run(self, experiment: str, key: str) -> str | None:
+        found = self._mlflow.search_runs([experiment], filter_string=f"tags.trial_key = '{key}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
+
+    def _experiment(self, name: str) -> str:
+        if name not in self._experiments:
+            self._experiments[name] = claimed_experiment(self._mlflow, self._uri, name, self._owner)
+        return self._experiments[name]
 
     def _is_refusal(self, error: Exception) -> bool:
         """MLflow's own word. A proxy in front of it says "bad request" too, but as plain text."""

@@ -2,17 +2,25 @@
 
 A driver that is killed, a server that is down, a trial that ends while everything is stopped: the folder has it, MLflow
 does not. It is asked which trials it knows and in which state; of each that stands otherwise in the folder it is told
-everything once more, which has no effect on what it has heard before. The same of the page that a sweep left.
+everything once more, which has no effect on what it has heard before. The same of the
+page that a sweep left, and of its candidate.
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 
-from search.arms import Arm, planned, read_arms, trial_folder
+from search.arms import Arm, Candidate, planned, read_arms, trial_folder
+from search.delivery import MlflowWriter
+from search.logged_model import candidate_now, record_of, told_last
+from search.mlflow_client import absolute_uri, client, one_line
 from search.store import REPORT_FILES, StudyConfig
 from search.told import standing, trial_key
 from search.tracking import REPORT, Heard, Tracker, known_trials, tell_page
+from spaces.config import ConfigError
 from trainable.disk.trial_folder import read_trial
+
+log = logging.getLogger(__name__)
 
 
 def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> Mapping[str, Heard]:
@@ -64,12 +72,29 @@ def _report(study: StudyConfig) -> tuple[dict[str, str], str]:
     return {name: text.decode() for name, text in found.items()}, digest
 
 
+def tell_candidate(study: StudyConfig, candidate: Candidate | None) -> int:
+    """Where MLflow was told another one, or something else of it; whether (1) or not (0) it did not take it."""
+    record = record_of(study, candidate)
+    try:
+        with one_line(study.tracking_uri, "cannot be told the candidate"):
+            if told_last(client(study.tracking_uri), study.name) == record["standing"]:
+                return 0
+    except ConfigError:  # it is away: the next look tells it
+        return 1
+    left, trouble = MlflowWriter(absolute_uri(study.tracking_uri), study.owner).send([record], lambda: None)
+    if left:
+        log.warning("tracking does not take the candidate: %s; it is told again later", trouble)
+    return len(left)
+
+
 def send_missing(study: StudyConfig) -> int:
     """All that MLflow lacks of a sweep that nobody runs; how many records it did not take. Raises ConfigError when it
     cannot be asked."""
     tracker = Tracker(study)
-    known = catch_up(study, read_arms(study), tracker)
+    arms = read_arms(study)
+    known = catch_up(study, arms, tracker)
     left = tracker.close()
+    left += tell_candidate(study, candidate_now(study, arms))
     files, digest = _report(study)
     heard = known.get(trial_key(study.name, REPORT, 0))
     if files and (heard is None or heard.standing != digest):

@@ -22,7 +22,6 @@ from search.arms import (
     Arm,
     Candidate,
     as_far_as_it_goes,
-    candidate_of,
     planned,
     read_arms,
     trial_folder,
@@ -36,7 +35,8 @@ from search.execution import run_trials, sweep_ray
 from search.export import to_yaml
 from search.interruption import Interruption, interruptible
 from search.lineup import fixed_arms
-from search.mirror import catch_up, tell_endings
+from search.logged_model import candidate_now
+from search.mirror import catch_up, tell_candidate, tell_endings
 from search.mlflow_client import check_tracking, claim
 from search.preflight import build_once, check_sources
 from search.rewards import bring_rewards, keep_rewards
@@ -52,7 +52,6 @@ from search.store import (
 )
 from search.tracking import Tracker
 from spaces.config import ConfigError
-from spaces.errors import NoCandidate
 from trainable.disk.trial_folder import KILLED, end_attempt
 from trainable.policy.embedded import Progress
 
@@ -177,10 +176,12 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
         tell_endings(config, tracker)
         untold = tracker.close()
     arms = read_arms(config)
+    candidate = _save_candidate(config, arms)
+    untold += tell_candidate(config, candidate)
     return StudyResult(
         config=config,
         arms=tuple(arms),
-        candidate=_save_candidate(config, arms),
+        candidate=candidate,
         unfinished=unfinished(config, arms),
         budget_spent=budget.spent,
         interrupted=interruption.asked,
@@ -189,12 +190,8 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
 
 
 def _save_candidate(config: StudyConfig, arms: Sequence[Arm]) -> Candidate | None:
-    """A confirmation chooses nothing."""
-    if config.kind == "confirm":
-        return None
-    try:
-        candidate = candidate_of(config, arms)
-    except NoCandidate:
+    candidate = candidate_now(config, arms)
+    if candidate is None:
         config.folder.remove(BEST_FILE)  # of a state in which there was one
         return None
     config.folder.write(BEST_FILE, to_yaml(candidate))
