@@ -92,8 +92,7 @@ def delete(study: StudyConfig) -> Path:
     place = Path(study.store) / TRASH / f"{study.name}-{stamp}"
     with only_driver(study):
         _hide_in_mlflow(study, f"{study.name} (deleted {stamp})")
-        place.parent.mkdir(exist_ok=True)
-        _folder(study).rename(place)
+        _move(study.name, _folder(study), place)
     return place
 
 
@@ -133,7 +132,7 @@ def restore(store: str, name: str, tracking_uri: str | None = None) -> StudyConf
         here["tracking_uri"] = default_tracking_uri(str(place))
     study = study.model_copy(update=here)
     _show_in_mlflow(study)
-    (trash / names[-1]).rename(place / name)
+    _move(name, trash / names[-1], place / name)
     return study
 
 
@@ -159,6 +158,18 @@ def _show_in_mlflow(study: StudyConfig) -> None:
                 mlflow.restore_experiment(number)
             if experiment.name != name:
                 mlflow.rename_experiment(number, name)
+
+
+def _move(name: str, here: Path, there: Path) -> None:
+    """In one rename. Raises ConfigError where there is none: one of the two is a disk of its own, or another's."""
+    try:
+        there.parent.mkdir(exist_ok=True)
+        here.rename(there)
+    except OSError as error:
+        raise ConfigError(
+            f"NAME={name}: {here} cannot be renamed ({error.strerror}); mend that and say it again, or by hand: "
+            f"mv {here} {there}"
+        ) from None
 
 
 def _folder(study: StudyConfig) -> Path:

@@ -231,6 +231,14 @@ def test_a_sweep_that_others_hang_on_or_that_runs_is_not_deleted(
     assert delete(config).name.startswith("s-20")  # a warm start is told from its own folder
 
 
+def test_what_cannot_be_renamed_is_said_in_one_line(tmp_path: Path) -> None:
+    config = swept(tmp_path)
+    (tmp_path / trash.TRASH).write_text("a file")
+    with pytest.raises(ConfigError, match=r"NAME=s: .*/s cannot be renamed \(File exists\); mend that"):
+        delete(config)
+    assert sweeps(config.store) == ["s"]
+
+
 def test_delete_asks_and_does_nothing_where_nobody_answers(
     rin: Rin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
