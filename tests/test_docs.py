@@ -100,12 +100,13 @@ def shown(text: str) -> Iterator[tuple[str, bool]]:
         yield re.split(r"\s+\\?\|", command)[0], False
 
 
+APP = typer.main.get_command(app)
 COMMANDS = sorted({(named(page), *each) for page in PAGES for each in shown(page.read_text(encoding="utf-8"))})
 
 
 def parse(line: str) -> None:
     """Options and arguments are read and checked; nothing runs. Raises UsageError."""
-    command = typer.main.get_command(app)
+    command = APP
     words = [word for word in shlex.split(line)[1:] if word != "..."]
     while isinstance(command, typer.core.TyperGroup) and words:
         name = words.pop(0)
