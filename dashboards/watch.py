@@ -21,14 +21,17 @@ from dashboards.report_text import confirmation_lines
 from dashboards.tables import arm_table, say
 from search.arms import failures, read_arms, unfinished
 from search.confirm import confirmation_of, read_confirmation
+from search.followup import second_part
 from search.report import arm_reports, report_study
-from search.store import STUDY_FILE, StudyConfig, is_driven, load_study_config
-from trainable.disk.folder import Folder
+from search.store import StudyConfig, is_driven, load_study_config, sweeps
 
 NEAR_SECONDS, FAR_SECONDS = 1.0, 10.0
 """Between two looks at a folder, and at an object store."""
+NOTHING_RUNS = "no trial runs at this moment: Ray starts or ends, or MLflow is told"
 PATIENCE_SECONDS = 10.0
-"""How long nobody may drive it: between two looks of a confirmation, and before one that follows, Ray starts anew."""
+"""How long nobody may drive a confirmation: between two of its looks Ray starts anew."""
+SECOND_PART_SECONDS = 120.0
+"""How long a sweep's driver may take to begin with the confirmation: it writes a page, and Ray starts anew."""
 
 
 def print_once(study: StudyConfig, console: Console, where: str) -> None:
@@ -39,6 +42,8 @@ def print_once(study: StudyConfig, console: Console, where: str) -> None:
     for line in _lines(console, watched, height, now):
         console.print(line, no_wrap=True, crop=False)
     say(console, ["it is running"] if driven else _standing(study, where))
+    if not driven:
+        _second_part(study, console, where, patient=False)
 
 
 def attend(study: StudyConfig, console: Console, where: str) -> None:
@@ -49,8 +54,11 @@ def attend(study: StudyConfig, console: Console, where: str) -> None:
             study = followed
             lived = _follow(study, console)
             study = load_study_config(study.store, study.name)
-            _print_end(study, console, where)
-            followed = _follower(study) if lived else None
+            if study.kind in ("sweep", "ablation"):
+                title = f"{study.kind} {study.name}, in {study.folder.uri}"
+                console.print(arm_table(arm_reports(study, read_arms(study)), title))
+            say(console, _standing(study, where))
+            followed = _second_part(study, console, where, patient=lived)
     except KeyboardInterrupt:
         say(console, [f"no longer watching {study.name}, which goes on"])
 
@@ -61,6 +69,7 @@ def _follow(study: StudyConfig, console: Console) -> bool:
     every = NEAR_SECONDS if study.folder.local is not None else FAR_SECONDS
     seen: Mapping[str, Seen] | None = None
     watched, lived, last_driven = Watched(study=study), False, None
+    before, since = "", 0.0
     screen = Live(console=console, auto_refresh=False, transient=True) if console.is_interactive else nullcontext()
     with screen as live:
         while True:
@@ -70,15 +79,17 @@ def _follow(study: StudyConfig, console: Console) -> bool:
                 driven = is_driven(study)
                 lived, last_driven = lived or driven, now if driven else last_driven
                 watched = folder.look(driven=driven or _may_go_on(study, last_driven, now), now=now)
+                doing = "" if watched.having("running") else NOTHING_RUNS
             except OSError as error:
-                since = watched.since if watched.doing else now
-                watched = replace(watched, doing=f"the store does not answer: {error.strerror or error}", since=since)
+                doing = f"the store does not answer: {error.strerror or error}"
             else:
                 if not driven and not _may_go_on(study, last_driven, now):
                     return lived
+            since = since if doing == before else now
+            watched, before = replace(watched, doing=doing, since=since), doing
             if live is not None:
                 live.update(Group(*_lines(console, watched, console.size.height - 1, now)), refresh=True)
-            elif not watched.doing:
+            else:
                 _say_news(console, seen, watched, now)
                 seen = watched.trials
                 if getattr(console.file, "gone", False):  # as after `rin watch | head`
@@ -103,12 +114,6 @@ def _lines(console: Console, watched: Watched, height: int | None, now: float) -
     return frame(watched, width=console.size.width, height=height, now=now, ascii_only=console.options.ascii_only)
 
 
-def _print_end(study: StudyConfig, console: Console, where: str) -> None:
-    if study.kind in ("sweep", "ablation"):
-        console.print(arm_table(arm_reports(study, read_arms(study)), f"sweep {study.name}, in {study.folder.uri}"))
-    say(console, _standing(study, where))
-
-
 def _standing(study: StudyConfig, where: str) -> list[str]:
     """Of a sweep that nobody runs."""
     arms = read_arms(study)
@@ -128,14 +133,18 @@ def _standing(study: StudyConfig, where: str) -> list[str]:
     return [f"{answer_of(report_study(study, arms), confirmation_of(study)).sentence}."]
 
 
-def _follower(study: StudyConfig) -> StudyConfig | None:
-    """A confirmation of its candidate that somebody has begun by now, or begins within a moment."""
-    name = f"{study.name}-confirm"
-    until = time.monotonic() + PATIENCE_SECONDS
-    while study.kind == "sweep" and time.monotonic() < until:
-        if STUDY_FILE in (Folder(study.store) / name).names():
-            confirmation = load_study_config(study.store, name)
-            if is_driven(confirmation):
-                return confirmation
-        time.sleep(1)
-    return None
+def _second_part(study: StudyConfig, console: Console, where: str, *, patient: bool) -> StudyConfig | None:
+    """The confirmation that follows a sweep by itself, once somebody runs it. `patient`: whoever ran the sweep is
+    expected to begin with it."""
+    if study.kind != "sweep" or not (said := second_part(study, read_arms(study))):
+        return None
+    name, until = f"{study.name}-confirm", time.monotonic() + (SECOND_PART_SECONDS if patient else 0)
+    if patient:
+        say(console, [f"its candidate is confirmed next: {name} is waited for; Ctrl-C leaves it alone"])
+    while True:
+        if name in sweeps(study.store) and is_driven(confirmation := load_study_config(study.store, name)):
+            return confirmation
+        if time.monotonic() >= until:
+            say(console, [f"{said}{where}"])
+            return None
+        time.sleep(NEAR_SECONDS)

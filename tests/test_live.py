@@ -34,8 +34,11 @@ from dashboards.live_rows import (
     sparkline,
     told,
 )
+from dashboards.watch import NOTHING_RUNS
 from search.arms import Arm, trial_folder
+from search.confirm import planned_confirmation
 from search.events import StudyEvent, TrialEvent, View
+from search.replicates import AT_ONCE
 from search.store import StudyConfig, save_study_config
 from spaces.points import POINTS
 from spaces.reading import read_config
@@ -542,11 +545,44 @@ def test_watching_ends_with_the_sweep_and_its_table_and_last_sentence(
         lock.release()
 
     said = attended(sweep, monkeypatch, goes_on, ends, force_terminal=terminal, color_system=None)
+    assert (NOTHING_RUNS in said) == terminal  # between the end of the last trial and that of the sweep
     if not terminal:
         assert "[2/4, about 60 s to go] sweep s: 2 of 4 trials ended" in said
         assert "] c02/0: completed after 6 steps, accuracy 62.5 %" in said
     assert "c01 (candidate)" in said
     assert said.splitlines()[-1].startswith("c01, rmsnorm 0.01 -> 0.001: undecided; +2.5 points")
+
+
+def test_the_confirmation_that_follows_a_sweep_is_followed(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sweep.model_copy(update={"trials": 2, "confirm_pairs": AT_ONCE})
+    confirmation, arms = planned_confirmation(config, (3, 5))
+    locks = [FileLock(one.scratch / "driver.lock") for one in (config, confirmation)]
+    confirmation.scratch.mkdir()
+    for lock in locks:
+        lock.acquire()
+
+    def sweep_ends() -> None:
+        save_study_config(config)
+        locks[0].release()
+
+    def confirmation_begins() -> None:
+        write_sweep(confirmation, arms, {})
+
+    def confirmation_ends() -> None:
+        write_sweep(confirmation, arms, {"control": [300, 302, 298], "c01": [340, 341, 339]})
+        locks[1].release()
+
+    said = attended(sweep, monkeypatch, sweep_ends, confirmation_begins, confirmation_ends)
+    assert "its candidate is confirmed next: s-confirm is waited for" in said
+    assert "] confirmation s-confirm: 0 of 6 trials ended, look after 3 pairs" in said
+    assert "c01 against control: better" in said
+
+
+def test_a_sweep_whose_candidate_nobody_confirms_says_how_to_go_on(sweep: StudyConfig) -> None:
+    save_study_config(sweep.model_copy(update={"trials": 2, "confirm_pairs": AT_ONCE}))
+    for more in ([], ["--once"]):
+        said = processes.rin("watch", "s", "--store", sweep.store, *more)
+        assert f"its candidate is not confirmed yet; go on: rin resume s --store {sweep.store}" in said.out
 
 
 def test_ctrl_c_leaves_the_sweep_alone(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,6 +628,7 @@ def test_a_store_that_does_not_answer_is_waited_for(sweep: StudyConfig, monkeypa
         color_system=None,
     )
     assert "the store does not answer: Stale file handle (0 s)" in said
+    assert "no trial runs" not in said
     assert "nobody is running them" in said
 
 
