@@ -138,10 +138,9 @@ def extend(
         raise ConfigError("NAME: say which sweep gets more: a wrong one would train for hours; rin list shows them")
     study = place.sweep()
     from search.arms import read_arms, unfinished
-    from search.extension import extended, refuse_what_is_not_there, write_extension
-    from search.store import refuse_second_driver
+    from search.extension import extended, refuse_what_is_not_there, refuse_while_it_runs, write_extension
 
-    refuse_second_driver(study)
+    refuse_while_it_runs(study)
     arms = read_arms(study)
     larger = _changed(
         extended(study, arms, trials=trials, replicates=replicates, runs=runs),

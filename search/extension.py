@@ -16,7 +16,16 @@ from datetime import UTC, datetime
 
 from search.arms import Arm, candidate_of, planned
 from search.replicates import FRESH
-from search.store import MOST, Extension, StudyConfig, only_driver, refuse_stale, save_study_config
+from search.store import (
+    MOST,
+    STUDY_FILE,
+    Extension,
+    StudyConfig,
+    only_driver,
+    refuse_second_driver,
+    refuse_stale,
+    save_study_config,
+)
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
 from trainable.versions import versions
@@ -92,6 +101,14 @@ def _refuse(study: StudyConfig, *, trials: int | None, replicates: int | None, r
             f"--replicates {replicates}: {name} has {study.replicates}, and seeds for {FRESH} of an arm before "
             "those of a confirmation begin; give fewer"
         )
+
+
+def refuse_while_it_runs(study: StudyConfig) -> None:
+    """Raises ConfigError while another process runs the sweep, or confirms its candidate."""
+    refuse_second_driver(study)
+    second = study.model_copy(update={"name": f"{study.name}-confirm", "kind": "confirm", "parent": study.name})
+    if STUDY_FILE in second.folder.names():
+        refuse_second_driver(second)
 
 
 def refuse_what_is_not_there(study: StudyConfig, larger: StudyConfig, arms: Sequence[Arm]) -> None:

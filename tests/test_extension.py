@@ -15,7 +15,7 @@ from dashboards.page import page, read_material
 from dashboards.report_text import as_tree, report_lines
 from search.arms import Arm, read_arms, unfinished
 from search.confirm import planned_confirmation
-from search.extension import extended, refuse_what_is_not_there, write_extension
+from search.extension import extended, refuse_what_is_not_there, refuse_while_it_runs, write_extension
 from search.followup import follow_up
 from search.replicates import FRESH
 from search.report import report_study
@@ -279,6 +279,15 @@ def test_a_sweep_that_runs_is_not_extended(tmp_path: Path) -> None:
     with only_driver(config), pytest.raises(ConfigError, match="sweep s is being run by another process"):
         write_extension(more(config, arms, replicates=1))
     assert load_study_config(config.store, "s") == config
+
+
+def test_a_sweep_whose_candidate_is_being_confirmed_is_not_extended(tmp_path: Path) -> None:
+    config, _ = written(tmp_path)
+    confirmation, pair = planned_confirmation(config, (3, 5))
+    write_sweep(confirmation, pair, {})
+    refuse_while_it_runs(config)
+    with only_driver(confirmation), pytest.raises(ConfigError, match=r"s-confirm is being run .*then: rin confirm s$"):
+        refuse_while_it_runs(config)
 
 
 def test_an_extension_is_not_taken_back_by_who_read_the_sweep_before_it(
