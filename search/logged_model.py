@@ -5,12 +5,9 @@ there; when another arm takes over, the tag `state` of the one before says so, a
 from it can still be traced. Its metrics are those of its runs, each with the evaluation set that it was measured on,
 and the mean and the difference to the control over common seeds, on its first run. No weights are uploaded: they lie in
 the store, where the tag `weights` says.
-
-What MLflow was told last is the experiment's tag `candidate`: by it the next start finds whether it lacks something.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -24,10 +21,6 @@ from spaces.reading import as_tree, flatten
 from trainable.disk.trial_folder import FINAL_FILE
 from trainable.metrics import ACCURACY
 
-TOLD_TAG = "candidate"
-"""Of an experiment: what was told last."""
-NOTHING = "none"
-"""That, where no arm has qualified."""
 MODEL_TYPE = "rin-candidate"
 HELD, PASSED = "candidate", "no longer the candidate"
 PARAMS = ("model.", "noise.", "quant.", "task.name", "grpo.steps", "grpo.learning_rate")
@@ -52,7 +45,7 @@ def record_of(study: StudyConfig, candidate: Candidate | None) -> Record:
     """For `delivery.MlflowWriter`."""
     record: Record = {"do": "model", "experiment": study.name, "key": trial_key(study.name, "candidate", 0)}
     if candidate is None:
-        return {**record, "standing": NOTHING, "model": None}
+        return {**record, "model": None}
     arm, config = candidate.arm, candidate.config
     metrics = {MEAN: fmean(candidate.accuracies)} if candidate.accuracies else {}
     metrics |= {} if candidate.difference is None else {DIFFERENCE: candidate.difference}
@@ -72,8 +65,7 @@ def record_of(study: StudyConfig, candidate: Candidate | None) -> Record:
         "runs": [trial_key(study.name, arm.name, replicate) for replicate in sorted(arm.results)],
         "questions": {"name": f"{config.task.name} {config.eval.split}"[:500], "source": as_json(asked)},
     }
-    digest = hashlib.blake2b(json.dumps(model, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return {**record, "standing": f"{arm.name} {digest}", "model": model}
+    return {**record, "model": model}
 
 
 def _described(candidate: Candidate, weights: str) -> str:
@@ -104,7 +96,6 @@ def deliver(
         found = known.get(model["arm"]) or _create(mlflow, experiment, model, runs[0] if runs else None)
         mlflow.set_logged_model_tags(found.model_id, model["tags"])
         _log_scores(mlflow, found.model_id, model, runs)
-    mlflow.set_experiment_tag(experiment, TOLD_TAG, record["standing"])
 
 
 def _create(mlflow: Any, experiment: str, model: Mapping[str, Any], source: str | None) -> Any:
@@ -136,9 +127,3 @@ def _log_scores(mlflow: Any, model_id: str, model: Mapping[str, Any], runs: Sequ
             ]
         mlflow.log_batch(run, metrics=found)
         mlflow.log_outputs(run, [LoggedModelOutput(model_id, lasts[0].step if lasts else 0)])
-
-
-def told_last(mlflow: Any, experiment: str) -> str:
-    """Of the experiment."""
-    found = mlflow.get_experiment_by_name(experiment)
-    return NOTHING if found is None else str(found.tags.get(TOLD_TAG, NOTHING))

@@ -2,8 +2,8 @@
 
 A driver that is killed, a server that is down, a trial that ends while everything is stopped: the folder has it, MLflow
 does not. It is asked which trials it knows and in which state; of each that stands otherwise in the folder it is told
-everything once more, which has no effect on what it has heard before. The same of the
-page that a sweep left, and of its candidate.
+everything once more, which has no effect on what it has heard before. So with the page that a sweep left; its candidate
+is told at every look, since the runs that it names may be new.
 """
 
 import hashlib
@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 
 from search.arms import Arm, Candidate, planned, read_arms, trial_folder
 from search.delivery import MlflowWriter
-from search.logged_model import candidate_now, record_of, told_last
-from search.mlflow_client import absolute_uri, client, one_line
+from search.logged_model import candidate_now, record_of
+from search.mlflow_client import absolute_uri
 from search.store import REPORT_FILES, StudyConfig
 from search.told import standing, trial_key
 from search.tracking import REPORT, Heard, Tracker, known_trials, tell_page
-from spaces.config import ConfigError
 from trainable.disk.trial_folder import read_trial
 
 log = logging.getLogger(__name__)
@@ -73,15 +72,9 @@ def _report(study: StudyConfig) -> tuple[dict[str, str], str]:
 
 
 def tell_candidate(study: StudyConfig, candidate: Candidate | None) -> int:
-    """Where MLflow was told another one, or something else of it; whether (1) or not (0) it did not take it."""
-    record = record_of(study, candidate)
-    try:
-        with one_line(study.tracking_uri, "cannot be told the candidate"):
-            if told_last(client(study.tracking_uri), study.name) == record["standing"]:
-                return 0
-    except ConfigError:  # it is away: the next look tells it
-        return 1
-    left, trouble = MlflowWriter(absolute_uri(study.tracking_uri), study.owner).send([record], lambda: None)
+    """Which it is now, with its runs as MLflow has them; whether (1) or not (0) that did not arrive."""
+    writer = MlflowWriter(absolute_uri(study.tracking_uri), study.owner)
+    left, trouble = writer.send([record_of(study, candidate)], lambda: None)
     if left:
         log.warning("tracking does not take the candidate: %s; it is told again later", trouble)
     return len(left)

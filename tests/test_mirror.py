@@ -14,7 +14,8 @@ from search.arms import Arm, read_arms, trial_folder, write_arm
 from search.confirm import planned_confirmation
 from search.delivery import Delivery
 from search.events import TrialEvent
-from search.mirror import catch_up, send_missing, tell_report
+from search.logged_model import candidate_now
+from search.mirror import catch_up, send_missing, tell_candidate, tell_report
 from search.mlflow_client import check_tracking, claim, client
 from search.store import (
     BEST_FILE,
@@ -250,6 +251,7 @@ def test_a_run_and_its_control_say_the_same_whoever_ends_first_and_whether_it_is
     ends(sweep, tracker, control, 3, logs[0])
     assert tracker.close() == 0
     assert difference_of(sweep, "c01") == -50.0
+    assert tell_candidate(sweep, candidate_now(sweep, read_arms(sweep))) == 0
     live, mlflow = everything(sweep.tracking_uri, sweep.name), client(sweep.tracking_uri)
     for run in runs(sweep.tracking_uri, sweep.name):
         mlflow.delete_run(run.info.run_id)
