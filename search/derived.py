@@ -10,16 +10,17 @@ The changes are found by comparing the two studies field by field, so that none 
 the new `study.json`. What the program itself has changed since (a setting of a workload) is one of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from search.arms import Arm, read_arms
-from search.lineup import base_tree, idle_settings
+from search.lineup import base_tree, fixed_arms, idle_settings
 from search.rewards import recorded
 from search.store import Derived, StudyConfig
 from spaces.config import ConfigError
 from spaces.library import SPACES, Choice, Dimension, Space
 from spaces.narrowing import named, searched
+from spaces.points import POINTS
 from spaces.reading import as_tree, flatten, read_config, unflatten
 from spaces.uses import leaves
 from spaces.workloads import WORKLOADS
@@ -29,7 +30,7 @@ OWN = (
     *("store", "tracking_uri", "address"),  # where it lies and runs is no part of what it asks
 )
 """Fields in which two studies that are the same differ."""
-_OF_THE_CONTROL = ("noise.sigma_start", "noise.zones", "seed", "threads", "task.reward_sha256")
+_OF_THE_RUN = ("seed", "threads", "task.reward_sha256")
 
 
 def refuse_as_source(before: StudyConfig) -> None:
@@ -92,7 +93,7 @@ def derived(before: StudyConfig, study: StudyConfig, changed: Mapping[str, Any])
     useless = set(idle_settings(study)) - leaves(changed).keys()
     left = unflatten({key: value for key, value in leaves(study.settings).items() if key not in useless})
     study = study.model_copy(update={"settings": left})
-    found = (*_changes(before, study), *_of_the_program(before, arms))
+    found = (*_changes(before, study), *_of_the_program(before, origin, arms))
     data = read_config(base_tree(study)).task.path
     return study.model_copy(update={"derived": origin.model_copy(update={"changes": found, "data": data})})
 
@@ -145,15 +146,26 @@ def _range(dimension: Dimension) -> str:
     return f"{dimension.name} {values}"
 
 
-def _of_the_program(before: StudyConfig, arms: list[Arm]) -> Iterator[str]:
-    """Settings of its control, as it was written down, that the same options no longer come to."""
+def _of_the_program(before: StudyConfig, origin: Derived, arms: Sequence[Arm]) -> Iterator[str]:
+    """Settings of its controls and of the plan's points, as they were written down, that the same options no longer
+    come to."""
     if not arms or before.workload not in WORKLOADS:
         return
-    now = flatten(as_tree(read_config(base_tree(before))))
-    then = flatten(as_tree(arms[0].config))
-    for key in sorted(now.keys() & then.keys()):
-        if now[key] != then[key] and not key.startswith(_OF_THE_CONTROL):
-            yield f"{key}={_said(now[key])} by this version of the program (there {_said(then[key])})"
+    plan = tuple(point for point in before.points if point in POINTS)
+    try:
+        today = fixed_arms(before.model_copy(update={"derived": origin, "points": plan}))
+    except ConfigError:
+        yield "by a version of the program that took what this one refuses"
+        return
+    then = {arm.name: flatten(as_tree(arm.config)) for arm in arms}
+    told = set()
+    for arm in today:
+        now, there = flatten(as_tree(arm.config)), then.get(arm.name, {})
+        for key in [key for key in now if key in there and now[key] != there[key] and key not in _OF_THE_RUN]:
+            words = f"{key}={_said(now[key])} by this version of the program (there {_said(there[key])})"
+            if words not in told:
+                yield words if arm is today[0] else f"{arm.name}: {words}"
+            told.add(words)
 
 
 def _said(value: Any) -> str:

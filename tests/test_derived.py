@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dashboards.options import WHAT_RUNS, SweepOptions, refuse_with_ablate, stud
 from dashboards.page import page, read_material
 from dashboards.report_text import report_lines
 from search import rewards
-from search.arms import Arm, read_arms, write_arm
+from search.arms import read_arms, write_arm
 from search.lineup import base_tree, fixed_arms
 from search.replicates import AT_ONCE
 from search.report import report_study
@@ -201,13 +201,18 @@ def test_of_a_sweep_of_an_earlier_version_nobody_guesses_what_its_files_held(tmp
 
 
 def test_what_the_program_has_changed_since_is_one_of_the_changes(tmp_path: Path) -> None:
-    before = begun(tmp_path, workload="tiny")
-    (control,) = fixed_arms(before)
-    other = control.config.model_copy(update={"grpo": control.config.grpo.model_copy(update={"steps": 77})})
-    write_arm(before, 0, Arm(name="control", origin="control", config=other))
-    steps = base_tree(before)["grpo"]["steps"]
+    """In the workload, and in a point of the plan; each once."""
+    before = begun(tmp_path, workload="tiny", points="e13m-rmsnorm")
+    arms = fixed_arms(before)
+    assert changed(tmp_path).history == ("the same as a without a change",)
+    for number, arm in enumerate(arms):
+        grpo = arm.config.grpo.model_copy(update={"steps": 77})
+        noise = arm.config.noise.model_copy(update={"sigma_end": 0.002} if arm.origin == "point" else {})
+        write_arm(before, number, replace(arm, config=arm.config.model_copy(update={"grpo": grpo, "noise": noise})))
+    steps, now = base_tree(before)["grpo"]["steps"], "by this version of the program"
     assert changed(tmp_path).history == (
-        f"the same as a but grpo.steps={steps} by this version of the program (there 77)",
+        f"the same as a but grpo.steps={steps} {now} (there 77), "
+        f"e13m-rmsnorm: noise.sigma_end=0.0005 {now} (there 0.002)",
     )
 
 
