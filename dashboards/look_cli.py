@@ -215,6 +215,7 @@ def _report_two(place: Place, other: str, as_json: bool) -> None:
 def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="On localhost.")] = 5000) -> None:
     """MLflow's UI on the sweep's saved views (on localhost; Ctrl-C ends it)."""
     study = place.sweep()
+    from dashboards.mlflow_note import leave_note
     from dashboards.mlflow_views import serve_ui
     from search.mirror import send_missing
     from search.notes import tell_notes
@@ -226,4 +227,5 @@ def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="O
         if untold:
             print(f"MLflow did not take {untold} records of the sweep", file=sys.stderr)
     tell_notes(study)
+    leave_note(study)
     serve_ui(study, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))

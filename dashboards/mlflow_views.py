@@ -14,7 +14,8 @@ the page's own fields, which the page merges over its defaults: what it searches
 "Views". This is MLflow's client code (ExperimentPageUIState.tsx, runs-charts.types.ts), not a documented interface:
 mlflow is pinned, and a test renders the views of a real store in a real browser. The rest of the link:
 `workflowType=machine_learning` puts the sidebar into its mode for training, `compareRunsMode=CHART` shows the charts
-beside the names of the runs, `TABLE` the table. `mlflow_app.py` is the door by which a browser comes in.
+beside the names of the runs, `TABLE` the table. `mlflow_app.py` is the door by which a browser comes in,
+`mlflow_note.py` the description of the experiment.
 
 The server is for one person on one machine: localhost, no login, one worker, neither telemetry nor job runners (with 4
 workers and 7 job runners it takes 2.7 GB). Left out, since MLflow's charts cannot: means with intervals (`rin report`

@@ -24,6 +24,7 @@ from dashboards import figure_rows, figures, trial_rows
 from dashboards.answer import QUESTION, Answer, answer_of
 from dashboards.figures import Figure
 from dashboards.listing import note_lines
+from dashboards.mlflow_note import leave_note
 from dashboards.options import Place
 from dashboards.pictures import pictures
 from dashboards.program_view import state_lines
@@ -151,6 +152,7 @@ def leave_behind(config: StudyConfig, *, quiet: bool = False) -> None:
     """That, say it, and tell MLflow. `quiet`: stdout is for something else."""
     line, written = left_behind(config)
     print(line, file=sys.stderr if quiet or not written else sys.stdout)
+    leave_note(config)
     if written:
         try:
             tell_report(config)

@@ -23,6 +23,7 @@ from search.cluster import check_fits, connected, resources
 from search.events import ENDS, StudyEvent, TrialEvent, View
 from search.evidence import read_evidence
 from search.interruption import Interruption
+from search.mirror import tell_beginning
 from search.ray_internals import trials_leave_in_their_time
 from search.searchers import RinSearch
 from search.store import StudyConfig, gpus_of
@@ -46,6 +47,7 @@ def run_trials(
 
     Raises KeyboardInterrupt for a second Ctrl-C.
     """
+    tell_beginning(study)
     searcher = RinSearch(study, arms, read_evidence(study))
     workload = WORKLOADS[study.workload]
     tuner = tune.Tuner(

@@ -9,11 +9,12 @@ is told at every look, since the runs that it names may be new.
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from search.arms import Arm, Candidate, planned, read_arms, trial_folder
 from search.delivery import MlflowWriter
 from search.logged_model import candidate_now, record_of
-from search.mlflow_client import absolute_uri
+from search.mlflow_client import NOTE_TAG, absolute_uri, tag_experiment
 from search.store import REPORT_FILES, StudyConfig
 from search.told import standing, trial_key
 from search.tracking import REPORT, Heard, Tracker, known_trials, tell_page
@@ -46,6 +47,17 @@ def catch_up(study: StudyConfig, arms: Sequence[Arm], tracker: Tracker) -> Mappi
         tracker.begin(arm, number, replicate)
         tracker.end(arm, replicate)
     return known
+
+
+def tell_beginning(study: StudyConfig) -> None:
+    """What the experiment's description says until the sweep's answer takes its place. True of a driver that is killed,
+    too. Raises ConfigError when MLflow cannot be told."""
+    since, name = datetime.now(UTC), study.name
+    text = (
+        f"**It runs, since {since:%Y-%m-%d %H:%M} UTC; its answer will stand here.** How far it is: `rin watch {name}`."
+        f" Where nobody runs it any more, `rin ui {name}` writes here what it came to, and `{study.go_on}` goes on."
+    )
+    tag_experiment(study.tracking_uri, study.owner, NOTE_TAG, text)
 
 
 def tell_endings(study: StudyConfig, tracker: Tracker) -> None:

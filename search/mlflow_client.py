@@ -54,6 +54,9 @@ class Owner:
     """Where the sweep lies."""
 
 
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as the description, of a run and of an experiment: Markdown."""
+LONGEST_TAG = 5000  # characters of an experiment's, MLflow's limit
 OWNER_TAG, STORE_TAG = "sweep_id", "sweep_store"
 """Of an experiment."""
 
@@ -162,6 +165,16 @@ def experiments_of(mlflow: Any, owner: Owner) -> list[Any]:
     from mlflow.entities import ViewType
 
     return list(mlflow.search_experiments(ViewType.ALL, filter_string=f"tags.{OWNER_TAG} = '{owner.id}'"))
+
+
+def tag_experiment(uri: str, owner: Owner, tag: str, text: str) -> None:
+    """Of this sweep's experiment, where MLflow has one that is not deleted; without a password, and cut where MLflow
+    would refuse it. Raises ConfigError where it cannot be told."""
+    with one_line(uri, f"cannot write {tag} of its experiment"):
+        mlflow = client_of_what_is_there(uri)
+        for experiment in experiments_of(mlflow, owner):
+            if experiment.lifecycle_stage == "active":
+                mlflow.set_experiment_tag(experiment.experiment_id, tag, strip_password(text)[:LONGEST_TAG])
 
 
 def refuse_other_owner(experiment: Any, uri: str, owner: Owner) -> None:

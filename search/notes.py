@@ -10,13 +10,12 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from search.mlflow_client import client_of_what_is_there, experiments_of, one_line
+from search.mlflow_client import tag_experiment
 from search.store import StudyConfig
 from spaces.config import ConfigError
 
 NOTES = "notes"
 """The folder, and the tag of the experiment in MLflow."""
-LONGEST_TAG = 5000  # characters, MLflow's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +62,4 @@ def tell_notes(study: StudyConfig) -> None:
     if not notes:
         return
     text = "\n\n".join(f"{note.written:%Y-%m-%d %H:%M} UTC: {note.text}" for note in reversed(notes))
-    with one_line(study.tracking_uri, f"cannot write the notes of {study.name}"):
-        mlflow = client_of_what_is_there(study.tracking_uri)
-        for experiment in experiments_of(mlflow, study.owner):
-            if experiment.lifecycle_stage == "active":
-                mlflow.set_experiment_tag(experiment.experiment_id, NOTES, text[:LONGEST_TAG])
+    tag_experiment(study.tracking_uri, study.owner, NOTES, text)

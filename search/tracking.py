@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from search import completions
 from search.arms import Arm, control_for, trial_config, trial_folder
 from search.delivery import Delivery, MlflowWriter
-from search.mlflow_client import Owner, absolute_uri, claim, client, one_line, refuse_other_owner
+from search.mlflow_client import NOTE_TAG, Owner, absolute_uri, claim, client, one_line, refuse_other_owner
 from search.secrets import strip_password
 from search.store import StudyConfig, new_id
 from search.told import (
@@ -57,7 +57,7 @@ from trainable.outcome import Outcome, Status, StepReport
 if TYPE_CHECKING:
     from trainable.scan import Scan
 
-TOLD_TAG, NOTE_TAG = "told", "mlflow.note.content"
+TOLD_TAG = "told"
 DOCUMENTS, SCANS, REPORT = "documents", "srdd", "report"
 """Status of a run that is no trial: of a programme's documents and of a sweep's page, which is its name too, and of a
 scan."""

@@ -16,7 +16,7 @@ from search.delivery import Delivery
 from search.events import TrialEvent
 from search.logged_model import candidate_now
 from search.mirror import catch_up, send_missing, tell_candidate, tell_report
-from search.mlflow_client import check_tracking, claim, client
+from search.mlflow_client import NOTE_TAG, check_tracking, claim, client
 from search.store import (
     BEST_FILE,
     FOREST_FILE,
@@ -27,7 +27,7 @@ from search.store import (
     save_study_config,
 )
 from search.study import StudyResult, resume_study, run_study
-from search.tracking import NOTE_TAG, Tracker, known_trials
+from search.tracking import Tracker, known_trials
 from spaces.config import ConfigError
 from tests.plain_sweeps import of_trials, without_ray
 from tests.real_mlflow import Server, everything, files, others, points, runs, text
