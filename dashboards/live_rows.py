@@ -28,7 +28,7 @@ from spaces.config import TrialConfig
 from trainable.collapse_rules import WORDS
 from trainable.failure import FAILURES
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
-from trainable.outcome import Status, in_step
+from trainable.outcome import STATUSES, Status, in_step
 
 PACE_STEPS = 7
 """Steps whose median is a trial's pace."""
@@ -209,7 +209,7 @@ def _head(watched: Watched, now: float) -> Iterable[tuple[Sequence[str], str]]:
     running, failed = len(watched.having("running")), len(watched.having("failed"))
     parts = [headline(watched), *([f"{running} running"] if running else [])]
     left = watched.seconds_left(now)
-    if running and left is not None:
+    if running and left is not None and not watched.doing:
         by = time.strftime("%H:%M" if left < 20 * 3600 else "%a %H:%M", time.localtime(now + left))
         parts.append(f"about {duration(left)} to go, until {by}")
     yield parts, "bold"
@@ -322,6 +322,7 @@ def _columns(trials: Sequence[Seen], now: float) -> list[Column]:
 
     states = [("loading" if trial.loads else trial.status) for trial in trials]
     styles = [COLORS.get(trial.status, "") for trial in trials]
+    wide = max(map(len, STATUSES))  # whichever are shown: columns should not come and go with them
     steps = [f"{trial.step}/{trial.config.grpo.steps}" for trial in trials]
     took = [duration(now - trial.begun if trial.status == "running" else trial.took) for trial in trials]
     reasons = list(map(_why, trials))
@@ -330,7 +331,7 @@ def _columns(trials: Sequence[Seen], now: float) -> list[Column]:
     return [
         Column(name="trial", rank=0, cells=[trial.name for trial in trials]),
         Column(name="noise", rank=5, cells=[describe_noise(trial.config) for trial in trials]),
-        Column(name="state", rank=1, cells=states, styles=styles),
+        Column(name="state", rank=1, cells=states, styles=styles, least=wide, most=wide),
         Column(name="step", rank=2, cells=steps, right=True),
         Column(name="sigma", rank=6, cells=number(SIGMA, significant), right=True),
         Column(name="acc %", rank=3, cells=number(ACCURACY, percent), right=True),

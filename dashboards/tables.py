@@ -5,11 +5,13 @@ NaN rule: an accuracy that is missing is shown as a dash; one that is not finite
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
+from rich.text import Text
 
 from search.curves import CurvePoint
 from search.report import MARGIN, ArmReport, screening
@@ -72,27 +74,77 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def arm_table(rows: Sequence[ArmReport], title: str) -> Table:
+def arm_table(rows: Sequence[ArmReport], title: str) -> "FittingTable":
     """The table at the end of a sweep and of `rin status`."""
     measure = rows[0].measure if rows else "accuracy"
-    numbers = ("steps done", "start", measure, "vs control", "runs", "time")
-    table = empty_table(title, ("configuration", "noise", "status", "rule"), numbers)
-    for row in rows:
-        color = COLORS.get(row.status, "")
-        table.add_row(
-            row.arm + (" (candidate)" if row.candidate else ""),
-            describe_noise(row.config),
-            f"[{color}]{row.status}[/]" if color else row.status,
-            why(row),
-            steps_text(row),
-            points(row.score_start),
-            points(row.score),
-            "failed" if row.failed else "" if row.difference is None else f"{100 * row.difference:+.1f}",
-            f"{row.replicates}" if not row.missing else f"{row.replicates}/{row.replicates + row.missing}",
-            duration(3600 * sum(trial.hours for trial in row.trials)),
-        )
-    table.caption = "\n".join(row.failed for row in rows if row.failed) or None
-    return table
+
+    def column(name: str, rank: int, cell: Callable[[ArmReport], str], *, right: bool = True, most: int = 99) -> Column:
+        return Column(name=name, rank=rank, cells=[cell(row) for row in rows], right=right, most=most)
+
+    def difference(row: ArmReport) -> str:
+        return "failed" if row.failed else "" if row.difference is None else f"{100 * row.difference:+.1f}"
+
+    def runs(row: ArmReport) -> str:
+        return f"{row.replicates}" if not row.missing else f"{row.replicates}/{row.replicates + row.missing}"
+
+    status = column("status", 1, lambda row: row.status, right=False)
+    columns = (
+        column("configuration", 0, lambda row: row.arm + (" (candidate)" if row.candidate else ""), right=False),
+        column("noise", 5, lambda row: describe_noise(row.config), right=False),
+        replace(status, styles=[COLORS.get(row.status, "") for row in rows]),
+        column("rule", 6, why, right=False, most=24),
+        column("steps done", 8, steps_text),
+        column("start", 9, lambda row: points(row.score_start)),
+        column(measure, 2, lambda row: points(row.score)),
+        column("vs control", 3, difference),
+        column("runs", 4, runs),
+        column("time", 7, lambda row: duration(3600 * sum(trial.hours for trial in row.trials))),
+    )
+    caption = "\n".join(row.failed for row in rows if row.failed)
+    return FittingTable(title=title, columns=columns, caption=caption)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """Where a terminal is too narrow for all, those with the smallest `rank` are shown."""
+
+    name: str
+    rank: int
+    cells: Sequence[str]
+    right: bool = False
+    styles: Sequence[str] = ()
+    most: int = 99
+    """Characters side by side; what is longer goes on below."""
+
+    @property
+    def width(self) -> int:
+        """With its border and the blanks beside it."""
+        return 3 + min(max(len(text) for text in (self.name, *self.cells)), self.most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittingTable:
+    """Drawn with as many columns as there is room for, and no number is broken. The first two are there in any case."""
+
+    title: str
+    columns: Sequence[Column]
+    caption: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        ranked = sorted(self.columns, key=lambda column: column.rank)
+        kept, spare = ranked[:2], options.max_width - 1 - sum(column.width for column in ranked[:2])
+        for column in ranked[2:]:
+            if column.width <= spare:
+                kept.append(column)
+                spare -= column.width
+        shown = [column for column in self.columns if column in kept]
+        table = Table(title=self.title, title_justify="left", header_style="bold", caption=self.caption or None)
+        for column in shown:
+            whole = spare >= 0 and column.width < 3 + column.most
+            table.add_column(column.name, justify="right" if column.right else "left", overflow="fold", no_wrap=whole)
+        for number in range(len(self.columns[0].cells)):
+            table.add_row(*(Text(one.cells[number], one.styles[number] if one.styles else "") for one in shown))
+        yield table
 
 
 def empty_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:

@@ -117,6 +117,27 @@ def test_the_final_table_is_drawn(tmp_path: Path) -> None:
         assert said in text.getvalue()
 
 
+@pytest.mark.parametrize("width", range(40, 201, 8))
+def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_number(width: int, tmp_path: Path) -> None:
+    """At 80 columns each of ten had five characters."""
+    rows = list(rows_of(tmp_path, {"control": [200, 210], "c01": [220, 230], "c02": [100, None]}).values())
+
+    def drawn(width: int) -> list[str]:
+        text = io.StringIO()
+        Console(file=text, width=width).print(arm_table(rows, "sweep x"))
+        return text.getvalue().splitlines()
+
+    def numbers(lines: list[str]) -> set[str]:
+        return {word for line in lines for word in line.split() if any(map(str.isdigit, word))}
+
+    assert numbers(drawn(width)) <= numbers(drawn(400))
+    assert max(map(len, drawn(width))) <= width
+    head = next(line for line in drawn(width) if "configuration" in line)
+    assert "status" in head
+    assert ("accuracy" in head) == (width >= 56)
+    assert ("noise" in head) == (width >= 104)
+
+
 def test_an_accuracy_that_is_not_finite_is_no_number_of_the_arm(tmp_path: Path) -> None:
     config = study(tmp_path, trials=1, replicates=1)
     arm = make_arm(config, "control")
