@@ -153,10 +153,11 @@ def report(
 
         show(named=None, name=study.name, store=place.store, as_yaml=False, as_json=as_json)
         return
+    from dashboards.answer import answer_of
     from dashboards.listing import note_lines, note_rows
     from dashboards.report_text import as_tree, confirmation_lines, confirmation_tree, report_lines, report_table
     from dashboards.tables import say, terminal
-    from search.confirm import read_confirmation
+    from search.confirm import confirmation_of, read_confirmation
     from search.notes import read_notes
     from search.report import report_study
 
@@ -165,7 +166,8 @@ def report(
         tree, lines = confirmation_tree(state), confirmation_lines(state, place.again)
     else:
         seen = report_study(study)
-        tree, lines = as_tree(seen), report_lines(seen, place.again)
+        answer = answer_of(seen, confirmation_of(study)).sentence
+        tree, lines = {**as_tree(seen), "answer": answer}, [*report_lines(seen, place.again), f"{answer}."]
     notes = read_notes(study)
     if as_json:
         print(json.dumps({**tree, "notes": note_rows(notes)}, indent=1))

@@ -366,11 +366,18 @@ def load_study_config(store: str, name: str) -> StudyConfig:
 
 
 def newest_study(store: str, *, confirmations: bool = True) -> StudyConfig:
-    """The one that was begun, or gone on with, last. Raises ConfigError where there is none."""
+    """The one that was begun, or gone on with, last; of a sweep that goes on with its confirmation by itself the sweep.
+    Raises ConfigError where there is none."""
     place = Folder(store)
-    for name in sorted(sweeps(store), key=lambda name: (place / name).changed(STUDY_FILE), reverse=True):
+    names = sweeps(store)
+    for name in sorted(names, key=lambda name: (place / name).changed(STUDY_FILE), reverse=True):
         study = load_study_config(store, name)
-        if confirmations or study.kind != "confirm":
+        if study.kind != "confirm":
+            return study
+        parent = load_study_config(store, study.parent) if study.parent in names else None
+        if parent is not None and parent.confirm_pairs:
+            return parent
+        if confirmations:
             return study
     raise ConfigError(f"NAME: no sweeps in {store}; start one with: rin sweep")
 

@@ -72,6 +72,7 @@ def test_the_candidate_is_confirmed_up_to_the_pairs_that_were_asked_for_and_the_
     assert last_line(said) == f"{sentence}."
     page = (tmp_path / "s" / PAGE_FILE).read_text(encoding="utf-8")
     assert escape(sentence) in page, "the page says the same"
+    assert last_line(resumed(tmp_path, "report")) == f"{sentence}."
 
 
 def test_it_is_one_plan_whoever_runs_its_parts(tmp_path: Path, sweeps: Sweeps) -> None:

@@ -297,6 +297,12 @@ def test_the_newest_study_is_the_one_that_was_begun_or_gone_on_with_last(tmp_pat
     os.utime(tmp_path / "a-confirm" / STUDY_FILE)
     assert newest_study(str(tmp_path)).name == "a-confirm"
     assert newest_study(str(tmp_path), confirmations=False).name == "b"
+    save_study_config(study(tmp_path, name="w", confirm_pairs=8))
+    os.utime(tmp_path / "w" / STUDY_FILE, (1e9 - 9, 1e9 - 9))
+    save_study_config(study(tmp_path, name="w-confirm", kind="confirm", parent="w"))
+    os.utime(tmp_path / "w-confirm" / STUDY_FILE, (3e9, 3e9))
+    for confirmations in (True, False):
+        assert newest_study(str(tmp_path), confirmations=confirmations).name == "w", "it is the second part of that"
     with pytest.raises(ConfigError, match=r"no sweeps in .*; start one with: rin sweep"):
         newest_study(str(tmp_path / "empty"))
 
