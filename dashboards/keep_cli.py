@@ -23,7 +23,7 @@ def note(
 ) -> None:
     """Write something down about a sweep, also while it runs; list, status, report, page and MLflow show it."""
     from dashboards.listing import note_lines, note_rows
-    from search.notes import read_notes, tell_notes, write_note
+    from search.notes import read_notes, write_note
 
     study = Place(name=name, store=store, tracking_uri=tracking_uri).sweep()
     if text is not None:
@@ -31,10 +31,9 @@ def note(
             write_note(study, text)
         except OSError as error:
             raise ConfigError(f"NAME={name}: {study.folder.uri}: {error.strerror}; give a --store of yours") from None
-        try:
-            tell_notes(study)
-        except ConfigError as error:
-            print(f"the note is kept; MLflow was not told of it (rin ui tells it): {error}", file=sys.stderr)
+        from dashboards.mlflow_note import leave_note
+
+        leave_note(study)
     notes = read_notes(study)
     if as_json:
         print(json.dumps(note_rows(notes), indent=1))

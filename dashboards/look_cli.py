@@ -220,7 +220,6 @@ def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="O
     from dashboards.mlflow_note import leave_note
     from dashboards.mlflow_views import serve_ui
     from search.mirror import send_missing
-    from search.notes import tell_notes
     from search.store import is_driven, only_driver
 
     if not is_driven(study):
@@ -228,6 +227,5 @@ def ui(place: Place, port: Annotated[int, typer.Option(min=1, max=65535, help="O
             untold = send_missing(study)
         if untold:
             print(f"MLflow did not take {untold} records of the sweep", file=sys.stderr)
-    tell_notes(study)
     leave_note(study)
     serve_ui(study, port, on_ready=lambda url: print(f"MLflow: {url}", flush=True))

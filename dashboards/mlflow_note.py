@@ -1,7 +1,7 @@
-"""The description of a sweep's experiment in MLflow: its answer, in the words of its page.
+"""The description of a sweep's experiment in MLflow: its answer, in the words of its page, and what people noted.
 
-Written when a sweep, a confirmation or a programme ends, and by `rin ui`. A confirmation changes what its sweep has to
-say, so it writes both. While a sweep runs, its driver has said so there (`mirror.tell_beginning`).
+Written when a sweep, a confirmation or a programme ends, by `rin ui`, and by `rin note`. A confirmation changes what
+its sweep has to say, so it writes both. While a sweep runs, its driver has said so there (`mirror.tell_beginning`).
 """
 
 import sys
@@ -12,6 +12,7 @@ from dashboards.answer import QUESTION, answer_of
 from dashboards.program_view import state_lines
 from search.confirm import Confirmation, confirmation_of
 from search.mlflow_client import NOTE_TAG, tag_experiment
+from search.notes import read_notes
 from search.program_study import read_state
 from search.report import StudyReport, report_study
 from search.store import PAGE_FILE, StudyConfig, is_driven, load_study_config
@@ -32,7 +33,8 @@ def leave_note(config: StudyConfig) -> None:
 
 def write_note(config: StudyConfig) -> None:
     """Raises ConfigError for files that are damaged, and where MLflow cannot be told."""
-    lines = note_lines(report_study(config), confirmation_of(config), running=is_driven(config))
+    lines = [*note_lines(report_study(config), confirmation_of(config), running=is_driven(config))]
+    lines += [f"Note of {note.written:%Y-%m-%d %H:%M} UTC: {note.text}" for note in reversed(read_notes(config))]
     tag_experiment(config.tracking_uri, config.owner, NOTE_TAG, "\n\n".join(lines))
 
 

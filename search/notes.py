@@ -10,12 +10,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from search.mlflow_client import tag_experiment
 from search.store import StudyConfig
 from spaces.config import ConfigError
 
 NOTES = "notes"
-"""The folder, and the tag of the experiment in MLflow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +52,3 @@ def read_notes(study: StudyConfig) -> list[Note]:
             note = Note(written=when, text=f"(this note cannot be read: {folder.uri}/{name})")
         notes.append(note)
     return notes
-
-
-def tell_notes(study: StudyConfig) -> None:
-    """MLflow, as a tag of the sweep's experiment, the last note first. Raises ConfigError where it cannot be told."""
-    notes = read_notes(study)
-    if not notes:
-        return
-    text = "\n\n".join(f"{note.written:%Y-%m-%d %H:%M} UTC: {note.text}" for note in reversed(notes))
-    tag_experiment(study.tracking_uri, study.owner, NOTES, text)

@@ -13,8 +13,8 @@ import pytest
 from dashboards.page import page, read_material
 from search import trash
 from search.jobs import Job, note_job
-from search.mlflow_client import claim, client
-from search.notes import NOTES, read_notes, tell_notes, write_note
+from search.mlflow_client import NOTE_TAG, claim, client
+from search.notes import NOTES, read_notes, write_note
 from search.store import StudyConfig, default_tracking_uri, load_study_config, only_driver, save_study_config, sweeps
 from search.submission import JobState
 from search.trash import delete, restore
@@ -170,20 +170,17 @@ def test_what_is_killed_half_way_is_finished_by_the_same_command(
     assert len(runs(uri, "killed")) == 1
 
 
-def test_mlflow_has_the_notes_and_one_that_it_does_not_take_is_kept_and_told_later(
+def test_mlflow_has_the_notes_below_the_answer_and_one_that_it_does_not_take_is_kept(
     rin: Rin, tmp_path: Path, uri: str
 ) -> None:
     config = swept(tmp_path / "runs", "noted", tracking_uri="http://127.0.0.1:9")
-    code, _, err = rin("note", "noted", "größer")
-    assert (code, "the note is kept; MLflow was not told of it" in err) == (0, True)
-    config = config.model_copy(update={"tracking_uri": uri})
-    mlflow = tracked(config)
-    assert rin("note", "noted", "x" * 6000, "--tracking-uri", uri)[::2] == (0, "")
-    text = mlflow.get_experiment_by_name("noted").tags[NOTES]
-    assert text.startswith(f"{read_notes(config)[1].written:%Y-%m-%d %H:%M} UTC: xxx"), "the last one first"
-    assert rin("note", "noted", "short", "--tracking-uri", uri)[0] == 0
-    tell_notes(config)
-    assert mlflow.get_experiment_by_name("noted").tags[NOTES].splitlines()[0].endswith("UTC: short")
+    code, out, err = rin("note", "noted", "größer")
+    assert (code, "größer" in out) == (0, True)
+    assert "rin ui noted writes it" in err
+    mlflow = tracked(config.model_copy(update={"tracking_uri": uri}))
+    assert rin("note", "noted", "second", "--tracking-uri", uri)[::2] == (0, "")
+    said = mlflow.get_experiment_by_name("noted").tags[NOTE_TAG]
+    assert said.index("Does noise help?") < said.index("UTC: second") < said.index("UTC: größer")
 
 
 def test_an_experiment_of_that_name_that_is_another_sweeps_stays_as_it_is(tmp_path: Path, uri: str) -> None:
