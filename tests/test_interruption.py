@@ -70,6 +70,16 @@ def test_a_signal_waits_while_ray_starts_and_then_no_trial_does(number: int) -> 
                 enter()
 
 
+def test_a_signal_that_has_to_wait_is_answered_and_one_that_is_passed_on_needs_none() -> None:
+    answered: list[int] = []
+    with interruptible(lambda: answered.append(1)):
+        send(signal.SIGTERM)
+        assert answered == [1]
+    with interruptible(lambda: answered.append(2)) as interruption, interruption.passed_on(lambda: None):
+        send(signal.SIGTERM)
+    assert answered == [1]
+
+
 @pytest.mark.slow
 def test_a_third_ctrl_c_ends_what_hangs() -> None:
     code = (
