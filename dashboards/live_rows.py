@@ -119,7 +119,18 @@ class Watched:
         own = [left(trial) for trial in running]
         each = fmean(trial.took for trial in ended) if ended else median(timed) * _steps(self.trials.values())
         to_come = max(self.total - len(self.having(*ENDED)) - len(running), 0)
-        return max([(sum(own) + to_come * each) / max(len(running), 1), *own])
+        return max([(sum(own) + to_come * each) / self.places, *own])
+
+    @property
+    def places(self) -> int:
+        """Trials side by side: those that run, or ran when the last one began, since one that has just ended will have
+        a successor."""
+        last = max((trial.begun for trial in self.trials.values()), default=0.0)
+        then = [
+            trial for trial in self.trials.values() if trial.status in ENDED and trial.begun <= last < trial.changed
+        ]
+        running = len(self.having("running"))
+        return max(running + (len(then) if self.total is None or len(self.trials) < self.total else 0), 1)
 
 
 def told(watched: Watched, event: TrialEvent) -> Watched:

@@ -42,8 +42,8 @@ def print_once(study: StudyConfig, console: Console, where: str) -> None:
     for line in _lines(console, watched, height, now):
         console.print(line, no_wrap=True, crop=False)
     say(console, ["it is running"] if driven else _standing(study, where))
-    if not driven:
-        _second_part(study, console, where, patient=False)
+    if not driven and study.kind == "sweep" and (more := second_part(study, read_arms(study))):
+        say(console, [f"{more}{where}"])
 
 
 def attend(study: StudyConfig, console: Console, where: str) -> None:

@@ -133,7 +133,18 @@ def ended(arm: str, seconds: float) -> list[TrialEvent]:
         ([event(), step(9, at=10.0)], 1, 11.5, 20 * 2.0 - 1.5),
         ([event(), step(9, at=10.0)], 2, 10.0, 20 * 2.0 + 29 * 2.0),  # none has ended: the next has 29 such steps
         ([*ended("c00", 100.0), event(at=100.0), step(9, at=100.0)], 4, 100.0, 20 * 2.0 + 2 * 100.0),
-        ([*ended("c00", 100.0), event(), step(9), event(arm="c02"), step(19, arm="c02")], 4, 0.0, (40 + 20 + 100) / 2),
+        (
+            [*ended("c00", 9.0), *(event(arm=c, at=9.0) for c in "ab"), *(step(9, arm=c, at=9.0) for c in "ab")],
+            4,
+            9.0,
+            44.5,
+        ),
+        (
+            [event(), event(arm="c02", at=1.0), step(9, at=90.0), event("completed", arm="c02", step=29, at=91.0)],
+            4,
+            90.0,
+            (40 + 2 * 90) / 2,
+        ),  # one has just ended
         ([event(), step(9), event(arm="c02"), step(28, arm="c02")], 2, 0.0, 40.0),  # the longer one
         ([event(), step(9, seconds=1.0), step(10, seconds=1.0), step(11, seconds=60.0)], 1, 0.0, 18 * 1.0),  # a median
         ([event(), step(9), event("failed", step=9)], 2, 0.0, 29 * 2.0),
