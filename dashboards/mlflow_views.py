@@ -74,11 +74,11 @@ STOP_SECONDS = 10.0  # then it is killed
 
 # Columns, with their widths in pixels: a header of MLflow's is the name that something is logged by.
 FRONT: dict[ViewName, dict[str, int]] = {
-    "runs": {"attributes.`Run Name`": 110, "runDateAndNestInfo": 64},
-    "arms": {"attributes.`Run Name`": 175, "runDateAndNestInfo": 64},
+    "runs": {"attributes.`Run Name`": 110, "runDateAndNestInfo": 48},
+    "arms": {"attributes.`Run Name`": 175, "runDateAndNestInfo": 48},
 }
 """Always shown by MLflow, in front; of the second only its mark, which is green or red."""
-FIRST = {"tags.`ended`": 240, f"metrics.`{ACCURACY}`": 112, f"metrics.`{UNQUANTIZED}`": 148}
+FIRST = {"tags.`ended`": 265, f"metrics.`{ACCURACY}`": 112, f"metrics.`{UNQUANTIZED}`": 148}
 FIRST |= {f"metrics.`{DIFFERENCE}`": 125}
 LAST = {f"metrics.`{DOSE}`": 85, "tags.`replicate`": 85, f"metrics.`{HOURS}`": 90}
 SETTINGS = {
@@ -92,7 +92,7 @@ MOST = 14
 
 LINES = (SIGMA, ACCURACY, REWARD, ENTROPY, ROLLOUT_KL, GIBBERISH, LENGTH, ALL_WRONG, GRAD_NORM)
 """Over the step; sigma first, so that it stands beside what it does."""
-LOGARITHMIC = {SIGMA, ROLLOUT_KL, GRAD_NORM}
+LOGARITHMIC = {SIGMA, ROLLOUT_KL}
 
 
 # What a sweep searches
