@@ -66,6 +66,8 @@ TAG = "mlflow.sharedViewState."
 ViewName = Literal["runs", "arms"]
 KEYS: dict[ViewName, str] = {"runs": "rin-sweep", "arms": "rin-arms"}
 TITLES: dict[ViewName, str] = {"runs": "RIN sweep: runs", "arms": "RIN sweep: arms"}
+TRIALS = "tags.arm != ''"
+"""A page, documents and scans are no rows beside trials."""
 HOST = "127.0.0.1"
 APP, ENTRANCE = "rin-search", "/rin"
 """Of `mlflow_app.py`: its name as a plug-in, and its page."""
@@ -184,6 +186,7 @@ def view_state(study: StudyConfig, arms: Sequence[Arm], view: ViewName) -> dict[
     grouped = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]}
     return {
         **({"groupBy": grouped, "useGroupedValuesInCharts": True} if view == "arms" else {}),
+        "searchFilter": TRIALS,
         "orderByKey": f"metrics.`{ACCURACY}`",
         "orderByAsc": False,
         "selectedColumns": list(columns),

@@ -7,7 +7,7 @@ samples shows what each arm answered to one of them.
 A trace is one completion: the prompt is its request, the completion its response, reward and correctness its
 assessments, which MLflow draws as histograms and compares between runs, question by question; step, sigma, arm,
 replicate and trial are tags to filter by. Around a collapse the tag `collapse` says before, at or after. A trace costs
-a request and 6 ms, so a trial has at most TRACES of them, as many of each step as fit, and all that were kept of the
+a request and 8 ms, so a trial has at most TRACES of them, as many of each step as fit, and all that were kept of the
 steps around a collapse. Its id is a hash of sweep, trial, step and place: telling it again changes nothing.
 
 Left out: spans below the completion; live traces of a trial that has not ended or stopped.
@@ -24,7 +24,7 @@ from typing import Any
 from search.told import as_json
 from trainable.outcome import Sample, StepReport
 
-TRACES = 64
+TRACES = 40
 """Of a trial, besides those around its collapse."""
 COLUMNS = ("completion_id", "prompt", "completion", "answer", "reward", "sigma", "correct")
 SOURCE = "rin-search"

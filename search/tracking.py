@@ -50,7 +50,7 @@ from search.told import (
 )
 from spaces.config import ConfigError
 from spaces.reading import as_tree, dump_yaml
-from trainable.disk.trial_folder import TrialState, read_outcome, read_reports, read_trial
+from trainable.disk.trial_folder import ANSWERS_FILE, TrialState, read_outcome, read_reports, read_trial
 from trainable.metrics import SCAN, STEPS_DONE
 from trainable.outcome import Outcome, Status, StepReport
 
@@ -161,14 +161,19 @@ class Tracker:
         self._runs[arm.name, replicate].status = status
         files = {} if state.outcome is None else outcome_files(state.outcome)
         tags = {"status": status, **reason_of(state)}
+        if files and (answers := folder.read(ANSWERS_FILE)) is not None:  # of a trial of today's version
+            del files["correct.json"]
+            files["answers.json"] = answers.decode()
         if any(report.samples for report in reports):
             steps = arm.config.grpo.steps
             files["samples.json"] = completions.table(reports, steps)
-            tags["mlflow.loggedArtifacts"] = as_json([{"path": "samples.json", "type": "table"}])
             of = {"arm": arm.name, "replicate": str(replicate), "trial": f"{arm.name}/{replicate}"}
             self._put(arm, replicate, do="traces", traces=completions.traces(reports, steps, of))
         for path, text in files.items():
             self._put(arm, replicate, do="file", path=path, text=text)
+        tables = [{"path": path, "type": "table"} for path in ("samples.json", "answers.json") if path in files]
+        if tables:
+            tags["mlflow.loggedArtifacts"] = as_json(tables)
         self._say_ending(arm, replicate, state, reports, tags)
         if state.status in ("completed", "collapsed"):
             self._ended.add((arm.name, replicate))

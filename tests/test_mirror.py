@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dashboards.mlflow_views import TRIALS
 from search import mirror
 from search.ablation import ablation
 from search.arms import Arm, read_arms, trial_folder, write_arm
@@ -199,6 +200,7 @@ def test_the_page_of_a_sweep_is_told_once_and_a_newer_one_takes_its_place(sweep:
     sweep.folder.write(PAGE_FILE, "<p>undecided</p>")
     tell_report(sweep)
     (run,) = others(sweep.tracking_uri, sweep.name)
+    assert client(sweep.tracking_uri).search_runs([run.info.experiment_id], TRIALS) == [], "no row of a saved view"
     assert (run.data.tags["status"], run.info.status, run.info.run_name) == ("report", "FINISHED", "report")
     assert files(sweep.tracking_uri, run) == [PAGE_FILE]
     sweep.folder.write(PAGE_FILE, "<p>ahead</p>")

@@ -22,6 +22,7 @@ from spaces.workloads import WORKLOADS
 from trainable.disk.checkpoint import VERSION, load_final, save_checkpoint, save_final
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import (
+    ANSWERS_FILE,
     FINAL_FILE,
     OUTCOME_FILE,
     STOPPED_FILE,
@@ -157,7 +158,7 @@ def test_a_collapse_ends_it_as_a_result(tmp_path: Path) -> None:
         "collapsed",
         "filter_rejection",
     )
-    assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
+    assert names(tmp_path) == [ANSWERS_FILE, "attempt-001.json", FINAL_FILE, OUTCOME_FILE]
 
 
 def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome
         seen.append([name for name in names(tmp_path) if name.startswith("checkpoint-")])
     assert seen == [[f"checkpoint-{step:06d}" for step in range(max(1, last - 1), last + 1)] for last in range(1, 6)]
     trainable.stop()
-    assert names(tmp_path) == ["attempt-001.json", FINAL_FILE, OUTCOME_FILE]
+    assert names(tmp_path) == [ANSWERS_FILE, "attempt-001.json", FINAL_FILE, OUTCOME_FILE]
     (attempt,) = read_attempts(Folder(str(tmp_path)))
     assert (attempt.ended, first_steps(tmp_path), attempt.step) == ("outcome", [0], 6)
     assert attempt.seen >= attempt.started + attempt.loading_seconds > attempt.started
@@ -217,8 +218,8 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(
     running.stop()
     assert free.is_set(), "it waited"
     left = {
-        "outcome": ["attempt-001.json", FINAL_FILE, OUTCOME_FILE],
-        "stop": ["attempt-001.json", "checkpoint-000001", "checkpoint-000003", STOPPED_FILE],
+        "outcome": [ANSWERS_FILE, "attempt-001.json", FINAL_FILE, OUTCOME_FILE],
+        "stop": [ANSWERS_FILE, "attempt-001.json", "checkpoint-000001", "checkpoint-000003", STOPPED_FILE],
         "error": ["attempt-001.json", "checkpoint-000001"],
     }
     assert names(tmp_path) == left[ending]
@@ -239,7 +240,7 @@ def test_a_trial_that_is_stopped_saves_itself_and_is_evaluated_as_it_leaves(tmp_
     trainable = start(setting(tmp_path))
     trainable.train()
     trainable.stop()
-    assert names(tmp_path) == ["attempt-001.json", "checkpoint-000001", STOPPED_FILE]
+    assert names(tmp_path) == [ANSWERS_FILE, "attempt-001.json", "checkpoint-000001", STOPPED_FILE]
     tree = read(tmp_path, STOPPED_FILE)
     assert tree["outcome"]["outcome"] == "stopped"
     assert tree["outcome"]["eval"]["n"] == 16
@@ -373,7 +374,7 @@ def test_a_full_disk_costs_the_final_weights_and_not_the_outcome(
     write = Folder.write
 
     def limited(folder: Folder, name: str, data: bytes | str) -> None:
-        if name == FINAL_FILE:
+        if name in (FINAL_FILE, ANSWERS_FILE):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(folder, name, data)
 
@@ -432,10 +433,15 @@ def test_started_again_from_its_folder_after_any_step_it_continues_bit_for_bit(
     assert [attempt.ended for attempt in attempts] == ([first_ended, "outcome"] if after else ["outcome"])
     assert first_steps(tmp_path) == ([0, after] if after else [0])
     assert names(tmp_path) == [
+        ANSWERS_FILE,
         *(f"attempt-{number:03d}.json" for number in range(1, len(attempts) + 1)),
         FINAL_FILE,
         OUTCOME_FILE,
     ]
+    answers, outcome = json.loads((tmp_path / ANSWERS_FILE).read_text()), read(tmp_path)["outcome"]
+    right = {row[0]: row[-1] for row in answers["data"]}
+    assert [right[number] == "yes" for number in range(len(right))] == list(map(bool, outcome["eval"]["correct"]))
+    assert (tmp_path / ANSWERS_FILE).read_bytes() == (undisturbed / ANSWERS_FILE).read_bytes()
     assert (tmp_path / FINAL_FILE).read_bytes() == (undisturbed / FINAL_FILE).read_bytes()
 
 
@@ -479,7 +485,7 @@ def test_the_next_trial_in_the_same_process_is_like_one_in_a_process_of_its_own(
     assert reused.train()["done"]
     assert reused.reset_config(setting(tmp_path / "next"))
     finish(reused)
-    assert names(tmp_path / "stopped") == ["attempt-001.json", "checkpoint-000001", STOPPED_FILE]
+    assert names(tmp_path / "stopped") == [ANSWERS_FILE, "attempt-001.json", "checkpoint-000001", STOPPED_FILE]
     assert [comparable(row) for row in read(tmp_path / "next")["reports"]] == [
         comparable(row) for row in read(undisturbed)["reports"]
     ]

@@ -33,8 +33,8 @@ from spaces.reading import as_tree, parse_yaml, read_config
 from tests.processes import free_port
 from tests.real_mlflow import BIGGEST, Server, eventually, everything, files, points, runs, text, traces
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_trial
-from trainable.disk.trial_folder import AttemptLog, read_reports, write_outcome
-from trainable.outcome import HEALTHY, CollapseVerdict, Outcome, Sample, StepReport
+from trainable.disk.trial_folder import AttemptLog, read_reports, write_answers, write_outcome
+from trainable.outcome import HEALTHY, Answers, CollapseVerdict, Outcome, Sample, StepReport
 
 pytestmark = pytest.mark.slow  # many seconds of computing
 
@@ -505,6 +505,19 @@ def test_known_trials_are_read_page_by_page_without_the_runs_of_others(
 
 def test_of_an_experiment_that_is_not_there_nothing_is_known(uri: str) -> None:
     assert known_trials(uri, "nowhere", SOMEBODY) == {}
+
+
+def test_answers_to_the_evaluation_are_a_table_in_place_of_zeros_and_ones(sweep: Sweep) -> None:
+    answers = Answers(questions=("1+2=", "2+2="), expected=("3", "4"), given=("3", "5"), correct=(1, 0))
+    write_answers(trial_folder(sweep.config, "c03", 2), answers)
+    sweep.run()
+    sweep.tracker.close()
+    run = sweep.shown()
+    assert files(sweep.uri, run) == ["answers.json", "config.yaml", "receipt.json", "samples.json"]
+    table = json.loads(text(sweep.uri, run, "answers.json"))
+    assert table["data"] == [[1, "2+2=", "4", "5", "no"], [0, "1+2=", "3", "3", "yes"]]  # what went wrong first
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert [one["path"] for one in shown] == ["samples.json", "answers.json"]
 
 
 # When the tracking is away

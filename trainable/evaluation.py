@@ -29,6 +29,8 @@ class Evaluation:
     """Mean of each of the task's marks, e.g. strict and flexible extraction, over the answers that have it."""
     right: tuple[int, ...] = ()
     """Per question: how many of its samples are right; empty where none were drawn."""
+    answers: tuple[str, ...] = ()
+    """Per question what was said; not kept of an evaluation that training goes on from."""
 
     @property
     def accuracy(self) -> float:
@@ -44,6 +46,7 @@ def evaluate(
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
         parts=mean_parts(scores),
+        answers=tuple(group[0].text for group in groups),
     )
 
 

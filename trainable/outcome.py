@@ -140,6 +140,24 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """To the questions of the evaluation, for people to read. Example: Answers(questions=("1+2=",), expected=("3",),
+    given=("4",), correct=(0,))"""
+
+    questions: tuple[str, ...]
+    expected: tuple[str, ...]
+    given: tuple[str, ...]
+    correct: tuple[int, ...]
+
+    def as_table(self) -> dict[str, Any]:
+        """The questions that were answered wrongly first, as MLflow shows a table."""
+        rows = zip(self.questions, self.expected, self.given, self.correct, strict=True)
+        numbered = [[number, *row[:3], "yes" if row[3] else "no"] for number, row in enumerate(rows)]
+        columns = ["number", "question", "answer", "completion", "correct"]
+        return {"columns": columns, "data": sorted(numbered, key=lambda row: (row[-1] == "yes", row[0]))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """What noise did to one weight in the first rollout of a stage."""
 

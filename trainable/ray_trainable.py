@@ -26,11 +26,13 @@ from spaces.config import ConfigError, TrialConfig
 from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import (
+    ANSWERS_FILE,
     FINAL_FILE,
     STOPPED_FILE,
     AttemptLog,
     read_outcome,
     read_reports,
+    write_answers,
     write_outcome,
 )
 from trainable.disk.watchdog import Watchdog
@@ -126,6 +128,7 @@ class TrialWorker:
         if outcome is not None:
             self.writing.result()
             self._keep_weights(trial)  # first: once there is an outcome, nobody runs the trial again for its weights
+            self._keep_answers(trial)
             write_outcome(self.folder, outcome, self.reports)
             self.attempt.end("outcome")
             self.ended = True
@@ -149,7 +152,9 @@ class TrialWorker:
                     self._save(self.trial)
                     self.writing.result()
                 self.attempt.end("stopped")
-                write_outcome(self.folder, self.trial.outcome(), self.reports)
+                outcome = self.trial.outcome()
+                self._keep_answers(self.trial)
+                write_outcome(self.folder, outcome, self.reports)
                 self.attempt.end("stopped")  # the evaluation took its time too
         except OSError as error:  # a full disk must not cost the next trial in this process
             log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)
@@ -207,6 +212,12 @@ class TrialWorker:
             log.warning(
                 "%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error
             )
+
+    def _keep_answers(self, trial: Trial) -> None:
+        try:
+            write_answers(self.folder, trial.answers())
+        except OSError as error:  # as of the weights: which were right is in the outcome
+            log.warning("%s: no %s: %s", self.folder.uri, ANSWERS_FILE, error)
 
     def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
         log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)

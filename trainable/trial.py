@@ -54,6 +54,7 @@ from trainable.noise import injected, measure_effects, noise_targets, sigma_at, 
 from trainable.outcome import (
     HEALTHY,
     Alarm,
+    Answers,
     CollapseVerdict,
     Effect,
     EffectReceipt,
@@ -222,6 +223,17 @@ class Trial:
             seconds=self.so_far.seconds,
         )
 
+    def answers(self) -> Answers:
+        """To the questions of the evaluation, at its end: greedy, clean, in the deployed precision."""
+        assert self.so_far.end is not None, "an outcome was asked for"
+        last = self.so_far.end[0]
+        return Answers(
+            questions=tuple(question.prompt for question in self.questions),
+            expected=tuple(question.answer for question in self.questions),
+            given=last.answers,
+            correct=last.correct,
+        )
+
     def receipt(self) -> EffectReceipt:
         """What was quantised and noised so far, with the sigma really applied."""
         return receipt_of(
@@ -329,7 +341,8 @@ class Trial:
     def _begin(self) -> dict[str, float]:
         """Evaluate the start and take the noise-free baseline."""
         config = self.config
-        deployed_eval, plain_eval = self.so_far.start = self._evaluate()
+        before = [replace(one, answers=()) for one in self._evaluate()]  # it stands in every checkpoint
+        deployed_eval, plain_eval = self.so_far.start = (before[0], before[1])
         groups = self._generate(_BASELINE_STEP, 0, config.grpo.prompts)
         outcome = filter_groups("off", groups, len(groups))
         batch = self._batch(groups)

@@ -5,6 +5,7 @@
     checkpoint-000012/        where it goes on, by whoever starts it next: a retry, another node, `rin resume`
                               (`checkpoint.py`)
     attempt-001.json          one process that worked on it: since when, last seen, how it ended
+    answers.json              what it answered to each question of its evaluation, as a table
     stopped.json              evaluation of a trial that was stopped from outside, at its last step
 
 A trial writes these itself, so they are there whether or not a driver heard of them. It is over when it has an outcome;
@@ -28,13 +29,14 @@ from spaces.config import ConfigError
 from trainable.disk.folder import Folder
 from trainable.failure import FAILURES
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
-from trainable.outcome import Outcome, Status, StepReport
+from trainable.outcome import Answers, Outcome, Status, StepReport
 from trainable.versions import versions
 
 log = logging.getLogger(__name__)
 
 VERSION = 2
 OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
+ANSWERS_FILE = "answers.json"
 FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
 DIED, KILLED = "died", "killed"
 """How an attempt ended that could not say so itself. died: its process was killed, and the sweep did not start the
@@ -56,6 +58,11 @@ def write_outcome(trial: Folder, outcome: Outcome, reports: Sequence[StepReport]
     records = [report.as_record() for report in reports]
     ending = json.dumps({"version": VERSION, "outcome": outcome.as_tree(), "reports": records})
     trial.write(STOPPED_FILE if outcome.outcome == "stopped" else OUTCOME_FILE, ending)
+
+
+def write_answers(trial: Folder, answers: Answers) -> None:
+    """Raises OSError."""
+    trial.write(ANSWERS_FILE, json.dumps(answers.as_table(), ensure_ascii=False))
 
 
 def read_outcome(trial: Folder) -> Outcome | None:
