@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from search.arms import Arm, Origin, measured
+from search.receipt_page import receipt_page
 from search.store import PAGE_FILE, StudyConfig, slots_of
 from spaces.config import TrialConfig
 from spaces.library import Float
@@ -130,6 +131,7 @@ def outcome_files(outcome: Outcome) -> dict[str, str]:
     return {
         "config.yaml": dump_yaml(as_tree(outcome.config)),  # as it ran: with the thread count that was in force
         "receipt.json": as_json(outcome.receipt.as_tree()),
+        "receipt.html": receipt_page(outcome.receipt),
         "correct.json": as_json(outcome.eval.correct),
         **sampled,
     }

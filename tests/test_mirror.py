@@ -111,7 +111,7 @@ def test_of_a_killed_driver_s_trials_the_runs_are_closed_with_the_folder_s_statu
     assert points(sweep.tracking_uri, of_control, "grpo/reward") == [(0, 0.0), (1, 0.1)]
     assert points(sweep.tracking_uri, of_c01, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
     assert points(sweep.tracking_uri, of_c01, "eval/accuracy") == [(2, 0.75)]
-    assert files(sweep.tracking_uri, of_c01) == ["config.yaml", "correct.json", "receipt.json"]
+    assert files(sweep.tracking_uri, of_c01) == ["config.yaml", "correct.json", "receipt.html", "receipt.json"]
 
 
 def test_what_mlflow_knows_already_is_not_told_again(sweep: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -513,7 +513,7 @@ def test_answers_to_the_evaluation_are_a_table_in_place_of_zeros_and_ones(sweep:
     sweep.run()
     sweep.tracker.close()
     run = sweep.shown()
-    assert files(sweep.uri, run) == ["answers.json", "config.yaml", "receipt.json", "samples.json"]
+    assert files(sweep.uri, run) == ["answers.json", "config.yaml", "receipt.html", "receipt.json", "samples.json"]
     table = json.loads(text(sweep.uri, run, "answers.json"))
     assert table["data"] == [[1, "2+2=", "4", "5", "no"], [0, "1+2=", "3", "3", "yes"]]  # what went wrong first
     shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
@@ -530,7 +530,7 @@ def test_an_outage_costs_nothing_but_a_line_and_is_told_once(
     with caplog.at_level(logging.WARNING):
         away.run(steps=29)
         left = away.tracker.close()
-    assert left == 3 + 29 + 1 + 4 + 3  # start, reports, traces, files, end
+    assert left == 3 + 29 + 1 + 5 + 3  # start, reports, traces, files, end
     (line,) = [message for message in caplog.messages if "does not take records" in message]
     assert "they are told again later" in line
     assert "secret" not in caplog.text
@@ -560,7 +560,7 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
     with monkeypatch.context() as during:
         during.setattr(Delivery, "put", lambda self, record: records.append(record))
         sweep.run()
-    assert len(records) == 14
+    assert len(records) == 15
     assert MlflowWriter(sweep.uri, sweep.config.owner).send(records[:delivered], lambda: None) == ([], "")
     assert sweep.again() == 0
     run = sweep.shown()
@@ -568,7 +568,7 @@ def test_a_crash_in_the_middle_of_delivery_doubles_nothing(
     assert run.data.params["noise.modules"] == "linear"
     assert points(sweep.uri, run, "grpo/reward") == [(0, 0.0), (1, 0.1), (2, 0.2)]
     assert points(sweep.uri, run, "eval/accuracy") == [(2, 0.75)]
-    assert files(sweep.uri, run) == ["config.yaml", "correct.json", "receipt.json", "samples.json"]
+    assert files(sweep.uri, run) == ["config.yaml", "correct.json", "receipt.html", "receipt.json", "samples.json"]
     assert "refuses" not in caplog.text
 
 
@@ -692,7 +692,7 @@ def test_metrics_do_not_wait_for_files_and_files_come_later(sweep: Sweep, tmp_pa
     client = mlflow_client.client(sweep.uri)
     client.create_experiment(sweep.config.name, artifact_location=str(tmp_path / "file"))
     sweep.run()
-    assert sweep.tracker.close() == 5 + 1  # files, and that everything was told
+    assert sweep.tracker.close() == 6 + 1  # files, and that everything was told
     run = sweep.shown()
     assert (run.data.tags["status"], run.data.metrics["grpo/reward"]) == ("completed", 0.2)
     (tmp_path / "file").unlink()
