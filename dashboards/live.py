@@ -22,6 +22,9 @@ from dashboards.tables import say
 from search.events import Event, StudyEvent, View
 from spaces.errors import ConfigError
 
+ECHO = 2
+"""Characters left free on the right, for the ^C of the terminal itself: where it goes on in the next line, one is left
+behind."""
 REDRAWS_PER_SECOND = 2
 """A screen that is looked at for ten hours should not cost the trials their core."""
 
@@ -53,7 +56,7 @@ class Board:
         watched = replace(self.watched, ahead=self._ahead)
         width, height = console.size
         ascii_only = console.options.ascii_only
-        return Group(*frame(watched, width=width, height=height - 1, now=time.time(), ascii_only=ascii_only))
+        return Group(*frame(watched, width=width - ECHO, height=height - 1, now=time.time(), ascii_only=ascii_only))
 
     def _doing(self, event: StudyEvent) -> Watched:
         """Another sweep is a new page; one whose trials are about to run may have some that ran before."""

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dashboards.answer import answer_of
+from dashboards.live import ECHO
 from dashboards.live_folder import SweepFolder
 from dashboards.live_rows import Seen, Watched, dated, frame, headline, news
 from dashboards.report_text import confirmation_lines
@@ -111,7 +112,9 @@ def _say_news(console: Console, before: Mapping[str, Seen] | None, watched: Watc
 
 
 def _lines(console: Console, watched: Watched, height: int | None, now: float) -> list[Text]:
-    return frame(watched, width=console.size.width, height=height, now=now, ascii_only=console.options.ascii_only)
+    return frame(
+        watched, width=console.size.width - ECHO, height=height, now=now, ascii_only=console.options.ascii_only
+    )
 
 
 def _standing(study: StudyConfig, where: str) -> list[str]:
