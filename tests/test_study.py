@@ -23,6 +23,7 @@ from search.budget import Budget
 from search.events import TrialEvent
 from search.execution import SweepCallback
 from search.export import to_verl, to_yaml
+from search.extension import extended
 from search.lineup import fixed_arms
 from search.plan import plan_study
 from search.preflight import check_sources
@@ -443,7 +444,7 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
 
 
 @pytest.mark.slow
-def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on_also_with_more_configurations(tmp_path: Path) -> None:
     config = study(
         tmp_path,
         trials=2,
@@ -459,14 +460,16 @@ def test_the_budget_ends_trials_cleanly_and_a_larger_one_goes_on(tmp_path: Path)
     shown = runs(config.tracking_uri, "s")
     assert shown
     assert {(run.data.tags["status"], run.info.status) for run in shown} == {("stopped", "KILLED")}
-    finished = resume_study(config.model_copy(update={"budget_hours": 1.0}), lambda event: None)
+    larger = extended(config, stopped.arms, trials=1, replicates=None, runs=None)
+    finished = resume_study(larger.model_copy(update={"budget_hours": 1.0}), lambda event: None)
     assert (finished.unfinished, finished.budget_spent) == (0, False)
+    assert load_study_config(config.store, "s").extensions == larger.extensions
     assert [(arm.name, arm.results[0].outcome) for arm in finished.arms] == [
-        (name, "completed") for name in ("control", "c01")
+        (name, "completed") for name in ("control", "c01", "c02")
     ]
     again = runs(config.tracking_uri, "s")
     assert [(run.data.tags["arm"], run.data.tags["status"], run.info.status) for run in again] == [
-        (name, "completed", "FINISHED") for name in ("control", "c01")
+        (name, "completed", "FINISHED") for name in ("control", "c01", "c02")
     ]
     steps = [points(config.tracking_uri, run, "rin/steps_done") for run in again]
-    assert steps == [[(k, k + 1.0) for k in range(12)]] * 2, "each once"
+    assert steps == [[(k, k + 1.0) for k in range(12)]] * 3, "each once"
