@@ -70,7 +70,7 @@ def _confirmed(state: Confirmation, finding: Finding) -> Iterator[str]:
     of = "" if state.config.measure == "accuracy" else f" of {state.config.measure}"
     yield (
         f"{state.winner} against {state.control}: {finding.words()}. Difference {_points(state.comparison)} "
-        f"points{of} {interval(state.comparison)} (95 % over all looks), {state.replicates} pairs of fresh seeds, "
+        f"points{of} {interval(state.comparison)} (95 % over all looks), with fresh seeds ({state.pairs}), "
         "on questions that chose nothing."
     )
     if said := finding.risk_words():
@@ -175,7 +175,7 @@ def _found(state: Confirmation, finding: Finding) -> str:
     """What a confirmation found. Of an interval that is not all on one side, how far the arm can be from its control;
     of collapses, the arm's and the control's, how many there were."""
     seen, unit = state.comparison, _unit(state.config.measure)
-    notes = [_pairs(seen)]
+    notes = [state.pairs]
     if finding.qualified:
         notes.append(f"a collapse risk up to {percent(finding.risk_high)} is not excluded")
     if finding.collapsed:

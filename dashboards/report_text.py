@@ -167,7 +167,7 @@ def confirmation_lines(state: Confirmation, where: str = "") -> list[str]:
     lines = [
         f"{state.winner} against {state.control}: {seen.words() if state.finding is None else state.finding.words()}",
         f"  difference {_apart(seen, 2)} points{of} {interval(seen)} (95 % over all looks), "
-        f"{state.replicates} pairs of fresh seeds, on the confirmation questions",
+        f"with fresh seeds ({state.pairs}), on the confirmation questions",
         f"  looks after {', '.join(map(str, state.looks))} replicates; "
         "collapsed replicates count with the accuracy at their stop",
     ]

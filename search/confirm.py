@@ -62,6 +62,14 @@ class Confirmation:
         """No look that is planned could change what is said."""
         return self.finding is not None and self.finding.settled(self.looks[-1])
 
+    @property
+    def pairs(self) -> str:
+        """Those that the comparison is made of, in words: a decision at a look stands, whatever ran after it."""
+        judged, run = self.comparison.replicates, self.replicates
+        words = f"{judged} pair{'s'[: judged != 1]}"
+        look = "its last look" if self.comparison.verdict == "undecided" else "the look that decided"
+        return words if judged == run else f"{words} of {run}, at {look}"
+
     def taken(self, pairs: int) -> bool:
         """Whether no look within so many pairs is left to take."""
         return self.settled or not any(self.replicates < look <= pairs for look in self.looks)

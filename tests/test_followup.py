@@ -114,7 +114,8 @@ def test_short_trials_run_to_the_last_look_at_once_and_a_decision_at_an_earlier_
         5,
         SequentialRule().levels((5,))[0],
     )
-    assert "(5 pairs)" in last_line(said)
+    assert "(5 pairs of 8, at the look that decided)" in last_line(said)
+    assert said.out.count("5 pairs of 8, at the look that decided") == 2, "its lines and its sentence"
 
 
 def test_an_interruption_in_the_second_part_goes_on_by_resume(tmp_path: Path, sweeps: Sweeps) -> None:

@@ -79,7 +79,7 @@ def test_a_sweep_that_helps_says_that_it_is_not_confirmed_and_its_confirmation_s
     for one in (base, confirmation):
         said = words(page_of(one))
         assert "Does noise help? Yes where it holds: a collapse risk is not excluded" in said
-        assert "5 pairs of fresh seeds" in said
+        assert "with fresh seeds (5 pairs)" in said
 
 
 def all_collapsed(store: Path) -> StudyConfig:
