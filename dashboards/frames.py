@@ -66,7 +66,10 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "score_start": ("float64", "the same before training"),
         ACCURACY: ("float64", "greedy, of the clean model at the end or the collapse; share, mean over replicates"),
         START: ("float64", "the same before training"),
-        DOSE: ("float64", "applied noise over the size of the weights; share, mean over weights, stages, replicates"),
+        DOSE: (
+            "float64",
+            "over the size of the weights, in the loudest stage that ran; a share, mean over weights and replicates",
+        ),
         "hours": ("float64", "of all its trials, in trial-slot hours, or GPU hours where trials have GPUs"),
         "mode": ("str", "precision of weights and activations, e.g. W4A4"),
         "noise": ("str", "in words"),
@@ -90,7 +93,10 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "attempts": ("int64", "processes that did"),
         "score": ("float64", "by the measure by which arms are compared; a share"),
         "score_start": ("float64", "the same before training"),
-        DOSE: ("float64", "applied noise over the size of the weights; share, mean over weights and noisy stages"),
+        DOSE: (
+            "float64",
+            "applied noise over the size of the weights; share, mean over weights in the loudest stage that ran",
+        ),
     },
     "steps": {
         "arm": ("str", ARM),

@@ -373,7 +373,7 @@ def _risks(material: Material) -> Section | None:
     intro = (
         "Points: runs that were counted, with exact intervals. Band: where the boundary lies, from all runs together, "
         "if more noise is not less dangerous; a line where runs tell its slope. Sigma: runs with one absolute sigma on "
-        "all layers; dose: every run with noise that was measured."
+        "all layers; dose: every run with noise that was measured, at the loudest stage that it reached."
     )
     return Section(title="Collapse risk", intro=intro, blocks=(block,))
 

@@ -239,6 +239,15 @@ def test_fewer_than_three_replicates_are_always_undecided(tmp_path: Path, replic
     strict(report)
 
 
+def test_a_run_has_the_dose_of_its_loudest_stage_whether_or_not_it_reached_quieter_ones() -> None:
+    loud, quiet = receipt(0.04), receipt(0.01)
+    (later,) = quiet.effects
+    both = replace(loud, effects=(*loud.effects, replace(later, stage=2)))
+    assert both.dose == loud.dose == 0.04
+    broken = replace(later, stage=2, applied_relative=math.nan)
+    assert math.isnan(replace(both, effects=(broken, *loud.effects)).dose or 0.0)
+
+
 def test_dose_start_and_hours_are_means_and_sums_of_the_files(tmp_path: Path) -> None:
     config = study(tmp_path, trials=2, replicates=2)
     arms = [make_arm(config, "control"), make_arm(config, "c01")]

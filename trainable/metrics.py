@@ -13,7 +13,7 @@ COLLAPSED = "rin/collapsed"
 """There too: 1 where a rule fired."""
 DOSE = "rin/dose"
 """There too: applied noise over the size of the weights, mean over those with noise; 0 in a quiet stage. Of a run in
-MLflow the mean over noisy stages, as its receipt has it."""
+MLflow that of the loudest stage, as its receipt has it."""
 HOURS = "rin/hours"
 REWARD = "grpo/reward"
 LOSS = "grpo/loss"

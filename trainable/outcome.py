@@ -6,6 +6,8 @@ The sweep, its report and its views know a trial by these records alone. A statu
 NaN rule: what was measured is kept as it was, NaN and infinities included (JSON in Python's dialect); readers decide.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -268,8 +270,14 @@ class EffectReceipt:
 
     @property
     def dose(self) -> float | None:
-        """Applied noise over the size of the weights, mean over weights and noisy stages; None without noise."""
-        return fmean(effect.applied_relative for effect in self.effects) if self.effects else None
+        """Applied noise over the size of the weights, mean over weights, in the loudest stage that ran; None without
+        noise. Not the mean over stages: a run that collapsed in the first of them would stand higher than one that held
+        the same noise and went on to the quiet ones. NaN where an effect is."""
+        stages: dict[int, list[float]] = defaultdict(list)
+        for effect in self.effects:
+            stages[effect.stage].append(effect.applied_relative)
+        doses = [fmean(applied) for applied in stages.values()]
+        return max(doses, key=lambda dose: math.inf if math.isnan(dose) else dose) if doses else None
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "coverage": self.coverage.as_tree()}
