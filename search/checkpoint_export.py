@@ -343,7 +343,7 @@ The model of an arm of the {candidate.study.kind} `{candidate.study.name}`, writ
 | replicate | {source.replicate}, seed {config.seed}: the one with the median final accuracy of {completed} |
 | step | {outcome.step} of {config.grpo.steps} |
 | accuracy of that trial | {outcome.eval.accuracy:.4f}, greedy, {config.quant.mode}, {asked} |
-| mean of the arm, of {candidate.control.name} | {mean:.4f}, {beside} |
+| mean {candidate.study.measure} of the arm, of {candidate.control.name} | {mean:.4f}, {beside} |
 | quantisation | {arithmetic} |
 | configuration | `{trial}`; to train it again: `rin trial --config {trial}` |
 

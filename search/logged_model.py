@@ -3,7 +3,8 @@
 One per arm that has ever been the candidate. A resume that finds the same candidate writes into the model that is
 there; when another arm takes over, the tag `state` of the one before says so, and nothing is deleted: what was exported
 from it can still be traced. Its metrics are those of its runs, each with the evaluation set that it was measured on,
-and the mean and the difference to the control over common seeds, on its first run. No weights are uploaded: they lie in
+and the mean and the difference to the control over common seeds, on its first run: both of the study's measure and by
+its name, since a sweep that is judged by pass@4 says nothing there of accuracy. No weights are uploaded: they lie in
 the store, where the tag `weights` says.
 """
 
@@ -27,6 +28,7 @@ PARAMS = ("model.", "noise.", "quant.", "task.name", "grpo.steps", "grpo.learnin
 """Beginnings of those that a model shows; a run has the whole configuration as a file."""
 SCORED = (ACCURACY, f"{ACCURACY}_bf16", f"{ACCURACY}_start")
 MEAN, DIFFERENCE = "candidate/accuracy", "candidate/difference"
+"""Where the measure is accuracy; else its own (`scores_of`)."""
 Record = dict[str, Any]
 
 
@@ -47,8 +49,6 @@ def record_of(study: StudyConfig, candidate: Candidate | None) -> Record:
     if candidate is None:
         return {**record, "model": None}
     arm, config = candidate.arm, candidate.config
-    metrics = {MEAN: fmean(candidate.accuracies)} if candidate.accuracies else {}
-    metrics |= {} if candidate.difference is None else {DIFFERENCE: candidate.difference}
     place = trial_folder(study, arm.name, 0)
     tags = {
         **{"sweep": study.name, "sweep_id": study.owner.id, "arm": arm.name, "control": candidate.control.name},
@@ -61,20 +61,29 @@ def record_of(study: StudyConfig, candidate: Candidate | None) -> Record:
         "arm": arm.name,
         "tags": tags,
         "params": {key: param_of(value) for key, value in flatten(as_tree(config)).items() if key.startswith(PARAMS)},
-        "metrics": metrics,
+        "metrics": scores_of(candidate),
         "runs": [trial_key(study.name, arm.name, replicate) for replicate in sorted(arm.results)],
         "questions": {"name": f"{config.task.name} {config.eval.split}"[:500], "source": as_json(asked)},
     }
     return {**record, "model": model}
 
 
+def scores_of(candidate: Candidate) -> dict[str, float]:
+    """By a name that says of what. Example: {"candidate/pass_at_4": 0.98, "candidate/pass_at_4_difference": 0.02}"""
+    measure = candidate.study.measure.replace("@", "_at_")  # which MLflow refuses
+    names = (MEAN, DIFFERENCE) if measure == "accuracy" else (f"candidate/{measure}", f"candidate/{measure}_difference")
+    scores = fmean(candidate.accuracies) if candidate.accuracies else None, candidate.difference
+    return {name: score for name, score in zip(names, scores, strict=True) if score is not None}
+
+
 def _described(candidate: Candidate, weights: str) -> str:
     """Markdown."""
     scores = candidate.accuracies
-    mean = f" Mean accuracy {fmean(scores):.1%} over {len(scores)} replicates" if scores else " No replicate has ended"
+    of = candidate.study.measure
+    mean = f"Mean {of} {fmean(scores):.1%} over {len(scores)} replicates" if scores else "No replicate has ended"
     ahead = "" if candidate.difference is None else f", {100 * candidate.difference:+.1f} points"
     lines = [f"**{candidate.arm.name}** of {candidate.study.name}, put forward by the search."]
-    lines.append(f"{mean.strip()}{ahead} against its control {candidate.control.name}.")
+    lines.append(f"{mean}{ahead} against its control {candidate.control.name}.")
     return "\n\n".join([*lines, f"{candidate.caveat[0].upper()}{candidate.caveat[1:]}.", f"Weights: `{weights}`"])
 
 

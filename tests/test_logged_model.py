@@ -1,5 +1,7 @@
 """The candidate as a LoggedModel: made once, updated, passed on, and told later where MLflow was away."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,30 @@ def test_the_candidate_is_a_model_with_its_runs_scores_and_questions(sweep: Stud
         run = mlflow.get_run(by_name[name])
         assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
         assert [one.dataset.name for one in run.inputs.dataset_inputs] == ["addition selection"]
+
+
+def test_a_candidate_that_is_judged_by_pass_at_k_says_so_and_nothing_of_accuracy(tmp_path: Path) -> None:
+    """Greedy it is at 50 %; of four samples one is right in 98.6 %."""
+    config = study(
+        tmp_path,
+        trials=2,
+        replicates=1,
+        objectives=("pass@4",),
+        settings={"eval": {"questions": 400, "samples": 8}},
+    )
+    arms = [make_arm(config, "control"), make_arm(config, "c01", origin="searcher")]
+    write_sweep(config, arms, {})
+    for arm, right in zip(arms, (3, 4), strict=True):
+        ended = outcome(arm, 0, 200)
+        sampled = replace(ended.eval, right=(right,) * 400, right_start=(1,) * 400)
+        write_trial(config, arm, 0, replace(ended, eval=sampled))
+    model = record_of(config, candidate_of(config, read_arms(config)))["model"]
+    shares = [1 - math.comb(8 - right, 4) / math.comb(8, 4) for right in (3, 4)]
+    expected = {"candidate/pass_at_4": shares[1], "candidate/pass_at_4_difference": shares[1] - shares[0]}
+    assert model["metrics"] == pytest.approx(expected)
+    said = model["tags"]["mlflow.note.content"]
+    assert "Mean pass@4 98.6% over 1 replicates, +5.7 points" in said
+    assert "accuracy" not in said
 
 
 def test_a_second_look_makes_no_second_model_and_changes_nothing(sweep: StudyConfig) -> None:
