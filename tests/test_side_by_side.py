@@ -2,6 +2,8 @@
 said."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
@@ -22,6 +24,7 @@ from search.store import StudyConfig
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from tests.written_sweeps import attempt, make_arm, outcome, scores, study, write_sweep, write_trial
+from trainable import versions as versions_module
 from trainable.disk.trial_folder import AttemptLog, read_attempts
 from trainable.versions import versions
 
@@ -331,6 +334,29 @@ def test_an_attempt_writes_down_which_programs_ran_it(tmp_path: Path) -> None:
     assert seen.versions == versions()
     assert {"python", "rin-search", "torch", "transformers"} <= seen.versions.keys()
     assert f"torch {versions()['torch']}" in page(read_material(config))
+
+
+def test_the_commit_of_a_checkout_is_read_without_a_write_into_it(tmp_path: Path) -> None:
+    """A file with another time and the same content is what makes git write the index anew."""
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert versions_module._commit(tmp_path) == "", "no checkout"
+    git("init", "-q")
+    assert versions_module._commit(tmp_path) == "", "nothing committed"
+    file, index = tmp_path / "a.py", tmp_path / ".git" / "index"
+    file.write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    (tmp_path / "untracked").write_text("1")
+    os.utime(file, (1e9, 1e9))
+    before = index.read_bytes()
+    assert versions_module._commit(tmp_path) == git("rev-parse", "HEAD")[:12]
+    assert index.read_bytes() == before
+    file.write_text("2")
+    assert versions_module._commit(tmp_path) == git("rev-parse", "HEAD")[:12] + "-dirty"
 
 
 def test_versions_that_differ_are_said_and_one_that_is_not_known_too(tmp_path: Path) -> None:

@@ -32,15 +32,21 @@ def versions(names: Sequence[str] = COMPUTE) -> Mapping[str, str]:
     return found
 
 
-def _commit() -> str:
+def _commit(root: Path = Path(__file__).parents[1]) -> str:
     """Of the checkout that holds this very file, `-dirty` where its files differ from it; empty for an installed copy,
-    and where git cannot be asked."""
-    root = Path(__file__).parents[1]
+    and where git cannot be asked.
+
+    Every worker asks, in a checkout where somebody may be at work: so by a command that leaves the index alone. `git
+    describe --dirty` writes it anew under its lock, whatever it is told, and a commit meanwhile would fail.
+    """
     if not (root / ".git").exists():
         return ""
     try:
-        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-        said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        asked = ["git", "--no-optional-locks", "-C", str(root), "status", "--porcelain=v2", "--branch", "-uno"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return said.stdout.strip() if said.returncode == 0 else ""
+    lines = said.stdout.splitlines()
+    head = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "(initial)")
+    dirty = any(not line.startswith("#") for line in lines)
+    return "" if head == "(initial)" else head[:12] + "-dirty" * dirty
