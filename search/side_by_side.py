@@ -7,7 +7,8 @@ W4A4 and in W4A16 is one pair, and each pair says its settings. What only one sw
 What a pair is asked. Two controls: their accuracies. Two arms with noise: their differences to their own controls, and
 the difference of these (does noise do more there than here?), since what the sweeps differ in moves the controls as
 well. Seeds that all of them share pair the runs; else Welch's interval (`statistics.compare_groups`). Nothing is
-compared where the questions or the measure are not the same. All pairs together are corrected for their number.
+compared where the questions or the measure are not the same, or what tells a right answer from a wrong one. All pairs
+together are corrected for their number.
 
 None of this is a confirmation: arms were chosen on the questions by which they are compared, and two sweeps are two
 choices.
@@ -28,16 +29,24 @@ from search.replicates import MIN_REPLICATES, Replicate
 from search.report import MARGIN, ArmReport, StudyReport, report_study
 from search.statistics import Comparison, Pairs, adjust, compare_groups, compare_pairs
 from search.store import StudyConfig
-from spaces.config import ConfigError, TrialConfig
+from spaces.config import MARKED, ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, read_config
 from spaces.uses import idle
 
 LEVEL = 0.05
 QUESTIONS = (
-    *("task.name", "task.path", "task.eval_path", "task.digits", "task.options"),
+    *("task.name", "task.path", "task.eval_path", "task.digits", "task.options", "task.too_long"),
     *("eval.questions", "eval.split", "eval.draw"),
 )
 """Settings that say which questions are answered."""
+LENGTHS = (
+    *("model.name", "rollout.max_prompt_tokens"),
+    *("task.prompt", "task.chat", "task.chat_options", "task.chat_date"),
+)
+"""Which ones, too, where those that are too long are left out."""
+REWARDS = ("task.reward", "task.reward_options", "task.reward_sha256", "task.correct_at")
+"""Settings that say which answers are right, of a task that has no mark of its own (`MARKED`); of the others they say
+only what is learned from."""
 OF_THE_RUN = {"seed", "threads", "noise.sigma_start"}
 """Of each replicate and arm, never of a sweep as a whole."""
 SAID = (
@@ -231,9 +240,12 @@ def _compared(here: Side, there: Side, one: Arm, other: Arm, settings: Settings)
     pair = Pair(here=one.name, there=other.name, settings=settings)
     if here.config.measure != there.config.measure:
         return replace(pair, note="judged by different measures")
-    if asked := [key for key in QUESTIONS if key in settings]:
-        told = ", ".join(f"{key} {settings[key][0]} and {settings[key][1]}" for key in asked)
-        return replace(pair, note=f"they answer different questions ({told})")
+    tasks = one.ran.task, other.ran.task
+    lengths = LENGTHS if any(task.too_long == "leave_out" for task in tasks) else ()
+    if asked := _told(settings, (*QUESTIONS, *lengths)):
+        return replace(pair, note=f"they answer different questions ({asked})")
+    if any(task.kind in MARKED for task in tasks) and (judged := _told(settings, REWARDS)):
+        return replace(pair, note=f"judged by different rewards ({judged})")
     sides = []
     for side, arm in ((here, one), (there, other)):
         runs = replicates_of(side.config, arm)
@@ -250,6 +262,13 @@ def _compared(here: Side, there: Side, one: Arm, other: Arm, settings: Settings)
             return replace(pair, note=f"{arm.name} of {side.config.name} shares no seed with its control")
         sides.append(against)
     return _judged(pair, *sides)
+
+
+def _told(settings: Settings, keys: Sequence[str]) -> str:
+    """Those of the keys in which a pair differs, with their values. Options of the user's are keys of their own below
+    them: task.options.min_terms."""
+    named = [key for above in keys for key in settings if key == above or key.startswith(f"{above}.")]
+    return ", ".join(f"{key} {settings[key][0]} and {settings[key][1]}" for key in named)
 
 
 def _alone(runs: Sequence[Replicate]) -> _Runs:

@@ -18,10 +18,10 @@ from scipy import stats
 from dashboards.page import page, read_material
 from dashboards.side_by_side_text import side_by_side_lines, side_by_side_table
 from search.arms import read_arms, trial_folder
-from search.side_by_side import Pair, SideBySide, read_side, side_by_side, sides_of
+from search.side_by_side import QUESTIONS, REWARDS, Pair, SideBySide, read_side, side_by_side, sides_of
 from search.statistics import compare_groups
 from search.store import StudyConfig
-from spaces.config import ConfigError
+from spaces.config import ConfigError, EvalConfig, TaskConfig
 from spaces.library import SPACES
 from tests.written_sweeps import attempt, make_arm, outcome, scores, study, write_sweep, write_trial
 from trainable import versions as versions_module
@@ -205,6 +205,16 @@ def test_a_setting_that_changes_nothing_in_one_of_them_parts_no_pair(tmp_path: P
     [
         ({"settings": {"eval": {"questions": 200}}}, "different questions (eval.questions 400 and 200)"),
         ({"settings": {"task": {"digits": 1}}}, "different questions (task.digits 2 and 1)"),
+        (
+            {
+                "settings": {
+                    "eval": {"questions": 400},
+                    "task": {"name": "reasoning_gym", "options": {"min_terms": 2}},
+                    "model": {"name": "folder", "recipe": None},
+                }
+            },
+            "task.options.min_terms None and 2)",
+        ),
         ({"objectives": ("pass@4",), "settings": {"eval": {"questions": 400, "samples": 4}}}, "different measures"),
     ],
 )
@@ -216,6 +226,56 @@ def test_other_questions_and_another_measure_are_not_compared(tmp_path: Path, ch
         assert pair.between is None
         assert why in pair.note
     assert seen.here.own["c03"].difference == pytest.approx(np.mean(apart(PLAIN, "c03"))), "its own stands"
+
+
+TRL = {"name": "trl", "path": ("rows.jsonl",), "reward": ("r.py:f",), "reward_sha256": ("0" * 64,)}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"reward": ("other.py:f",)}, "task.reward ['r.py:f'] and ['other.py:f']"),
+        ({"reward_sha256": ("1" * 64,)}, f"task.reward_sha256 ['{'0' * 64}'] and ['{'1' * 64}']"),
+        ({"reward_options": {"penalty": 0.1}}, "task.reward_options.penalty None and 0.1"),
+        ({"correct_at": 0.5}, "task.correct_at 1.0 and 0.5"),
+    ],
+)
+def test_answers_that_are_right_by_different_rewards_are_not_compared(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    tree: dict[str, Any] = {"eval": {"questions": 400}, "model": {"name": "folder", "recipe": None}}
+    here = swept(tmp_path, "a", PLAIN, settings={**tree, "task": TRL})
+    there = swept(tmp_path, "b", NOISY, settings={**tree, "task": {**TRL, **change}})
+    seen = sides_of(here, there)
+    assert [(pair.between, pair.note) for pair in seen.pairs] == [(None, f"judged by different rewards ({why})")] * 2
+    assert f"judged by different rewards ({why})" in "\n".join(side_by_side_lines(seen)[1])
+
+
+def test_a_reward_that_is_only_learned_from_parts_no_pair_of_a_task_with_its_own_mark(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"eval": {"questions": 400}}
+    settings = [{**tree, "task": {"reward": (f"{name}.py:f",)}} for name in "rs"]
+    sides = [swept(tmp_path, name, PLAIN, settings=one) for name, one in zip("ab", settings, strict=True)]
+    assert all(pair.between is not None and list(pair.settings) == ["task.reward"] for pair in sides_of(*sides).pairs)
+
+
+def test_where_long_questions_are_left_out_another_limit_is_other_questions(tmp_path: Path) -> None:
+    for number, (too_long, compared) in enumerate([("error", True), ("leave_out", False)]):
+        tree = {"eval": {"questions": 400}, "task": {"too_long": too_long}}
+        limits: list[dict[str, Any]] = [{**tree, "rollout": {"max_prompt_tokens": limit}} for limit in (64, 32)]
+        sides = [swept(tmp_path, f"{number}{k}", PLAIN, settings=limit) for k, limit in enumerate(limits)]
+        assert [pair.between is not None for pair in sides_of(*sides).pairs] == [compared] * 2
+
+
+def test_of_every_setting_of_a_task_it_is_known_whether_another_value_is_another_yardstick() -> None:
+    """A new one belongs in a list of the module, or here: what is learned from, how rewards are run, how a question is
+    put to the model (which may be what is compared)."""
+    no_yardstick = {"reward_weights", "reward_timeout_seconds", "reward_check"}
+    no_yardstick |= {"prompt", "chat", "chat_options", "chat_date"}
+    of_evaluation = {"every", "samples", "batch_size"}  # a measure by samples is in the measure's name
+    for part, model, others in (("task", TaskConfig, no_yardstick), ("eval", EvalConfig, of_evaluation)):
+        listed = {key.partition(".")[2] for key in (*QUESTIONS, *REWARDS) if key.startswith(f"{part}.")}
+        assert not listed & others
+        assert listed | others == set(model.model_fields)
 
 
 def odd(store: Path) -> dict[str, StudyConfig]:
