@@ -5,6 +5,7 @@ line.
 """
 
 import inspect
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -130,8 +131,8 @@ class SweepOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Configurations, the control included. Default: 8, or what the points need; the sweep that is asked "
-            "for nothing also runs the plan's e13i-baseline, which collapses, and its control: 10.",
+            help="Configurations, the control included. Default: 8, or what the points need; in the sweep that is asked "
+            "for nothing the plan's e13i-baseline, which collapses, and its control are among them.",
         ),
     ] = None
     replicates: Annotated[int | None, typer.Option(min=1, help="Runs per configuration, with paired seeds. [1]")] = None
@@ -302,6 +303,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     else:
         chosen = named(space, workload, settings) if space in SPACES else load_space(home(space))
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    if confirmed := re.fullmatch(r"(.+)-confirm(-.+)?", options.name or ""):
+        raise ConfigError(f"--name {name}: the confirmation of a sweep {confirmed[1]} has that name; choose another")
     left = searched(chosen, workload, settings)
 
     plain = not _decided(options)
@@ -344,7 +347,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     if before is not None:
         study = derived(before, study, changes)
     arms = fixed_arms(study)  # a setting that the sweep would not take is told here
-    configurations = 7 + len(arms) if plain else len(arms) if options.points else 8
+    configurations = len(arms) if options.points else 8
     return study.model_copy(update={"trials": number or configurations})
 
 

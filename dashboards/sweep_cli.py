@@ -232,7 +232,7 @@ def _run(
 def _confirm_candidate(result: "StudyResult", place: Place) -> str:
     """The second part of a sweep, where one was asked for; why it is not finished, else empty."""
     from dashboards.live import build_progress, sweep_view
-    from dashboards.page import left_behind
+    from dashboards.page import leave_behind, left_behind
     from dashboards.report_text import confirmation_lines
     from dashboards.sweep_text import confirmation_begins
     from dashboards.tables import say, terminal
@@ -265,8 +265,8 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
     except KeyboardInterrupt:  # before there was a trial
         return f"interrupted: its candidate is not confirmed yet. Go on: {again}"
     say(console, confirmation_lines(state, place.again))
-    left_behind(state.config)
-    if (state.unfinished and not state.budget_spent) or (state.interrupted and not state.taken(config.confirm_pairs)):
+    leave_behind(state.config)
+    if not state.taken(config.confirm_pairs) and (state.interrupted or not state.budget_spent):
         return f"its confirmation is not finished. Go on: {again}"
     return ""
 
@@ -322,6 +322,7 @@ def confirm(
         print(json.dumps(confirmation_tree(state), indent=1))
     else:
         say(console, confirmation_lines(state, place.again))
-    leave_behind(state.config, quiet=as_json)
+    for one in (state.config, study):  # whose page tells the confirmation
+        leave_behind(one, quiet=as_json)
     if (state.unfinished and not state.budget_spent) or (state.interrupted and not state.settled):
         raise typer.Exit(1)

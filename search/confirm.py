@@ -153,7 +153,8 @@ def confirm(
             )
     else:
         config, arms = planned_confirmation(parent, looks or CONFIRM.looks, arm)
-    config = config.model_copy(update={"tracking_uri": parent.tracking_uri, "address": address})
+    as_the_sweep = {name: getattr(parent, name) for name in ("tracking_uri", "concurrent", "cpus", "gpus")}
+    config = config.model_copy(update={**as_the_sweep, "address": address})
     if budget_hours is not None or not begun:
         config = config.model_copy(update={"budget_hours": budget_hours})
     to_take = [look for look in config.looks if config.replicates <= look <= (until or config.looks[-1])]

@@ -80,8 +80,9 @@ def second_part(config: StudyConfig, arms: Sequence[Arm]) -> str:
     state = confirmation_of(config)
     if state is not None and is_driven(state.config):
         return f"its candidate is being confirmed: rin status {state.config.name}"
-    if state is not None and not state.unfinished and state.taken(config.confirm_pairs):
-        return ""
+    if state is not None and state.taken(config.confirm_pairs):
+        left = "a later look of its confirmation is not finished; go on: "
+        return f"{left}{state.config.go_on}" if state.unfinished else ""
     return f"its candidate is not confirmed yet; go on: {config.go_on}"
 
 

@@ -11,8 +11,8 @@ from spaces.errors import ConfigError
 
 MIN_REPLICATES = 3
 """Fewer say nothing about their own spread."""
-AT_ONCE = 8
-"""Pairs up to which a sweep confirms its candidate by itself: the first two looks of the default plan."""
+AT_ONCE = 5
+"""Pairs up to which a sweep confirms its candidate by itself: the first look of the default plan."""
 FRESH = 1000
 """Distance between the sweep's seeds and the confirmation's: no arm has as many replicates."""
 

@@ -27,7 +27,7 @@ PLAN = CONFIRM.looks
 
 def swept(store: Path, *, control: Any = 280, c01: Any = 300, seconds: float = 3600.0, **changes: Any) -> StudyConfig:
     """Its trials took an hour each, so that it is worth to stop at each look."""
-    config = study(store, trials=2, **{"confirm_pairs": AT_ONCE, **changes})
+    config = study(store, trials=2, **{"confirm_pairs": 8, **changes})
     arms = [make_arm(config, "control"), make_arm(config, "c01")]
     write_sweep(config, arms, {"control": [control], "c01": [c01]})
     for arm in read_arms(config):
@@ -91,6 +91,42 @@ def test_it_is_one_plan_whoever_runs_its_parts(tmp_path: Path, sweeps: Sweeps) -
     assert ran(sweeps)[-1][2] == 20
     resumed(tmp_path)
     assert ran(sweeps)[-1][0] == "s", "one that went further is read, and not run"
+
+
+def test_a_later_look_that_is_killed_goes_on_by_the_command_that_began_it(tmp_path: Path, sweeps: Sweeps) -> None:
+    swept(tmp_path)
+    resumed(tmp_path)
+    sweeps.room = 3
+    resumed(tmp_path, "confirm")
+    assert "a later look of its confirmation is not finished; go on: rin confirm s" in resumed(tmp_path, "status").out
+    sweeps.room = 10**6
+    assert resumed(tmp_path).code == 0, "the sweep's own part is done"
+    resumed(tmp_path, "confirm")
+    assert "not finished" not in resumed(tmp_path, "status").out
+
+
+def test_both_pages_and_both_descriptions_are_of_what_the_confirmation_came_to(
+    tmp_path: Path, sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("dashboards.page.leave_note", lambda config: told.append(config.name))
+    config = swept(tmp_path)
+    resumed(tmp_path)
+    assert told == ["s-confirm", "s"]
+    resumed(tmp_path, "confirm")
+    assert told[2:] == ["s-confirm", "s"]
+    sentence = answer_of(report_study(config), confirmation_of(config)).sentence
+    assert "(20 pairs" in sentence
+    for name in told[2:]:
+        assert escape(sentence) in (tmp_path / name / PAGE_FILE).read_text(encoding="utf-8")
+
+
+def test_what_a_sweep_goes_on_with_holds_for_its_confirmation(tmp_path: Path, sweeps: Sweeps) -> None:
+    swept(tmp_path)
+    resumed(tmp_path)
+    rin("resume", "s", "--store", str(tmp_path), "--concurrent", "1", "--cpus", "2", "--gpus", "0.5")
+    resumed(tmp_path, "confirm")
+    assert {(one.concurrent, one.cpus, one.gpus) for one in sweeps.configs[-4:]} == {(1, 2, 0.5)}
 
 
 def test_a_decision_at_the_first_look_ends_it(tmp_path: Path, sweeps: Sweeps) -> None:

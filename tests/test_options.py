@@ -46,7 +46,7 @@ def test_without_options_it_is_the_default_sweep_in_this_folder(
     monkeypatch.chdir(tmp_path)
     config = study_config(SweepOptions())
     assert re.fullmatch(r"sigma-\d{8}-\d{6}", config.name)
-    assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 10, 1)
+    assert (config.space, config.workload, config.trials, config.replicates) == (SPACES["sigma"], "embedded", 8, 1)
     assert [arm.name for arm in fixed_arms(config)] == ["control", "control-resample", "e13i-baseline"]
     assert config.confirm_pairs == AT_ONCE
     assert (config.searcher, config.objectives) == ("gp", ("accuracy",))
@@ -66,15 +66,15 @@ def test_without_options_it_is_the_default_sweep_in_this_folder(
         ({"points": "control"}, 1),
     ],
 )
-def test_the_experiment_that_collapses_runs_where_nothing_was_asked_for_and_takes_nobody_s_trials(
+def test_the_experiment_that_collapses_runs_where_nothing_was_asked_for(
     tmp_path: Path, given: dict[str, Any], trials: int
 ) -> None:
-    """Without it a sweep has eight configurations, with it and its control ten: the searcher has seven in both."""
+    """Among its eight configurations, with the control of its own; the searcher has five."""
     config = made(tmp_path, **given)
     assert "e13i-baseline" not in config.points
     assert config.trials == trials
     plain = made(tmp_path, seed=3, budget=2.0, replicates=2, confirm=False)
-    assert (plain.points, plain.trials - len(fixed_arms(plain))) == ((COLLAPSES,), 7)
+    assert (plain.points, plain.trials - len(fixed_arms(plain))) == ((COLLAPSES,), 5)
     assert POINTS[COLLAPSES].collapsed_at_step is not None
 
 
@@ -135,6 +135,8 @@ def test_every_option_reaches_the_study(tmp_path: Path) -> None:
         ({"space": "nothing"}, f"SPACE=nothing: unknown; choose one of {', '.join(SPACES)}, or give a YAML file"),
         ({"space": "missing.yaml"}, "missing.yaml"),
         ({"workload": "big"}, f"--workload big: unknown; choose one of {', '.join(WORKLOADS)}"),
+        ({"name": "s-confirm"}, "--name s-confirm: the confirmation of a sweep s has that name; choose another"),
+        ({"name": "s-confirm-c01"}, "--name s-confirm-c01: the confirmation of a sweep s has that name"),
         ({"runs": 9, "trials": 3}, "--trials 3: with --runs 9 the sweep decides how many configurations"),
         ({"runs": 9, "replicates": 1}, "--replicates 1: with --runs 9 the sweep decides how many configurations"),
         (
