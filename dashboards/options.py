@@ -131,8 +131,8 @@ class SweepOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Configurations, the control included. Default: 8, or what the points need; in the sweep that is asked "
-            "for nothing the plan's e13i-baseline, which collapses, and its control are among them.",
+            help="Configurations, the control included. Default: 8, or what the points need; in the sweep that is "
+            "asked for nothing the plan's e13i-baseline, which collapses, and its control are among them.",
         ),
     ] = None
     replicates: Annotated[int | None, typer.Option(min=1, help="Runs per configuration, with paired seeds. [1]")] = None
