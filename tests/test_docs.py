@@ -160,7 +160,14 @@ def test_every_metric_has_a_unit_and_a_group_that_says_when_it_is_logged() -> No
     assert set(UNITS) <= set(METRICS)
 
 
-@pytest.mark.parametrize("model", [*(part for _, _, part in reference.trial_parts()), *reference.LINKED, StudyConfig])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(part for _, _, part in reference.trial_parts()),
+        *sorted(reference.LINKED, key=lambda one: one.__name__),
+        StudyConfig,
+    ],
+)
 def test_every_key_of_a_file_is_told_what_it_means(model: type[BaseModel]) -> None:
     bare = [name for name, field in model.model_fields.items() if not field.description and name != "kind"]
     assert bare == [], "a string under the field says it"
