@@ -16,6 +16,7 @@ from scipy import stats
 from dashboards.tables import describe_noise, finite
 from dashboards.trial_rows import ordered
 from search.arms import Arm, replicates_of
+from search.confirm import Confirmation
 from search.objectives import pareto_front
 from search.power import detectable_difference, half_width, planned_error
 from search.replicates import MIN_REPLICATES
@@ -78,6 +79,27 @@ def forest_rows(report: StudyReport) -> tuple[ForestRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def confirmed_row(report: StudyReport, state: Confirmation) -> ForestRow | None:
+    """What the confirmation of an arm of this sweep found, beside what the sweep saw; None before its first look."""
+    seen, arm = state.comparison, next((row for row in report.arms if row.arm == state.winner), None)
+    low, high = finite(seen.low), finite(seen.high)
+    if arm is None or state.finding is None or low is None or high is None:
+        return None
+    return ForestRow(
+        arm=f"{state.winner}, its confirmation",
+        noise=describe_noise(arm.config),
+        control=state.control,
+        difference=seen.difference,
+        low=low,
+        high=high,
+        verdict=state.finding.words(),
+        power=f"with fresh seeds ({state.pairs}), on questions that chose nothing",
+        replicates=seen.replicates,
+        collapsed=state.finding.collapsed,
+        candidate=False,
+    )
 
 
 def _power(row: ArmReport) -> str:

@@ -129,7 +129,11 @@ def _percent_axis(title: str, **more: Any) -> dict[str, Any]:
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
-MARKS = {"ahead": (BLUE, "circle"), "behind": (VERMILLION, "square"), "same": (GREEN, "diamond")}
+MARKS = {
+    **dict.fromkeys(("ahead", "better"), (BLUE, "circle")),
+    **dict.fromkeys(("behind", "worse"), (VERMILLION, "square")),
+    "same": (GREEN, "diamond"),
+}
 """Of a verdict's first word: colour and symbol; every other is an open grey circle."""
 
 

@@ -169,7 +169,7 @@ def _title(material: Material) -> str:
     if config.kind == "program":
         ended = sum(len(arm.results) for arm in material.arms)
         return f"programme {config.name} on {config.workload}, {ended} trials"
-    runs = f"{config.trials} configurations x {config.replicates} replicates"
+    runs = f"{config.trials} configurations x {config.replicates} replicate{'s'[: config.replicates != 1]}"
     return (
         f"{config.kind} {config.name}: space {config.space.name} on {config.workload}, "
         f"{runs if config.total is None else f'{config.total} runs'}"
@@ -326,6 +326,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequenc
 
 def _differences(material: Material) -> Section:
     rows, report = figure_rows.forest_rows(material.report), material.report
+    if material.confirmation is not None and report.config.kind != "confirm":
+        confirmed = figure_rows.confirmed_row(report, material.confirmation)
+        rows = rows if confirmed is None else (confirmed, *rows)
     where = f" {shlex.join(['--store', material.config.store])}"
     blocks = []
     if rows:

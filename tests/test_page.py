@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from dashboards import page as page_module
 from dashboards.cli import app
-from dashboards.page import FIRST, left_behind, page, read_material, write_page
+from dashboards.figures import Figure
+from dashboards.page import FIRST, left_behind, page, read_material, sections_of, write_page
 from search.arms import read_arms
 from search.confirm import planned_confirmation
 from search.store import PAGE_FILE, StudyConfig, save_study_config
@@ -76,10 +77,19 @@ def test_a_sweep_that_helps_says_that_it_is_not_confirmed_and_its_confirmation_s
     confirmation, again = planned_confirmation(base, (5, 8))
     again = [replace(arm, config=arm.config) for arm in again]
     write_sweep(confirmation, again, {"control": [200, 204, 201, 207, 203], "better": [260, 263, 255, 260, 262]})
+    drawn = {figure.name: figure for figure in sections_figures(base)}
+    (first, *_) = [note["text"] for note in drawn["forest"].layout["annotations"]]
+    assert first.startswith("<b>better, its confirmation</b>"), "above what the sweep itself saw"
+    assert "with fresh seeds (5 pairs)" in first.replace("<br>", " ")
     for one in (base, confirmation):
         said = words(page_of(one))
         assert "Does noise help? Yes where it holds: a collapse risk is not excluded" in said
         assert "with fresh seeds (5 pairs)" in said
+
+
+def sections_figures(config: StudyConfig) -> list[Figure]:
+    sections = sections_of(read_material(config))
+    return [figure for section in sections for block in section.blocks for figure in block.figures]
 
 
 def all_collapsed(store: Path) -> StudyConfig:
