@@ -10,13 +10,13 @@ excluded, of noise that broke runs what was seen and in how many.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dashboards.report_text import interval
 from dashboards.tables import describe_noise, points
 from search.confirm import Confirmation
-from search.finding import Finding, percent
+from search.finding import Finding, FindingVerdict
 from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import Comparison
@@ -38,7 +38,7 @@ class Answer:
 def answer_of(report: StudyReport, confirmation: Confirmation | None) -> Answer:
     """`confirmation`: of the sweep's candidate, or the study itself where that is one."""
     if confirmation is not None and confirmation.finding is not None:
-        word, lines = CONFIRMED[confirmation.finding.verdict], list(_confirmed(confirmation, confirmation.finding))
+        word, lines = _word(confirmation.finding, CONFIRMED), list(_confirmed(confirmation, confirmation.finding))
     else:
         word, lines = _screened(report)
     return Answer(
@@ -48,7 +48,7 @@ def answer_of(report: StudyReport, confirmation: Confirmation | None) -> Answer:
     )
 
 
-CONFIRMED = {
+CONFIRMED: dict[FindingVerdict, str] = {
     "better": "Yes, confirmed",
     "better where it holds": "Yes where it holds: a collapse risk is not excluded",
     "same": "No difference, confirmed",
@@ -56,7 +56,7 @@ CONFIRMED = {
     "worse": "No, it is worse, confirmed",
     "undecided": "Undecided, also by its confirmation",
 }
-SCREENED = {
+SCREENED: dict[FindingVerdict, str] = {
     "better": "It looks so, not confirmed",
     "better where it holds": "It looks so where it holds, not confirmed",
     "same": "It looks like no difference, not confirmed",
@@ -64,6 +64,16 @@ SCREENED = {
     "worse": "It does not look so: the best of it is behind",
     "undecided": "Undecided",
 }
+
+
+CANCELLED = ": a collapse risk is not excluded", ": collapses as often as seen would cancel that"
+
+
+def _word(finding: Finding, words: Mapping[FindingVerdict, str]) -> str:
+    said = words[finding.verdict]
+    if not finding.cancelled:
+        return said
+    return said.replace(*CANCELLED) if words is CONFIRMED else f"{said}{CANCELLED[1]}"
 
 
 def _confirmed(state: Confirmation, finding: Finding) -> Iterator[str]:
@@ -99,7 +109,7 @@ def _screened(report: StudyReport) -> tuple[str, list[str]]:
         lines.append(f"{said[0].upper()}{said[1:]}.")
     if report.config.kind == "sweep":
         lines.append(f"It was chosen and judged on the same questions: not a finding. To find out: rin confirm {name}")
-    return SCREENED[row.finding.verdict], lines
+    return _word(row.finding, SCREENED), lines
 
 
 def _why_not(report: StudyReport) -> str:
@@ -177,14 +187,16 @@ def _found(state: Confirmation, finding: Finding) -> str:
     seen, unit = state.comparison, _unit(state.config.measure)
     notes = [state.pairs]
     if finding.qualified:
-        notes.append(f"a collapse risk up to {percent(finding.risk_high)} is not excluded")
-    if finding.collapsed:
+        notes.append(finding.caveat)
+    if finding.collapsed and not finding.cancelled:
         notes.append(f"{finding.collapsed} of its {finding.runs} runs collapsed")
     if state.arms is not None and (risk := state.arms.control_risk).collapsed:
         notes.append(f"{risk.collapsed} of {risk.replicates} runs of the control collapsed")
     where = " where it holds" if finding.qualified else ""
     apart = f"{_points(seen)} {unit} {interval(seen)}"
-    if seen.verdict == "same":
+    if finding.unheld:
+        said = f"undecided: {finding.unheld}; {apart}"
+    elif seen.verdict == "same":
         said = f"same within ±{100 * seen.margin:g} {unit} of {state.control}{where}: {apart}"
     elif seen.verdict != "undecided":
         said = f"{seen.verdict} than {state.control}{where}: {apart}"

@@ -71,7 +71,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines += [_controls_line(pair, report.config.measure) for pair in report.controls]
     lines += _negative_lines(report)
     lines += _curve_lines(report)
-    undecided = [row for row in report.arms if row.corrected is not None and row.corrected.verdict == "undecided"]
+    undecided = [row for row in report.arms if row.finding is not None and row.finding.verdict == "undecided"]
     if undecided:
         lines.append(f"undecided: {', '.join(f'{row.arm} ({_missing(row)})' for row in undecided)}")
     lines += [f"{row.arm}: {marks}" for row in report.arms if (marks := marks_apart(row.marks))]
@@ -338,8 +338,8 @@ def _completed(row: ArmReport) -> str:
 
 
 def _missing(row: ArmReport) -> str:
-    assert row.corrected is not None
-    return row.corrected.words().removeprefix("undecided").lstrip(",: ") or "no estimate"
+    assert row.finding is not None
+    return row.finding.words().removeprefix("undecided").lstrip(",: ") or "no estimate"
 
 
 def as_tree(report: StudyReport) -> dict[str, object]:

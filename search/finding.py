@@ -21,6 +21,10 @@ counts as worth nothing at all: 0.
 holds*, and the words say which risk is not excluded. `same` is treated alike: the point where the arm falls out of the
 margin. `worse` is told as it is: collapses of the arm that were not seen would only make it worse.
 
+A decision at a look stands, and runs of the same round may collapse after it. Where collapses as often as *seen* would
+cancel the gain, the words say that, and not only that a risk is not excluded. And *where it holds* needs runs that
+held: without one of the arm there is no gain, without one of both there is no `same`. That is undecided.
+
 What this keeps to is counted in docs/calibration.md: false `better` in worlds with rare collapses and with skewed
 differences, and what it costs in power. Left out: an assumption about what a collapse costs at most (the accuracy
 before training, say), which would buy power with what nobody has seen.
@@ -45,7 +49,7 @@ VERDICTS: dict[FindingVerdict, str] = {
     "same": "The whole interval lies within the margin (1 point), and no collapse risk takes the arm out of it.",
     "same where it holds": "The interval lies within the margin; a collapse risk that matters is not excluded.",
     "worse": "The interval lies below 0.",
-    "undecided": "None of these, or fewer than three pairs of runs; it says about how many more would decide.",
+    "undecided": "None of these, fewer than three pairs of runs, or none that held; it says why, or how many more.",
 }
 LEVEL = 0.05
 """Of the exact interval, both sides: its upper end is exceeded in 2.5 %."""
@@ -72,10 +76,28 @@ class Finding:
     needs: int | None
     """How many more replicates without a collapse would bring the bound below the tipping point; None where it is, and
     where no number would do."""
+    unheld: str = ""
+    """Why it is undecided though the accuracies are not: whose runs all collapsed."""
 
     @property
     def qualified(self) -> bool:
         return self.verdict in ("better where it holds", "same where it holds")
+
+    @property
+    def cancelled(self) -> bool:
+        """Collapses as often as seen would cancel it."""
+        return self.qualified and self.tipping is not None and self.collapsed / self.runs >= self.tipping
+
+    @property
+    def caveat(self) -> str:
+        """Of a verdict `where it holds`; empty elsewhere."""
+        if self.cancelled:
+            return f"collapses as often as seen ({self.collapsed} of {self.runs} runs) would {self._gone}"
+        return f"a collapse risk up to {percent(self.risk_high)} is not excluded" if self.qualified else ""
+
+    @property
+    def _gone(self) -> str:
+        return "cancel the gain" if self.accuracies.verdict == "better" else "take it out of the margin"
 
     def settled(self, last: int) -> bool:
         """No look up to that many replicates could change what is said: the accuracies are decided, and the collapse
@@ -86,16 +108,15 @@ class Finding:
 
     def words(self) -> str:
         """Example: `better where it holds; a collapse risk up to 17 % is not excluded`."""
+        if self.unheld:
+            return f"undecided: {self.unheld}"
         said = self.accuracies.words()
-        if not self.qualified:
-            return said
-        return f"{said} where it holds; a collapse risk up to {percent(self.risk_high)} is not excluded"
+        return f"{said} where it holds; {self.caveat}" if self.qualified else said
 
     def risk_words(self) -> str:
         """Bound, tipping point and what it would take; empty where nothing hangs on it."""
         if self.verdict in ("worse", "undecided") or self.tipping is None:
             return ""
-        gone = "cancel the gain" if self.accuracies.verdict == "better" else "take it out of the margin"
         worth = (
             f"worth {percent(self.worth)} (the lowest accuracy of one that was seen)"
             if self.worth_seen
@@ -104,7 +125,7 @@ class Finding:
         more = "" if self.needs is None else f"; {self.needs} more replicates without a collapse would exclude that"
         return (
             f"collapse risk: {self.collapsed} of {self.runs} runs, up to {percent(self.risk_high)} is not excluded; "
-            f"{percent(self.tipping)} would {gone} if a collapsed run is {worth}{more}"
+            f"{percent(self.tipping)} would {self._gone} if a collapsed run is {worth}{more}"
         )
 
 
@@ -131,10 +152,11 @@ def find(
     level = LEVEL / arms
     bound = risk_bound(collapsed, runs, level)
     excluded = tipping is not None and bound < tipping
-    verdict: FindingVerdict = accuracies.verdict
-    if not excluded and accuracies.verdict == "better":
+    unheld = _unheld(accuracies, treated, control)
+    verdict: FindingVerdict = "undecided" if unheld else accuracies.verdict
+    if not excluded and verdict == "better":
         verdict = "better where it holds"
-    elif not excluded and accuracies.verdict == "same":
+    elif not excluded and verdict == "same":
         verdict = "same where it holds"
     return Finding(
         verdict=verdict,
@@ -145,7 +167,8 @@ def find(
         tipping=tipping,
         worth=worth,
         worth_seen=bool(seen),
-        needs=None if tipping is None or verdict == accuracies.verdict else _needs(collapsed, runs, level, tipping),
+        needs=_needs(collapsed, runs, level, tipping) if "where" in verdict and tipping is not None else None,
+        unheld=unheld,
     )
 
 
@@ -162,6 +185,16 @@ def risk_bound(collapsed: int, runs: int, level: float = LEVEL) -> float:
 def percent(share: float) -> str:
     """Two digits: `17 %`, `4.6 %`."""
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def _unheld(accuracies: Comparison, treated: Sequence[Replicate], control: Sequence[Replicate]) -> str:
+    """What is said of accuracies that are better or the same where nothing held; empty elsewhere."""
+    arm, plain = (all(run.collapsed for run in runs) for runs in (treated, control))
+    if accuracies.verdict == "same" and arm and plain:
+        return "no run held, neither of it nor of its control"
+    if accuracies.verdict in ("better", "same") and arm:
+        return "no run of it held"
+    return "no run of its control held" if accuracies.verdict == "same" and plain else ""
 
 
 def _tipping(held: float, control: float, worth: float) -> float | None:

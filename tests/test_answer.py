@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dashboards.answer import answer_of
+from dashboards.report_text import confirmation_lines
 from search.confirm import confirmation_of, planned_confirmation
 from search.report import report_study
 from search.sequential import CONFIRM
@@ -88,6 +89,31 @@ def test_collapses_of_a_confirmation_are_in_the_sentence_the_control_s_too(tmp_p
     config = swept(tmp_path, norm_001=[284])
     told = confirmed(config, (*FAR[:7], ("collapsed", 100)), (*PLAIN[:6], *[("collapsed", 90)] * 2))
     assert "1 of its 8 runs collapsed; 2 of 8 runs of the control collapsed" in told
+
+
+BROKE = ("collapsed", 60)
+CANCELLED = "collapses as often as seen (3 of 8 runs) would cancel the gain"
+
+
+def test_collapses_after_the_look_that_decided_are_told_wherever_the_gain_is(tmp_path: Path) -> None:
+    config = swept(tmp_path, norm_001=[284])
+    told = confirmed(config, (*CLEAR, *[BROKE] * 3))
+    assert told.startswith("norm_001, rmsnorm 0.01 -> 0.001: better than control where it holds: +7.3 points")
+    assert told.endswith(f"(5 pairs of 8, at the look that decided; {CANCELLED})")
+    state = confirmation_of(config)
+    assert state is not None
+    assert confirmation_lines(state)[0] == f"norm_001 against control: better where it holds; {CANCELLED}"
+    answer = answer_of(report_study(config), state)
+    assert answer.word == "Yes where it holds: collapses as often as seen would cancel that"
+    assert f"better where it holds; {CANCELLED}." in answer.lines[0]
+
+
+def test_nothing_is_the_same_where_no_run_held(tmp_path: Path) -> None:
+    config = swept(tmp_path, norm_001=[284])
+    told = confirmed(config, [BROKE] * 8, [BROKE] * 8)
+    assert "undecided: no run held, neither of it nor of its control; +0.0 points" in told
+    assert "same" not in told
+    assert answer_of(report_study(config), confirmation_of(config)).word == "Undecided, also by its confirmation"
 
 
 def test_noise_that_broke_runs_is_told_from_which_sigma_on_and_in_how_many(tmp_path: Path) -> None:
