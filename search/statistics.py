@@ -25,7 +25,9 @@ what has no partner is counted as `unpaired`. Left out: a mixed model over all r
 narrower (simulated, 3 to 5 common seeds among 4 to 8); running what is missing (`rin resume`) wins more.
 
 **Runs that share no seeds** (`compare_groups`, of two sweeps): Welch's (1947) interval, which takes neither pairs nor
-one spread for granted, and the part of the questions as above.
+one spread for granted, and the part of the questions as above. That is a difference of mean squares: where it is near
+zero and runs hardly differ, Satterthwaite's degrees of freedom fall far below 1 and the interval spans everything, so
+they are at least those of the smaller group.
 
 **Collapses** (`compare_arms`): intention to treat. A collapsed run keeps its place, with the accuracy of its clean
 model at the stop; to drop it would compare the lucky seeds of one arm with all seeds of the other. How often arms
@@ -205,7 +207,8 @@ def compare_groups(
         errors.append((math.sqrt(sum(own)), sum(own) ** 2 / sum(spread)))
     if shared > 0:
         total = sum(own) + shared
-        errors.append((math.sqrt(total), total**2 / (sum(spread) + (by_question / questions) ** 2 / (questions - 1))))
+        df = total**2 / (sum(spread) + (by_question / questions) ** 2 / (questions - 1))
+        errors.append((math.sqrt(total), max(df, seen.replicates - 1.0)))  # as Welch's has at least
     se, df = max(errors, key=lambda error: half_width(error[0], error[1], 0.05))
     return _judge(replace(seen, sd=math.sqrt(sum(own) * seen.replicates), se=se, df=df))
 

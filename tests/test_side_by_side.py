@@ -121,6 +121,22 @@ def test_groups_cover_what_questions_and_runs_leave_open() -> None:
     assert welch / 300 > 0.15
 
 
+def test_runs_that_hardly_differ_get_no_absurd_interval() -> None:
+    """All runs have the same accuracy, and what questions share is barely above zero: an interval of several points,
+    and never the whole scale. Where questions share nothing it is what two answers leave open."""
+    draw, widths = np.random.default_rng(0), []
+    chance = draw.beta(1.2, 1, 400)
+    for _ in range(60):
+        draws = chance + draw.gumbel(0, 0.2, (2, 3, 400))
+        groups = (draws > np.quantile(draws, 0.4, axis=2, keepdims=True)).astype(float)
+        seen = compare_groups(*groups.mean(axis=2), answers=(groups[0], groups[1]))
+        assert seen.df is not None
+        assert seen.df >= 2
+        widths.append(seen.high - seen.low)
+    assert max(widths) < 0.15
+    assert min(widths) == pytest.approx(2 * stats.t.ppf(0.975, 399) * np.sqrt(2) / 400)
+
+
 def test_groups_of_one_run_and_groups_that_agree_in_all_say_nothing_for_sure() -> None:
     one = compare_groups([0.5], [0.7, 0.6], answers=([[0, 1]], [[1, 0], [0, 1]]))
     assert (one.verdict, one.low, one.high) == ("undecided", -np.inf, np.inf)
