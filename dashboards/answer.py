@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dashboards.report_text import interval
 from dashboards.tables import describe_noise, points
-from search.confirm import Confirmation
+from search.confirm import Confirmation, confirm_command, in_its_place
 from search.finding import Finding, FindingVerdict
 from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
@@ -89,7 +89,7 @@ def _confirmed(state: Confirmation, finding: Finding) -> Iterator[str]:
 
 
 def _screened(report: StudyReport) -> tuple[str, list[str]]:
-    row, name = report.candidate, report.config.name
+    row, config = report.candidate, report.config
     if row is None:
         return "Nothing can be said yet", [_why_not(report)]
     if row.corrected is None or row.finding is None:
@@ -107,8 +107,10 @@ def _screened(report: StudyReport) -> tuple[str, list[str]]:
     lines.append(f"What it says: {screening(row.finding.words())}.")
     if said := row.finding.risk_words():
         lines.append(f"{said[0].upper()}{said[1:]}.")
-    if report.config.kind == "sweep":
-        lines.append(f"It was chosen and judged on the same questions: not a finding. To find out: rin confirm {name}")
+    if config.kind == "sweep":
+        find_out = confirm_command(config, row.arm)
+        lines.append(f"It was chosen and judged on the same questions: not a finding. To find out: {find_out}")
+        lines += filter(None, [in_its_place(config)])
     return _word(row.finding, SCREENED), lines
 
 

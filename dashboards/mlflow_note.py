@@ -10,6 +10,7 @@ from datetime import datetime
 
 from dashboards.answer import QUESTION, answer_of
 from dashboards.program_view import state_lines
+from search.arms import confirms
 from search.confirm import Confirmation, confirmation_of
 from search.mlflow_client import NOTE_TAG, tag_experiment
 from search.notes import read_notes
@@ -24,7 +25,8 @@ def leave_note(config: StudyConfig) -> None:
         write_note(config)
         if config.kind == "confirm":
             parent = load_study_config(config.store, config.parent)
-            write_note(parent.model_copy(update={"tracking_uri": config.tracking_uri}))
+            if confirms(config, parent):
+                write_note(parent.model_copy(update={"tracking_uri": config.tracking_uri}))
     except Exception as error:  # as of the page: whatever is wrong with it
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         again = f"rin ui {config.name} writes it"

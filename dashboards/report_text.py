@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dashboards.tables import curve_rows, describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
-from search.confirm import Confirmation
+from search.confirm import Confirmation, confirm_command, in_its_place
 from search.finding import Finding
 from search.importance import Importance
 from search.lineup import overridden
@@ -88,7 +88,9 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
         f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
     )
     if report.candidate is not None and report.config.kind == "sweep":
-        lines.append(f"candidate: {report.candidate.arm}. Is it a finding? rin confirm {report.config.name}{where}")
+        arm = report.candidate.arm
+        lines.append(f"candidate: {arm}. Is it a finding? {confirm_command(report.config, arm, where)}")
+        lines += filter(None, [in_its_place(report.config)])
     return lines
 
 

@@ -12,13 +12,14 @@ from rich.table import Table
 
 from dashboards.report_text import interval
 from dashboards.tables import describe_noise, empty_table, fields_of, finite, points
+from search.confirm import confirm_command
 from search.report import ArmReport, screening
 from search.side_by_side import Pair, Settings, Side, SideBySide
 from search.statistics import Comparison
 
 NOT_A_CONFIRMATION = (
     "not a confirmation: arms were chosen on the questions by which they are compared here; for a finding confirm in "
-    "each: rin confirm {here}, rin confirm {there}"
+    "each: {here}, {there}"
 )
 
 
@@ -77,12 +78,15 @@ def side_by_side_lines(seen: SideBySide) -> tuple[list[str], list[str]]:
     above += list(_settings_lines("version of ", seen.versions))
     below = list(_pair_lines(seen))
     below += [f"note: {line}" for line in seen.cautions]
-    below.append(NOT_A_CONFIRMATION.format(here=_confirmed_as(seen.here), there=_confirmed_as(seen.there)))
+    below.append(NOT_A_CONFIRMATION.format(here=_confirmed_by(seen.here), there=_confirmed_by(seen.there)))
     return above, below
 
 
-def _confirmed_as(side: Side) -> str:
-    return side.config.parent if side.config.kind == "confirm" else side.config.name
+def _confirmed_by(side: Side) -> str:
+    if side.config.kind == "confirm":
+        return side.config.go_on
+    candidate = side.report.candidate
+    return f"rin confirm {side.config.name}" if candidate is None else confirm_command(side.config, candidate.arm)
 
 
 def _pair_lines(seen: SideBySide) -> Iterator[str]:

@@ -237,19 +237,19 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
     from dashboards.sweep_text import confirmation_begins
     from dashboards.tables import say, terminal
     from search.confirm import confirm as run_confirmation
-    from search.followup import follow_up, second_part
+    from search.followup import follow_up
 
     config, console, again = result.config, terminal(), f"rin resume {result.config.name}{place.again}"
     follow = follow_up(config, result.arms)
     if follow is None:
         return ""
-    if result.interrupted:
-        return f"interrupted: its candidate is not confirmed yet. Go on: {again}"
     if follow.candidate is None:
         say(console, [f"no confirmation: {follow.why_not}"])
         return ""
+    if result.interrupted:
+        return "" if follow.taken else f"interrupted: its candidate is not confirmed yet. Go on: {again}"
     left_behind(config)  # what follows takes its time
-    if second_part(config, result.arms):
+    if not follow.taken:
         say(console, confirmation_begins(config, follow.candidate))
     try:
         with build_progress(console) as progress, sweep_view(console) as view:
@@ -257,6 +257,7 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
                 config,
                 view,
                 progress,
+                arm=follow.arm,
                 until=config.confirm_pairs,
                 stepwise=follow.stepwise,
                 budget_hours=follow.budget_hours,

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from dashboards.tables import duration
 from dashboards.trial_rows import Anatomy, Run, anatomies
 from search.arms import Candidate, failures, is_negative, trial_folder
+from search.confirm import confirm_command
 from search.objectives import pareto_front
 from search.report import StudyReport
 from search.store import BEST_FILE, StudyConfig
@@ -107,7 +108,8 @@ def _commands(result: StudyResult, where: str, folder: str) -> Iterator[str]:
     if place is not None:
         yield f"  rin trial --config {place / BEST_FILE}   # repeat it"
     yield f"  rin report {name}{where}   # every arm against its control"
-    yield f"  rin confirm {name}{where}   # is it a finding? fresh seeds, other questions"
+    confirm = confirm_command(result.config, result.candidate.arm.name, where)
+    yield f"  {confirm}   # is it a finding? fresh seeds, other questions"
     yield f"  rin export {name}{folder} --to verl   # take it to another trainer"
     yield f"  rin ui {name}{where}   # look at every trial"
 

@@ -24,7 +24,7 @@ from search.arms import failures, read_arms, unfinished
 from search.confirm import confirmation_of, read_confirmation
 from search.followup import second_part
 from search.report import arm_reports, report_study
-from search.store import StudyConfig, is_driven, load_study_config, sweeps
+from search.store import StudyConfig, confirmation_name, is_driven, load_study_config, sweeps
 
 NEAR_SECONDS, FAR_SECONDS = 1.0, 10.0
 """Between two looks at a folder, and at an object store."""
@@ -141,7 +141,9 @@ def _second_part(study: StudyConfig, console: Console, where: str, *, patient: b
     expected to begin with it."""
     if study.kind != "sweep" or not (said := second_part(study, read_arms(study))):
         return None
-    name, until = f"{study.name}-confirm", time.monotonic() + (SECOND_PART_SECONDS if patient else 0)
+    begun = confirmation_of(study)
+    name = confirmation_name(study.name) if begun is None else begun.config.name
+    until = time.monotonic() + (SECOND_PART_SECONDS if patient else 0)
     if patient:
         say(console, [f"its candidate is confirmed next: {name} is waited for; Ctrl-C leaves it alone"])
     while True:

@@ -55,6 +55,7 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "name": options.name if named else f"{parent.name}-ablation",
             "kind": "ablation",
             "parent": parent.name,
+            "parent_id": parent.id,
             "space": parent.space,
             "workload": parent.workload,
             "settings": parent.settings,

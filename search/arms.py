@@ -188,6 +188,16 @@ def unfinished(study: StudyConfig, arms: Sequence[Arm]) -> int:
     return study.runs - sum(len(arm.results) for arm in arms)
 
 
+def confirms(study: StudyConfig, sweep: StudyConfig) -> bool:
+    """Whether it is a confirmation of this sweep, and not of another that had its name. An earlier version wrote no id
+    of the sweep; where questions are endless, those that it asks have it."""
+    if study.kind != "confirm":
+        return False
+    folder = study.folder / "arms"
+    known = study.parent_id or next((read_arm(folder, name).config.eval.draw for name in folder.names()), "")
+    return known in ("", sweep.id)
+
+
 # --- who is compared with whom ----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ and what is undecided when the replicates or the budget end is called undecided.
 that its runs do not exclude (`search/finding.py`): where a look that is planned could exclude it, replicates go on.
 
 A confirmation is a study of its own, NAME-confirm, with two arms: everything that is true of a sweep's survival is true
-of it, and calling it again goes on where it stopped.
+of it, and calling it again goes on where it stopped. One that confirms another arm than NAME-confirm does is
+NAME-confirm-ARM. Both hold the id of their sweep: a sweep that has the name of an earlier one has none of its verdicts.
 """
 
 import math
@@ -18,13 +19,21 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from search.arms import Arm, as_ran, candidate_of, failures, read_arms, replicates_of, unfinished
+from search.arms import Arm, as_ran, candidate_of, confirms, failures, read_arms, replicates_of, unfinished
 from search.finding import Finding, find, lowest_collapsed
 from search.replicates import FRESH, MIN_REPLICATES
 from search.report import MARGIN
 from search.sequential import CONFIRM, SequentialRule, sequential_compare
 from search.statistics import ArmComparison, Comparison, compare_arms
-from search.store import STUDY_FILE, StudyConfig, load_study_config, new_id, save_study_config, sweeps
+from search.store import (
+    STUDY_FILE,
+    StudyConfig,
+    confirmation_name,
+    load_study_config,
+    new_id,
+    save_study_config,
+    sweeps,
+)
 from spaces.config import ConfigError, TrialConfig
 from spaces.errors import NoCandidate
 
@@ -94,9 +103,10 @@ def planned_confirmation(
     config = parent.model_copy(
         update={
             "id": new_id(),
-            "name": _name_of(parent, arm),
+            "name": confirmation_name(parent.name, arm),
             "kind": "confirm",
             "parent": parent.name,
+            "parent_id": parent.id,
             "looks": SequentialRule(looks=tuple(looks)).looks,
             "seed": parent.seed + parent.replicates + FRESH,
             "trials": 2,
@@ -138,10 +148,12 @@ def confirm(
     """
     from search.study import resume_study, run_study  # torch and Ray: who reads a confirmation does without
 
-    place = parent.model_copy(update={"name": _name_of(parent, arm)})
+    place = parent.model_copy(update={"name": confirmation_name(parent.name, arm)})
     begun = STUDY_FILE in place.folder.names()
     if begun:
         config, arms = load_study_config(parent.store, place.name), None
+        if why := in_its_place(parent, arm):
+            raise ConfigError(f"NAME={parent.name}: {why}")
         if looks is not None and _may_follow(config, looks, _collapsed_in(parent)):
             config = config.model_copy(update={"looks": SequentialRule(looks=tuple(looks)).looks})
             save_study_config(config)
@@ -183,6 +195,8 @@ def read_confirmation(config: StudyConfig) -> Confirmation:
     left = unfinished(config, arms)
     try:
         parent = load_study_config(config.store, config.parent)
+        if not confirms(config, parent):
+            raise ConfigError(f"NAME={parent.name}: is another sweep by now")
         return _noted(parent, judge(config, unfinished=left, collapsed_elsewhere=_collapsed_in(parent)), arms)
     except ConfigError as error:  # what it found stands
         state = judge(config, unfinished=left)
@@ -190,17 +204,50 @@ def read_confirmation(config: StudyConfig) -> Confirmation:
 
 
 def confirmation_of(config: StudyConfig) -> Confirmation | None:
-    """Of a sweep's candidate, where there is one in the store that can be read; of a confirmation itself. Raises
-    ConfigError where that one is damaged."""
+    """Of a sweep's candidate, else the one that its candidate had when it began, where they are in the store and can be
+    read; of a confirmation itself. Raises ConfigError where that one is damaged."""
     if config.kind == "confirm":
         return read_confirmation(config)
-    name = _name_of(config, None)
-    if name not in sweeps(config.store):
+    if not any(name.startswith(confirmation_name(config.name)) for name in sweeps(config.store)):
         return None
+    now = _candidate_now(config)
+    found = []
+    for arm in (None, now) if now else (None,):
+        with suppress(ConfigError):  # not there, damaged, or of another version: the sweep can be read without it
+            begun = load_study_config(config.store, confirmation_name(config.name, arm))
+            if confirms(begun, config):
+                found.append(read_confirmation(begun))
+    return next((state for state in found if state.winner == now), found[0] if found else None)
+
+
+def confirm_command(sweep: StudyConfig, arm: str, where: str = "") -> str:
+    """What confirms its candidate, by name where NAME-confirm is of another arm or another sweep. `where`: options that
+    find the sweep again."""
     try:
-        return read_confirmation(load_study_config(config.store, name))
-    except ConfigError:  # damaged, or of another version: the sweep itself is still there to be read
-        return None
+        begun = load_study_config(sweep.store, confirmation_name(sweep.name))
+        other = not confirms(begun, sweep) or read_arms(begun)[-1].name != arm
+    except ConfigError:  # there is none; of a damaged one the command says what is wrong
+        other = False
+    return f"rin confirm {sweep.name}{f' --arm {arm}' if other else ''}{where}"
+
+
+def in_its_place(sweep: StudyConfig, arm: str | None = None) -> str:
+    """Of what has the name of its confirmation and is none of it: that, with the remedy; else empty."""
+    name = confirmation_name(sweep.name, arm)
+    with suppress(ConfigError):  # there is none, or nobody can read whose it is
+        if not confirms(load_study_config(sweep.store, name), sweep):
+            return (
+                f"{name} is no confirmation of this sweep but another one's, and says nothing here: rin delete {name}"
+            )
+    return ""
+
+
+def _candidate_now(sweep: StudyConfig) -> str:
+    """Empty where there is none."""
+    try:
+        return candidate_of(sweep, read_arms(sweep)).arm.name
+    except NoCandidate:
+        return ""
 
 
 def _noted(parent: StudyConfig, state: Confirmation, arms: Sequence[Arm]) -> Confirmation:
@@ -210,14 +257,9 @@ def _noted(parent: StudyConfig, state: Confirmation, arms: Sequence[Arm]) -> Con
 def _cautions(parent: StudyConfig, state: Confirmation) -> list[str]:
     """Whatever makes this answer another one than it seems."""
     cautions = []
-    if state.config.name == _name_of(parent, None):
-        try:
-            now = candidate_of(parent, read_arms(parent)).arm.name
-        except NoCandidate:
-            now = "none"
-        if now != state.winner:
-            again = "" if now == "none" else f": rin confirm {parent.name} --arm {now}"
-            cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {now}{again}")
+    if state.config.name == confirmation_name(parent.name) and (now := _candidate_now(parent)) != state.winner:
+        again = f"{now}: {confirm_command(parent, now)}" if now else "none"
+        cautions.append(f"this confirms {state.winner}, which was the winner when it began; now it is {again}")
     if others := _same_questions(state.config):
         cautions.append(
             f"the same questions have been asked by {len(others)} other confirmation{'s' * (len(others) > 1)} "
@@ -307,7 +349,3 @@ def _on_confirm_questions(config: TrialConfig, sweep: str) -> TrialConfig:
     """Those of this sweep alone, where they are drawn; a data set has one list for all."""
     draw = sweep if config.task.endless else ""
     return config.model_copy(update={"eval": config.eval.model_copy(update={"split": "confirm", "draw": draw})})
-
-
-def _name_of(parent: StudyConfig, arm: str | None) -> str:
-    return f"{parent.name}-confirm" if arm is None else f"{parent.name}-confirm-{arm}"

@@ -26,7 +26,7 @@ from spaces.uses import leaves
 from spaces.workloads import WORKLOADS
 
 OWN = (
-    *("version", "name", "id", "kind", "parent", "looks", "derived", "extensions"),
+    *("version", "name", "id", "kind", "parent", "parent_id", "looks", "derived", "extensions"),
     *("store", "tracking_uri", "address"),  # where it lies and runs is no part of what it asks
 )
 """Fields in which two studies that are the same differ."""

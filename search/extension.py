@@ -21,6 +21,7 @@ from search.store import (
     STUDY_FILE,
     Extension,
     StudyConfig,
+    confirmation_name,
     only_driver,
     refuse_second_driver,
     refuse_stale,
@@ -106,7 +107,7 @@ def _refuse(study: StudyConfig, *, trials: int | None, replicates: int | None, r
 def refuse_while_it_runs(study: StudyConfig) -> None:
     """Raises ConfigError while another process runs the sweep, or confirms its candidate."""
     refuse_second_driver(study)
-    second = study.model_copy(update={"name": f"{study.name}-confirm", "kind": "confirm", "parent": study.name})
+    second = study.model_copy(update={"name": confirmation_name(study.name), "kind": "confirm", "parent": study.name})
     if STUDY_FILE in second.folder.names():
         refuse_second_driver(second)
 

@@ -9,17 +9,17 @@ within those pairs, and `rin confirm NAME` takes the looks that are left: the er
 whoever runs its parts.
 
 One budget holds for both parts. Where a confirmation could not say anything there is none, and why is said: trials are
-missing, nothing held, the budget is spent, the control itself collapsed, beside which nothing helps or hurts, or it has
-one of an earlier candidate, from before it was extended.
+missing, nothing held, the budget is spent, the control itself collapsed, beside which nothing helps or hurts, it has
+one of an earlier candidate, from before it was extended, or one of another sweep has the name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search.arms import Arm, Candidate, candidate_of, replicates_of, unfinished
-from search.confirm import confirmation_of
+from search.arms import Arm, Candidate, candidate_of, read_arms, replicates_of, unfinished
+from search.confirm import Confirmation, confirm_command, confirmation_of, in_its_place
 from search.ledger import read_ledger
-from search.store import StudyConfig, is_driven
+from search.store import StudyConfig, confirmation_name, is_driven
 from spaces.errors import NoCandidate
 
 SHORT_SECONDS = 120.0
@@ -28,9 +28,13 @@ SHORT_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowUp:
-    """Example: FollowUp(candidate=Candidate(...), budget_hours=None, why_not="")"""
+    """Example: FollowUp(candidate=Candidate(...), arm=None, taken=False, budget_hours=None, why_not="")"""
 
     candidate: Candidate | None
+    arm: str | None
+    """Of the confirmation: the candidate's name where NAME-confirm-ARM is its own, which somebody began."""
+    taken: bool
+    """Whether all looks that it takes by itself are behind."""
     budget_hours: float | None
     """What is left of the sweep's; None without one."""
     why_not: str
@@ -64,12 +68,20 @@ def follow_up(config: StudyConfig, arms: Sequence[Arm]) -> FollowUp | None:
     if state is not None and state.winner != candidate.arm.name:  # the sweep was extended since
         return _none(
             f"{state.config.name} confirms {state.winner}, which was the candidate when it began; now it is "
-            f"{candidate.arm.name}: rin confirm {config.name} --arm {candidate.arm.name}"
+            f"{candidate.arm.name}: {confirm_command(config, candidate.arm.name)}"
         )
+    if state is None and (why := in_its_place(config)):
+        return _none(why)
+    arm = None if state is None or state.config.name == confirmation_name(config.name) else candidate.arm.name
     left = None if config.budget_hours is None else config.budget_hours - read_ledger(config, arms).hours
+    if state is not None and state.taken(config.confirm_pairs):  # whatever it cost
+        return FollowUp(candidate=candidate, arm=arm, taken=True, budget_hours=None, why_not="")
     if left is not None and left <= 0:
         return _none(f"the budget of {config.budget_hours:g} hours is spent")
-    return FollowUp(candidate=candidate, budget_hours=left, why_not="")
+    if state is not None and _has_spent(state, left):
+        larger = config.go_on if left is not None else state.config.go_on
+        return _none(f"the budget of {state.config.name} is spent; with a larger one: {larger} --budget HOURS")
+    return FollowUp(candidate=candidate, arm=arm, taken=False, budget_hours=left, why_not="")
 
 
 def second_part(config: StudyConfig, arms: Sequence[Arm]) -> str:
@@ -86,5 +98,11 @@ def second_part(config: StudyConfig, arms: Sequence[Arm]) -> str:
     return f"its candidate is not confirmed yet; go on: {config.go_on}"
 
 
+def _has_spent(state: Confirmation, left: float | None) -> bool:
+    """What is left of the sweep's budget; without one, its own."""
+    limit = state.config.budget_hours if left is None else left
+    return limit is not None and read_ledger(state.config, read_arms(state.config)).hours >= limit
+
+
 def _none(why: str) -> FollowUp:
-    return FollowUp(candidate=None, budget_hours=None, why_not=why)
+    return FollowUp(candidate=None, arm=None, taken=False, budget_hours=None, why_not=why)

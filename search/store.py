@@ -147,6 +147,8 @@ class StudyConfig(BaseModel):
     """What it is for: searching, taking a winner apart, confirming it, or running a programme."""
     parent: str = ""
     """Name of the sweep whose winner an ablation takes apart or a confirmation repeats."""
+    parent_id: str = ""
+    """Its id, since another sweep may have that name by now; empty in what an earlier version began."""
     looks: tuple[int, ...] = ()
     """Of a confirmation: numbers of replicates after which it compares."""
     confirm_pairs: int = Field(0, ge=0)
@@ -241,7 +243,7 @@ class StudyConfig(BaseModel):
             return f"rin program run --name {self.name}"
         if self.kind != "confirm":
             return f"rin resume {self.name}"
-        arm = self.name.removeprefix(f"{self.parent}-confirm").removeprefix("-")
+        arm = self.name.removeprefix(confirmation_name(self.parent)).removeprefix("-")
         return f"rin confirm {self.parent}" + (f" --arm {arm}" if arm else "")
 
     def seed_of(self, replicate: int) -> int:
@@ -276,6 +278,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def confirmation_name(sweep: str, arm: str | None = None) -> str:
+    """Of its candidate, or of another arm."""
+    return f"{sweep}-confirm" if arm is None else f"{sweep}-confirm-{arm}"
+
+
 def absolute_store(store: str) -> str:
     """A relative folder is anchored here, `~` is the user's home; a URI stays as it is.
 
@@ -298,11 +305,17 @@ def absolute_store(store: str) -> str:
 
 
 def refuse_taken_name(config: StudyConfig) -> None:
-    """Raises ConfigError where a sweep of that name lies already."""
+    """Raises ConfigError where a sweep of that name lies already, or what would be taken for its confirmation."""
     if STUDY_FILE in config.folder.names():
         raise ConfigError(
             f"--name {config.name}: {config.folder.uri} exists already; go on with it by: "
             f"rin resume {config.name}, or choose another name"
+        )
+    second = confirmation_name(config.name)
+    if config.kind != "confirm" and STUDY_FILE in (Folder(config.store) / second).names():
+        raise ConfigError(
+            f"--name {config.name}: {second} lies in {config.store} already, and is none of a sweep that begins now; "
+            f"rin delete {second}, or choose another name"
         )
 
 
@@ -375,7 +388,7 @@ def newest_study(store: str, *, confirmations: bool = True) -> StudyConfig:
         if study.kind != "confirm":
             return study
         parent = load_study_config(store, study.parent) if study.parent in names else None
-        if parent is not None and parent.confirm_pairs:
+        if parent is not None and parent.confirm_pairs and study.parent_id in ("", parent.id):
             return parent
         if confirmations:
             return study

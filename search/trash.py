@@ -18,6 +18,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from search.arms import confirms
 from search.jobs import noted_job
 from search.mlflow_client import client_of_what_is_there, experiments_of, one_line
 from search.secrets import strip_password
@@ -27,6 +28,7 @@ from search.store import (
     absolute_store,
     check_name,
     check_writable,
+    confirmation_name,
     default_tracking_uri,
     load_study_config,
     only_driver,
@@ -78,7 +80,7 @@ def _hanging_on(study: StudyConfig) -> Iterator[tuple[str, str]]:
             continue
         with suppress(ConfigError):  # one that cannot be read: nobody knows what it hangs on
             other = load_study_config(study.store, name)
-            if other.parent == study.name:
+            if other.parent == study.name and other.parent_id in ("", study.id):
                 yield name, "its confirmation" if other.kind == "confirm" else f"an {other.kind} of it"
             for key, value in leaves(other.settings).items():
                 if isinstance(value, str) and f"{value}/".startswith(f"{place}/"):
@@ -125,6 +127,7 @@ def restore(store: str, name: str, tracking_uri: str | None = None) -> StudyConf
             "another name"
         )
     study = load_study_config(str(trash), names[-1])
+    _refuse_another_s(study, name, str(place))
     here = {"name": name, "store": str(place)}
     if tracking_uri is not None:
         here["tracking_uri"] = tracking_uri
@@ -134,6 +137,20 @@ def restore(store: str, name: str, tracking_uri: str | None = None) -> StudyConf
     _show_in_mlflow(study)
     _move(name, trash / names[-1], place / name)
     return study
+
+
+def _refuse_another_s(study: StudyConfig, name: str, store: str) -> None:
+    """Raises ConfigError for a sweep and a confirmation that do not belong together, one of which lies here: what one
+    says would be taken for the other's."""
+    other = study.parent if study.kind == "confirm" else confirmation_name(name)
+    try:
+        there = load_study_config(store, other)
+    except ConfigError:  # it is not there, or nobody can read whose it is
+        return
+    if not (confirms(study, there) if study.kind == "confirm" else confirms(there, study)):
+        raise ConfigError(
+            f"NAME={name}: the {other} that lies here now belongs to another sweep; rin delete {other}, then restore it"
+        )
 
 
 def _deleted(trash: Path) -> list[str]:

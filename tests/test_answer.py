@@ -1,5 +1,6 @@
 """The answer in one sentence, on sweeps that were written by hand: it says no more than was found."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,17 @@ from typing import Any
 import pytest
 
 from dashboards.answer import answer_of
-from dashboards.report_text import confirmation_lines
+from dashboards.page import page, read_material
+from dashboards.report_text import confirmation_lines, report_lines
+from dashboards.side_by_side_text import side_by_side_lines
+from dashboards.sweep_text import ending_of
+from search.arms import candidate_of, read_arms
 from search.confirm import confirmation_of, planned_confirmation
 from search.report import report_study
 from search.sequential import CONFIRM
-from search.store import StudyConfig
+from search.side_by_side import read_side, side_by_side
+from search.store import StudyConfig, load_study_config, save_study_config
+from search.study import StudyResult
 from tests.written_sweeps import make_arm, study, write_sweep
 
 PLAIN = (280, 284, 281, 287, 283, 279, 285, 282, 280, 284, 281, 287)
@@ -34,6 +41,13 @@ def swept(store: Path, **right: Sequence[Any]) -> StudyConfig:
         arms.append(make_arm(config, name, *overrides))
     write_sweep(config, arms, {"control": [280], **right})
     return config
+
+
+def overtaken(config: StudyConfig) -> StudyConfig:
+    """The same sweep with an arm more, which is ahead."""
+    larger = swept(Path(config.store), norm_001=[284], norm_002=[320]).model_copy(update={"id": config.id})
+    save_study_config(larger)
+    return larger
 
 
 def confirmed(config: StudyConfig, differences: Sequence[Any], plain: Sequence[Any] = PLAIN) -> str:
@@ -81,8 +95,61 @@ def test_it_says_what_the_confirmation_found_and_without_one_that_it_is_no_findi
 def test_a_confirmation_of_what_is_no_longer_the_candidate_says_so(tmp_path: Path) -> None:
     config = swept(tmp_path, norm_001=[284])
     told = confirmed(config, CLEAR)
-    again = swept(tmp_path, norm_001=[284], norm_002=[320])
-    assert sentence(again) == f"{told}; by now the candidate is norm_002"
+    larger = overtaken(config)
+    assert sentence(larger) == f"{told}; by now the candidate is norm_002"
+
+
+def test_that_of_the_present_candidate_comes_first_wherever_the_answer_stands(tmp_path: Path) -> None:
+    config = swept(tmp_path, norm_001=[284])
+    confirmed(config, [-apart for apart in CLEAR])
+    larger = overtaken(config)
+    assert "worse than control" in sentence(larger)
+    planned, arms = planned_confirmation(larger, CONFIRM.looks, "norm_002")
+    better = [right + apart for apart, right in zip(CLEAR, PLAIN, strict=False)]
+    write_sweep(planned, arms, {"control": PLAIN[:5], "norm_002": better})
+    assert sentence(larger).startswith(
+        "norm_002, rmsnorm 0.02 -> 0.002: better than control where it holds: +7.3 points"
+    )
+    assert "by now" not in sentence(larger)
+    assert "Yes where it holds" in page(read_material(larger))
+
+
+def test_each_line_that_names_the_command_gives_the_arm_where_the_confirmation_is_another_s(tmp_path: Path) -> None:
+    config = swept(tmp_path, norm_001=[284])
+
+    def commands(config: StudyConfig) -> set[str]:
+        report, arms = report_study(config), tuple(read_arms(config))
+        result = StudyResult(
+            config=config,
+            arms=arms,
+            candidate=candidate_of(config, arms),
+            unfinished=0,
+            budget_spent=False,
+            interrupted=False,
+        )
+        other = replace(read_side(config), config=config.model_copy(update={"name": "other"}))
+        lines = [
+            *ending_of(result, config.runs, "", "").commands,
+            *report_lines(report),
+            *answer_of(report, None).lines,
+            *side_by_side_lines(side_by_side(read_side(config), other))[1],
+        ]
+        return set(re.findall(r"rin confirm s\b(?: --arm \w+)?", "\n".join(lines)))
+
+    assert commands(config) == {"rin confirm s"}
+    confirmed(config, FAR)
+    assert commands(config) == {"rin confirm s"}
+    assert commands(overtaken(config)) == {"rin confirm s --arm norm_002"}
+
+
+def test_another_sweep_that_has_the_name_has_none_of_its_verdicts(tmp_path: Path) -> None:
+    confirmed(swept(tmp_path, norm_001=[320]), CLEAR)
+    other = swept(tmp_path, norm_001=[320])
+    assert "which is no finding" in sentence(other)
+    lines = [*report_lines(report_study(other)), *answer_of(report_study(other), confirmation_of(other)).lines]
+    said = "s-confirm is no confirmation of this sweep but another one's, and says nothing here: rin delete s-confirm"
+    assert lines.count(said) == 2
+    assert confirmation_of(load_study_config(other.store, "s-confirm")) is not None, "of its own it tells"
 
 
 def test_collapses_of_a_confirmation_are_in_the_sentence_the_control_s_too(tmp_path: Path) -> None:

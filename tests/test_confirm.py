@@ -3,6 +3,7 @@ test."""
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 
 from dashboards.report_text import confirmation_lines, confirmation_tree
 from search.arms import Arm, read_arms, trial_folder, unfinished, write_arm
-from search.confirm import Confirmation, confirm, judge, planned_confirmation, read_confirmation
+from search.confirm import Confirmation, confirm, confirmation_of, judge, planned_confirmation, read_confirmation
 from search.sequential import SequentialRule, sequential_compare
-from search.store import StudyConfig, load_study_config, save_study_config
+from search.store import StudyConfig, load_study_config, new_id, save_study_config
 from search.study import StudyResult
 from spaces.config import ConfigError
 from spaces.errors import NoCandidate
@@ -182,6 +183,45 @@ def test_what_cannot_be_confirmed_is_refused(parent: StudyConfig, tmp_path: Path
     for looks in ((), (2, 5), (5, 5), (8, 5)):
         with pytest.raises(ConfigError, match="name growing numbers of replicates"):
             planned_confirmation(parent, looks)
+
+
+@pytest.mark.parametrize("known", ["its id", "its questions", "nothing"])
+def test_a_sweep_that_has_the_name_of_another_does_not_go_on_with_the_other_s_confirmation(
+    parent: StudyConfig, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    """An earlier version wrote no id; the list of questions has it, where questions are endless."""
+    sweeps = Sweeps(strong)
+    confirmed(parent, monkeypatch, sweeps, looks=LOOKS)
+    begun = load_study_config(parent.store, "s-confirm")
+    assert begun.parent_id == parent.id
+    if known != "its id":
+        save_study_config(begun.model_copy(update={"parent_id": ""}))
+    if known == "nothing":
+        for number, arm in enumerate(read_arms(begun)):
+            asked = arm.config.eval.model_copy(update={"draw": ""})
+            write_arm(begun, number, replace(arm, config=arm.config.model_copy(update={"eval": asked})))
+    assert confirmation_of(parent) is not None
+    other = parent.model_copy(update={"id": new_id()})
+    save_study_config(other)
+    if known == "nothing":
+        assert confirmation_of(other) is not None
+        return
+    assert confirmation_of(other) is None
+    with pytest.raises(
+        ConfigError, match=r"NAME=s: s-confirm is no confirmation of this sweep.*: rin delete s-confirm$"
+    ):
+        confirmed(other, monkeypatch, sweeps)
+    assert len(sweeps.calls) == 1
+    alone = read_confirmation(load_study_config(parent.store, "s-confirm"))
+    assert alone.finding is not None
+    assert alone.notes == ("its sweep cannot be read: NAME=s: is another sweep by now",)
+
+
+def test_a_sweep_that_has_the_name_of_a_confirmation_is_none(parent: StudyConfig) -> None:
+    write_sweep(study(Path(parent.store), name="s-confirm"), read_arms(parent), {})
+    assert confirmation_of(parent) is None
+    with pytest.raises(ConfigError, match="s-confirm is no confirmation of this sweep"):
+        confirm(parent, lambda event: None)
 
 
 # When it ends

@@ -11,16 +11,16 @@ import pytest
 
 from dashboards.answer import answer_of
 from dashboards.page import PAGE_FILE
-from search.arms import read_arms
+from search.arms import read_arms, write_arm
 from search.confirm import confirmation_of
-from search.followup import follow_up
+from search.followup import FollowUp, follow_up, second_part
 from search.replicates import AT_ONCE
 from search.report import report_study
 from search.sequential import CONFIRM, SequentialRule
 from search.store import StudyConfig, load_study_config, save_study_config
 from tests.processes import Said, rin
 from tests.test_confirm import Sweeps, nothing, strong
-from tests.written_sweeps import attempt, make_arm, study, write_sweep, write_trial
+from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 
 PLAN = CONFIRM.looks
 
@@ -44,8 +44,15 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     return runs
 
 
-def resumed(store: Path, command: str = "resume") -> Said:
-    return rin(command, "s", "--store", str(store))
+@pytest.fixture
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes seconds."""
+    for name in ("leave_behind", "left_behind"):
+        monkeypatch.setattr(f"dashboards.page.{name}", lambda config, **options: None)
+
+
+def resumed(store: Path, command: str = "resume", *options: str) -> Said:
+    return rin(command, "s", "--store", str(store), *options)
 
 
 def last_line(said: Said) -> str:
@@ -212,6 +219,70 @@ def test_one_budget_holds_for_both_parts(tmp_path: Path, sweeps: Sweeps) -> None
     write_trial(config, read_arms(config)[1], 0, None, attempts=[attempt(seen=1800.0)])
     resumed(tmp_path)
     assert sweeps.configs[-1].budget_hours == pytest.approx(1.0 - 0.5 - 60 / 3600)
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_a_confirmation_whose_part_of_the_budget_is_spent_is_not_gone_on_with(tmp_path: Path, sweeps: Sweeps) -> None:
+    config = swept(tmp_path, budget_hours=0.12)  # each run is a minute: 0.0167 hours
+    sweeps.room, sweeps.budget_spent = 6, True
+    resumed(tmp_path)
+    why = "the budget of s-confirm is spent; with a larger one: rin resume s --budget HOURS"
+    assert follow_up(config, read_arms(config)) == FollowUp(
+        candidate=None, arm=None, taken=False, budget_hours=None, why_not=why
+    )
+    assert second_part(config, read_arms(config)) == ""
+    said = resumed(tmp_path)
+    assert (said.code, ran(sweeps)[-1][0], f"no confirmation: {why}" in said.out) == (0, "s", True)
+    assert "undecided" in last_line(said)
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_one_that_is_finished_is_told_though_the_budget_is_spent_or_it_is_interrupted_again(
+    tmp_path: Path, sweeps: Sweeps
+) -> None:
+    config = swept(tmp_path)
+    resumed(tmp_path)
+    save_study_config(config.model_copy(update={"budget_hours": 0.01}))
+    said = resumed(tmp_path)
+    assert (said.code, said.err, "no confirmation" in said.out) == (0, "", False)
+    assert "c01 against control: undecided" in said.out
+    assert load_study_config(str(tmp_path), "s-confirm").budget_hours is None
+    sweeps.interrupted = "s"
+    said = resumed(tmp_path)
+    assert (said.code, said.err) == (0, "")
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_after_an_extension_it_goes_on_with_the_confirmation_of_the_new_candidate_once_that_has_begun(
+    tmp_path: Path, sweeps: Sweeps
+) -> None:
+    config = swept(tmp_path)
+    resumed(tmp_path)
+    larger, arm = config.model_copy(update={"trials": 3}), make_arm(config, "c02", "noise.sigma_start=0.02")
+    save_study_config(larger)
+    write_arm(larger, 2, arm)
+    write_trial(larger, arm, 0, outcome(arm, 0, 340, seconds=3600.0))
+    assert "now it is c02: rin confirm s --arm c02" in resumed(tmp_path).out
+    assert ran(sweeps)[-1] == ("s", "resume", 1)
+    sweeps.room = 4
+    resumed(tmp_path, "confirm", "--arm", "c02")
+    sweeps.room = 10**6
+    assert "its candidate is not confirmed yet; go on: rin resume s" in resumed(tmp_path, "status").out
+    said = resumed(tmp_path)
+    assert ran(sweeps)[-3:] == [("s", "resume", 1), ("s-confirm-c02", "resume", 5), ("s-confirm-c02", "resume", 8)]
+    assert last_line(said).startswith("c02, rmsnorm 0.02")
+    assert second_part(larger, read_arms(larger)) == ""
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_what_another_sweep_of_that_name_confirmed_is_not_gone_on_with(tmp_path: Path, sweeps: Sweeps) -> None:
+    swept(tmp_path)
+    resumed(tmp_path)
+    swept(tmp_path)
+    said = resumed(tmp_path)
+    assert (said.code, ran(sweeps)[-1]) == (0, ("s", "resume", 1))
+    assert "no confirmation: s-confirm is no confirmation of this sweep but another one's" in said.out
+    assert "which is no finding" in last_line(said)
 
 
 @pytest.mark.parametrize("written", [True, False])

@@ -228,6 +228,28 @@ def test_a_sweep_that_others_hang_on_or_that_runs_is_not_deleted(
     assert delete(config).name.startswith("s-20")  # a warm start is told from its own folder
 
 
+def test_a_sweep_and_the_confirmation_of_another_are_not_brought_together(tmp_path: Path) -> None:
+    config = swept(tmp_path)
+    swept(tmp_path, "s-confirm", kind="confirm", parent="s", parent_id=config.id, looks=(5,))
+    delete(load_study_config(config.store, "s-confirm"))
+    delete(config)
+    other = swept(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"NAME=s-confirm: the s that .* belongs to another sweep; rin delete s, then"
+    ):
+        restore(config.store, "s-confirm")
+    delete(other)
+    restore(config.store, "s-confirm")
+    with pytest.raises(ConfigError, match=r"NAME=s: the s-confirm that .* another sweep; rin delete s-confirm, then"):
+        restore(config.store, "s")
+    delete(load_study_config(config.store, "s-confirm"))
+    assert restore(config.store, "s").id == other.id, "the one that was deleted last"
+    delete(other)
+    max((tmp_path / trash.TRASH).glob("s-20*")).rename(tmp_path / "x")
+    assert restore(config.store, "s-confirm").parent_id == config.id
+    assert restore(config.store, "s").id == config.id, "beside its own"
+
+
 def test_what_cannot_be_renamed_is_said_in_one_line(tmp_path: Path) -> None:
     config = swept(tmp_path)
     (tmp_path / trash.TRASH).write_text("a file")

@@ -30,6 +30,7 @@ from search.store import (
     newest_study,
     only_driver,
     refuse_second_driver,
+    refuse_taken_name,
     save_study_config,
     sweeps,
 )
@@ -156,6 +157,17 @@ def test_sweeps_are_folders_with_a_study_in_them_sorted(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("")
     (tmp_path / ".hidden").mkdir()
     assert sweeps(str(tmp_path)) == ["a", "b"]
+
+
+def test_a_sweep_does_not_begin_where_a_confirmation_of_its_name_lies(tmp_path: Path) -> None:
+    left = study(tmp_path, name="s-confirm", kind="confirm", parent="s", parent_id="of a sweep that is gone")
+    save_study_config(left)
+    with pytest.raises(
+        ConfigError, match=r"--name s: s-confirm lies in .* already, .*; rin delete s-confirm, or choose"
+    ):
+        refuse_taken_name(study(tmp_path))
+    refuse_taken_name(study(tmp_path, name="t"))
+    refuse_taken_name(study(tmp_path, name="s-confirm-c01", kind="confirm", parent="s"))
 
 
 def test_a_relative_store_is_anchored_and_a_uri_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
