@@ -321,7 +321,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     usable_gpus(options.gpus)
     store = absolute_store(options.store)
 
-    there = (default_tracking_uri(store), None) if before is None else (before.tracking_uri, before.address)
+    tracked = options.tracking_uri or (None if before is None else before.tracking_uri)
     changed: dict[str, Any] = {
         **{key: value for key, value in asked.items() if key in StudyConfig.model_fields},
         **{key: _names(asked[key]) for key in ("points", "evidence") if key in asked},
@@ -331,8 +331,8 @@ def study_config(options: SweepOptions) -> "StudyConfig":
         "settings": settings,
         "given": AsGiven(space=chosen, points=files),
         "store": store,
-        "tracking_uri": absolute_uri(options.tracking_uri) if options.tracking_uri else there[0],
-        "address": ray_address(options.address, there[1]),
+        "tracking_uri": absolute_uri(tracked) if tracked else default_tracking_uri(store),
+        "address": ray_address(options.address, None if before is None else before.address),
     }
     if plain:
         changed["points"] = points

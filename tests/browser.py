@@ -73,9 +73,18 @@ class Browser:
         """Returns when the script `ready` is true on the page."""
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + seconds
-        while not self.evaluate(ready):
+        while not self._ready(ready):
             assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
             time.sleep(0.2)
+
+    def _ready(self, script: str) -> bool:
+        """A page that leads on to another one may leave while it is asked."""
+        try:
+            return bool(self.evaluate(script))
+        except AssertionError as error:
+            if "navigated or closed" not in str(error):
+                raise
+            return False
 
     def violations(self) -> list[tuple[str, int, str]]:
         """What axe-core finds against WCAG A and AA on this page: rule, number of places, the first of them."""

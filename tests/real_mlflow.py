@@ -1,5 +1,6 @@
 """MLflow from outside: what it shows of a sweep, and a server of its own that a test can kill."""
 
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,13 @@ def text(uri: str, run: Any, path: str) -> str:
     """Content of a run's file."""
     with tempfile.TemporaryDirectory() as folder:
         return Path(client(uri).download_artifacts(run.info.run_id, path, folder)).read_text(encoding="utf-8")
+
+
+def answered(uri: str, run: Any) -> list[int]:
+    """Which answers to its evaluation were right, in the order of the questions, as its table has them."""
+    table = json.loads(text(uri, run, "answers.json"))
+    place = table["columns"].index("correct")
+    return [{"yes": 1, "no": 0}[row[place]] for row in sorted(table["data"])]
 
 
 def files(uri: str, run: Any) -> list[str]:

@@ -317,9 +317,10 @@ def test_files_of_a_run_can_be_read_in_the_ui(page: str, ran: StudyConfig) -> No
     run_id = shown_runs(ran.tracking_uri, EXPERIMENT)[0].info.run_id
     base = page.split("/rin#")[0]
     with urllib.request.urlopen(f"{base}/ajax-api/2.0/mlflow/artifacts/list?run_id={run_id}") as answer:
-        assert {"config.yaml", "correct.json"} <= {file["path"] for file in json.load(answer)["files"]}
-    with urllib.request.urlopen(f"{base}/get-artifact?path=correct.json&run_uuid={run_id}") as answer:
-        assert set(json.load(answer)) == {0, 1}
+        assert {"config.yaml", "answers.json"} <= {file["path"] for file in json.load(answer)["files"]}
+    with urllib.request.urlopen(f"{base}/get-artifact?path=answers.json&run_uuid={run_id}") as answer:
+        table = json.load(answer)
+    assert {row[table["columns"].index("correct")] for row in table["data"]} == {"no", "yes"}
 
 
 @pytest.mark.slow

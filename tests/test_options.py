@@ -87,6 +87,11 @@ def test_a_sweep_is_confirmed_unless_it_is_told_not_to_be_and_an_ablation_never_
     assert (parts.config.confirm_pairs, parts.config.points) == (0, ())
 
 
+def test_a_store_where_no_database_can_lie_wants_its_tracking_said(tmp_path: Path) -> None:
+    config = made(tmp_path, store="s3://bucket/runs", tracking_uri="http://host:5000")
+    assert (config.store, config.tracking_uri) == ("s3://bucket/runs", "http://host:5000")
+
+
 def test_every_option_reaches_the_study(tmp_path: Path) -> None:
     given = {
         "space": "schedule",

@@ -130,7 +130,9 @@ def files_with(text: str, folder: Path) -> list[Path]:
 def check_sweep(postgres: Postgres, name: str) -> None:
     """By SQL, past MLflow's client and ours."""
     of_sweep = f"from runs r join experiments e on r.experiment_id = e.experiment_id where e.name = '{name}'"
-    assert postgres.rows(f"select r.status, r.end_time is not null {of_sweep}") == [("FINISHED", True)] * 2
+    assert postgres.rows(f"select r.status, r.end_time is not null {of_sweep}") == [("FINISHED", True)] * 3, (
+        "two trials, and the page"
+    )
     points = f"select count(*) from metrics where key = 'grpo/reward' and run_uuid in (select r.run_uuid {of_sweep})"
     assert postgres.rows(points) == [(6,)]
 

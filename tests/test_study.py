@@ -36,7 +36,7 @@ from spaces.library import SPACES
 from spaces.reading import load_yaml, merge, parse_yaml, read_config
 from tests.conftest import ModelFolder
 from tests.plain_sweeps import of_trials
-from tests.real_mlflow import points, runs, text
+from tests.real_mlflow import answered, points, runs
 from tests.written_sweeps import attempt
 from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
 from trainable.policy.loading import check_names
@@ -99,7 +99,7 @@ def test_every_trial_is_one_closed_run_and_the_control_comes_first(
         assert run.data.tags["status"] == outcome.outcome
         assert run.info.status == ("KILLED" if outcome.collapsed else "FINISHED")
         assert run.info.end_time is not None
-        assert json.loads(text(result.config.tracking_uri, run, "correct.json")) == list(outcome.eval.correct)
+        assert answered(result.config.tracking_uri, run) == list(outcome.eval.correct)
     assert (result.unfinished, result.untold) == (0, 0)
 
 
@@ -139,7 +139,7 @@ def test_the_settings_reach_the_model(finished: tuple[StudyResult, list[TrialEve
     assert outcome.config.noise.sigma_start == 4.0
     assert max(effect.nominal for effect in outcome.receipt.effects) == 4.0
     run = next(run for run in runs(result.config.tracking_uri, "s") if run.data.tags["arm"] == "e13i-baseline")
-    assert run.data.params["noise.sigma_start"] == "4.0"
+    assert run.data.params["noise.sigma_start"] == "4"
     assert max(sigma for _, sigma in points(result.config.tracking_uri, run, "rin/sigma")) == 4.0
     reported = read_reports(trial_folder(result.config, "e13i-baseline", 0))
     assert points(result.config.tracking_uri, run, "grpo/reward") == [
@@ -399,7 +399,7 @@ def test_ctrl_c_keeps_what_ran_and_leaves_nothing_open(tmp_path: Path) -> None:
     left = read_stopped(trial_folder(config, "control", 0))
     assert left is not None
     assert left.eval.n == 128, "evaluated as it left, and that was kept"
-    assert json.loads(text(config.tracking_uri, shown[0], "correct.json")) == list(left.eval.correct)
+    assert answered(config.tracking_uri, shown[0]) == list(left.eval.correct)
     deadline = time.monotonic() + 30
     while (
         any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
@@ -432,8 +432,8 @@ def test_a_finished_sweep_is_left_alone_and_its_report_agrees_with_tracking(
             for run in runs(result.config.tracking_uri, "s")
             if run.data.tags["arm"] == row.arm
         ]
-        assert sorted(tracked) == sorted(measured)
-        assert row.accuracy == pytest.approx(sum(tracked) / len(tracked))
+        assert sorted(tracked) == pytest.approx(sorted(measured), rel=1e-3), "four digits are told"
+        assert row.accuracy == pytest.approx(sum(tracked) / len(tracked), rel=1e-3)
     baseline = next(row for row in report.arms if row.arm == "e13i-baseline")
     assert (baseline.collapsed, baseline.control, baseline.verdict.split(",")[0]) == (
         2,
