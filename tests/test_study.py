@@ -30,6 +30,7 @@ from search.preflight import check_sources
 from search.report import report_study
 from search.store import StudyConfig, default_tracking_uri, load_study_config, sweeps
 from search.study import StudyResult, begin_study, resume_study, run_study
+from search.told import step_metrics
 from search.tracking import Tracker
 from spaces.config import ConfigError, ModelConfig, QuantConfig
 from spaces.library import SPACES
@@ -143,7 +144,7 @@ def test_the_settings_reach_the_model(finished: tuple[StudyResult, list[TrialEve
     assert max(sigma for _, sigma in points(result.config.tracking_uri, run, "rin/sigma")) == 4.0
     reported = read_reports(trial_folder(result.config, "e13i-baseline", 0))
     assert points(result.config.tracking_uri, run, "grpo/reward") == [
-        (r.step, r.signals["grpo/reward"]) for r in reported
+        (r.step, step_metrics(r)["grpo/reward"]) for r in reported
     ]
 
 
