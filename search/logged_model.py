@@ -135,4 +135,8 @@ def _log_scores(mlflow: Any, model_id: str, model: Mapping[str, Any], runs: Sequ
                 for key, value in model["metrics"].items()
             ]
         mlflow.log_batch(run, metrics=found)
-        mlflow.log_outputs(run, [LoggedModelOutput(model_id, lasts[0].step if lasts else 0)])
+        outputs = mlflow.get_run(run).outputs
+        if model_id not in {
+            one.model_id for one in (outputs.model_outputs if outputs else ())
+        }:  # MLflow refuses a second
+            mlflow.log_outputs(run, [LoggedModelOutput(model_id, lasts[0].step if lasts else 0)])

@@ -92,7 +92,9 @@ def test_a_candidate_that_is_judged_by_pass_at_k_says_so_and_nothing_of_accuracy
     assert "accuracy" not in said
 
 
-def test_a_second_look_makes_no_second_model_and_changes_nothing(sweep: StudyConfig) -> None:
+def test_a_second_look_makes_no_second_model_and_changes_nothing(
+    sweep: StudyConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     assert send_missing(sweep) == 0
     shown, before = everything(sweep.tracking_uri, sweep.name), models(sweep)[0].to_dictionary()
     assert send_missing(sweep) == 0
@@ -101,6 +103,7 @@ def test_a_second_look_makes_no_second_model_and_changes_nothing(sweep: StudyCon
     assert everything(sweep.tracking_uri, sweep.name) == shown
     (after,) = models(sweep)
     assert {**after.to_dictionary(), "last_updated_timestamp": 0} == {**before, "last_updated_timestamp": 0}
+    assert "refuses" not in caplog.text
 
 
 def test_another_candidate_takes_over_and_the_one_before_says_so(sweep: StudyConfig) -> None:
