@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dashboards.report_text import interval
-from dashboards.tables import describe_noise, points
+from dashboards.tables import points
 from search.confirm import Confirmation, confirm_command, in_its_place
 from search.finding import Finding, FindingVerdict
 from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, StudyReport, screening
 from search.statistics import Comparison
 from search.tolerance import Boundary
+from spaces.naming import describe_noise
 
 QUESTION = "Does noise help?"
 

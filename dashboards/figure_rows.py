@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy import stats
 
-from dashboards.tables import describe_noise, finite
+from dashboards.tables import finite
 from dashboards.trial_rows import ordered
 from search.arms import Arm, replicates_of
 from search.confirm import Confirmation
@@ -26,6 +26,7 @@ from search.store import StudyConfig
 from search.tolerance import contours
 from spaces.config import TrialConfig
 from spaces.library import Choice, Dimension, Float, Int
+from spaces.naming import describe_noise
 
 BINS = 6
 """Of an axis with more values than that."""

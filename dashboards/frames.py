@@ -32,7 +32,7 @@ import pandas as pd
 from dashboards.answer import answer_of
 from dashboards.figures import Figure
 from dashboards.page import SECTIONS, Material, read_material
-from dashboards.tables import describe_noise, fields_of
+from dashboards.tables import fields_of
 from search.arms import measured
 from search.confirm import Confirmation
 from search.finding import Finding
@@ -41,6 +41,7 @@ from search.report import ArmReport, StudyReport, screening
 from search.statistics import Comparison
 from search.store import StudyConfig, absolute_store, check_store, is_driven, load_study_config, newest_study
 from spaces.errors import ConfigError
+from spaces.naming import describe_noise
 from spaces.reading import as_tree, flatten
 from trainable import pass_at_k
 from trainable.disk.trial_folder import TrialState

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from dashboards.live_rows import PACE_STEPS, Seen, Watched
 from dashboards.report_text import interval
-from dashboards.tables import describe_noise
 from search.arms import Arm, read_arm, trial_folder
 from search.confirm import judge
 from search.report import leading, screening
 from search.statistics import Comparison
 from search.store import StudyConfig, slots_of
 from spaces.errors import ConfigError
+from spaces.naming import describe_noise
 from trainable.disk.trial_folder import TrialState, read_reports, read_trial
 from trainable.metrics import ACCURACY, REWARD
 from trainable.outcome import Outcome, StepReport

@@ -21,10 +21,11 @@ from statistics import fmean, median
 
 from rich.text import Text
 
-from dashboards.tables import COLORS, describe_noise, duration, points
+from dashboards.tables import COLORS, duration, points
 from search.events import TrialEvent
 from search.store import StudyConfig, gpus_of, slots_of
 from spaces.config import TrialConfig
+from spaces.naming import describe_noise
 from trainable.collapse_rules import WORDS
 from trainable.failure import FAILURES
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA

@@ -29,7 +29,7 @@ from dashboards.options import Place
 from dashboards.pictures import pictures
 from dashboards.program_view import state_lines
 from dashboards.report_text import interval, report_lines
-from dashboards.tables import describe_noise, points, why
+from dashboards.tables import points, why
 from dashboards.trial_rows import Anatomy, Run
 from search.arms import Arm, candidate_of, read_arms
 from search.confirm import Confirmation, confirmation_of
@@ -40,6 +40,7 @@ from search.program_study import read_state
 from search.report import StudyReport, report_study
 from search.store import BEST_FILE, PAGE_FILE, StudyConfig, absolute_store, is_driven, study_text, sweeps
 from spaces.errors import ConfigError, NoCandidate
+from spaces.naming import describe_noise
 from trainable.disk.folder import Folder
 from trainable.versions import versions
 

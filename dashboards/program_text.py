@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
-from dashboards.tables import describe_noise, duration
+from dashboards.tables import duration
 from search.hypotheses import PRIOR_SD, PRIOR_SDS, Belief
 from search.improvement import Correlation, Spearman
 from search.program import Decision, Run, Walk, rule_of
 from search.program_report import Beside, Dynamics, ExperimentRow, FamilyReport, HypothesisRow, ProgramReport
 from search.statistics import Comparison
+from spaces.naming import describe_noise
 from spaces.reading import as_tree, dump_yaml
 from trainable.metrics import GRAD_NORM, LOSS, REWARD
 from trainable.outcome import in_step

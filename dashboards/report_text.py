@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from dashboards.tables import curve_rows, describe_noise, duration, empty_table, fields_of, finite, marks_apart, points
+from dashboards.tables import curve_rows, duration, empty_table, fields_of, finite, marks_apart, points
 from search.confirm import Confirmation, confirm_command, in_its_place
 from search.finding import Finding
 from search.importance import Importance
@@ -18,6 +18,7 @@ from search.plan import StudyPlan, recorded_collapse
 from search.replicates import MIN_REPLICATES
 from search.report import ArmReport, ControlsApart, StudyReport, screening
 from search.statistics import ArmComparison, CollapseRisk, Comparison
+from spaces.naming import describe_noise
 from spaces.reading import as_tree as config_tree
 from spaces.uses import is_noisy
 from trainable.outcome import in_step

@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from dashboards.report_text import interval
-from dashboards.tables import describe_noise, empty_table, fields_of, finite, points
+from dashboards.tables import empty_table, fields_of, finite, points
 from search.confirm import confirm_command
 from search.report import ArmReport, screening
 from search.side_by_side import Pair, Settings, Side, SideBySide
 from search.statistics import Comparison
+from spaces.naming import describe_noise
 
 NOT_A_CONFIRMATION = (
     "not a confirmation: arms were chosen on the questions by which they are compared here; for a finding confirm in "

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from search.curves import CurvePoint
 from search.report import MARGIN, ArmReport, screening
-from spaces.naming import describe_noise as describe_noise
+from spaces.naming import describe_noise
 
 COLORS = {"completed": "green", "collapsed": "red", "stopped": "yellow", "failed": "bold red", "running": "cyan"}
 

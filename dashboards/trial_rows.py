@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
 
-from dashboards.tables import describe_noise, finite
+from dashboards.tables import finite
 from search.arms import Arm, planned, trial_folder
 from search.report import ArmReport, StudyReport
 from search.store import StudyConfig
+from spaces.naming import describe_noise
 from spaces.schedules import sigma_at
 from trainable.collapse_rules import RULES, drawn_limit
 from trainable.disk.trial_folder import TrialState, read_reports

@@ -8,13 +8,13 @@ import pytest
 
 from dashboards.options import SweepOptions, study_config
 from dashboards.report_text import report_lines
-from dashboards.tables import describe_noise
 from search.arms import candidate_of, control_for, is_negative, read_arms
 from search.lineup import fixed_arms
 from search.preflight import check_sources
 from search.report import report_study
 from spaces.config import ConfigError, TaskConfig
 from spaces.errors import NoCandidate
+from spaces.naming import describe_noise
 from tests.conftest import Tiny
 from tests.test_trial import FROZEN, comparable, finish
 from tests.written_sweeps import make_arm, study, write_sweep

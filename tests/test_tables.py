@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dashboards.tables import arm_table, describe_noise, duration, points, status_row, steps_text, why
+from dashboards.tables import arm_table, duration, points, status_row, steps_text, why
 from search.arms import read_arms
 from search.report import ArmReport, arm_reports
+from spaces.naming import describe_noise
 from spaces.reading import read_config
 from tests.written_sweeps import attempt, make_arm, outcome, study, write_sweep, write_trial
 
