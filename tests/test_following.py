@@ -33,10 +33,10 @@ from trainable.following import follow
 from trainable.noise import chosen_layers, layer_multipliers
 from trainable.outcome import Outcome
 from trainable.policy.loading import skipped_layers
-from trainable.ray_trainable import TrialWorker
 from trainable.scan import Scan
 from trainable.tasks.table import build_task
 from trainable.trial import Trial
+from trainable.trial_worker import TrialWorker
 
 LINEAR = ("noise.modules=linear", "noise.num_stages=1")
 DEEP = ("model.recipe.depth=4", "model.recipe.clean_steps=0", "model.recipe.signed_steps=0", "eval.questions=2")

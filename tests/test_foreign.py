@@ -33,7 +33,6 @@ from tests.conftest import Tiny
 from tests.test_trial import comparable, comparable_outcome, finish
 from trainable.disk.folder import Folder
 from trainable.failure import TrialFailed
-from trainable.ray_trainable import TrialWorker
 from trainable.tasks import code
 from trainable.tasks.contract import Finding, check_contract
 from trainable.tasks.conventions import UserCode
@@ -42,6 +41,7 @@ from trainable.tasks.table import build_task
 from trainable.tasks.task import Answer, Question
 from trainable.tasks.verifiers_environment import _Rubric
 from trainable.trial import Trial
+from trainable.trial_worker import TrialWorker
 
 pytestmark = pytest.mark.slow  # each of them starts a process for the user's code
 
@@ -710,7 +710,9 @@ def test_a_trial_on_another_node_brings_its_reward_from_the_store(tmp_path: Path
     code.keep(config.task, Folder(str(tmp_path / "runs" / "s" / "code")))
     path.unlink()
     worker = TrialWorker(Folder(str(tmp_path / "runs" / "s" / "trials" / "control-0")), config)
-    assert worker.step()["outcome"] == "completed"
+    _, outcome = worker.step()
+    assert outcome is not None
+    assert outcome.outcome == "completed"
     worker.leave()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-import trainable.ray_trainable
+import trainable.trial_worker
 from spaces.config import ConfigError
 from spaces.points import POINTS
 from spaces.reading import as_tree, merge, read_config
@@ -36,7 +36,7 @@ from trainable.outcome import Outcome
 from trainable.ray_trainable import REFUSED, RinTrainable
 from trainable.trial import Trial, run_trial
 
-STEP = trainable.ray_trainable.TrialWorker.step
+STEP = trainable.trial_worker.TrialWorker.step
 
 
 def setting(folder: Path, point: str = "e13i-v3", *overrides: str) -> dict[str, Any]:
@@ -53,15 +53,15 @@ def start(config: dict[str, Any]) -> RinTrainable:
 @pytest.fixture(autouse=True)
 def _a_checkpoint_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it took to write the last one; a step returns when it is written."""
-    step = trainable.ray_trainable.TrialWorker.step
+    step = trainable.trial_worker.TrialWorker.step
 
-    def written(work: Any) -> dict[str, Any]:
+    def written(work: Any) -> Any:
         result = step(work)
         work.writing.result()
         return result
 
-    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", written)
-    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(trainable.trial_worker.TrialWorker, "step", written)
+    monkeypatch.setattr(trainable.trial_worker, "CHECKPOINT_SHARE", 1e9)
 
 
 def read(folder: Path, name: str = OUTCOME_FILE) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_checkpoints_are_written_at_each_step_and_none_is_left_after_the_outcome
 def test_checkpoints_that_would_cost_more_than_their_share_of_time_are_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
+    monkeypatch.setattr(trainable.trial_worker, "CHECKPOINT_SHARE", 1e-9)
     running = start(setting(tmp_path))
     for _ in range(3):
         running.train()
@@ -199,8 +199,8 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(
         assert free.wait(60)
         save(*arguments)
 
-    monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", slow)
-    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
+    monkeypatch.setattr(trainable.trial_worker, "save_checkpoint", slow)
+    monkeypatch.setattr(trainable.trial_worker.TrialWorker, "step", STEP)
     running = start(setting(tmp_path, "e13i-v3", "grpo.steps=4"))
     for _ in range(3):
         running.train()
@@ -228,8 +228,8 @@ def test_training_does_not_wait_for_a_slow_disk_and_its_end_does(
 def test_what_goes_wrong_in_a_write_other_than_a_full_disk_is_a_bug_and_propagates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
-    monkeypatch.setattr(trainable.ray_trainable, "save_checkpoint", lambda *_: 1 / 0)
+    monkeypatch.setattr(trainable.trial_worker.TrialWorker, "step", STEP)
+    monkeypatch.setattr(trainable.trial_worker, "save_checkpoint", lambda *_: 1 / 0)
     running = start(setting(tmp_path, "e13i-v3"))
     with pytest.raises(ZeroDivisionError):
         finish(running)
@@ -255,7 +255,7 @@ def test_a_trial_that_is_stopped_saves_itself_before_it_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever stops it may not wait for the evaluation."""
-    monkeypatch.setattr(trainable.ray_trainable, "CHECKPOINT_SHARE", 1e-9)
+    monkeypatch.setattr(trainable.trial_worker, "CHECKPOINT_SHARE", 1e-9)
     running = start(setting(tmp_path))
     for _ in range(2):
         running.train()
@@ -297,7 +297,7 @@ def test_the_user_s_mistake_ends_a_trial_without_another_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tune starts a trial again after every exception."""
-    monkeypatch.setattr(trainable.ray_trainable.TrialWorker, "step", STEP)
+    monkeypatch.setattr(trainable.trial_worker.TrialWorker, "step", STEP)
     model = ("model.name=/nope", "model.recipe=null", "task.name=reasoning_gym:chain_sum")
     running = start(setting(tmp_path, "control", *model))
     result = running.train()

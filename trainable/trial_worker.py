@@ -1,0 +1,171 @@
+"""One process's work on one trial: load, step by step, save, and write down how it ended.
+
+What a trial has done lies in its own folder of the store and nowhere else (`trial_folder.py`). So every start looks
+into the folder first, and a restarted trial continues bit for bit; Tune's own checkpoints, which it unpickles, are not
+used. A checkpoint is written as often as takes 2 % of the time, at most once a step, by a thread of its own: training
+waits for the copy of the state and not for the disk. When the disk is full the trial goes on without, and says so.
+
+The final weights are written before the outcome. A trial that is killed between the two has no outcome yet: it goes on
+from its checkpoint, ends in the same bits and writes both. The other way round it would be over, and nobody would ever
+write its weights.
+"""
+
+import logging
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from spaces.config import TrialConfig
+from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
+from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import ANSWERS_FILE, FINAL_FILE, STOPPED_FILE, AttemptLog, write_answers, write_outcome
+from trainable.disk.watchdog import Watchdog
+from trainable.failure import TrialFailed
+from trainable.following import SCANS
+from trainable.outcome import Outcome, StepReport
+from trainable.tasks.code import bring
+from trainable.trial import Trial
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SHARE = 0.02  # of a trial's time
+NEAR_BEAT_SECONDS = 2.0
+"""Between two signs of life in a folder: 0.2 ms of a thread that waits. An object store wants to be paid for more."""
+
+
+class TrialWorker:
+    """One process's work on one trial, from wherever the last one left it."""
+
+    def __init__(self, folder: Folder, settings: TrialConfig) -> None:
+        self.folder, self.settings = folder, settings
+        self.attempt = AttemptLog(folder)
+        beat = None if folder.local is None else NEAR_BEAT_SECONDS
+        self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat, beat)
+        self.broken, self.ended = False, False
+        self.reports: list[StepReport] = []
+        self.trial: Trial | None = None
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] = Future()
+        self.writing.set_result(None)
+
+    def step(self) -> tuple[StepReport, Outcome | None]:
+        """Load where nothing is loaded yet, then one step of the trial: its report, and the outcome where it was the
+        last. What it breaks by is written down before Tune, and so the sweep, hears of it."""
+        self.broken = True  # until the step has returned
+        try:
+            result = self._step()
+        except TrialFailed as failed:
+            self.attempt.end(failed.rule, reason=failed.reason)
+            raise
+        except Exception as error:
+            self.attempt.end("error", reason=f"{type(error).__name__}: {error}".splitlines()[0])
+            raise
+        self.broken = False
+        return result
+
+    def _step(self) -> tuple[StepReport, Outcome | None]:
+        trial = self.trial = self.trial or self._load()
+        report = trial.step()
+        self.attempt.stepped(report)
+        outcome = trial.outcome() if trial.done else None
+        self.reports.append(report)
+        self.watchdog.enter("save")
+        if outcome is not None:
+            self.writing.result()
+            self._keep_weights(trial)  # first: once there is an outcome, nobody runs the trial again for its weights
+            self._keep_answers(trial)
+            write_outcome(self.folder, outcome, self.reports)
+            self.attempt.end("outcome")
+            self.ended = True
+            trial.close()
+            self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
+            self.writer.shutdown()
+            remove_checkpoints(self.folder)
+        elif self._save_is_due():
+            self._save(trial)
+        self.watchdog.enter("")
+        return report, outcome
+
+    def leave(self) -> None:
+        """Stopped from outside. Saves first: whoever stops a trial may not wait for its evaluation."""
+        try:
+            if self.broken:
+                self.attempt.end_once("error", "its step was cut off")
+            elif self.trial is not None and not self.ended:
+                self.writing.result()
+                if self.trial.so_far.next_step > self.saved_step:
+                    self._save(self.trial)
+                    self.writing.result()
+                self.attempt.end("stopped")
+                outcome = self.trial.outcome()
+                self._keep_answers(self.trial)
+                write_outcome(self.folder, outcome, self.reports)
+                self.attempt.end("stopped")  # the evaluation took its time too
+        except OSError as error:  # a full disk must not cost the next trial in this process
+            log.warning("%s: its evaluation at the stop is lost: %s", self.folder.uri, error)
+        finally:
+            if self.trial is not None and not self.ended:
+                self.trial.close()
+            self.writer.shutdown()
+            self.watchdog.stop()
+
+    def _load(self) -> Trial:
+        self.watchdog.enter("load")
+        bring(self.settings.task, self._of_the_sweep("code"))
+        trial = Trial(self.settings, on_phase=self.watchdog.enter, scans=self._of_the_sweep(SCANS))
+        state, passed = newest_checkpoint(self.folder)
+        for line in passed:
+            log.warning("%s: %s", self.folder.uri, line)
+        if state is not None:
+            trial.load_state_dict(state)
+            self.reports = [StepReport.from_record(record) for record in state["reports"]]
+        self.attempt.ready(first_step=trial.so_far.next_step, damaged=passed)
+        self.folder.remove(STOPPED_FILE)  # of an earlier step
+        self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
+        return trial
+
+    def _of_the_sweep(self, name: str) -> Folder:
+        return Folder(re.sub(r"/trials/[^/?]+", f"/{name}", self.folder.uri))
+
+    def _save_is_due(self) -> bool:
+        """Raises what went wrong in the last write, other than a full disk."""
+        if not self.writing.done():
+            return False
+        self.writing.result()
+        return time.monotonic() - self.saved_at >= self.saving_seconds / CHECKPOINT_SHARE
+
+    def _save(self, trial: Trial) -> None:
+        started, step = time.monotonic(), trial.so_far.next_step
+        state = {**trial.state_dict(), "reports": [report.as_record() for report in self.reports]}
+        self.writing = self.writer.submit(self._write, step, state, started)
+
+    def _write(self, step: int, state: dict[str, Any], started: float) -> None:
+        """In the writer's thread."""
+        try:
+            save_checkpoint(self.folder, step, state)
+        except OSError as error:  # a full disk: training is worth more than its insurance; the last one is still there
+            log.warning("%s: no checkpoint of step %d: %s", self.folder.uri, step, error)
+        else:
+            self.saved_step = step
+        self.saved_at = time.monotonic()
+        self.saving_seconds = self.saved_at - started
+
+    def _keep_weights(self, trial: Trial) -> None:
+        try:
+            save_final(self.folder, trial.policy.trainable())
+        except OSError as error:  # a full disk: the outcome is what the sweep is about
+            log.warning(
+                "%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error
+            )
+
+    def _keep_answers(self, trial: Trial) -> None:
+        try:
+            write_answers(self.folder, trial.answers())
+        except OSError as error:  # as of the weights: which were right is in the outcome
+            log.warning("%s: no %s: %s", self.folder.uri, ANSWERS_FILE, error)
+
+    def _hangs(self, phase: str, seconds: float, stacks: str) -> None:
+        log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)
+        step = self.trial.so_far.next_step if self.trial is not None else 0
+        self.attempt.end("hang", reason=f"step {step}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
