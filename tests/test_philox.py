@@ -1,4 +1,4 @@
-"""Philox is the published generator, its numbers have their laws, and a part of a stream is what the whole has there."""
+"""Philox is the published generator, its numbers have their laws, and a part of a stream is that of the whole."""
 
 import importlib.util
 import math
