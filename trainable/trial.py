@@ -91,7 +91,7 @@ class Progression:
     alarms: list[Alarm] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """Of the start."""
+    """Of the start, and of engines that died."""
     start: tuple[Evaluation, Evaluation] | None = None
     """Before step 0: in the deployed precision, unquantised."""
     end: tuple[Evaluation, Evaluation] | None = None
@@ -144,7 +144,7 @@ class Trial:
         self.detector = CollapseDetector(config=config.collapse)
         self.so_far = Progression(warnings=[*self.task.warnings, *doubts(self.agreement)])
         self._check_contract()
-        self.backend = start_backend(self.config, self.policy)
+        self.backend = start_backend(self.config, self.policy, self._tell_death)
         self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
 
     @property
@@ -161,9 +161,10 @@ class Trial:
     def step(self) -> StepReport:
         """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates.
 
-        Raises TrialFailed when the engine that generates does not agree with training, or died twice.
+        Raises TrialFailed when the engine that generates does not agree with training, or died twice in this step.
         """
         assert not self.done, "the trial has ended"
+        self.backend.begin_step()
         started, step = time.perf_counter(), self.so_far.next_step
         metrics = self._begin() if self.so_far.start is None else {}
         if not self.agreed:
@@ -297,6 +298,9 @@ class Trial:
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
         self.left_out.take()  # it was told at the first step
         self.agreed = self.backend.engine is None
+
+    def _tell_death(self, how: str) -> None:
+        self.so_far.warnings.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
 
     def _measure_questions(self) -> None:
         """No question is found to be too long in the middle of a run: all rows of a data set are measured now, and all

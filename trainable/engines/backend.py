@@ -10,7 +10,7 @@ the sampled tokens, whose negative mean is an unbiased estimate of it.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Backend(Protocol):
     def engine(self) -> Engine | None:
         """What the gate asks; None where training's own modules generate."""
 
+    def begin_step(self) -> None:
+        """An engine that died in the last step may die in this one too."""
+
     def sync(self, policy: Policy) -> None:
         """What is generated from now on is generated with the policy's present weights."""
 
@@ -54,15 +57,19 @@ class Backend(Protocol):
         """Free what is not Python's to free."""
 
 
-def start_backend(config: TrialConfig, policy: Policy) -> Backend:
-    """Raises ConfigError where vLLM is wanted and not there, TrialFailed where it does not start."""
-    return TorchBackend() if config.rollout.backend == "torch" else VllmBackend(config, policy)
+def start_backend(config: TrialConfig, policy: Policy, on_death: Callable[[str], None] = lambda how: None) -> Backend:
+    """`on_death` hears of an engine that died and was started again. Raises ConfigError where vLLM is wanted and not
+    there, TrialFailed where it does not start."""
+    return TorchBackend() if config.rollout.backend == "torch" else VllmBackend(config, policy, on_death)
 
 
 class TorchBackend:
     """The modules that are trained."""
 
     engine: Engine | None = None
+
+    def begin_step(self) -> None:
+        """Nothing of it can die alone."""
 
     def sync(self, policy: Policy) -> None:
         """They are the same weights."""
@@ -80,11 +87,14 @@ class TorchBackend:
 class VllmBackend:
     """vLLM, in this process or in a child of it."""
 
-    def __init__(self, config: TrialConfig, policy: Policy) -> None:
+    def __init__(self, config: TrialConfig, policy: Policy, on_death: Callable[[str], None]) -> None:
         require_vllm()
         _check_served(policy)
         _check_heads(policy)
-        self.engine: Engine = _start(config, _settings(config, policy))
+        self.engine: Engine = _start(config, _settings(config, policy), on_death)
+
+    def begin_step(self) -> None:
+        self.engine.begin_step()
 
     def sync(self, policy: Policy) -> None:
         with _told("it takes no weights"):
@@ -141,12 +151,12 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
     )
 
 
-def _start(config: TrialConfig, settings: EngineSettings) -> Engine:
+def _start(config: TrialConfig, settings: EngineSettings, on_death: Callable[[str], None]) -> Engine:
     rollout = config.rollout
     if rollout.engine == "process":
         from trainable.engines.process import ProcessEngine, start_child
 
-        return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds)
+        return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds, on_death)
     from trainable.engines.vllm import VllmEngine
 
     with _told("it does not start"):

@@ -94,6 +94,9 @@ class Request:
 class Engine(Protocol):
     """What `trainable/engines/vllm.py` is in this process and `trainable/engines/process.py` in another one."""
 
+    def begin_step(self) -> None:
+        """What may happen once in a step may happen again."""
+
     def sync(self, weights: Mapping[str, Tensor], *, quantize_inputs: bool) -> None:
         """Compute with these from now on; `quantize_inputs` false: the unquantised model, for `accuracy_bf16`."""
 

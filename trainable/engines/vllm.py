@@ -250,8 +250,12 @@ class VllmEngine:
             )
         self.asleep = False
 
+    def begin_step(self) -> None:
+        """One that dies here takes the trial along."""
+
     def sync(self, weights: Mapping[str, Tensor], *, quantize_inputs: bool) -> None:
-        """Raises KeyError for a weight that the engine has no place for."""
+        """Those that are not among them stay as they are. Raises KeyError for a weight that the engine has no place
+        for."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self._on_model(lambda model: _load(model, weights, quantize_inputs))
@@ -316,20 +320,24 @@ class VllmEngine:
 
 
 def _load(model: Any, weights: Mapping[str, Tensor], quantize_inputs: bool) -> None:
-    """In the engine: every weight into its place, fused ones by vLLM's own loader."""
+    """In the engine: each weight into its place, fused ones by vLLM's own loader."""
     adapters = {name: tensor for name, tensor in weights.items() if ".lora_" in name}
     model.load_weights((name, tensor) for name, tensor in weights.items() if name not in adapters)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    model.rin_names = {mapper.get_rename_mapper().map_name(name): name for name in weights} if mapper else {}
+    known = {mapper.get_rename_mapper().map_name(name): name for name in weights} if mapper else {}
+    model.rin_names = getattr(model, "rin_names", {}) | known
     for module in model.modules():
         parts: Sequence[Part] = getattr(module, "rin_parts", ())
         if parts:
             module.quant_method.quantize_inputs = quantize_inputs
         for part in parts:
-            if f"{part.name}.lora_A" in adapters:
-                device = module.weight.device
-                down, up = (adapters.pop(f"{part.name}.{end}").to(device, copy=True) for end in ("lora_A", "lora_B"))
-                part.adapter = (down, up, float(adapters.pop(f"{part.name}.lora_scale")))
+            given = [adapters.pop(f"{part.name}.{end}", None) for end in ("lora_A", "lora_B", "lora_scale")]
+            if any(tensor is not None for tensor in given):
+                now: list[Any] = [
+                    held if tensor is None else tensor.to(module.weight.device, copy=True)
+                    for tensor, held in zip(given, part.adapter or (None, None, None), strict=True)
+                ]
+                part.adapter = (now[0], now[1], float(now[2]))
     if adapters:
         raise KeyError(f"the engine has no layer for {next(iter(adapters))}")
 
