@@ -182,13 +182,12 @@ def _follow(server: "JobServer", job: "Submission") -> None:
 
 
 def _forecast(study: "StudyConfig") -> str:
-    import torch
-
     from dashboards.report_text import forecast_line
-    from search.cores import usable_cpus
+    from search.cores import usable_cpus, usable_gpus
     from search.plan import plan_study
+    from search.store import gpus_of
 
-    return forecast_line(plan_study(study, usable_cpus(), torch.cuda.device_count()))
+    return forecast_line(plan_study(study, usable_cpus(), usable_gpus() if gpus_of(study) else 0))
 
 
 def _run(

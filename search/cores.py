@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""How many cores and GPUs this process may use."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,13 @@ def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     groups' quota pays for (containers)."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     return max(1, int(min([cores, *_quotas(cgroups, own)])))
+
+
+def usable_gpus() -> int:
+    """GPUs that torch sees, which takes seconds to import."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _quotas(cgroups: Path, own: Path) -> Iterator[float]:

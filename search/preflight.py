@@ -1,26 +1,19 @@
-"""What every trial of a sweep will need, asked before any of them starts.
+"""What every trial of a sweep will need, asked before any of them starts, as far as files and configurations tell.
 
 A model that is not there, a data set without enough questions or a block that does not exist fails every trial alike,
-each after it has loaded, and leaves the name of the sweep taken. So it is asked once, here, before Ray starts: what can
-be seen from files and configurations of every arm, and the whole model where that is quick to build.
+each after it has loaded, and leaves the name of the sweep taken. So it is asked once, here, of every arm. What only the
+model itself tells, `first_build.py` asks.
+
+Without torch, unless an arm has a model that is not made here.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from search.arms import Arm
-from search.lineup import base_tree
 from search.store import StudyConfig
 from spaces.config import HUB, ModelConfig, QuantConfig, TrialConfig
-from spaces.narrowing import tried
-from trainable.following import follow
-from trainable.kernels.cpu import build_meanwhile
 from trainable.negative_controls import check_reward
-from trainable.noise import chosen_layers, noise_targets
-from trainable.policy.embedded import Progress, ensure_base
-from trainable.policy.loading import check_names, load_policy, skipped_layers
-from trainable.policy.policy import Policy
-from trainable.policy.sources import depth_of, skeleton_of
 from trainable.tasks.table import build_task
 
 
@@ -30,7 +23,8 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
     What a cluster's nodes share need not be on this machine.
     """
     depths: dict[ModelConfig, int] = {}
-    asked, looked = set(), set()
+    asked = set()
+    looked: set[tuple[object, ...]] = set()
     for trial in (arm.config for arm in arms):
         data = [path for path in (*trial.task.path, *trial.task.eval_path) if not path.startswith(HUB)]
         if config.address is None or ((trial.task.endless or data) and all(Path(path).exists() for path in data)):
@@ -46,47 +40,25 @@ def check_sources(config: StudyConfig, arms: Sequence[Arm]) -> None:
                     task.foreign.open()
                     task.foreign.close()
         if trial.model.recipe is None and (config.address is None or Path(trial.model.name).exists()):
-            if trial.model not in depths:
-                depths[trial.model] = depth_of(trial.model)
-            depth = depths[trial.model]
-            for key, rule in trial.rules.items():
-                rule.check_depth(key, depth)
-            if not trial.rules:  # else a scan tells which blocks those are
-                skipped_layers(trial.quant, depth)
-            named = trial.model, trial.quant.exclude
-            if named not in looked and named[1] != QuantConfig().exclude and Path(trial.model.name).is_dir():
-                looked.add(named)
-                check_names(skeleton_of(trial.model), trial.quant)
-            if trial.noise.sigma_start > 0 and not trial.rules:
-                chosen_layers(trial.noise, depth)
+            _check_model(trial, depths, looked)
 
 
-def build_once(config: StudyConfig, arms: Sequence[Arm], progress: Progress | None) -> None:
-    """Build what every trial will build, where that is quick, so that a setting that touches nothing is an error here
-    and not in each trial; and make the scans that trials follow, of what the searcher may draw, too."""
-    if config.address is None and any(arm.config.model.recipe is not None for arm in arms):
-        build_meanwhile()
-    drawn = tried(config.space, base_tree(config)).configs if config.kind == "sweep" else ()
-    built: dict[tuple[ModelConfig, QuantConfig], Policy] = {}
-    for trial in (*(arm.config for arm in arms), *(trial for trial in drawn if trial.rules)):
-        here = trial.model.recipe is not None or config.address is None
-        if trial.model.recipe is not None:
-            ensure_base(trial.model.recipe, progress)
-        if trial.rules and here:
-            trial = _followed(trial, progress)
-        if trial.model.recipe is not None:
-            what = trial.model, trial.quant
-            if what not in built:
-                built[what] = load_policy(*what, trial.seed)
-            noise_targets(built[what], trial.noise)
+def _check_model(trial: TrialConfig, depths: dict[ModelConfig, int], looked: set[tuple[object, ...]]) -> None:
+    """`depths`, `looked`: what of models is known already. Raises ConfigError."""
+    from trainable.noise import chosen_layers
+    from trainable.policy.loading import check_names, skipped_layers
+    from trainable.policy.sources import depth_of, skeleton_of
 
-
-def _followed(trial: TrialConfig, progress: Progress | None) -> TrialConfig:
-    task = build_task(trial.task)
-    if task.foreign is not None:
-        task.foreign.open()
-    try:
-        return follow(trial, task, progress=progress)[0]
-    finally:
-        if task.foreign is not None:
-            task.foreign.close()
+    if trial.model not in depths:
+        depths[trial.model] = depth_of(trial.model)
+    depth = depths[trial.model]
+    for key, rule in trial.rules.items():
+        rule.check_depth(key, depth)
+    if not trial.rules:  # else a scan tells which blocks those are
+        skipped_layers(trial.quant, depth)
+    named = trial.model, trial.quant.exclude
+    if named not in looked and named[1] != QuantConfig().exclude and Path(trial.model.name).is_dir():
+        looked.add(named)
+        check_names(skeleton_of(trial.model), trial.quant)
+    if trial.noise.sigma_start > 0 and not trial.rules:
+        chosen_layers(trial.noise, depth)

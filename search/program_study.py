@@ -272,7 +272,8 @@ def begin_program(
     study: StudyConfig, programme: Programme, modes: Sequence[str], view: "View", progress: "Progress | None" = None
 ) -> "StudyResult":
     """Register it, and run it to its end. Raises ConfigError before anything is written down."""
-    from search.preflight import build_once, check_sources
+    from search.first_build import build_once
+    from search.preflight import check_sources
     from search.study import run_study
 
     registrations = register(study, programme, modes)
@@ -280,7 +281,7 @@ def begin_program(
     first = due(study, registrations[-1], ())
     later = [arm for arm in every if arm.name not in {known.name for known in first}]  # run_study asks of the first
     check_sources(study, later)
-    build_once(study, later, progress)
+    build_once(study, [arm.config for arm in later], progress)
     study = _bounded(study, registrations[-1])
     return run_study(study, view, progress, first, {PROGRAMME_FILE: registrations_text(registrations)})
 
@@ -295,7 +296,8 @@ def go_on(
     """Run what is missing. A programme or modes that differ from those registered are a new registration. Raises
     ConfigError."""
     from search.arms import write_arm
-    from search.preflight import build_once, check_sources
+    from search.first_build import build_once
+    from search.preflight import check_sources
     from search.study import resume_study
 
     with only_driver(study):
@@ -308,7 +310,7 @@ def go_on(
         more = due(study, registrations[-1], arms)
         if len(registrations) > len(before):
             check_sources(study, every)
-            build_once(study, every, progress)
+            build_once(study, [arm.config for arm in every], progress)
             study.folder.write(PROGRAMME_FILE, registrations_text(registrations))
         names = [arm.name for arm in arms]
         for arm in more:

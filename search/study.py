@@ -10,13 +10,14 @@
 
 A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a
 sweep can be killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are
-at first says `lineup.py`, what is asked before anything starts `preflight.py`, how trials run `execution.py`, what
-MLflow has yet to hear `mirror.py`. One process at a time drives a sweep, and tells a view of it (`events.py`).
+at first says `lineup.py`, what is asked before anything starts `preflight.py` and `start.py`, how trials run
+`execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time drives a sweep, and tells a view of it
+(`events.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from search.arms import (
     Arm,
@@ -29,17 +30,19 @@ from search.arms import (
     write_arm,
 )
 from search.budget import Budget
-from search.events import CHECKS, RAY_STARTS, StudyEvent, View, waiting
+from search.events import CHECKS, StudyEvent, View
 from search.evidence import Evidence, evidence_of, write_evidence
-from search.execution import run_trials, sweep_ray
+from search.execution import run_trials
 from search.export import to_yaml
-from search.interruption import Interruption, interruptible
+from search.first_build import build_once
+from search.interruption import Interruption
 from search.lineup import fixed_arms
 from search.logged_model import candidate_now
 from search.mirror import catch_up, tell_candidate, tell_endings
 from search.mlflow_client import check_tracking, claim
-from search.preflight import build_once, check_sources
+from search.preflight import check_sources
 from search.rewards import bring_rewards, keep_rewards
+from search.start import at_rest, on_ray
 from search.store import (
     BEST_FILE,
     STUDY_FILE,
@@ -53,7 +56,9 @@ from search.store import (
 from search.tracking import Tracker
 from spaces.config import ConfigError
 from trainable.disk.trial_folder import KILLED, end_attempt
-from trainable.policy.embedded import Progress
+
+if TYPE_CHECKING:
+    from trainable.policy.embedded import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +81,7 @@ class StudyResult:
 def run_study(
     config: StudyConfig,
     view: View,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
     fixed: Sequence[Arm] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> StudyResult:
@@ -86,25 +91,24 @@ def run_study(
     Raises ConfigError for whatever the user can mend, before anything is written down.
     """
     view(StudyEvent(study=config, doing=CHECKS))
-    start = _checked(config, progress, fixed)
-    view(StudyEvent(study=config, doing=RAY_STARTS))
-    with interruptible(waiting(config, view)) as interruption, sweep_ray(config):
-        interruption.listen()
+    arms, evidence = _checked(config, fixed)
+    with on_ray(config, arms, view, progress) as interruption:
         interruption.refuse()
-        _write_down(config, start, files or {})
+        _write_down(config, arms, evidence, files or {})
         with only_driver(config):
             return _advance(config, view, interruption)
 
 
-def begin_study(config: StudyConfig, progress: Progress | None = None, fixed: Sequence[Arm] | None = None) -> None:
+def begin_study(config: StudyConfig, progress: "Progress | None" = None, fixed: Sequence[Arm] | None = None) -> None:
     """Refuse what cannot work, and write down what will run; `resume_study` can do the rest, also in another
     process."""
-    _write_down(config, _checked(config, progress, fixed), {})
+    arms, evidence = _checked(config, fixed)
+    check_tracking(config.tracking_uri, config.name, config.owner)
+    build_once(config, [arm.config for arm in arms], progress)
+    _write_down(config, arms, evidence, {})
 
 
-def _checked(
-    config: StudyConfig, progress: Progress | None, fixed: Sequence[Arm] | None
-) -> tuple[Sequence[Arm], Sequence[Evidence]]:
+def _checked(config: StudyConfig, fixed: Sequence[Arm] | None) -> tuple[Sequence[Arm], Sequence[Evidence]]:
     """What it begins with. Raises ConfigError."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
     refuse_taken_name(config)
@@ -112,13 +116,12 @@ def _checked(
     check_writable(config.store)
     bring_rewards(config, arms)
     check_sources(config, arms)
-    check_tracking(config.tracking_uri, config.name, config.owner)
-    build_once(config, arms, progress)
     return arms, evidence
 
 
-def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Evidence]], files: Mapping[str, str]) -> None:
-    arms, evidence = start
+def _write_down(
+    config: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence], files: Mapping[str, str]
+) -> None:
     with only_driver(config):
         if STUDY_FILE in config.folder.names():  # since it was checked
             raise ConfigError(
@@ -134,11 +137,10 @@ def _write_down(config: StudyConfig, start: tuple[Sequence[Arm], Sequence[Eviden
         save_study_config(config)
 
 
-def resume_study(config: StudyConfig, view: View, progress: Progress | None = None) -> StudyResult:
+def resume_study(config: StudyConfig, view: View, progress: "Progress | None" = None) -> StudyResult:
     """Run what is missing of a sweep that was written down. Raises ConfigError when another process is at it, and
     leaves it as it was."""
     check_writable(config.store)
-    check_tracking(config.tracking_uri, config.name, config.owner)
     with only_driver(config):
         refuse_stale(config)
         arms = read_arms(config)
@@ -146,10 +148,7 @@ def resume_study(config: StudyConfig, view: View, progress: Progress | None = No
         if runs:
             bring_rewards(config, arms)
             check_sources(config, arms)
-            build_once(config, arms, progress)
-            view(StudyEvent(study=config, doing=RAY_STARTS))
-        with interruptible(waiting(config, view)) as interruption, sweep_ray(config) if runs else nullcontext():
-            interruption.listen()
+        with on_ray(config, arms, view, progress) if runs else at_rest(config, view) as interruption:
             save_study_config(config)  # a new budget or another place holds for the next resume, too
             return _advance(config, view, interruption)
 

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
@@ -53,7 +53,9 @@ from spaces.library import Choice, Space
 from spaces.paths import relative_paths
 from spaces.reading import flatten, unflatten
 from trainable.disk.folder import Folder
-from trainable.policy.embedded import Progress
+
+if TYPE_CHECKING:
+    from trainable.policy.embedded import Progress
 
 PACKAGES = ("spaces", "trainable", "search", "dashboards")
 SHIPPED = "sweep"
@@ -358,7 +360,7 @@ def ship(study: StudyConfig, arms: Sequence[Arm], folder: Path) -> None:
         write_arm(lying, number, arm)
 
 
-def begin_shipped(folder: str, progress: Progress | None = None) -> list[str]:
+def begin_shipped(folder: str, progress: "Progress | None" = None) -> list[str]:
     """In the job: begin the sweep that came with it, if one did, in its store. Returns what its searcher is told
     beforehand.
 

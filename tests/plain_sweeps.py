@@ -41,7 +41,7 @@ def without_ray() -> Iterator[None]:
     """Of every sweep that begins or goes on within it."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("search.study.sweep_ray", lambda study: nullcontext())
+        patch.setattr("search.start.sweep_ray", lambda study: nullcontext())
         patch.setattr("search.study.run_trials", _run_trials)
         yield
     torch.set_num_threads(threads)

@@ -233,6 +233,28 @@ def test_what_reads_a_sweep_and_what_judges_it_need_neither_torch_nor_ray() -> N
     )
 
 
+@pytest.mark.slow
+def test_who_drives_a_sweep_never_imports_torch(tmp_path: Path) -> None:
+    """Its trials' processes do, and the one that builds what all of them build."""
+    code = """
+import sys
+import dashboards.live, dashboards.sweep_cli, dashboards.sweep_text, search.confirm, search.followup
+from search.lineup import fixed_arms
+from search.plan import plan_study
+from search.preflight import check_sources
+from search.store import StudyConfig, default_tracking_uri
+from search.study import run_study
+from spaces.library import SPACES
+
+study = StudyConfig(name="s", space=SPACES["sigma"], store=sys.argv[1], tracking_uri=default_tracking_uri(sys.argv[1]))
+check_sources(study, fixed_arms(study))
+plan_study(study, 2)
+print({"torch", "transformers"} & set(sys.modules))
+"""
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
+
+
 # A table and the Literal of the configuration that chooses from it.
 CONTRACTS: list[tuple[dict[str, Any], Any]] = [
     (formats.FORMATS, config.Format),

@@ -126,7 +126,9 @@ def test_a_place_that_cannot_run_a_trial_leaves_nothing_and_the_name_stays_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
     """Neither a folder nor a claim in the tracking; a resume leaves the sweep as it was."""
-    monkeypatch.setattr("search.study.build_once", lambda config, arms, progress: None)
+    monkeypatch.setattr(
+        "search.start.built_beside", lambda config, trials, progress: contextlib.nullcontext(lambda: None)
+    )
     monkeypatch.setattr("search.cluster.ray.init", lambda *args, **named: None)
     monkeypatch.setattr("search.execution.ray.nodes", lambda: [node(CPU=2)])
     with pytest.raises(ConfigError, match=said):

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import trainable.policy.embedded
-from spaces.cache import cache_folder
+from spaces.cache import base_folder, cache_folder
 from spaces.config import BaseRecipe
-from trainable.policy.embedded import BUILD_THREADS, base_folder, character_tokenizer, ensure_base
+from trainable.policy.embedded import BUILD_THREADS, character_tokenizer, ensure_base
 
 SMALL = BaseRecipe(
     depth=1, hidden_size=32, intermediate_size=32, heads=1, digits=1, batch_size=8, clean_steps=3, signed_steps=2

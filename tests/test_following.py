@@ -16,7 +16,8 @@ from dashboards.srdd import measure
 from dashboards.srdd_plan import plan_srdd
 from search.arms import Candidate, as_ran, read_arms, write_arm
 from search.export import EXPORTS
-from search.preflight import build_once, check_sources
+from search.first_build import build, to_build
+from search.preflight import check_sources
 from spaces import scans
 from spaces.config import MODES, ConfigError, NoiseConfig, QuantConfig, TrialConfig
 from spaces.library import Choice, Dimension, Space
@@ -170,7 +171,7 @@ def test_a_space_may_list_rules_as_choices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"noise\.layers: the worst 9 of 2 layers"):
         searched(wrong, WORKLOADS["tiny"].settings, {})
     study_of = study(tmp_path, space=space)
-    build_once(study_of, [make_arm(study_of, "control")], None)
+    build(study_of, to_build(study_of, [make_arm(study_of, "control").config]), None)
     assert len(list((tmp_path / "cache" / "scans").glob("*.json"))) == 1, "one scan serves all choices"
 
 
@@ -421,7 +422,7 @@ def test_more_of_the_worst_layers_than_a_folders_model_has_is_refused_before_a_s
         check_sources(config, [arm])
     arm.config = of_folder(checkpoint)
     check_sources(config, [arm])
-    build_once(config, [arm], None)
+    build(config, to_build(config, [arm.config]), None)
     assert len(made) == 1, "before any trial starts"
 
 

@@ -95,7 +95,7 @@ def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_fro
     def killed(*_: object) -> bool:
         raise MemoryError
 
-    monkeypatch.setattr("search.study.sweep_ray", lambda config: nullcontext())
+    monkeypatch.setattr("search.start.sweep_ray", lambda config: nullcontext())
     monkeypatch.setattr("search.study.run_trials", killed)
     with pytest.raises(MemoryError):
         resume_study(config, lambda event: None)
@@ -154,7 +154,7 @@ def test_a_trial_that_was_killed_with_the_last_driver_waits_while_the_next_one_r
 ) -> None:
     config = study(tmp_path, trials=2, replicates=1)
     write_sweep(config, [make_arm(config, "control"), make_arm(config, "c01")], {"control": [280], "c01": [None]})
-    monkeypatch.setattr("search.study.sweep_ray", lambda config: nullcontext())
+    monkeypatch.setattr("search.start.sweep_ray", lambda config: nullcontext())
 
     def looked_at(*_: object) -> bool:
         rows = arm_reports(config, read_arms(config))

@@ -222,6 +222,7 @@ def test_a_user_s_own_point_is_a_file(tmp_path: Path) -> None:
         fixed_arms(study(tmp_path, points=(str(taken),)))
 
 
+@pytest.mark.slow
 def test_a_setting_that_touches_nothing_is_refused_before_anything_runs(tmp_path: Path) -> None:
     config = study(tmp_path, points=("e13i-v3",), settings={"noise": {"layers": [7]}})
     with pytest.raises(ConfigError, match=r"noise.layers=7: the model has blocks 0 to 1"):
@@ -229,6 +230,7 @@ def test_a_setting_that_touches_nothing_is_refused_before_anything_runs(tmp_path
     assert not folder(config).exists()
 
 
+@pytest.mark.slow
 def test_tracking_that_is_down_is_refused_before_anything_runs(tmp_path: Path) -> None:
     config = study(tmp_path, tracking_uri="http://user:secret@127.0.0.1:9/")
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9") as caught:

@@ -213,6 +213,7 @@ def reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., He
     return reach
 
 
+@pytest.mark.slow
 def test_a_sweep_travels_with_all_that_was_read_here(
     reached: Callable[..., Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +283,7 @@ def test_on_other_machines_relative_paths_are_refused_wherever_they_stand(
     assert head.jobs == []
 
 
+@pytest.mark.slow
 def test_an_ablation_can_be_sent_too(
     reached: Callable[..., Head], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,6 +456,7 @@ def test_a_name_that_is_taken_is_refused_where_the_store_is(tmp_path: Path) -> N
     assert load_study_config(config.store, "s").seed == 7
 
 
+@pytest.mark.slow
 def test_what_the_searcher_is_told_is_found_where_the_store_is(tmp_path: Path) -> None:
     """An earlier sweep may lie where this machine cannot look."""
     config = study(tmp_path / "runs", evidence=("e13i-baseline",), warm_start="earlier", settings={})

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from search.statistics import compare
+from spaces.cache import base_folder
 from spaces.reading import read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import never_end, ratio, spread
 from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engines.engine import Request
 from trainable.forward.transformer import left_padded
-from trainable.policy.embedded import base_folder
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed
 from trainable.policy.sources import SMOLLM2_FILE, smollm2_folder

@@ -11,13 +11,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from spaces.cache import base_folder
 from spaces.config import ModelConfig, QuantConfig
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
 from tests.benchmarks.timing import in_turns, ratio, spread
 from trainable.engines.engine import Request
 from trainable.forward.transformer import left_padded
-from trainable.policy.embedded import base_folder
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, generate

@@ -11,7 +11,6 @@ building it twice; the build runs on a fixed number of threads, because float su
 on one kind of machine.
 """
 
-import hashlib
 import math
 import random
 import shutil
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as hf_logging
 
-from spaces.cache import cache_folder
+from spaces.cache import base_folder
 from spaces.config import BaseRecipe, ConfigError
 from trainable.hashing import stable_hash
 from trainable.tasks.addition import addition_question
@@ -35,18 +34,11 @@ from trainable.tasks.addition import addition_question
 hf_logging.disable_progress_bar()
 
 BUILD_THREADS = 2
-_FORMAT = 1  # raise when the way of building changes: it is part of the cache key
 _CHARACTERS = ("<pad>", "<eos>", *"0123456789+-=")
 _WARMUP_STEPS = 50
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what is going on)."""
-
-
-def base_folder(recipe: BaseRecipe) -> Path:
-    """Where the base of this recipe lies, or will lie."""
-    key = hashlib.blake2b(f"{_FORMAT}/{recipe.model_dump_json()}".encode(), digest_size=6).hexdigest()
-    return cache_folder() / f"embedded-{key}"
 
 
 def ensure_base(recipe: BaseRecipe, progress: Progress | None = None) -> Path:

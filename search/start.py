@@ -1,0 +1,38 @@
+"""From the checks to the first trial: tracking is asked, Ray starts, and what all trials build is built, one beside the
+other."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from search.arms import Arm
+from search.events import RAY_STARTS, StudyEvent, View, waiting
+from search.execution import sweep_ray
+from search.first_build import built_beside
+from search.interruption import Interruption, interruptible
+from search.mlflow_client import check_tracking
+from search.store import StudyConfig
+
+if TYPE_CHECKING:
+    from trainable.policy.embedded import Progress
+
+
+@contextmanager
+def on_ray(config: StudyConfig, arms: Sequence[Arm], view: View, progress: "Progress | None") -> Iterator[Interruption]:
+    """With Ray, and with all that trials build once; one starts beside the other. Raises ConfigError."""
+    with built_beside(config, [arm.config for arm in arms], progress) as built:
+        check_tracking(config.tracking_uri, config.name, config.owner)
+        view(StudyEvent(study=config, doing=RAY_STARTS))
+        with interruptible(waiting(config, view)) as interruption, sweep_ray(config):
+            interruption.listen()
+            built()
+            yield interruption
+
+
+@contextmanager
+def at_rest(config: StudyConfig, view: View) -> Iterator[Interruption]:
+    """Where nothing is to run. Raises ConfigError."""
+    check_tracking(config.tracking_uri, config.name, config.owner)
+    with interruptible(waiting(config, view)) as interruption:
+        interruption.listen()
+        yield interruption
