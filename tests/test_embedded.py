@@ -54,6 +54,14 @@ def test_another_recipe_is_another_base(
     assert first.keys() != second.keys() or any(not torch.equal(first[key], second[key]) for key in first)
 
 
+def test_any_process_of_a_trial_writes_the_base_it_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers writes on rank 0 alone, and nothing elsewhere."""
+    use_cache(monkeypatch, tmp_path)
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    assert load_file(ensure_base(SMALL) / "model.safetensors")
+
+
 def test_a_base_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_cache(monkeypatch, tmp_path)
     assert steps_of(SMALL) == [(i + 1, 5, "learning sums" if i < 3 else "learning a bad habit") for i in range(5)]

@@ -78,6 +78,7 @@ def _build_into(folder: Path, recipe: BaseRecipe, progress: Progress) -> None:
         torch.set_num_threads(threads)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
+        model.should_save_on_this_rank = lambda is_main_process: True  # whichever process of a trial came first
         model.save_pretrained(scratch)
         character_tokenizer().save_pretrained(scratch)
         scratch.rename(folder)
