@@ -1000,6 +1000,7 @@ ROWS: dict[str, Row] = {
         qerl=to("seed", note="the noise is drawn anew by every process, from a generator of its own"),
         nemo=to("grpo.seed"),
     ),
+    "parallel.ranks": _HERE,
     "threads": _HERE,
     "hang_seconds": _HERE,
 }

@@ -689,6 +689,12 @@ class CollapseConfig(Record):
     wanted here)."""
 
 
+class ParallelConfig(Record):
+    ranks: Whole = Field(1, ge=1, le=1024)
+    """Shares that rollouts, updates and evaluations are divided into, each computed by a process with a GPU of its own
+    where there are so many. Numbers hang on it (above 1 also each token's draw), and not on the number of processes."""
+
+
 class TrialConfig(Record):
     """One run of one point with one seed.
 
@@ -711,6 +717,8 @@ class TrialConfig(Record):
     """When to give up."""
     eval: EvalConfig = EvalConfig()
     """How it is judged."""
+    parallel: ParallelConfig = ParallelConfig()
+    """By how many processes it is computed."""
     seed: Whole = Field(0, ge=0)
     """Replicate k of every arm has the same seed, so that arms are paired."""
     threads: Whole | None = Field(None, ge=1)
@@ -778,6 +786,11 @@ class TrialConfig(Record):
             raise ValueError(
                 "task.name=addition speaks the embedded model's characters; "
                 f"model.name={self.model.name} needs another task"
+            )
+        if self.grpo.prompts < self.parallel.ranks:
+            raise ValueError(
+                f"parallel.ranks={self.parallel.ranks} needs a prompt for each rank, but got "
+                f"grpo.prompts={self.grpo.prompts}; lower it, or raise grpo.prompts"
             )
         if self.eval.draw and (self.eval.split != "confirm" or not self.task.endless):
             raise ValueError(

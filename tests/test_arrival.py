@@ -108,6 +108,7 @@ SUMS: dict[str, Any] = {
     "collapse.grad_norm_ratio": 6.0,
     "collapse.grad_norm_clip": 0.2,
     "collapse.mismatch_kl": 2.0,
+    "parallel.ranks": 3,
     "hang_seconds": 99.0,
 }
 TEXTS: dict[str, Any] = {

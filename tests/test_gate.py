@@ -51,7 +51,7 @@ def trial_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tri
     """trial_with(lambda policy, number: 0.0): of one step, whose engine tells log-probs that are apart by so much."""
 
     def build(shift: Shift, *overrides: str) -> Trial:
-        monkeypatch.setattr(trainable.trial, "start_backend", lambda config, policy: Echo(policy, shift))
+        monkeypatch.setattr(trainable.trial, "start_backend", lambda config, policy, told: Echo(policy, shift))
         return Trial(tiny("grpo.steps=1", "noise.num_stages=1", "eval.questions=8", *overrides))
 
     return build

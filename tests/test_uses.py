@@ -92,7 +92,7 @@ COUNTS: list[tuple[tuple[str, ...], list[str]]] = [
             ),
             *("rollout.correction_cap=0.1", "rollout.max_new_tokens=3", "eval.questions=9", "eval.every=1"),
             "eval.samples=2",
-            *("eval.split=confirm",),
+            *("eval.split=confirm", "parallel.ranks=2"),
         ],
     ),
     (("grpo.learning_rate=0.01",), ["grpo.clip_low=0.001", "grpo.clip_high=0.001"]),

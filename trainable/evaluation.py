@@ -16,7 +16,8 @@ from trainable.episode import Group
 from trainable.policy.policy import Policy, deployed
 from trainable.rollout import encode_prompts, judge
 from trainable.signals import mean_parts
-from trainable.tasks.task import Question, Task
+from trainable.tasks.task import Question, Score, Task
+from trainable.team import Team
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +39,27 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, task: Task, questions: list[Question], config: TrialConfig, backend: Backend | None = None
+    policy: Policy,
+    task: Task,
+    questions: list[Question],
+    config: TrialConfig,
+    backend: Backend | None = None,
+    team: Team | None = None,
 ) -> Evaluation:
-    """Greedy answers in the deployed precision, by the policy's own modules where no backend is given."""
-    groups = _answers(policy, task, questions, config, backend or TorchBackend(), answers=1, temperature=0.0)
-    scores = [group[0].score for group in groups]
+    """Greedy answers in the deployed precision, by the policy's own modules where no backend is given, and by one
+    process where no team is."""
+
+    def answered(share: range) -> list[tuple[Score, str]]:
+        arguments = (policy, task, questions[share.start : share.stop], config, backend or TorchBackend())
+        return [(group[0].score, group[0].text) for group in _answers(*arguments, answers=1, temperature=0.0)]
+
+    team = team or Team(0, 1, config.parallel.ranks)
+    answers = team.share_out("evaluation", len(questions), answered)
+    scores = [score for score, _ in answers]
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
         parts=mean_parts(scores),
-        answers=tuple(group[0].text for group in groups),
+        answers=tuple(text for _, text in answers),
     )
 
 
@@ -56,21 +69,28 @@ def count_right(
     questions: list[Question],
     config: TrialConfig,
     backend: Backend,
+    team: Team,
     *,
     step: int,
     on_part: Callable[[], None],
 ) -> tuple[int, ...]:
     """Per question: how many of `eval.samples` sampled answers are right. `step`: steps done, which name the draw.
     `on_part` hears each `eval.batch_size` answers begin: all of them may take longer than a hang is waited for."""
-    samples, counts = config.eval.samples, list[int]()
+    samples, temperature, shared = config.eval.samples, config.rollout.temperature, config.parallel.ranks > 1
     at_once = max(1, config.eval.batch_size // samples)
-    for start in range(0, len(questions), at_once):  # what is sampled is counted and forgotten
-        on_part()
-        part, draw = questions[start : start + at_once], ("pass@k", config.seed, step, start)
-        arguments = (policy, task, part, config, backend)
-        groups = _answers(*arguments, answers=samples, temperature=config.rollout.temperature, draw=draw)
-        counts += [sum(episode.score.correct for episode in group) for group in groups]
-    return tuple(counts)
+
+    def counted(share: range) -> list[int]:
+        counts: list[int] = []
+        for start in share[::at_once]:  # what is sampled is counted and forgotten
+            on_part()
+            part = questions[start : min(start + at_once, share.stop)]
+            draw, first = ("pass@k", config.seed, step, *(() if shared else (start,))), start if shared else 0
+            arguments = (policy, task, part, config, backend)
+            groups = _answers(*arguments, answers=samples, temperature=temperature, draw=draw, first=first)
+            counts += [sum(episode.score.correct for episode in group) for group in groups]
+        return counts
+
+    return tuple(team.share_out("pass@k", len(questions), counted))
 
 
 def _answers(
@@ -83,6 +103,7 @@ def _answers(
     answers: int,
     temperature: float,
     draw: Sequence[object] = (),
+    first: int = 0,
 ) -> list[Group]:
     """Judged answers of the clean model."""
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
@@ -93,6 +114,8 @@ def _answers(
         temperature=temperature,
         batch_size=config.eval.batch_size,
         draw=draw,
+        first=first,
+        each_token=config.parallel.ranks > 1,
     )
     with deployed(policy):
         backend.sync(policy)

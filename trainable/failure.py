@@ -18,5 +18,6 @@ FAILURES: dict[str, str] = {
     "engine": "The engine that generates (vLLM) did not start, or died twice.",
     "rollout_mismatch": "The engine that generates does not compute what training computes.",
     "reward": "The process of a reward died, or was too late, twice.",
+    "ranks": "One of the processes that compute the trial together (`parallel.ranks`) died, or was too late.",
 }
 """What a trial can fail by besides an error: its rule, and what that means."""

@@ -26,6 +26,7 @@ from trainable.episode import FilterOutcome, Group
 from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps
 from trainable.policy.policy import Policy
 from trainable.signals import UpdateMetrics
+from trainable.team import ALONE, Team
 
 _EPSILON = 1e-4  # added to the std of a group, as in TRL
 
@@ -159,9 +160,10 @@ def update(
     *,
     first_update: int,
     shuffle: torch.Generator,
+    team: Team = ALONE,
 ) -> UpdateMetrics:
     """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add
-    up."""
+    up. A team shares the groups of each mini-batch out; every process then makes the same step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     correction = None if rollout.correction == "none" else batch.correction(rollout).weights
     losses, norms, sums = [], [], [0.0, 0.0, 0.0]
@@ -176,29 +178,20 @@ def update(
         mini = batch.rows(chosen, batch.group_size)
         weights = None if correction is None else correction[chosen]
         normalizer = loss_normalizer(grpo.loss, mini, batch, grpo.minibatches, rollout.max_new_tokens)
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for rows in mini.slices(grpo.micro_batch_size):
-            micro = mini.part(rows)
-            logps = completion_logps(policy, micro, rollout.temperature)
-            loss, metrics = grpo_loss(
-                logps,
-                micro.old_logps,
-                micro.advantages,
-                micro.mask,
-                loss=grpo.loss,
-                clip_low=grpo.clip_low,
-                clip_high=grpo.clip_high,
-                normalizer=normalizer,
-                weights=None if weights is None else weights[rows],
-                reference_logps=micro.reference_logps,
-                kl_beta=grpo.kl_beta,
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+        learned, gradients = [], []
+        for groups in team.spans(len(mini) // mini.group_size):
+            optimizer.zero_grad(set_to_none=True)
+            rows = slice(groups.start * mini.group_size, groups.stop * mini.group_size)
+            own = None if weights is None else weights[rows]
+            loss = backward(policy, mini.groups(groups), own, grpo, rollout, normalizer)
+            gradients.append([parameter.grad for parameter in parameters])
+            learned.append((loss, [grad is not None for grad in gradients[-1]]))
+        shares = [share for own in team.gather("update", learned) for share in own]
+        add_up(parameters, gradients, [any(row) for row in zip(*(has for _, has in shares), strict=True)], team)
+        for (_, metrics), _ in shares:
             sums = [a + b for a, b in zip(sums, (metrics.clipped, metrics.kl, metrics.tokens), strict=True)]
         norm = torch.nn.utils.clip_grad_norm_(parameters, grpo.max_grad_norm).item()
-        losses.append(total)
+        losses.append(sum(loss for (loss, _), _ in shares))
         norms.append(norm)
         if not (norm < float("inf")):
             break
@@ -213,6 +206,56 @@ def update(
         clip_fraction=clipped / max(tokens, 1.0),
         reference_kl=kl / max(tokens, 1.0),
     )
+
+
+def backward(
+    policy: Policy,
+    share: Batch,
+    weights: torch.Tensor | None,
+    grpo: GRPOConfig,
+    rollout: RolloutConfig,
+    normalizer: float,
+) -> tuple[float, LossMetrics]:
+    """Add the gradients of some groups of a mini-batch; returns their part of its loss. There may be none."""
+    total, sums = 0.0, LossMetrics(clipped=0.0, kl=0.0, tokens=0.0)
+    for rows in share.slices(grpo.micro_batch_size):
+        micro = share.part(rows)
+        logps = completion_logps(policy, micro, rollout.temperature)
+        loss, metrics = grpo_loss(
+            logps,
+            micro.old_logps,
+            micro.advantages,
+            micro.mask,
+            loss=grpo.loss,
+            clip_low=grpo.clip_low,
+            clip_high=grpo.clip_high,
+            normalizer=normalizer,
+            weights=None if weights is None else weights[rows],
+            reference_logps=micro.reference_logps,
+            kl_beta=grpo.kl_beta,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+        sums = LossMetrics(
+            clipped=sums.clipped + metrics.clipped, kl=sums.kl + metrics.kl, tokens=sums.tokens + metrics.tokens
+        )
+    return total, sums
+
+
+def add_up(
+    parameters: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor | None]],
+    have: Sequence[bool],
+    team: Team,
+) -> None:
+    """Give each parameter the sum of its gradients over all shares. `gradients`: of the shares of this process; `have`:
+    which parameters have one in any share. The others keep none: an optimizer would decay them."""
+    used = [(index, parameter) for index, parameter in enumerate(parameters) if have[index]]
+    parts = [[torch.zeros_like(p) if (grad := own[index]) is None else grad for index, p in used] for own in gradients]
+    for parameter in parameters:
+        parameter.grad = None
+    for (_, parameter), total in zip(used, team.add_up(parts), strict=True):
+        parameter.grad = total
 
 
 def warmup_factor(update: int, warmup_updates: int) -> float:

@@ -23,6 +23,7 @@ from trainable.engines.engine import Request
 from trainable.episode import Completion, Episode, Group
 from trainable.forward.decoder import decoder
 from trainable.forward.transformer import left_padded
+from trainable.philox import key_of, uniforms_at
 from trainable.policy.policy import Policy
 from trainable.prompts import is_templated, prompt_text
 from trainable.seeds import generator
@@ -112,17 +113,37 @@ def _encode(policy: Policy, questions: Sequence[Question], task: TaskConfig) -> 
 @torch.no_grad()
 def generate(policy: Policy, request: Request) -> list[list[Completion]]:
     """`group_size` completions for each prompt. Call it inside `deployed`."""
-    source = generator(*request.draw, device=policy.device) if request.temperature > 0 else None
+    drawn = request.temperature > 0
+    source = generator(*request.draw, device=policy.device) if drawn and not request.each_token else None
     at_once = max(1, request.batch_size // request.group_size)
     groups: list[list[Completion]] = []
     for start in range(0, len(request.prompts), at_once):
-        groups += _generate_chunk(policy, request, request.prompts[start : start + at_once], source)
+        prompts = request.prompts[start : start + at_once]
+        own = draws(request, start, len(prompts), policy.device) if drawn and request.each_token else None
+        groups += _generate_chunk(policy, request, prompts, source, own)
     return groups
 
 
+def draws(request: Request, start: int, prompts: int, device: torch.device) -> torch.Tensor:
+    """For so many prompts from number `start` of the request on: each token's own number, uniform on (0, 1), by the
+    places of prompt, completion and token among all that are sampled under that name. -> [B, T], fp64 with 46 random
+    bits: of the 23 of one number, some tokens of a large vocabulary would have too few."""
+    key = key_of(*request.draw)
+    prompt = torch.arange(request.first + start, request.first + start + prompts, device=device)[:, None, None]
+    completion = torch.arange(request.group_size, device=device)[:, None]
+    place = (prompt, completion, torch.arange(request.max_new_tokens, device=device))
+    coarse, fine = (uniforms_at(key, *place, part).double() for part in range(2))
+    return (coarse + (fine - 0.5) * 2.0**-23).view(-1, request.max_new_tokens)
+
+
 def _generate_chunk(
-    policy: Policy, request: Request, prompts: Sequence[Sequence[int]], source: torch.Generator | None
+    policy: Policy,
+    request: Request,
+    prompts: Sequence[Sequence[int]],
+    source: torch.Generator | None,
+    own: torch.Tensor | None,
 ) -> list[list[Completion]]:
+    """`source` for all tokens, or `own` [B, T] numbers of each; neither: greedy."""
     longest = request.max_new_tokens
     ends = torch.tensor(policy.ends, device=policy.device)
     ids, mask = left_padded(prompts, policy.tokenizer.pad_token_id, policy.device)  # [P, L]
@@ -133,7 +154,7 @@ def _generate_chunk(
     logps, entropies = torch.zeros_like(tokens, dtype=torch.float32), torch.zeros_like(tokens, dtype=torch.float32)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     for column in range(longest):
-        token, logp, entropy = sample(logits, request.temperature, source)
+        token, logp, entropy = sample(logits, request.temperature, source if own is None else own[rows, column])
         tokens[rows, column], logps[rows, column], entropies[rows, column] = token, logp, entropy
         ended |= torch.isin(token, ends)
         going = (~ended).nonzero()[:, 0]
@@ -147,9 +168,10 @@ def _generate_chunk(
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, source: torch.Generator | None
+    logits: torch.Tensor, temperature: float, source: torch.Generator | torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token, its log-prob and the entropy of the distribution, [B] each, from logits [B, V]; computed in fp32.
+    `source`: a generator, or a number on (0, 1) for each row, [B].
 
     A row of logits that is not finite gives some token, and NaN as log-prob and entropy: the signals then say
     `nonfinite`.
@@ -159,9 +181,19 @@ def sample(
     entropy = -(probability * distribution.clamp(min=-1e30)).sum(-1)
     if temperature == 0:
         token = distribution.argmax(-1)
+    elif isinstance(source, torch.Tensor):
+        token = _where(probability.nan_to_num(nan=1.0), source)
     else:
         token = torch.multinomial(probability.nan_to_num(nan=1.0), 1, generator=source)[:, 0]
     return token, distribution.gather(-1, token[:, None])[:, 0], entropy
+
+
+def _where(probability: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token [B] whose part of the sum over [B, V] holds that share of it; none of probability 0. In fp64: a sum of
+    150,000 terms in fp32 would lose the rare ones."""
+    below = probability.double().cumsum(-1)  # [B, V]
+    token = torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)[:, 0]
+    return token.clamp(max=probability.shape[1] - 1)
 
 
 def _completions(

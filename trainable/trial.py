@@ -65,7 +65,7 @@ from trainable.outcome import (
 )
 from trainable.parity import doubts, load_checked
 from trainable.policy.embedded import Progress
-from trainable.policy.policy import deployed, unquantized
+from trainable.policy.policy import Policy, deployed, unquantized
 from trainable.receipt import receipt_of
 from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
@@ -73,6 +73,7 @@ from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks.contract import check_contract
 from trainable.tasks.table import build_task
 from trainable.tasks.task import FiniteTask, Question
+from trainable.team import ALONE, Team, bits_of
 
 _SAMPLES_PER_STEP = 4
 _NEARLY_ALL = 0.9
@@ -110,12 +111,22 @@ class Trial:
         progress: Progress | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
         scans: Folder | None = None,
+        team: Team = ALONE,
     ) -> None:
-        """`on_phase` hears what begins: rollout, update, evaluate. `scans`: those of the trial's sweep.
+        """`on_phase` hears what begins: rollout, update, evaluate. `scans`: those of the trial's sweep. `team`: with
+        whom it is computed; each of them makes the same calls, and has the same numbers after each.
 
         Raises ConfigError for whatever the configuration promises and the model or this machine does not have,
         TrialFailed for an engine that does not start. Call `close` in the end.
         """
+        assert team.size <= config.parallel.ranks, f"{team=} {config.parallel=}"
+        self.team = replace(team, shares=config.parallel.ranks)
+        with self.team.agreed("loading"):
+            self._load(config, progress, on_phase, scans)
+
+    def _load(
+        self, config: TrialConfig, progress: Progress | None, on_phase: Callable[[str], None], scans: Folder | None
+    ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config.model_copy(update={"threads": torch.get_num_threads()})
@@ -146,6 +157,8 @@ class Trial:
         self._check_contract()
         self.backend = start_backend(self.config, self.policy, self._tell_death)
         self.agreed = self.backend.engine is None  # an engine has yet to show that it computes what training computes
+        self.team.check_same("threads", self.config.threads)
+        self._compare("settings, rows or weights at the start", self.config, self.rows)
 
     @property
     def done(self) -> bool:
@@ -163,6 +176,10 @@ class Trial:
 
         Raises TrialFailed when the engine that generates does not agree with training, or died twice in this step.
         """
+        with self.team.agreed("step"):
+            return self._step()
+
+    def _step(self) -> StepReport:
         assert not self.done, "the trial has ended"
         self.backend.begin_step()
         started, step = time.perf_counter(), self.so_far.next_step
@@ -185,6 +202,7 @@ class Trial:
             metrics[TOO_LONG] = float(self.left_out.take())
         self.so_far.next_step += 1
         metrics |= signals.as_metrics() | self._evaluate_if_due(step)
+        self._compare("signals or weights after a step", repr(signals), verdict)
         finished = time.perf_counter()
         tokens = sum(len(e.completion.ids) for group in groups for e in group)
         metrics |= {
@@ -208,7 +226,8 @@ class Trial:
         """How it ended; a trial that is asked before its end counts as stopped, and is evaluated now."""
         started = time.perf_counter()
         if self.so_far.end is None:
-            self._evaluate_end()
+            with self.team.agreed("outcome"):
+                self._evaluate_end()
             self.so_far.seconds += time.perf_counter() - started
         verdict = self.so_far.verdict
         assert self.so_far.start is not None
@@ -269,6 +288,11 @@ class Trial:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken from a trial of the same configuration. Raises ConfigError where the
         user's reward or the rows of the task have changed since."""
+        with self.team.agreed("restoring"):
+            self._restore(state)
+            self._compare("restored states", repr(self.so_far))
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         reward = list(self.config.task.reward_sha256)
         if (was := state["progress"].get("reward", [])) != reward:
             raise ConfigError(
@@ -301,6 +325,16 @@ class Trial:
 
     def _tell_death(self, how: str) -> None:
         self.so_far.warnings.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
+
+    def _compare(self, what: str, *seen: object) -> None:
+        """Raises RuntimeError where the processes of the team have come to different things, or to different weights.
+        What one of them was warned of, all know from now on."""
+        if self.team.size == 1:
+            return
+        masters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.team.check_same(what, (*seen, bits_of([*self.policy.model.parameters(), *masters])))
+        warned = self.team.gather("warnings", self.so_far.warnings)
+        self.so_far.warnings = list(dict.fromkeys(line for own in warned for line in own))
 
     def _measure_questions(self) -> None:
         """No question is found to be too long in the middle of a run: all rows of a data set are measured now, and all
@@ -367,15 +401,18 @@ class Trial:
         config, engine = self.config, self.backend.engine
         assert engine is not None
         for number in range(1, gate.BATCHES + 1):
-            batch = self._batch(groups)
+            batch, apart = self._batch(groups), None
             try:
                 with deployed(self.policy):
                     metrics = gate.check(engine, self.policy, batch, config.rollout, config.grpo.micro_batch_size)
+            except gate.LogpsApart as found:
+                apart = found
+            refused = [one for one in self.team.gather("gate", apart) if one is not None]
+            if not refused:
                 break
-            except gate.LogpsApart:
-                if number == gate.BATCHES:
-                    raise
-                groups = groups + self._generate(_BASELINE_STEP, number, config.grpo.prompts)
+            if number == gate.BATCHES:
+                raise refused[0]
+            groups = groups + self._generate(_BASELINE_STEP, number, config.grpo.prompts)
         with unquantized(self.policy):
             plain = self._batch(self._generate(_BASELINE_STEP, 0, gate.UNQUANTIZED_PROMPTS))
         gate.check_unquantized(plain, config.model.dtype)
@@ -403,7 +440,23 @@ class Trial:
         self.on_phase("rollout")
         config = self.config
         questions = self.task.sample(prompts, seed=config.seed, step=step, batch=batch)
-        encoded = encode_prompts(self.policy, questions, config.task, config.rollout.max_prompt_tokens)
+
+        def sampled(share: range) -> list[Group]:
+            asked = [questions[number] for number in share]
+            encoded = encode_prompts(self.policy, asked, config.task, config.rollout.max_prompt_tokens)
+            request = Request(
+                prompts=encoded,
+                group_size=config.grpo.group_size,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                batch_size=config.rollout.batch_size,
+                draw=("sample", config.seed, step, batch),
+                first=share.start,
+                each_token=config.parallel.ranks > 1,
+            )
+            completions = self.backend.generate(self.policy, request)
+            return judge(self.policy, self.task, asked, encoded, completions)
+
         with injected(
             self.policy,
             config.noise,
@@ -413,16 +466,7 @@ class Trial:
             seed=config.seed,
         ):
             self.backend.sync(self.policy)
-            request = Request(
-                prompts=encoded,
-                group_size=config.grpo.group_size,
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                batch_size=config.rollout.batch_size,
-                draw=("sample", config.seed, step, batch),
-            )
-            completions = self.backend.generate(self.policy, request)
-        groups = judge(self.policy, self.task, questions, encoded, completions)
+            groups = self.team.share_out("rollout", len(questions), sampled)
         return learned_from(config.grpo.reward, groups, self.task, (config.seed, step, batch))
 
     def _prove(self, step: int) -> None:
@@ -439,13 +483,17 @@ class Trial:
         config = self.config
         rewards = shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens)
         batch = make_batch(self.policy, groups, group_advantages(rewards, config.grpo.advantage_scale))
-        arguments = (batch, config.rollout.temperature, config.grpo.micro_batch_size)
-        with deployed(self.policy):
-            old = clean_logps(self.policy, *arguments)
-        reference = None
-        if self.reference is not None:
-            with deployed(self.reference):
-                reference = clean_logps(self.reference, *arguments)
+
+        def logps(policy: Policy) -> torch.Tensor:
+            def of(groups: range) -> torch.Tensor:
+                return clean_logps(policy, batch.groups(groups), config.rollout.temperature, micro_batch)
+
+            with deployed(policy):
+                found = self.team.share_out_rows("log-probs", len(batch) // batch.group_size, of)
+            return found.to(batch.mask.device)
+
+        micro_batch = config.grpo.micro_batch_size
+        old, reference = logps(self.policy), None if self.reference is None else logps(self.reference)
         return replace(batch, old_logps=old, reference_logps=reference)
 
     def _gives_up(self, filtered: FilterOutcome) -> bool:
@@ -462,6 +510,7 @@ class Trial:
             config.rollout,
             first_update=self.so_far.updates,
             shuffle=generator("shuffle", config.seed, step),
+            team=self.team,
         )
         self.so_far.updates += config.grpo.updates_per_step
         return metrics
@@ -510,7 +559,7 @@ class Trial:
         every = self.config.eval.every
         if every and (step + 1) % every == 0:
             self.on_phase("evaluate")
-            return _metrics(evaluate(self.policy, self.task, self.questions, self.config, self.backend))
+            return _metrics(evaluate(self.policy, self.task, self.questions, self.config, self.backend, self.team))
         return {}
 
     def _evaluate_end(self) -> dict[str, float]:
@@ -523,7 +572,7 @@ class Trial:
         """In the deployed precision, with samples where they are wanted, and unquantised (the same thing when nothing
         is quantised). A trial that is asked before its end draws none: it may be waited for."""
         self.on_phase("evaluate")
-        arguments = (self.policy, self.task, self.questions, self.config, self.backend)
+        arguments = (self.policy, self.task, self.questions, self.config, self.backend, self.team)
         deployed_eval = evaluate(*arguments)
         if self.config.eval.samples and (self.so_far.start is None or self.done):
             step, begins = self.so_far.next_step, partial(self.on_phase, "evaluate")

@@ -85,10 +85,16 @@ class Request:
     """Completions at once in training's own modules; an engine has `EngineSettings.sequences`."""
     draw: Sequence[object] = ()
     """Names what is sampled: ("sample", seed, step, batch) of a rollout. Greedy answers need no name."""
+    first: int = 0
+    """Number of the first prompt among all that are sampled under that name."""
+    each_token: bool = False
+    """In training's own modules: each token has a draw of its own, which depends on its place alone and not on what is
+    generated beside it. Otherwise one generator serves the whole request."""
 
     def seed_of(self, prompt: int) -> int:
-        """Of the samples of the prompt with this number: they depend on it, and not on what else is in the batch."""
-        return stable_hash(*self.draw, prompt) % 2**31
+        """Of the samples of the prompt with this number here: they depend on it, and not on what else is in the
+        batch."""
+        return stable_hash(*self.draw, self.first + prompt) % 2**31
 
 
 class Engine(Protocol):

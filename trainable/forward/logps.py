@@ -62,6 +62,10 @@ class Batch:
         """Indices of all rows of these groups."""
         return (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
 
+    def groups(self, span: range) -> "Batch":
+        """Of consecutive groups."""
+        return self.rows(slice(span.start * self.group_size, span.stop * self.group_size), self.group_size)
+
     def slices(self, size: int) -> list[slice]:
         """Consecutive rows, at most `size`: whole groups, or equal parts of a group that is larger."""
         if size >= self.group_size:
