@@ -3,9 +3,12 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spaces.config import BaseRecipe
 from spaces.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spaces.config import BaseRecipe
 
 _BASE_FORMAT = 1  # raise when the way of building a base changes: it is part of its name
 
@@ -21,7 +24,7 @@ def cache_folder() -> Path:
         raise ConfigError("RIN_CACHE: there is no home folder; set it to a folder for what is made once") from None
 
 
-def base_folder(recipe: BaseRecipe) -> Path:
+def base_folder(recipe: "BaseRecipe") -> Path:
     """Where the embedded base of this recipe lies, or will lie (`trainable/policy/embedded.py`)."""
     key = hashlib.blake2b(f"{_BASE_FORMAT}/{recipe.model_dump_json()}".encode(), digest_size=6).hexdigest()
     return cache_folder() / f"embedded-{key}"

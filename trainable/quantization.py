@@ -51,16 +51,18 @@ Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spaces.config import QuantConfig
 from spaces.formats import FORMATS, Element, Format
 from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
+
+if TYPE_CHECKING:
+    from spaces.config import QuantConfig
 
 _MAGNITUDE = 0x7FFFFFFF  # fp32 bits without the sign
 _EXPONENT = 0x7F800000
@@ -311,7 +313,7 @@ class Arithmetic:
     """Which operands gradients are products with: those that were multiplied, or the tensors they were made from."""
 
     @classmethod
-    def of(cls, quant: QuantConfig) -> "Arithmetic":
+    def of(cls, quant: "QuantConfig") -> "Arithmetic":
         """Of the layers that a configuration does not exclude."""
         return cls(**{field.name: getattr(quant, field.name) for field in fields(cls)})
 

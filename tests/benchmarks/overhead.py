@@ -33,7 +33,6 @@ from spaces.config import TrialConfig
 from spaces.library import SPACES
 from spaces.workloads import TRIAL_ENVIRONMENT
 from tests.benchmarks.bench import DOCS
-from trainable.trial import run_trial
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -90,6 +89,8 @@ def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> 
 
 
 def _loop(configs: list[TrialConfig]) -> None:
+    from trainable.trial import run_trial  # which the process that drives a sweep must not import
+
     for config in configs:
         for _ in run_trial(config):
             pass
