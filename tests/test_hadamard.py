@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import trainable.hadamard
 from spaces.config import Format, ModelConfig, QuantConfig
 from tests.conftest import ModelFolder
+from tests.quantised_samples import CLASSES, assert_same, sample
 from tests.test_arithmetic import IDS, policy_of
-from tests.test_quantization import CLASSES, assert_same, oracle, sample
+from tests.test_quantization import oracle
 from trainable.hadamard import rotate, rotate_eager
 from trainable.kernels import cpu
 from trainable.packing import no_packed_form

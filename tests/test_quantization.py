@@ -5,7 +5,6 @@ agree with each other. Values are compared exactly, the sign of zero and the pla
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import gfloat  # type: ignore[import-untyped]
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from spaces.config import Format as FormatName
 from spaces.config import ScaleRule
 from spaces.formats import FORMATS
+from tests.quantised_samples import ALL, CLASSES, MX, QUANTISED, RULES, SHAPE, Array, assert_same, sample
 from trainable import quantization
 from trainable.quantization import (
     SCALE_RULES,
@@ -34,15 +34,9 @@ from trainable.quantization import (
 
 FLT_MAX = float(torch.finfo(torch.float32).max)
 DTYPES = (torch.float32, torch.bfloat16)
-RULES = ("floor", "even", "rceil", "ceil")
-MX = [(fmt, rule) for fmt in ("mxfp4", "mxfp8") for rule in RULES]
-ALL = [*MX, ("nvfp4", "floor")]
-QUANTISED = ("mxfp4", "mxfp8", "nvfp4")
 
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
-
-Array = NDArray[np.float64]
 
 
 class Grid(NamedTuple):
@@ -114,82 +108,6 @@ def oracle(x: Tensor, fmt: str, rule: str, per_tensor: bool = False) -> Tensor:
     values = x.double().numpy()
     quantized = nvfp4_oracle(values, per_tensor) if fmt == "nvfp4" else mx_oracle(values, GRIDS[fmt], rule)
     return torch.from_numpy(np.copysign(quantized, values)).to(x.dtype)
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    nan = expected.isnan()
-    assert torch.equal(actual.isnan(), nan)
-    wrong = (actual != expected) & ~nan
-    first = (actual[wrong][:5].tolist(), expected[wrong][:5].tolist())
-    assert not wrong.any(), f"{int(wrong.sum())} wrong, the first of them {first[0]} instead of {first[1]}"
-    assert torch.equal(actual.signbit()[~nan], expected.signbit()[~nan])
-
-
-# --- the data --------------------------------------------------------------------------------------------------------
-
-SHAPE = (96, 192)  # 6 blocks of 32 in a row
-Draw = Callable[[np.random.Generator, str], Array]
-
-
-def per_block(rng: np.random.Generator, low: float, high: float) -> Array:
-    return np.repeat(rng.uniform(low, high, (SHAPE[0], SHAPE[1] // 32)), 32, axis=1)
-
-
-def midpoints(rng: np.random.Generator, fmt: str) -> Array:
-    """Every element half-way between neighbours of the grid, under an exact power of two as scale."""
-    codes = np.arange(128 if fmt == "mxfp8" else 8, dtype=np.uint8).view(GRIDS[fmt].type).astype(np.float64)
-    grid = np.sort(codes[np.isfinite(codes)])
-    x: Array = rng.choice((grid[1:] + grid[:-1]) / 2, SHAPE) * rng.choice([-1.0, 1.0], SHAPE)
-    x[:, ::16] = grid[-1]
-    x *= np.exp2(np.round(per_block(rng, -20, 20)))
-    return x
-
-
-def near_thresholds(rng: np.random.Generator, fmt: str) -> Array:
-    """amax within 4 ulp (of fp32 or of bf16) of where a rule doubles the scale."""
-    edge = rng.choice([1.0, 1.5, 1.75, 1.9375], SHAPE)
-    ulps = rng.integers(-4, 5, SHAPE) * rng.choice([2.0**-23, 2.0**-7], SHAPE)
-    top = (edge + ulps) * np.exp2(np.round(per_block(rng, -30, 30)))
-    x: Array = top * rng.uniform(-1, 1, SHAPE)
-    x[:, ::16] = top[:, ::16]
-    x[:, 1::16] = top[:, ::16] * rng.choice([0.03125, 0.125, 0.375, 0.625], (SHAPE[0], SHAPE[1] // 16))
-    return x
-
-
-def near_max(rng: np.random.Generator, fmt: str) -> Array:
-    x = rng.uniform(-1, 1, SHAPE) * 2.0 ** per_block(rng, 100, 128)
-    x[rng.random(SHAPE) < 0.02] = np.inf  # clipped to the largest value of the dtype
-    return x
-
-
-def specials(rng: np.random.Generator, fmt: str) -> Array:
-    x = rng.standard_normal(SHAPE)
-    hit = rng.random(SHAPE) < 0.005
-    x[hit] = rng.choice([np.nan, -np.nan, np.inf, -np.inf], int(hit.sum()))
-    return x
-
-
-CLASSES: dict[str, Draw] = {
-    "normal": lambda rng, fmt: rng.standard_normal(SHAPE),
-    "student_t2": lambda rng, fmt: rng.standard_t(2, SHAPE),
-    "cauchy": lambda rng, fmt: rng.standard_cauchy(SHAPE),
-    "wide_range": lambda rng, fmt: rng.standard_normal(SHAPE) * 2.0 ** per_block(rng, -120, 120),
-    "midpoints": midpoints,
-    "near_thresholds": near_thresholds,
-    "tiny": lambda rng, fmt: rng.uniform(-1, 1, SHAPE) * 2.0 ** per_block(rng, -150, -115),
-    "zeros": lambda rng, fmt: rng.choice([0.0, -0.0, -1e-9, 1e-9, 3.0], SHAPE, p=[0.48, 0.48, 0.015, 0.015, 0.01]),
-    "near_max": near_max,
-    "specials": specials,
-}
-
-
-def sample(kind: str, fmt: str = "mxfp4", dtype: torch.dtype = torch.float32) -> Tensor:
-    x = CLASSES[kind](np.random.default_rng(7), fmt)
-    if kind == "near_max":
-        x = x.clip(torch.finfo(dtype).min, torch.finfo(dtype).max)
-    return torch.from_numpy(x).to(dtype)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
