@@ -8,7 +8,7 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import wraps
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from search.store import StudyConfig
     from search.submission import JobServer
     from spaces.config import TrialConfig
+    from spaces.workloads import Workload
 
 Concurrent = Annotated[int | None, typer.Option(min=1, help="Trials at once. Default: what the cores hold.")]
 Overrides = Annotated[
@@ -298,18 +299,22 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     changes = anchored(parse_overrides(_once(options.overrides or [])), Path.cwd())
     settings = merge(taken.get("settings", {}), changes)
     refuse_settings_of_the_run(settings, "--set ")
+    plain = not _decided(options)
+    points = (COLLAPSES,) if plain else _names(options.points)
+    held = {point: dict(read_point(point)[1]) for point in points}
     if options.space is None and before is not None:
         chosen = space_for(before, workload, settings, changes)
     else:
         chosen = named(space, workload, settings) if space in SPACES else load_space(home(space))
+    if before is None:  # what is the same as an earlier sweep is generated as there
+        elsewhere = [chosen.settings, *held.values()]
+        if all(dimension.key != "rollout.backend" for dimension in chosen.dimensions):
+            settings = _with_backend(WORKLOADS[kind], settings, elsewhere)
     name = check_name(options.name or f"{chosen.name}-{datetime.now():%Y%m%d-%H%M%S}")
     if confirmed := re.fullmatch(r"(.+)-confirm(-.+)?", options.name or ""):
         raise ConfigError(f"--name {name}: the confirmation of a sweep {confirmed[1]} has that name; choose another")
     left = searched(chosen, workload, settings)
 
-    plain = not _decided(options)
-    points = (COLLAPSES,) if plain else _names(options.points)
-    held = {point: dict(read_point(point)[1]) for point in points}
     files = {point: settings for point, settings in held.items() if _is_file(point)}
     if before is not None and options.points is None:
         files = files_of(before)
@@ -349,6 +354,22 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     arms = fixed_arms(study)  # a setting that the sweep would not take is told here
     configurations = len(arms) if options.points else 8
     return study.model_copy(update={"trials": number or configurations})
+
+
+def _with_backend(
+    workload: "Workload", settings: Mapping[str, Any], elsewhere: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """The user's settings over who generates, which is said. `elsewhere`: what else may give that, a space or a
+    file."""
+    from spaces.reading import merge
+    from spaces.workloads import chosen_backend
+
+    if any("backend" in tree.get("rollout", {}) for tree in elsewhere):
+        return dict(settings)
+    chosen, line = chosen_backend(workload, settings)
+    if line:
+        print(line, file=sys.stderr)
+    return merge(chosen, settings)
 
 
 def _decided(options: SweepOptions) -> list[str]:
@@ -442,8 +463,9 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
         assert point is not None
         _known("POINT", point, POINTS)
         _known("--workload", workload or "embedded", WORKLOADS)
-        tree, origin = merge(WORKLOADS[workload or "embedded"].settings, POINTS[point].settings), point
-        asked = {}
+        named = WORKLOADS[workload or "embedded"]
+        tree, origin = merge(named.settings, POINTS[point].settings), point
+        tree, asked = merge(tree, _with_backend(named, changes)), {}
     made = read_config(merge(tree, changes), origin=origin)
     for given, who in ((asked, f"{origin}: "), (changes, "--set ")):
         refuse_idle(given, [made], who)

@@ -881,6 +881,7 @@ ROWS: dict[str, Row] = {
     ),
     "rollout.engine": _HERE,
     "rollout.kv_cache_gib": _HERE,
+    "rollout.sleep": _HERE,
     "rollout.start_seconds": _HERE,
     "rollout.answer_seconds": _HERE,
     "rollout.temperature": _row(

@@ -28,7 +28,7 @@ from search.power import detectable_difference
 from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
-from spaces.reading import read_config
+from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS, Workload
 from trainable.disk.trial_folder import read_attempts
 from trainable.outcome import Ending
@@ -168,7 +168,7 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     arms = fixed_arms(config)
     control = arms[0].config
     known = experience(config.store, control)
-    as_it_stands = _work(control) == _work(read_config(workload.settings))
+    as_it_stands = _work(control) == _work(read_config(merge(workload.settings, workload.with_vllm)))
     seconds, source = _seconds(config.store, control, known, workload, as_it_stands)
     per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
     searched = config.trials - len(arms) if config.total is None else new_configurations(config.total, len(arms))

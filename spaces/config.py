@@ -464,14 +464,21 @@ class GRPOConfig(Record):
         return self.updates_per_step // self.epochs
 
 
+_FORMER_DEFAULTS = {"kv_cache_gib": 1.0}
+"""Of earlier versions, in whose records they stand."""
+
+
 class RolloutConfig(Record):
     backend: Literal["torch", "vllm"] = "torch"
     """Who generates: `torch` is the same modules that are trained, `vllm` an engine with the same arithmetic (for long
     completions)."""
     engine: Literal["inside", "process"] = "inside"
     """Where vLLM runs: inside the trial's process, or in a child of it."""
-    kv_cache_gib: Number = Field(1.0, gt=0)
-    """Memory of vLLM's key/value cache, in GiB."""
+    kv_cache_gib: Number | None = Field(None, gt=0)
+    """Memory of vLLM's key/value cache, in GiB; null = what the batch needs, as far as there is room beside training
+    (on a CPU a quarter of the free memory)."""
+    sleep: Flag | None = None
+    """Whether vLLM gives its GPU memory back while training learns; null = where both do not fit together."""
     start_seconds: Number = Field(300.0, gt=0)
     """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
     answer_seconds: Number = Field(1800.0, gt=0)
@@ -492,12 +499,13 @@ class RolloutConfig(Record):
     @model_validator(mode="after")
     def _engine_options_have_a_use(self) -> Self:
         for keys, needed, used in (
-            (("engine", "kv_cache_gib"), "backend=vllm", self.backend == "vllm"),
+            (("engine", "kv_cache_gib", "sleep"), "backend=vllm", self.backend == "vllm"),
             (("start_seconds", "answer_seconds"), "engine=process", self.engine == "process"),
         ):
             for key in keys:
-                if not used and getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key}={getattr(self, key)} does nothing without {needed}; set that or remove it")
+                value, default = getattr(self, key), type(self).model_fields[key].default
+                if not used and value not in (default, _FORMER_DEFAULTS.get(key, default)):
+                    raise ValueError(f"{key}={value} does nothing without {needed}; set that or remove it")
         if self.backend == "vllm" and self.temperature > 2:
             raise ValueError(f"backend=vllm samples at temperatures up to 2, but got temperature={self.temperature:g}")
         return self

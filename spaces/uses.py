@@ -228,6 +228,7 @@ USES: dict[str, Use] = {
     "grpo.overlong_penalty": Use(holds=lambda c: c.grpo.overlong_buffer > 0, needs="grpo.overlong_buffer above 0"),
     "rollout.engine": _VLLM,
     "rollout.kv_cache_gib": _VLLM,
+    "rollout.sleep": _VLLM,
     "rollout.start_seconds": _CHILD,
     "rollout.answer_seconds": _CHILD,
     "task.digits": Use(holds=lambda c: c.task.name == "addition", needs="task.name=addition"),

@@ -5,8 +5,12 @@ minute what a 1.5 B model shows in two hours (W4A4 hurts, training wins part of 
 generation). `tiny` is for plumbing and faults. `smollm2-135m` is a real pretrained model that arrives as a PyPI
 package. `qwen2.5-1.5b-gsm8k` is the experiment plan's own set-up, number by number. Settings that are not named here
 keep the defaults of `spaces/config.py`.
+
+Long completions want vLLM. Whether it is there is asked once, when a sweep (or a single trial) is written down, and the
+answer becomes one of its settings: all arms, every worker machine and a resume have the same one (`chosen_backend`).
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +24,8 @@ class Workload:
     description: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """A tree over the defaults of TrialConfig."""
+    with_vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Settings over these where vLLM is installed; none = training's own modules generate in any case."""
     trial_seconds: float
     """One control trial beside another one, on two quiet cores (qwen: the plan's own 8 x A100), for the estimates of
     `rin plan`."""
@@ -133,12 +139,40 @@ WORKLOADS: dict[str, Workload] = {
             "eval": {"questions": 1024, "every": 20, "batch_size": 256},
             "hang_seconds": 7200.0,
         },
+        # In a child: one that dies in hour 2 is started again within its step. It costs a second CUDA context and a
+        # pipe, over which go norms and adapters, and all weights twice a step where linear layers have noise.
+        with_vllm={"rollout": {"backend": "vllm", "engine": "process"}},
         trial_seconds=8400.0,
         trial_cpus=8,
         trial_gpus=1.0,
         needs=("datasets",),
     ),
 }
+
+
+def chosen_backend(workload: Workload, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Settings between the workload's and those that were given, and a line that says who generates; nothing and no
+    line where the workload leaves that to its defaults, or `rollout.backend` was given."""
+    backend = given.get("rollout", {}).get("backend")
+    if not workload.with_vllm or backend == "torch":
+        return {}, ""
+    if backend is not None:
+        return dict(workload.with_vllm), ""
+    if importlib.util.find_spec("vllm") is not None:
+        return dict(workload.with_vllm), (
+            f"{workload.name}: vLLM is installed here and generates (rollout.backend=vllm in every trial); "
+            "--set rollout.backend=torch for training's own modules"
+        )
+    grpo, rollout = workload.settings["grpo"], workload.settings["rollout"]
+    completions = grpo["generation_prompts"] * grpo["group_size"]
+    passes = -(-completions // rollout["batch_size"]) * rollout["max_new_tokens"]
+    return {"rollout": {"backend": "torch"}}, (
+        f"{workload.name}: vLLM is not installed here, so training's own modules generate (rollout.backend=torch in "
+        f"every trial), in a Python loop: {passes:,} forward passes one after another for a batch of {completions:,} "
+        "completions at their longest; rin doctor says how to install it, --set rollout.backend=vllm where trials run "
+        "on machines that have it"
+    )
+
 
 # Of every trial's process: glibc gives large freed tensors back to the kernel and
 # takes them anew, page fault by page fault; large eager ops run 3 to 8 times faster without.

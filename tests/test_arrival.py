@@ -131,6 +131,7 @@ TEXTS: dict[str, Any] = {
     "rollout.backend": "vllm",
     "rollout.engine": "process",
     "rollout.kv_cache_gib": 2.5,
+    "rollout.sleep": True,
     "rollout.start_seconds": 77.0,
     "rollout.answer_seconds": 88.0,
 }

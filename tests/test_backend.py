@@ -231,7 +231,7 @@ def test_what_an_engine_raises_fails_the_trial_in_one_line(
 
     monkeypatch.setattr(backend, "deployed_weights", lambda policy: {})
     engine = VllmBackend.__new__(VllmBackend)
-    engine.engine = SimpleNamespace(sync=fail, generate=fail)
+    engine.engine, engine.memory = SimpleNamespace(sync=fail, generate=fail), SimpleNamespace(sleep_level=0)
     with pytest.raises(
         TrialFailed, match=f"^engine: {what}: KeyError: .*no place.* set rollout.backend=torch$"
     ) as error:

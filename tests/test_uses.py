@@ -132,7 +132,8 @@ ELSEWHERE = {
         *(f"task.{name}" for name in TaskConfig.model_fields if name.startswith("reward")),  # test_foreign.py
     ),
     *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens", "grpo.micro_batch_size"),
-    *("rollout.backend", "rollout.engine", "rollout.kv_cache_gib", "rollout.start_seconds", "rollout.answer_seconds"),
+    *("rollout.backend", "rollout.engine", "rollout.kv_cache_gib", "rollout.sleep", "rollout.start_seconds"),
+    "rollout.answer_seconds",
     *(key for key in keys() if key.startswith("model.recipe.")),  # any other recipe is another base, by its hash
     *(
         f"collapse.{name}" for name in CollapseConfig.model_fields if name not in ("mode", "patience")
@@ -141,6 +142,7 @@ ELSEWHERE = {
 # Idle keys for which the configuration holds no other value than the default: written, they are refused.
 UNWRITABLE = [
     *("model.lora_rank=3", "model.lora_alpha=3.0", "rollout.engine=process", "rollout.kv_cache_gib=2.0"),
+    "rollout.sleep=true",
     *(
         "rollout.start_seconds=3.0",
         "rollout.answer_seconds=3.0",

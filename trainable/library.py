@@ -102,7 +102,7 @@ class Quantized:
     """How far the wrapped model is from the one that came, with nothing quantised."""
 
     def receipt(self) -> EffectReceipt:
-        return receipt_of(self.policy, (), (), moved={}, warnings=(), forward=self.forward)
+        return receipt_of(self.policy, (), (), moved={}, warnings=(), forward=self.forward, generation={})
 
 
 def quantize(model: Any, quant: QuantConfig) -> EffectReceipt:
@@ -263,6 +263,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             moved=moved_shares(self.start_weights, self.policy.trainable()),
             warnings=self._warnings,
             forward=self.quantized.forward,
+            generation={},
         )
 
     def _check_head(self) -> None:

@@ -9,7 +9,7 @@ NaN rule: what was measured is kept as it was, NaN and infinities included (JSON
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
@@ -265,6 +265,9 @@ class EffectReceipt:
     forward: Mapping[str, Any]
     """How far training and sampling are from transformers' own forward, unquantised, as fields of `parity.Agreement`.
     """
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Who generated: backend; of vLLM also where it ran, GiB of its key/value cache, those that the batch would need,
+    and how it slept. Empty in what an earlier version wrote."""
     followed: tuple[Followed, ...] = ()
     """Settings that were taken from a scan."""
 

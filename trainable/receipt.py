@@ -17,6 +17,7 @@ def receipt_of(
     moved: Mapping[str, float],
     warnings: Sequence[str],
     forward: Mapping[str, Any],
+    generation: Mapping[str, Any],
     followed: Sequence[Followed] = (),
 ) -> EffectReceipt:
     """So far. `moved`: by `masters.moved_shares`."""
@@ -31,5 +32,6 @@ def receipt_of(
         effects=tuple(effects),
         warnings=(*warnings, *effect_warnings(tuple(effects))),
         forward=forward,
+        generation=generation,
         followed=tuple(followed),
     )

@@ -263,6 +263,7 @@ class Trial:
             moved=moved_shares(self.start_weights, self.policy.trainable()),
             warnings=self.so_far.warnings,
             forward=asdict(self.agreement),
+            generation=self.backend.described(),
             followed=self.followed,
         )
 

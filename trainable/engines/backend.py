@@ -10,9 +10,12 @@ the sampled tokens, whose negative mean is an unbiased estimate of it.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+import torch
 
 from spaces.config import ConfigError, TrialConfig
 from trainable.engines.engine import (
@@ -23,12 +26,15 @@ from trainable.engines.engine import (
     quantization_tree,
     set_vllm_switches,
 )
+from trainable.engines.memory import EngineMemory, memory_here
 from trainable.engines.served import unserved
 from trainable.episode import Completion
 from trainable.failure import TrialFailed
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
 from trainable.rollout import generate
+
+log = logging.getLogger(__name__)
 
 _LONGEST_REASON = 500
 """Characters of what a foreign engine says about itself."""
@@ -40,6 +46,9 @@ class Backend(Protocol):
     @property
     def engine(self) -> Engine | None:
         """What the gate asks; None where training's own modules generate."""
+
+    def described(self) -> dict[str, Any]:
+        """For the receipt: who generates, where, with how much memory."""
 
     def begin_step(self) -> None:
         """An engine that died in the last step may die in this one too."""
@@ -68,6 +77,9 @@ class TorchBackend:
 
     engine: Engine | None = None
 
+    def described(self) -> dict[str, Any]:
+        return {"backend": "torch"}
+
     def begin_step(self) -> None:
         """Nothing of it can die alone."""
 
@@ -91,12 +103,19 @@ class VllmBackend:
         require_vllm()
         _check_served(policy)
         _check_heads(policy)
-        self.engine: Engine = _start(config, _settings(config, policy), on_death)
+        self.where, self.memory = config.rollout.engine, memory_here(config, policy)
+        log.info("%s", self.memory)
+        self.engine: Engine = _start(config, _settings(config, policy, self.memory), on_death)
+
+    def described(self) -> dict[str, Any]:
+        return {"backend": "vllm", "engine": self.where, **self.memory.as_tree()}
 
     def begin_step(self) -> None:
         self.engine.begin_step()
 
     def sync(self, policy: Policy) -> None:
+        if self.memory.sleep_level:
+            torch.cuda.empty_cache()  # of what training has let go, which the engine is about to take
         with _told("it takes no weights"):
             self.engine.sync(deployed_weights(policy), quantize_inputs=bool(policy.quantized))
 
@@ -131,7 +150,7 @@ def _check_heads(policy: Policy) -> None:
             )
 
 
-def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
+def _settings(config: TrialConfig, policy: Policy, memory: EngineMemory) -> EngineSettings:
     model: dict[str, Any] = policy.network.config.to_dict()
     model["architectures"] = [type(policy.network).__name__]  # a config.json need not name it
     model.pop("quantization_config", None)  # how the weights lay on disk; here they are plain tensors
@@ -146,7 +165,9 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
         dtype=config.model.dtype,
         max_tokens=tokens,
         sequences=config.rollout.batch_size,
-        kv_cache_gib=config.rollout.kv_cache_gib,
+        kv_cache=memory.cache,
+        sleep_level=memory.sleep_level,
+        device_share=memory.share,
         end_tokens=policy.ends,
     )
 
@@ -154,9 +175,13 @@ def _settings(config: TrialConfig, policy: Policy) -> EngineSettings:
 def _start(config: TrialConfig, settings: EngineSettings, on_death: Callable[[str], None]) -> Engine:
     rollout = config.rollout
     if rollout.engine == "process":
-        from trainable.engines.process import ProcessEngine, start_child
+        from trainable.engines.process import Child, ProcessEngine, start_child
 
-        return ProcessEngine(lambda: start_child(settings, rollout.start_seconds), rollout.answer_seconds, on_death)
+        def child() -> Child:
+            torch.cuda.empty_cache()  # of what training has let go
+            return start_child(settings, rollout.start_seconds)
+
+        return ProcessEngine(child, rollout.answer_seconds, on_death)
     from trainable.engines.vllm import VllmEngine
 
     with _told("it does not start"):

@@ -63,7 +63,12 @@ class EngineSettings:
     """Longest prompt and completion together."""
     sequences: int
     """Generated at once."""
-    kv_cache_gib: float
+    kv_cache: int
+    """Bytes."""
+    sleep_level: int
+    """0 = it does not; see `memory.EngineMemory`."""
+    device_share: float
+    """Of a GPU's memory that it may take in all."""
     end_tokens: tuple[int, ...]
 
 

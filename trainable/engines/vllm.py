@@ -48,7 +48,6 @@ from trainable.engines.engine import CONFIG_FILE, NAME, EngineSettings, Request,
 from trainable.episode import Completion
 from trainable.quantization import AS_IT_IS, UNQUANTIZED, Arithmetic
 
-_GIB = 1 << 30
 _MOST_BATCHED_TOKENS = 8192
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Where a model of vLLM's does not say itself what it has fused."""
@@ -240,11 +239,12 @@ class VllmEngine:
                 max_model_len=settings.max_tokens,
                 max_num_seqs=settings.sequences,
                 max_num_batched_tokens=max(_MOST_BATCHED_TOKENS, settings.sequences, settings.max_tokens),
-                kv_cache_memory_bytes=int(settings.kv_cache_gib * _GIB),
+                kv_cache_memory_bytes=settings.kv_cache,
+                gpu_memory_utilization=settings.device_share,  # 0.92 otherwise: no start beside a model in training
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 generation_config="vllm",  # nothing of a model's own generation_config.json
                 enforce_eager=True,  # what a layer quantises is switched between rollout and evaluation
-                enable_sleep_mode=torch.cuda.is_available(),
+                enable_sleep_mode=settings.sleep_level > 0,
                 disable_log_stats=True,
                 seed=0,
             )
@@ -304,8 +304,8 @@ class VllmEngine:
         return y
 
     def sleep(self) -> None:
-        if torch.cuda.is_available() and not self.asleep:
-            self.llm.sleep(level=1)
+        if self.settings.sleep_level and not self.asleep:
+            self.llm.sleep(level=self.settings.sleep_level)
             self.asleep = True
 
     def close(self) -> None:

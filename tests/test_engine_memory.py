@@ -1,0 +1,99 @@
+"""What an engine is given of a machine's memory: rows of numbers, of devices that are not here."""
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from spaces.config import ConfigError, TrialConfig
+from spaces.reading import read_config
+from spaces.workloads import WORKLOADS
+from tests.conftest import Tiny
+from trainable.engines import backend
+from trainable.engines.backend import _settings
+from trainable.engines.memory import GIB, EngineMemory, Needs, choose, memory_here, needs_of
+from trainable.policy.loading import load_policy
+
+QWEN = Needs(cache=int(10.5 * GIB), sequence=42 << 20, engine=int(4.9 * GIB), held=int(3.2 * GIB), learning=34 * GIB)
+SMALL = Needs(cache=GIB // 4, sequence=1 << 20, engine=2 * GIB, held=1 << 20, learning=1 << 20)
+
+
+def on_gpu(needs: Needs, gib: float, **given: object) -> EngineMemory:
+    options = {"inside": False, "cache": None, "sleep": None, **given}
+    total = int(gib * GIB)
+    return choose(needs, free=total - int(3.5 * GIB), total=total, on_device=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("gib", "given", "cache_gib", "level"),
+    [
+        (141, {}, 10.5, 0),
+        (80, {}, 10.5, 0),
+        (40, {}, 10.5, 1),  # both do not fit together
+        (40, {"inside": True}, 10.5, 2),  # weights are on the same device: dropped
+        (20, {}, 7.4, 1),  # capped by what training holds
+        (80, {"sleep": True}, 10.5, 1),
+        (80, {"cache": 5 * GIB}, 5.0, 0),
+        (56, {"cache": 5 * GIB}, 5.0, 0),  # a smaller cache, beside which training fits
+        (56, {}, 10.5, 1),
+        (56, {"sleep": False}, 7.6, 0),
+    ],
+)
+def test_cache_and_sleep_follow_from_the_device(
+    gib: float, given: dict[str, object], cache_gib: float, level: int
+) -> None:
+    memory = on_gpu(QWEN, gib, **given)
+    assert memory.cache / GIB == pytest.approx(cache_gib, abs=0.05)
+    assert memory.sleep_level == level
+    assert memory.needed == QWEN.cache
+    assert memory.share * gib == pytest.approx(
+        memory.cache / GIB + 4.9, abs=0.01
+    )  # 0.92 would not start beside a model
+
+
+def test_a_device_without_room_for_one_sequence_is_refused_with_what_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"one sequence need 0\.04 GiB, there is room for 0\.00; lower rollout"):
+        on_gpu(QWEN, 12)
+    with pytest.raises(ConfigError, match=r"one sequence need 0\.04 GiB, there is room for 0\.00; .*micro_batch_size"):
+        on_gpu(QWEN, 40, sleep=False)
+
+
+def test_on_a_cpu_nothing_sleeps_and_a_cache_takes_a_quarter_of_the_free_memory() -> None:
+    options = {"total": 64 * GIB, "on_device": False, "inside": True, "cache": None}
+    assert choose(QWEN, free=60 * GIB, sleep=None, **options).cache == QWEN.cache  # type: ignore[arg-type]
+    capped = choose(QWEN, free=20 * GIB, sleep=False, **options)  # type: ignore[arg-type]
+    assert (capped.cache, capped.needed, capped.sleep_level) == (5 * GIB, QWEN.cache, 0)
+    with pytest.raises(ConfigError, match=r"^rollout\.sleep=true: there is no GPU here"):
+        choose(SMALL, free=20 * GIB, sleep=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_token_of_the_plan_s_model_takes_28_kib_and_its_batch_ten_gib(tiny: Tiny) -> None:
+    """28 layers of 2 key and value heads of 128 in 16 bits; from the workload's own sizes."""
+    config = tiny()
+    policy = load_policy(config.model, config.quant, 0)
+    object.__setattr__(policy, "depth", 28)
+    policy.network.to(torch.bfloat16)
+    policy.network.config = Qwen2Config(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2)
+    needs = needs_of(read_config(WORKLOADS["qwen2.5-1.5b-gsm8k"].settings), policy)
+    assert needs.sequence == 1536 * 28 * 1024
+    assert needs.cache == 257 * needs.sequence  # 10.5 GiB; it was one
+
+
+def test_what_was_chosen_is_what_the_engine_is_built_from(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("rollout.backend=vllm", "rollout.kv_cache_gib=0.5")
+    policy = load_policy(config.model, config.quant, 0)
+    memory = memory_here(config, policy)
+    assert (memory.cache, memory.sleep_level) == (GIB // 2, 0)
+    settings = _settings(config, policy, memory)
+    assert (settings.kv_cache, settings.sleep_level, settings.device_share) == (memory.cache, 0, memory.share)
+    for name in ("require_vllm", "_check_heads"):
+        monkeypatch.setattr(backend, name, lambda *_: None)
+    monkeypatch.setattr(backend, "_start", lambda *_: None)
+    described = backend.start_backend(config, policy).described()
+    assert described["kv_cache_gib"] == 0.5
+    assert described["kv_cache_needed_gib"] == pytest.approx(memory.needed / GIB, abs=1e-3)
+
+
+def test_a_record_of_an_earlier_version_is_read_as_it_was() -> None:
+    """Its cache had 1 GiB, also where nothing used it."""
+    old = TrialConfig.model_validate({"rollout": {"backend": "torch", "kv_cache_gib": 1.0}})
+    assert old.rollout.kv_cache_gib == 1.0

@@ -1,0 +1,170 @@
+"""How much memory an engine gets, and whether it gives it back while training learns.
+
+A rollout wants keys and values of all its sequences at their longest at once. With less, vLLM keeps sequences waiting
+or computes them again; more is of no use. So an engine is given what the batch needs, as far as there is room:
+
+    on a GPU    both live on one device. What training holds in a rollout (weights, their 4-bit copies, moments) and
+                what it takes to learn (gradients, activations) is told from the shapes; the engine takes its own
+                weights and a working space. Where all of that fits, both stay. Where it does not, the engine sleeps
+                while training learns, and only what training holds in a rollout is in its way
+    on a CPU    nothing sleeps, and a cache takes a quarter of the free memory at most
+
+Activations are an estimate: 34 bytes for each layer, token and hidden unit in 16 bits (Korthikanti et al. 2022, arXiv
+2205.05198, without the attention matrix), as much again for quantised inputs. It decides whether an engine sleeps, and
+caps the cache where memory is short; no result hangs on it. Pure: numbers in, numbers out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spaces.config import ConfigError, TrialConfig
+from trainable.policy.policy import Policy
+
+GIB = 1 << 30
+_BLOCK = 128
+"""Tokens that vLLM's cache is divided by on a CPU; on a GPU it is fewer."""
+_LEAST_CACHE = GIB // 4
+_WORKING_SPACE = 2 * GIB
+"""Of an engine beside weights and cache: a CUDA context in a child, the hidden states of one batch, logits."""
+_SHARE_OF_RAM = 0.25
+_SHARE_OF_DEVICE = 0.95
+"""What is left to fragmentation is the rest."""
+_ACTIVATION = 2 * 34 / 2
+"""Bytes per byte of a hidden state, for each layer."""
+_LOGITS = 1 << 28
+"""Of the pieces in which the head is computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes.
+
+    Example: Qwen2.5-1.5B with LoRA, 256 sequences of 1,536 tokens: cache 10.6 GiB, engine 4.9 GiB.
+    """
+
+    cache: int
+    """Keys and values of all sequences at their longest."""
+    sequence: int
+    """Of one sequence: with less there is no rollout."""
+    engine: int
+    """The engine's weights and working space."""
+    held: int
+    """What training will hold besides what it holds now, also while the engine generates."""
+    learning: int
+    """What training takes on top of that while it learns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """Example: EngineMemory(cache=11390681088, needed=11390681088, sleep_level=0, share=0.2)"""
+
+    cache: int
+    """Bytes for keys and values."""
+    needed: int
+    """Bytes that the batch needs."""
+    sleep_level: int
+    """Of vLLM's between a rollout and learning: 0 = stays, 1 = weights wait in the host's memory, 2 = they are dropped.
+    """
+    share: float
+    """Of the device that the engine takes; vLLM refuses to start where so much is not free."""
+
+    def as_tree(self) -> dict[str, Any]:
+        """For the receipt, in GiB."""
+        return {
+            "kv_cache_gib": round(self.cache / GIB, 3),
+            "kv_cache_needed_gib": round(self.needed / GIB, 3),
+            "sleep_level": self.sleep_level,
+        }
+
+
+def needs_of(config: TrialConfig, policy: Policy) -> Needs:
+    """From the shapes of a model that was just loaded."""
+    rollout, grpo, text = config.rollout, config.grpo, policy.network.config.get_text_config()
+    weights = list(policy.model.parameters())
+    width = weights[0].element_size()
+    learned = list(policy.trainable().values())
+    count = sum(weight.numel() for weight in learned)
+    masters = sum(weight.numel() for weight in learned if weight.dtype != torch.float32)
+    tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sequence = -(-tokens // _BLOCK) * _BLOCK * policy.depth * _cached_values(text) * width
+    learning_tokens = grpo.micro_batch_size * tokens
+    return Needs(
+        cache=max(_LEAST_CACHE, (rollout.batch_size + 1) * sequence),
+        sequence=sequence,
+        engine=sum(weight.nbytes for weight in weights) + _WORKING_SPACE,
+        held=sum(policy.linears[name].weight.nbytes for name in policy.quantized) + 4 * (2 * count + masters),
+        learning=4 * count + int(learning_tokens * policy.depth * text.hidden_size * width * _ACTIVATION) + _LOGITS,
+    )
+
+
+def _cached_values(text: Any) -> int:
+    """Keys and values of a token in one layer, of the widest where layers differ."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    heads = max(getattr(one, "num_key_value_heads", None) or one.num_attention_heads for one in layers)
+    widest = max(getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads for one in layers)
+    return 2 * int(heads) * max(int(widest), int(getattr(text, "global_head_dim", None) or 0))
+
+
+def choose(
+    needs: Needs, *, free: int, total: int, on_device: bool, inside: bool, cache: int | None, sleep: bool | None
+) -> EngineMemory:
+    """`free` of `total` bytes, of the device where there is one, else of the host. `cache` and `sleep`: what the user
+    wants, None = what fits. Raises ConfigError where there is no room."""
+    if not on_device:
+        if sleep:
+            raise ConfigError(
+                "rollout.sleep=true: there is no GPU here whose memory an engine could give back; leave it out"
+            )
+        room = int(_SHARE_OF_RAM * free)
+        given = cache if cache is not None else min(needs.cache, max(room, _LEAST_CACHE))
+        return _checked(EngineMemory(cache=given, needed=needs.cache, sleep_level=0, share=1.0), needs, room)
+    beside = free - int((1 - _SHARE_OF_DEVICE) * total) - needs.held - needs.engine
+    together = beside - needs.learning
+    wanted = needs.cache if cache is None else cache
+    sleeps = together < wanted if sleep is None else sleep
+    room = beside if sleeps else together
+    given = wanted if cache is not None else min(wanted, room)
+    # In this process weights come from the same device: dropped, they are there again at once. A child would be sent
+    # all of them through a pipe; from the host's memory they come twenty times faster.
+    level = (2 if inside else 1) if sleeps else 0
+    share = min(1.0, (given + needs.engine) / total)
+    return _checked(EngineMemory(cache=given, needed=needs.cache, sleep_level=level, share=share), needs, room)
+
+
+def _checked(memory: EngineMemory, needs: Needs, room: int) -> EngineMemory:
+    if memory.cache < needs.sequence:
+        raise ConfigError(
+            f"rollout.backend=vllm: keys and values of one sequence need {needs.sequence / GIB:.2f} GiB, there is room "
+            f"for {max(0, min(room, memory.cache)) / GIB:.2f}; lower rollout.max_new_tokens or grpo.micro_batch_size, "
+            "or set rollout.kv_cache_gib"
+        )
+    return memory
+
+
+def memory_here(config: TrialConfig, policy: Policy) -> EngineMemory:
+    """What an engine gets on this machine, at this moment. Raises ConfigError."""
+    rollout, on_device = config.rollout, policy.device.type == "cuda"
+    if on_device:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(policy.device)
+    else:
+        free, total = _host_memory()
+    return choose(
+        needs_of(config, policy),
+        free=free,
+        total=total,
+        on_device=on_device,
+        inside=rollout.engine == "inside",
+        cache=None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * GIB),
+        sleep=rollout.sleep,
+    )
+
+
+def _host_memory() -> tuple[int, int]:
+    """Available and in all."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    available, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total
