@@ -30,6 +30,7 @@ from pydantic import TypeAdapter
 from spaces.config import ConfigError, TrialConfig
 from trainable import pass_at_k
 from trainable.collapse import CollapseDetector
+from trainable.disk.checkpoint import digest_of
 from trainable.disk.folder import Folder
 from trainable.engines import gate
 from trainable.engines.backend import start_backend
@@ -148,6 +149,7 @@ class Trial:
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
         parameters = list(self.policy.trainable().values())
         grpo = config.grpo
+        self.base = digest_of(self._not_in_checkpoints())
         self.start_weights = followed(self.policy.trainable())
         self.optimizer = MasterAdamW(
             parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
@@ -282,13 +284,14 @@ class Trial:
                 "detector": copy.deepcopy(self.detector.state()),
                 "reward": list(self.config.task.reward_sha256),
                 "rows": self.rows,
+                "base": self.base,
                 "followed": {one.setting: list(one.value) for one in self.followed},
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken from a trial of the same configuration. Raises ConfigError where the
-        user's reward or the rows of the task have changed since."""
+        user's reward, the rows of the task or the weights that are not trained have changed since."""
         with self.team.agreed("restoring"):
             self._restore(state)
             self._compare("restored states", repr(self.so_far))
@@ -304,6 +307,11 @@ class Trial:
             raise ConfigError(
                 f"task.name={self.config.task.name}: its rows are not those that this trial began with; put them back, "
                 "or begin anew"
+            )
+        if state["progress"].get("base", self.base) != self.base:
+            raise ConfigError(
+                f"model.name={self.config.model.name}: the weights that are not trained are not those that this trial "
+                "began with; put the model back, or begin anew"
             )
         for one in self.followed:
             if (was := state["progress"].get("followed", {}).get(one.setting)) != list(one.value):
@@ -336,6 +344,12 @@ class Trial:
         self.team.check_same(what, (*seen, bits_of([*self.policy.model.parameters(), *masters])))
         warned = self.team.gather("warnings", self.so_far.warnings)
         self.so_far.warnings = list(dict.fromkeys(line for own in warned for line in own))
+
+    def _not_in_checkpoints(self) -> dict[str, torch.Tensor]:
+        """Weights that every start takes from the model: those under adapters; all of them where a reference stays as
+        the model was."""
+        kept = self.policy.trainable() if self.reference is None else {}
+        return {name: weight.detach() for name, weight in self.policy.model.named_parameters() if name not in kept}
 
     def _measure_questions(self) -> None:
         """No question is found to be too long in the middle of a run: all rows of a data set are measured now, and all

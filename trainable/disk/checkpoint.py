@@ -1,6 +1,6 @@
 """A trial on disk: tensors as safetensors, plain values as JSON, nothing that unpickles.
 
-    TRIAL/checkpoint-000012/tensors.safetensors     weights that are trained, optimizer moments
+    TRIAL/checkpoint-000012/tensors.safetensors     what is trained (of LoRA the adapters), optimizer moments
     TRIAL/checkpoint-000012/progress.json           everything else, and the checksums of both; written last
     TRIAL/final.safetensors                         weights that were trained, of a trial that is over; its own head
                                                     holds the checksum
@@ -104,7 +104,7 @@ def remove_checkpoints(trial: Folder) -> None:
 def save_final(trial: Folder, weights: Mapping[str, torch.Tensor]) -> None:
     """Keep the weights that a trial ended with, by name. Raises OSError, for example when the disk is full."""
     tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
-    trial.write(FINAL_FILE, save_tensors(tensors, metadata={_FINAL_KEY: f"{FINAL_VERSION} {_digest_of(tensors)}"}))
+    trial.write(FINAL_FILE, save_tensors(tensors, metadata={_FINAL_KEY: f"{FINAL_VERSION} {digest_of(tensors)}"}))
 
 
 def load_final(trial: Folder) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def load_final(trial: Folder) -> dict[str, torch.Tensor]:
             f"{trial.uri}/{FINAL_FILE}: version {version}, this program reads {FINAL_VERSION}; "
             "use the program that wrote it"
         )
-    if checksum != _digest_of(weights):
+    if checksum != digest_of(weights):
         raise ValueError("is damaged (its checksum differs)")
     return weights
 
@@ -136,7 +136,7 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """Of names, dtypes, shapes and values, however they are laid out in a file."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
