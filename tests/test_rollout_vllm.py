@@ -30,12 +30,13 @@ from trainable.engines import gate
 from trainable.engines.backend import TorchBackend, VllmBackend, start_backend
 from trainable.engines.engine import Request, deployed_weights, digest
 from trainable.episode import Episode, Group
+from trainable.evaluation import count_right, evaluate
 from trainable.failure import TrialFailed
 from trainable.floor import measure_floor
 from trainable.forward.logps import Batch, clean_logps, make_batch
 from trainable.noise import injected, noise_targets
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import Policy, deployed, unshared
+from trainable.policy.policy import Policy, deployed, unquantized, unshared
 from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts
 from trainable.tasks.table import build_task
@@ -505,6 +506,44 @@ def test_windows_and_several_ends_are_those_of_training(engine_of: Engines, tmp_
     )
 
 
+@only_tiny
+def test_evaluations_go_through_the_engine_with_clean_weights(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy in the deployed precision, sampled for pass@k, greedy unquantised, right behind a noisy rollout."""
+    policy, backend, config, _ = checked
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": 2})})
+    task = build_task(config.task)
+    arguments = (policy, task, task.held_out("selection", 6), config)
+    ours = evaluate(*arguments)
+    with unquantized(policy):
+        ours_plain = evaluate(*arguments)
+    held: list[tuple[float, dict[str, str]]] = []
+    generate = backend.engine.generate
+
+    def watched(request: Request) -> Any:
+        held.append((request.temperature, backend.engine.digests()))
+        return generate(request)
+
+    monkeypatch.setattr(backend.engine, "generate", watched)
+    monkeypatch.setattr(TorchBackend, "generate", lambda *_: pytest.fail("training's own modules generated"))
+    noise = NoiseConfig(sigma_start=0.05, num_stages=1, modules=("rmsnorm", "linear"))
+    with injected(policy, noise, noise_targets(policy, noise), step=0, total_steps=2, seed=3):
+        backend.sync(policy)
+        noisy = backend.engine.digests()
+    assert evaluate(*arguments, backend) == ours
+    count_right(*arguments, backend, step=0, on_part=lambda: None)
+    with unquantized(policy):
+        assert evaluate(*arguments, backend) == ours_plain
+        with deployed(policy):
+            plain = {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
+    with deployed(policy):
+        clean = {name: digest(tensor) for name, tensor in deployed_weights(policy).items()}
+        backend.sync(policy)  # for the tests behind this one
+    assert held == [(0.0, clean), (1.0, clean), (0.0, plain)]
+    assert noisy != clean != plain
+
+
 # --- a trial ----------------------------------------------------------------------------------------------------------
 
 
@@ -633,7 +672,8 @@ print("ANSWER" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
     assert json.loads(answer.removeprefix("ANSWER")) == [list(group[0].ids) for group in ours]
 
 
-def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_memory_is_woken_in_the_order_weights_sync_cache(level: int) -> None:
     """What a GPU would see; sleeping does nothing on a CPU, so the calls are recorded instead of made."""
     from trainable.engines.vllm import VllmEngine
 
@@ -647,21 +687,15 @@ def test_memory_is_woken_in_the_order_weights_sync_cache(monkeypatch: pytest.Mon
 
             return call
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     engine = VllmEngine.__new__(VllmEngine)
-    engine.llm, engine.asleep = Recorder(), False
+    engine.llm, engine.asleep, engine.settings = Recorder(), False, SimpleNamespace(sleep_level=level)
     engine.sleep()
     engine.sleep()
     engine.sync({}, quantize_inputs=True)
     engine.sync({}, quantize_inputs=True)
-    first = [
-        ("sleep", 1),
-        ("wake_up", ["weights"]),
-        ("apply_model",),
-        ("wake_up", ["kv_cache"]),
-        ("reset_prefix_cache",),
-    ]
-    assert calls == [*first, ("apply_model",), ("reset_prefix_cache",)]
+    sync = [("apply_model",), ("reset_prefix_cache",)]
+    woken = [("sleep", level), ("wake_up", ["weights"]), sync[0], ("wake_up", ["kv_cache"]), sync[1]]
+    assert calls == [*(woken if level else sync), *sync]
 
 
 def test_a_tied_head_in_few_bits_is_refused() -> None:
