@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 import trainable.trial
+from spaces.reading import read_config
+from spaces.workloads import WORKLOADS
 from tests.conftest import Tiny
 from trainable.engines import gate
 from trainable.engines.backend import TorchBackend
 from trainable.engines.engine import Request, deployed_weights, digest
 from trainable.episode import Completion
 from trainable.failure import TrialFailed
+from trainable.forward.logps import Batch
 from trainable.policy.policy import Policy, deployed, unshared
 from trainable.trial import Trial
 
@@ -93,3 +96,22 @@ def test_rollouts_that_are_all_apart_fail(trial_with: Any) -> None:
     assert trial.backend.batches == gate.BATCHES
     with deployed(trial.policy):
         pass  # nothing is left deployed
+
+
+def test_of_a_large_rollout_the_gate_decodes_a_few_prompts(trial_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token at a time, as the floor does it, 1,024 completions of 1,024 tokens take hours."""
+    sizes = {name: read_config(workload.settings) for name, workload in WORKLOADS.items()}
+    assert [gate.prompts_for(config) for config in sizes.values()] == [32, 8, 8, 8]
+    assert sizes["qwen2.5-1.5b-gsm8k"].grpo.prompts == 128
+    monkeypatch.setattr(gate, "MOST_TOKENS", 1)
+    monkeypatch.setattr(gate, "LEAST_PROMPTS", 2)
+    seen: list[tuple[int, int]] = []
+    check = gate.check
+
+    def watched(engine: Any, policy: Policy, batch: Batch, *more: Any) -> Any:
+        seen.append((len(batch.completion_ids), batch.group_size))
+        return check(engine, policy, batch, *more)
+
+    monkeypatch.setattr(gate, "check", watched)
+    trial_with(lambda policy, number: 0.5 if number == 0 and policy.quantized else 0.0).step()
+    assert [size // group for size, group in seen] == [2, 4, 6, 8], "two prompts a rollout, of which one is apart"

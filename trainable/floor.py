@@ -95,14 +95,17 @@ class Floor:
         return self.widest.kl
 
 
-def measure_floor(policy: Policy, batch: Batch, temperature: float, micro_batch_size: int) -> Floor:
+def measure_floor(
+    policy: Policy, batch: Batch, temperature: float, micro_batch_size: int, decoded_size: int = 0
+) -> Floor:
     """On the batch's tokens, whoever sampled them with `rollout_logps`. Call it inside `deployed`.
 
-    Costs a rollout and two forward passes, some rows at a time. Raises ConfigError for an architecture whose attention
-    cannot be switched.
+    Costs a rollout, `decoded_size` completions at once, and two forward passes, `micro_batch_size` at a time. Raises
+    ConfigError for an architecture whose attention cannot be switched.
     """
     arguments = (policy, batch, temperature, micro_batch_size)
-    behaviours = {"cached": cached_logps(*arguments), "eager": eager_logps(*arguments)}
+    cached = cached_logps(policy, batch, temperature, max(micro_batch_size, decoded_size))
+    behaviours = {"cached": cached, "eager": eager_logps(*arguments)}
     return floor_of(behaviours, clean_logps(*arguments), batch.rollout_logps, batch.mask)
 
 

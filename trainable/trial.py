@@ -187,7 +187,7 @@ class Trial:
         started, step = time.perf_counter(), self.so_far.next_step
         metrics = self._begin() if self.so_far.start is None else {}
         if not self.agreed:
-            metrics |= self._agree(self._generate(_BASELINE_STEP, 0, self.config.grpo.prompts))
+            metrics |= self._agree(self._generate(_BASELINE_STEP, 0, gate.prompts_for(self.config)))
         self.so_far.end = None  # an outcome that was asked for in between is of other weights
         begun = time.perf_counter()
         sigma = sigma_at(self.config.noise, step, self.config.grpo.steps)
@@ -409,7 +409,7 @@ class Trial:
             )
         seen = _metrics(deployed_eval, plain_eval, config.eval.samples)
         start = {f"{name}_start": value for name, value in seen.items()}
-        return start | ({} if self.agreed else self._agree(groups))
+        return start | ({} if self.agreed else self._agree(groups[: gate.prompts_for(config)]))
 
     def _agree(self, groups: list[Group]) -> dict[str, float]:
         """The gate, on a noise-free rollout that was just made, and on more where that one does not agree by itself."""
@@ -427,7 +427,7 @@ class Trial:
                 break
             if number == gate.BATCHES:
                 raise refused[0]
-            groups = groups + self._generate(_BASELINE_STEP, number, config.grpo.prompts)
+            groups = groups + self._generate(_BASELINE_STEP, number, gate.prompts_for(config))
         with unquantized(self.policy):
             plain = self._batch(self._generate(_BASELINE_STEP, 0, gate.UNQUANTIZED_PROMPTS))
         gate.check_unquantized(plain, config.model.dtype)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spaces.config import RolloutConfig
+from spaces.config import RolloutConfig, TrialConfig
 from trainable.engines.engine import Engine, deployed_weights, digest
 from trainable.failure import TrialFailed
 from trainable.floor import APART, Floor, gap, measure_floor
@@ -42,6 +42,11 @@ FLIPPED_PROMPTS = 0.25
 BATCHES = 4
 """Rollouts that part c is decided by, at most: the floor of one is a few tokens' and varies threefold. vLLM in bf16 on
 `tiny`: one of 8 prompts refuses one healthy engine in ten, four together none of 400."""
+MOST_TOKENS = 1 << 16
+LEAST_PROMPTS = 8
+"""Of a rollout, part c looks at so many prompts that their completions at their longest have at most so many tokens,
+but at least at so many. The floor decodes them a token at a time: all 128 x 8 completions of 1,024 tokens of the plan's
+workload, 8 at once, were 131,072 forward passes before the first step; 8 x 8 together are 1,024."""
 UNQUANTIZED_PROMPTS = 4
 """Of the rollout of part d."""
 _CAPTURED_ROWS = 64
@@ -51,6 +56,12 @@ class LogpsApart(TrialFailed):
     """Part c, which may be the floor of too few tokens."""
 
 
+def prompts_for(config: TrialConfig) -> int:
+    """Of each rollout that part c looks at."""
+    tokens = config.grpo.group_size * config.rollout.max_new_tokens
+    return min(config.grpo.prompts, max(LEAST_PROMPTS, MOST_TOKENS // tokens))
+
+
 def check(
     engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int
 ) -> dict[str, float]:
@@ -58,7 +69,7 @@ def check(
     TrialFailed."""
     check_weights(engine, policy)
     check_layers(engine, policy, batch, rollout)
-    floor = measure_floor(policy, batch, rollout.temperature, micro_batch_size)
+    floor = measure_floor(policy, batch, rollout.temperature, micro_batch_size, rollout.batch_size)
     return check_logps(batch, floor)
 
 
