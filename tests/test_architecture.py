@@ -90,6 +90,14 @@ PRIVATE: dict[str, set[str]] = {
     "search/ray_internals.py": {"ray._private", "ray.tune.execution", "_do_request"},
     "search/smooth_gp.py": {"_rng"},
     "search/tracking.py": {"mlflow.loggedArtifacts"},
+    "trainable/counting.py": {
+        "_fused_adamw_",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_attention_math",
+        "torch.utils._python_dispatch",
+        "torch.utils._pytree",
+    },
     "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor", "vllm.v1"},
     "trainable/inside_trl.py": {
         "_generate",
@@ -208,8 +216,8 @@ def test_the_four_names_belong_to_this_distribution_alone() -> None:
 
 def test_only_the_trial_knows_the_method_that_learns() -> None:
     """What generates, measures or judges reads episodes and log-probs, whichever method learns from them. A scan of
-    what a step leaves behind makes one."""
-    learning = ["trainable/trial.py", "trainable/update_side.py"]
+    what a step leaves behind makes one, and what a step holds is counted on one."""
+    learning = ["trainable/footprint.py", "trainable/trial.py", "trainable/update_side.py"]
     assert [relative(path) for path in MODULES if "trainable.grpo" in imports(path)] == learning
 
 

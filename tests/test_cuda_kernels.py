@@ -212,7 +212,7 @@ def rotated_operands(device: str) -> None:
 
 def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
-        kernel = cuda.load()
+        kernel = cuda.load(x)
         assert kernel is not None
         y = cuda.RMSNorm.apply(x, weight[0], 1e-6, 0, 0, True)
         y = cuda.SwiGLU.apply(y, x, 0, 0, True)
@@ -342,10 +342,10 @@ def on_cuda(*shape: int) -> Tensor:
 def test_a_cuda_tensor_goes_to_the_kernel_and_without_triton_to_eager_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     x = on_cuda(4, 64)
-    monkeypatch.setattr(cuda, "load", lambda: lambda *arguments: calls.append(arguments) or x)
+    monkeypatch.setattr(cuda, "load", lambda like: lambda *arguments: calls.append(arguments) or x)
     assert fake_quantize(x, "nvfp4", per_tensor=True) is x
     assert calls == [(x, 2, 0, True)]
-    monkeypatch.setattr(cuda, "load", lambda: None)
+    monkeypatch.setattr(cuda, "load", lambda x: None)
     monkeypatch.setattr("trainable.quantization.fake_quantize_eager", lambda *_, **__: "eager")
     assert fake_quantize(x) == "eager"
 
@@ -353,7 +353,7 @@ def test_a_cuda_tensor_goes_to_the_kernel_and_without_triton_to_eager_torch(monk
 def test_the_norm_of_a_cuda_tensor_goes_to_the_kernel_with_its_readers_format(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(cuda, "RMSNorm", SimpleNamespace(apply=lambda x, weight, *arguments: calls.append(arguments)))
-    monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)
+    monkeypatch.setattr(cuda, "load", lambda x: cuda.fake_quantize)
     layer = norm.RMSNorm(nn.Parameter(torch.ones(64)), 1e-6)
     layer(on_cuda(4, 64))
     how = Arithmetic(activations="mxfp8", scale_rule="even")
@@ -368,7 +368,7 @@ def test_the_activation_of_cuda_tensors_goes_to_the_kernel_with_its_reader_s_for
 ) -> None:
     calls = []
     monkeypatch.setattr(cuda, "SwiGLU", SimpleNamespace(apply=lambda gate, up, *arguments: calls.append(arguments)))
-    monkeypatch.setattr(cuda, "load", lambda: cuda.fake_quantize)
+    monkeypatch.setattr(cuda, "load", lambda x: cuda.fake_quantize)
     layer = mlp.GatedMLP(nn.Identity(), nn.Identity(), nn.Identity())
     layer(on_cuda(4, 64))
     how = Arithmetic(activations="mxfp8", scale_rule="even")
@@ -393,8 +393,8 @@ def test_without_triton_one_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(cuda, "_INSTALLED", False)
     cuda._missing.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert cuda.load() is None
-        assert cuda.load() is None
+        assert cuda.load(torch.zeros(1)) is None
+        assert cuda.load(torch.zeros(1)) is None
     assert [record.message.split("; ")[1] for record in caplog.records] == ["pip install triton to have them"]
 
 

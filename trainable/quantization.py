@@ -97,8 +97,8 @@ def fake_quantize(x: Tensor, fmt: str = "mxfp4", scale_rule: str = "floor", *, p
 
 def _kernel(x: Tensor) -> cpu.Kernel | None:
     """The fused kernel for where `x` lies."""
-    if x.is_cuda:
-        return cuda.load()
+    if cuda.takes(x):
+        return cuda.load(x)
     if not x.is_cpu:
         return None
     if torch.compiler.is_compiling():  # which cannot look into the kernel

@@ -6,8 +6,9 @@ builds (`pip install triton` elsewhere) and compiles a kernel at its first call,
 for the call itself. Where it is not installed `load` returns None, one line says so, and eager torch computes the same.
 
 The kernels are called as they are, which is quicker, and as operators `rin_cuda::...` where torch.compile looks on, so
-that it goes around them. With TRITON_INTERPRET=1, set before the first call, Triton's interpreter runs them on CPU
-tensors: so they are tested without a GPU.
+that it goes around them, and on meta tensors, which have shapes alone: they go a CUDA device's way with Triton, so that
+what is counted on them (trainable/footprint.py) is what such a device would hold. With TRITON_INTERPRET=1, set before
+the first call, Triton's interpreter runs them on CPU tensors: so they are tested without a GPU.
 
 `RMSNorm` and `SwiGLU` are these with their gradients, whose backward passes are plain torch. That of the
 quantisation is the identity.
@@ -45,9 +46,14 @@ _OPTIONS = {"enable_fp_fusion": False}
 """Contraction of a * b + c would skip a rounding on which the kernels rest."""
 
 
-def load() -> Kernel | None:
-    """`fake_quantize`; None where triton is not installed, which is logged once."""
-    return fake_quantize if _INSTALLED else _missing()
+def takes(x: Tensor) -> bool:
+    """Whether `x` lies, or is to be counted as if it lay, where these kernels run."""
+    return x.is_cuda or x.is_meta
+
+
+def load(x: Tensor) -> Kernel | None:
+    """`fake_quantize` of a tensor like x; None where triton is not installed, which is logged once."""
+    return fake_quantize if _INSTALLED or x.is_meta else _missing()
 
 
 @functools.cache
@@ -58,11 +64,11 @@ def _missing() -> None:
 
 
 def can_activate(gate: Tensor, up: Tensor) -> bool:
-    return gate.dtype == up.dtype and gate.dtype in _FUSED_DTYPES and load() is not None
+    return gate.dtype == up.dtype and gate.dtype in _FUSED_DTYPES and load(gate) is not None
 
 
 def can_norm(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and x.dtype in _FUSED_DTYPES and x.shape[-1] <= WIDEST and load() is not None
+    return x.dtype == weight.dtype and x.dtype in _FUSED_DTYPES and x.shape[-1] <= WIDEST and load(x) is not None
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -77,7 +83,7 @@ def _operator(like: Callable[..., Any]) -> Callable[[Launch], Launch]:
 
         @functools.wraps(launch)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or arguments[0].is_meta:
                 return operator(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
             return launch(*arguments)
 

@@ -43,7 +43,7 @@ class GatedMLP(InputSource):
             kernels = cpu.load()
             if kernels is not None:
                 return kernels.swiglu(gate, up, *self.output.codes)
-        if gate.is_cuda and cuda.can_activate(gate, up):
+        if cuda.takes(gate) and cuda.can_activate(gate, up):
             on_device: Tensor = cuda.SwiGLU.apply(gate, up, *self.output.codes)  # type: ignore[no-untyped-call]
             return on_device
         return self.output.of(F.silu(gate) * up)

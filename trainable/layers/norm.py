@@ -33,7 +33,7 @@ class RMSNorm(InputSource):
         if kernels is not None:
             y: Tensor = kernels.rms_norm(x, None, self.weight, self.epsilon, *self.output.codes)
             return y
-        if x.is_cuda and cuda.can_norm(x, self.weight):
+        if cuda.takes(x) and cuda.can_norm(x, self.weight):
             arguments = (x, self.weight, self.epsilon, *self.output.codes)
             on_device: Tensor = cuda.RMSNorm.apply(*arguments)  # type: ignore[no-untyped-call]
             return on_device

@@ -14,6 +14,7 @@ such a layer, those of other mixers no scores. The norm before the head is the f
 A multimodal model has towers beside its text model. Only the text model is trained on texts.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -98,12 +99,12 @@ def _places(network: nn.Module, norms: Mapping[str, nn.Module]) -> dict[str, Pla
         device = next(network.parameters()).device
         network(input_ids=torch.arange(1, 1 + _PROBES, device=device)[None], use_cache=False)
         compared = scores.hang_on([(name, root) for name, roots in made.items() for root in roots])
-    fed = {tensor.untyped_storage().data_ptr() for tensor in read}
+    fed = {id(tensor.untyped_storage()) for tensor in read}  # an address would be 0 in a model without weights
 
     def place(name: str, roots: list[Tensor]) -> Place:
         if "." in after_block(name):
             return "qk_norm" if name in compared else "inside"
-        return "pre_norm" if any(root.untyped_storage().data_ptr() in fed for root in roots) else "post_norm"
+        return "pre_norm" if any(id(root.untyped_storage()) in fed for root in roots) else "post_norm"
 
     return {name: place(name, roots) for name, roots in made.items() if roots}
 
@@ -187,6 +188,8 @@ def _kind(module: nn.Module, width: int) -> tuple[Kind, float | None] | None:
 
 def _answer(module: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor | None:
     """What a module makes of x with other weights, in fp32; None where it does not make one tensor of another."""
+    if any(parameter.is_meta for parameter in module.parameters()):  # a model without weights
+        module = copy.deepcopy(module).to_empty(device=x.device)
     device = next((parameter.device for parameter in module.parameters()), x.device)
     with torch.no_grad(), _standing_in(module, {name: weight.to(device) for name, weight in weights.items()}):
         try:

@@ -90,7 +90,7 @@ def train_base(recipe: BaseRecipe, progress: Progress) -> Qwen2ForCausalLM:
     """Both supervised phases; loss on the answer's tokens and the end token alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = Qwen2ForCausalLM(_architecture(recipe))
+        model = Qwen2ForCausalLM(architecture(recipe))
     rng = random.Random(stable_hash("embedded", recipe.seed))
     total = recipe.clean_steps + recipe.signed_steps
     phases = (
@@ -121,7 +121,7 @@ def _warm_cosine(step: int, steps: int) -> float:
     return warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def _architecture(recipe: BaseRecipe) -> Qwen2Config:
+def architecture(recipe: BaseRecipe) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(_CHARACTERS),
         hidden_size=recipe.hidden_size,

@@ -232,9 +232,8 @@ def _with_adapters(network: Any, linears: dict[str, QuantLinear], model: ModelCo
     targets = [name for name in linears if block_of(name) is not None]
     with torch.random.fork_rng(devices=[]), _without_renaming(network):
         torch.manual_seed(stable_hash("adapters", seed) % 2**31)
-        adapted = get_peft_model(
-            network, LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets)
-        )
+        adapters = LoraConfig(r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=targets)
+        adapted = get_peft_model(network, adapters, low_cpu_mem_usage=network.device.type == "meta")
     have = {bare_name(name) for name, module in adapted.named_modules() if getattr(module, "lora_A", None)}
     assert have == set(targets), f"adapters are beside other layers: {sorted(have.symmetric_difference(targets))[:3]}"
     see_as_their_layers(adapted)

@@ -3,7 +3,8 @@ is refused."""
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from spaces.architectures import ARCHITECTURES
 from spaces.config import ConfigError, ModelConfig
 from spaces.workloads import WORKLOADS
-from trainable.policy.embedded import Progress, ensure_base
+from trainable.policy.embedded import Progress, architecture, ensure_base
 
 hf_logging.disable_progress_bar()
 
@@ -74,6 +76,38 @@ def skeleton_of(model: ModelConfig) -> Any:
     config = _read_config(model, model.name)
     with _told(model), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation=model.attention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A model's shapes, and where they are from."""
+
+    config: Any
+    """Of transformers."""
+    source: str
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """Of a model that need not be here; nothing is fetched. Raises ConfigError where nobody here knows its shapes."""
+    if model.recipe is not None:
+        return Architecture(config=architecture(model.recipe), source="model.recipe")
+    if Path(model.name).is_dir():
+        return Architecture(config=_read_config(model, model.name), source=f"{model.name}/config.json")
+    with suppress(OSError, ValueError):  # a name that no hub could have, or a model that was never fetched
+        return Architecture(
+            config=AutoConfig.from_pretrained(model.name, local_files_only=True),
+            source="its config.json, fetched before",
+        )
+    if model.name not in ARCHITECTURES:
+        raise ConfigError(
+            f"model.name={model.name}: its config.json is not on this machine, and planning fetches nothing; "
+            "give a folder that holds it, or run rin doctor --model once, which fetches it"
+        )
+    return Architecture(
+        config=AutoConfig.for_model(**ARCHITECTURES[model.name]),
+        source="its published config.json as it is written down here (spaces/architectures.py): the model is not on "
+        "this machine",
+    )
 
 
 def _read_config(model: ModelConfig, source: str) -> Any:
