@@ -114,8 +114,9 @@ class Trial:
         scans: Folder | None = None,
         team: Team = ALONE,
     ) -> None:
-        """`on_phase` hears what begins: rollout, update, evaluate. `scans`: those of the trial's sweep. `team`: with
-        whom it is computed; each of them makes the same calls, and has the same numbers after each.
+        """`on_phase` hears what begins: rollout, update, evaluate, and engine (another one, in the midst of those).
+        `scans`: those of the trial's sweep. `team`: with whom it is computed; each of them makes the same calls, and
+        has the same numbers after each.
 
         Raises ConfigError for whatever the configuration promises and the model or this machine does not have,
         TrialFailed for an engine that does not start. Call `close` in the end.
@@ -333,6 +334,7 @@ class Trial:
         self.agreed = self.backend.engine is None
 
     def _tell_death(self, how: str) -> None:
+        self.on_phase("engine")  # the same work begins anew, and is waited for anew
         self.so_far.warnings.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
 
     def _compare(self, what: str, *seen: object) -> None:
