@@ -702,6 +702,9 @@ class ParallelConfig(Record):
     ranks: Whole = Field(1, ge=1, le=1024)
     """Shares that rollouts, updates and evaluations are divided into, each computed by a process with a GPU of its own
     where there are so many. Numbers hang on it (above 1 also each token's draw), and not on the number of processes."""
+    weights: Literal["whole", "sharded"] = "whole"
+    """whole: each process holds all that is trained, with its gradient and the optimizer's numbers; sharded: some rows
+    of every matrix (FSDP2), for what does not fit one GPU."""
 
 
 class TrialConfig(Record):
