@@ -2,14 +2,17 @@
 has, whether it computes what transformers computes, and how much memory that takes.
 
 It is loaded as a trial loads it, with every check; nothing is trained. Bytes are counted from the shapes. What the
-blocks keep for the backward pass is not among them: it hangs on the kernels, and is for a run to show.
+blocks keep for the backward pass is not among them; where a GPU is known, all of a step is counted (`search/fit.py`),
+and one line says what a trial lacks there.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from search.fit import device_here, does_not_fit
 from spaces.config import ConfigError, Module, NoiseConfig, TrialConfig
+from spaces.devices import Memory
 from spaces.paths import anchored
 from spaces.reading import merge, parse_overrides, read_config
 from spaces.workloads import WORKLOADS
@@ -30,13 +33,16 @@ FP32 = 4
 """Bytes of a number."""
 
 
-def examine_model(model: str, overrides: Sequence[str]) -> list[str]:
-    """`model`: a workload, a folder or a hub id. Raises ConfigError for what a trial would refuse."""
+def examine_model(model: str, overrides: Sequence[str], device: Memory | None = None) -> list[str]:
+    """`model`: a workload, a folder or a hub id; `device`: another than this machine's. Raises ConfigError for what a
+    trial would refuse."""
     base = WORKLOADS[model].settings if model in WORKLOADS else merge(TEXT, {"model": {"name": model, "recipe": None}})
     here = anchored(merge(base, parse_overrides(overrides)), Path.cwd())
     config = read_config(here, origin=f"--model {model}")
     policy, agreement = load_checked(config)
-    return list(_lines(config, policy, agreement))
+    lines, where = list(_lines(config, policy, agreement)), device or device_here()
+    told = None if where is None else does_not_fit(config, where)
+    return lines if told is None else [*lines, f"warning     {told}"]
 
 
 def _lines(config: TrialConfig, policy: Policy, agreement: Agreement) -> Iterator[str]:

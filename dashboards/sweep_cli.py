@@ -10,9 +10,11 @@ import typer
 
 from dashboards import options as given
 from dashboards.options import Place, SweepOptions, study_config
+from spaces.devices import device_named
 from spaces.errors import ConfigError
 
 if TYPE_CHECKING:
+    from search.plan import StudyPlan
     from search.store import StudyConfig
     from search.study import StudyResult
     from search.submission import JobServer, Submission
@@ -69,7 +71,7 @@ def sweep(
     from search.study import run_study
 
     place = Place(name=study.name, store=options.store, tracking_uri=options.tracking_uri)
-    forecast = [_forecast(study)] if study.address is None and ablate is None else []
+    forecast = _forecast(study) if study.address is None and ablate is None else []
     _run(study, place, lambda view, progress: run_study(study, view, progress, arms), forecast=forecast)
 
 
@@ -181,13 +183,28 @@ def _follow(server: "JobServer", job: "Submission") -> None:
     )
 
 
-def _forecast(study: "StudyConfig") -> str:
+def _forecast(study: "StudyConfig") -> list[str]:
+    """Of a sweep on this machine."""
     from dashboards.report_text import forecast_line
     from search.cores import usable_cpus, usable_gpus
     from search.plan import plan_study
     from search.store import gpus_of
 
-    return forecast_line(plan_study(study, usable_cpus(), usable_gpus() if gpus_of(study) else 0))
+    gpus = usable_gpus() if gpus_of(study) else 0
+    planned = plan_study(study, usable_cpus(), gpus)
+    return [forecast_line(planned), *_too_large(planned, gpus)]
+
+
+def _too_large(planned: "StudyPlan", gpus: int) -> list[str]:
+    """A line that says why a trial does not fit this machine's GPU, and with which settings it would; none without
+    one, and where it fits."""
+    if not gpus:
+        return []
+    from search.fit import device_here, does_not_fit
+
+    here = device_here()
+    told = None if here is None else does_not_fit(planned.config, here)
+    return [] if told is None else [f"warning: {told}"]
 
 
 def _run(
@@ -273,18 +290,32 @@ def _confirm_candidate(result: "StudyResult", place: Place) -> str:
 
 @sweeps.command()
 @given.takes(SweepOptions, without=given.NO_USE_IN_A_PLAN)
-def plan(options: SweepOptions) -> None:
+def plan(
+    options: SweepOptions,
+    device: Annotated[
+        str | None,
+        typer.Option(help="What a trial would hold and take on it, estimated: h200, h100, a100 or 4090."),
+    ] = None,
+) -> None:
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
+    wanted = None if device is None else device_named(device)
     study = study_config(replace(options, name="plan", tracking_uri="sqlite:///:memory:"))
-    import torch
-
     from dashboards.report_text import plan_lines
-    from search.cores import usable_cpus
+    from search.cores import usable_cpus, usable_gpus
     from search.plan import plan_study
+    from search.store import gpus_of
 
-    for line in study.history:
+    gpus = usable_gpus() if gpus_of(study) else 0
+    planned = plan_study(study, usable_cpus(), gpus)
+    for line in (*study.history, *plan_lines(planned)):
         print(line)
-    for line in plan_lines(plan_study(study, usable_cpus(), torch.cuda.device_count())):
+    if wanted is None:
+        told = _too_large(planned, gpus)
+    else:
+        from dashboards.estimate_text import estimate_lines
+
+        told = estimate_lines(planned.config, wanted)
+    for line in told:
         print(line)
 
 

@@ -10,6 +10,7 @@ import typer
 
 from dashboards import options as given
 from dashboards.options import DEFAULT_STORE, trial_config
+from spaces.devices import device_named
 from spaces.errors import ConfigError
 
 trials = typer.Typer()
@@ -186,6 +187,10 @@ def doctor(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="With --task: task.x=...; with --model: any setting of a trial.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --model: whether a trial fits h200, h100, a100 or 4090. Default: this machine's GPU."),
+    ] = None,
 ) -> None:
     """What works here, and what to install; or what a trial would do with a task, or with a model."""
     if task is not None and model is not None:
@@ -193,8 +198,10 @@ def doctor(
     if model is not None:
         from dashboards.model_text import examine_model
 
-        print("\n".join(examine_model(model, overrides or [])))
+        print("\n".join(examine_model(model, overrides or [], None if device is None else device_named(device))))
         return
+    if device is not None:
+        raise ConfigError(f"--device {device}: has no use without --model; give one, or ask rin plan --device {device}")
     if task is not None:
         from dashboards.task_text import examine_task
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from spaces.config import ConfigError, GRPOConfig, TrialConfig
 from trainable.counting import OTHER, Counted, StepOnShapes, Work
+from trainable.engines.memory import Needs, needs_of
 from trainable.forward.decoder import decoder
 from trainable.forward.logps import Batch, clean_logps
 from trainable.forward.transformer import head_size
@@ -75,6 +76,8 @@ class Footprint:
     vocabulary: int
     cache_bytes_per_token: int
     """Keys and values of one token of one completion, where all blocks attend to all tokens."""
+    engine: Needs
+    """Of vLLM, where it generates."""
     source: str
     """Where the shapes are from."""
 
@@ -117,6 +120,7 @@ def footprint(config: TrialConfig) -> Footprint:
         vocabulary=text.vocab_size,
         cache_bytes_per_token=cache_numbers_per_token(text) * getattr(torch, config.model.dtype).itemsize,
         learned=sum(parameter.numel() for parameter in policy.trainable().values()),
+        engine=needs_of(config, policy),
         source=architecture.source,
     )
 
@@ -192,10 +196,15 @@ def cache_numbers_per_token(text: Any) -> int:
 
 
 def _rows_at_once(config: TrialConfig) -> tuple[int, int]:
-    """Completions that are generated together in a rollout and in an evaluation."""
-    grpo, asked = config.grpo, config.eval
-    prompts = max(1, min(config.rollout.batch_size // grpo.group_size, grpo.batch_prompts))
-    return prompts * grpo.group_size, min(asked.batch_size, asked.questions)
+    """Completions that a rank generates together in a rollout and in an evaluation."""
+    grpo, ranks = config.grpo, config.parallel.ranks
+    prompts = max(1, min(config.rollout.batch_size // grpo.group_size, share(grpo.batch_prompts, ranks)))
+    return prompts * grpo.group_size, min(config.eval.batch_size, share(config.eval.questions, ranks))
+
+
+def share(number: int, ranks: int) -> int:
+    """The largest part of it that one of them has."""
+    return -(-number // ranks)
 
 
 # --- the parts of a step ----------------------------------------------------------------------------------------------
@@ -241,8 +250,11 @@ def _rollout(config: TrialConfig, policy: Policy, counted: Counted) -> dict[str,
 
 
 def _batch(config: TrialConfig, policy: Policy, counted: Counted) -> Batch:
-    """Of a whole step."""
-    rows, tokens = config.grpo.prompts * config.grpo.group_size, config.rollout.max_new_tokens
+    """Of a whole step, a rank's share of it."""
+    rows, tokens = (
+        share(config.grpo.prompts, config.parallel.ranks) * config.grpo.group_size,
+        config.rollout.max_new_tokens,
+    )
     device = policy.device
     with counted.making("batch"):
         ids = torch.zeros(rows, config.rollout.max_prompt_tokens, dtype=torch.long, device=device)
@@ -289,7 +301,7 @@ def _learning(
 def _micro_batches(batch: Batch, grpo: GRPOConfig) -> Batch:
     """Groups enough for two of them, or those of a mini-batch where it is one."""
     group = batch.group_size
-    for groups in range(1, max(1, grpo.prompts // grpo.minibatches) + 1):
+    for groups in range(1, max(1, len(batch) // group // grpo.minibatches) + 1):
         some = batch.rows(slice(0, groups * group), group)
         if len(some.slices(grpo.micro_batch_size)) >= _MICRO_BATCHES:
             break
