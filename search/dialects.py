@@ -1002,6 +1002,7 @@ ROWS: dict[str, Row] = {
         nemo=to("grpo.seed"),
     ),
     "parallel.ranks": _HERE,
+    "parallel.weights": _HERE,
     "threads": _HERE,
     "hang_seconds": _HERE,
 }

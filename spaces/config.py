@@ -464,7 +464,7 @@ class GRPOConfig(Record):
         return self.updates_per_step // self.epochs
 
 
-_FORMER_DEFAULTS = {"kv_cache_gib": 1.0}
+_FORMER_DEFAULTS = {"kv_cache_gib": 1.0, "answer_seconds": 1800.0}
 """Of earlier versions, in whose records they stand."""
 
 
@@ -481,8 +481,9 @@ class RolloutConfig(Record):
     """Whether vLLM gives its GPU memory back while training learns; null = where both do not fit together."""
     start_seconds: Number = Field(300.0, gt=0)
     """Longest start of an engine in a child process, after which it counts as dead (one inside: hang_seconds)."""
-    answer_seconds: Number = Field(1800.0, gt=0)
-    """Longest answer of such an engine: one batch of generation, or one weight sync."""
+    answer_seconds: Number = Field(1200.0, gt=0)
+    """Longest answer of such an engine: one batch of generation, or one weight sync; below hang_seconds, which would
+    end the trial's process before the engine is started again."""
     temperature: Number = Field(1.0, gt=0)
     """Sampling temperature; log-probs are taken at it, in sampling and in training."""
     max_new_tokens: Whole = Field(6, ge=1)
@@ -701,6 +702,9 @@ class ParallelConfig(Record):
     ranks: Whole = Field(1, ge=1, le=1024)
     """Shares that rollouts, updates and evaluations are divided into, each computed by a process with a GPU of its own
     where there are so many. Numbers hang on it (above 1 also each token's draw), and not on the number of processes."""
+    weights: Literal["whole", "sharded"] = "whole"
+    """whole: each process holds all that is trained, with its gradient and the optimizer's numbers; sharded: some rows
+    of every matrix (FSDP2), for what does not fit one GPU."""
 
 
 class TrialConfig(Record):

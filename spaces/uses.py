@@ -253,6 +253,7 @@ USES: dict[str, Use] = {
         needs="eval.split=confirm and a task whose questions are endless",
     ),
     "eval.every": Use(holds=lambda c: c.eval.every < c.grpo.steps, needs="to be below grpo.steps (0 = not in between)"),
+    "parallel.weights": Use(holds=lambda c: c.parallel.ranks > 1, needs="parallel.ranks above 1"),
     "collapse.patience": Use(holds=_judged, needs="collapse.mode enforce or monitor"),
     **{
         f"collapse.{name}": _GRADIENT if name.startswith("grad_norm") else _RULE

@@ -109,6 +109,7 @@ SUMS: dict[str, Any] = {
     "collapse.grad_norm_clip": 0.2,
     "collapse.mismatch_kl": 2.0,
     "parallel.ranks": 3,
+    "parallel.weights": "sharded",
     "hang_seconds": 99.0,
 }
 TEXTS: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import MambaConfig, Qwen2Config
 
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import read_config
@@ -10,7 +10,7 @@ from spaces.workloads import WORKLOADS
 from tests.conftest import Tiny
 from trainable.engines import backend
 from trainable.engines.backend import _settings
-from trainable.engines.memory import GIB, EngineMemory, Needs, choose, memory_here, needs_of
+from trainable.engines.memory import GIB, EngineMemory, Needs, _cached_values, choose, memory_here, needs_of
 from trainable.policy.loading import load_policy
 
 QWEN = Needs(cache=int(10.5 * GIB), sequence=42 << 20, engine=int(4.9 * GIB), held=int(3.2 * GIB), learning=34 * GIB)
@@ -78,6 +78,10 @@ def test_a_token_of_the_plan_s_model_takes_28_kib_and_its_batch_ten_gib(tiny: Ti
     assert needs.cache == 257 * needs.sequence  # 10.5 GiB; it was one
 
 
+def test_a_model_without_attention_keeps_the_cache_that_it_had() -> None:
+    assert _cached_values(MambaConfig()) == 0
+
+
 def test_what_was_chosen_is_what_the_engine_is_built_from(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("rollout.backend=vllm", "rollout.kv_cache_gib=0.5")
     policy = load_policy(config.model, config.quant, 0)
@@ -95,5 +99,5 @@ def test_what_was_chosen_is_what_the_engine_is_built_from(tiny: Tiny, monkeypatc
 
 def test_a_record_of_an_earlier_version_is_read_as_it_was() -> None:
     """Its cache had 1 GiB, also where nothing used it."""
-    old = TrialConfig.model_validate({"rollout": {"backend": "torch", "kv_cache_gib": 1.0}})
+    old = TrialConfig.model_validate({"rollout": {"backend": "torch", "kv_cache_gib": 1.0, "answer_seconds": 1800.0}})
     assert old.rollout.kv_cache_gib == 1.0

@@ -249,11 +249,13 @@ def numbers_of(config: TrialConfig, lasts: list[Any], monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         engine_process, "start_child", lambda *_: Child([sys.executable, "-c", ENGINE, json.dumps(next(children))])
     )
-    trial = Trial(config)
+    phases: list[str] = []
+    trial = Trial(config, on_phase=phases.append)
     trial.agreed = True  # this engine computes nothing
     reports = [trial.step() for _ in range(3)]
     outcome = trial.outcome()
     trial.close()
+    assert phases.count("engine") == len(lasts) - 1, "each work that begins anew is waited for anew"
     steps = [
         {name: value for name, value in report.signals.items() if "second" not in name} | {"samples": report.samples}
         for report in reports

@@ -76,6 +76,7 @@ TOGETHER = {
     "task.chat": ["task.chat=false"],
     "task.reward_weights": ["task.reward_weights=[0.5]"],
     "task.correct_at": ["task={name: trl, correct_at: 0.5}"],
+    "parallel.weights": ["parallel={ranks: 2, weights: sharded}"],
 }
 
 

@@ -119,6 +119,7 @@ ELSEWHERE = {
         "model.name",
         "task.name",
         "threads",
+        "parallel.weights",  # test_sharding.py
         "hang_seconds",
         "task.path",
         "task.eval_path",

@@ -6,7 +6,8 @@ the unquantised forward of the master weights in the model's dtype. Samples (`ev
 precision at the rollout's temperature, from a generator of their own: no other number of a trial hangs on them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from spaces.config import TrialConfig
@@ -49,12 +50,15 @@ def evaluate(
     """Greedy answers in the deployed precision, by the policy's own modules where no backend is given, and by one
     process where no team is."""
 
+    backend = backend or TorchBackend()
+
     def answered(share: range) -> list[tuple[Score, str]]:
-        arguments = (policy, task, questions[share.start : share.stop], config, backend or TorchBackend())
+        arguments = (policy, task, questions[share.start : share.stop], config, backend)
         return [(group[0].score, group[0].text) for group in _answers(*arguments, answers=1, temperature=0.0)]
 
     team = team or Team(0, 1, config.parallel.ranks)
-    answers = team.share_out("evaluation", len(questions), answered)
+    with _asked(policy, backend):
+        answers = team.share_out("evaluation", len(questions), answered)
     scores = [score for score, _ in answers]
     return Evaluation(
         correct=tuple(int(score.correct) for score in scores),
@@ -90,7 +94,16 @@ def count_right(
             counts += [sum(episode.score.correct for episode in group) for group in groups]
         return counts
 
-    return tuple(team.share_out("pass@k", len(questions), counted))
+    with _asked(policy, backend):
+        return tuple(team.share_out("pass@k", len(questions), counted))
+
+
+@contextmanager
+def _asked(policy: Policy, backend: Backend) -> Iterator[None]:
+    """All that is asked inside is asked of the clean model; processes that share it out come and leave together."""
+    with deployed(policy):
+        backend.sync(policy)
+        yield
 
 
 def _answers(
@@ -105,7 +118,7 @@ def _answers(
     draw: Sequence[object] = (),
     first: int = 0,
 ) -> list[Group]:
-    """Judged answers of the clean model."""
+    """Judged answers, inside `_asked`."""
     prompts = encode_prompts(policy, questions, config.task, config.rollout.max_prompt_tokens)
     request = Request(
         prompts=prompts,
@@ -117,7 +130,4 @@ def _answers(
         first=first,
         each_token=config.parallel.ranks > 1,
     )
-    with deployed(policy):
-        backend.sync(policy)
-        groups = backend.generate(policy, request)
-    return judge(policy, task, questions, prompts, groups)
+    return judge(policy, task, questions, prompts, backend.generate(policy, request))

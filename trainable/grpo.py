@@ -16,6 +16,7 @@ all of them (`trainable/forward/logps.py`).
 Shapes: B = completions, G = completions of a prompt, T = completion tokens (right-padded).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ import torch
 from spaces.config import FilterPolicy, GRPOConfig, Loss, RolloutConfig
 from trainable.episode import FilterOutcome, Group
 from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps
+from trainable.masters import Rows
 from trainable.policy.policy import Policy
+from trainable.sharding import is_sharded
 from trainable.signals import UpdateMetrics
 from trainable.team import ALONE, Team
 
@@ -164,7 +167,8 @@ def update(
 ) -> UpdateMetrics:
     """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add
     up. A team shares the groups of each mini-batch out; every process then makes the same step."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in everything if not isinstance(p, Rows)]
     correction = None if rollout.correction == "none" else batch.correction(rollout).weights
     losses, norms, sums = [], [], [0.0, 0.0, 0.0]
     order = torch.empty(0, dtype=torch.long)
@@ -179,18 +183,25 @@ def update(
         weights = None if correction is None else correction[chosen]
         normalizer = loss_normalizer(grpo.loss, mini, batch, grpo.minibatches, rollout.max_new_tokens)
         learned, gradients = [], []
-        for groups in team.spans(len(mini) // mini.group_size):
-            optimizer.zero_grad(set_to_none=True)
+        spans = team.spans(len(mini) // mini.group_size)
+        idle = _idle_passes([mini.groups(groups) for groups in spans], grpo, team) if is_sharded(policy.network) else 0
+        optimizer.zero_grad(set_to_none=True)
+        for groups in spans:
+            for parameter in parameters:
+                parameter.grad = None
             rows = slice(groups.start * mini.group_size, groups.stop * mini.group_size)
             own = None if weights is None else weights[rows]
             loss = backward(policy, mini.groups(groups), own, grpo, rollout, normalizer)
             gradients.append([parameter.grad for parameter in parameters])
             learned.append((loss, [grad is not None for grad in gradients[-1]]))
+        for _ in range(idle):
+            nothing = 0.0 * completion_logps(policy, mini.rows(slice(0, 1)), rollout.temperature).sum()
+            nothing.backward()  # type: ignore[no-untyped-call]
         shares = [share for own in team.gather("update", learned) for share in own]
         add_up(parameters, gradients, [any(row) for row in zip(*(has for _, has in shares), strict=True)], team)
         for (_, metrics), _ in shares:
             sums = [a + b for a, b in zip(sums, (metrics.clipped, metrics.kl, metrics.tokens), strict=True)]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, grpo.max_grad_norm).item()
+        norm = clip(everything, grpo.max_grad_norm, team)
         losses.append(sum(loss for (loss, _), _ in shares))
         norms.append(norm)
         if not (norm < float("inf")):
@@ -256,6 +267,25 @@ def add_up(
         parameter.grad = None
     for (_, parameter), total in zip(used, team.add_up(parts), strict=True):
         parameter.grad = total
+
+
+def _idle_passes(shares: Sequence[Batch], grpo: GRPOConfig, team: Team) -> int:
+    """By how many passes this process has fewer than another: matrices in shards come together in all at once, so it
+    goes along, with a gradient of 0."""
+    own = sum(len(share.slices(grpo.micro_batch_size)) for share in shares)
+    return max(team.gather("passes", own)) - own
+
+
+def clip(parameters: Sequence[torch.Tensor], limit: float, team: Team) -> float:
+    """Scale gradients down to this norm where theirs is larger; returns theirs, over all rows of every process."""
+    rows = [p.grad for p in parameters if isinstance(p, Rows) and p.grad is not None]
+    if not rows:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    whole = [p.grad for p in parameters if not isinstance(p, Rows) and p.grad is not None]
+    squares = [torch.nn.utils.get_total_norm(some).item() ** 2 for some in (rows, whole)]
+    norm = math.sqrt(sum(team.gather("norm", squares[0])) + squares[1])
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+    return norm
 
 
 def warmup_factor(update: int, warmup_updates: int) -> float:

@@ -35,6 +35,7 @@ from trainable.policy.coverage import check_reach
 from trainable.policy.policy import Policy, block_of, deployed
 from trainable.quantization import QuantLinear
 from trainable.seeds import generator
+from trainable.sharding import whole
 
 # The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
 ZONES = {"first": (0, 4), "early_mid": (4, 10), "middle": (10, 20), "late_mid": (20, 26), "last": (26, 28)}
@@ -240,7 +241,7 @@ def noised_weight(noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step
 def _weight(target: NoiseTarget) -> torch.Tensor:
     weight = target.module.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.detach()
+    return whole(weight.detach())
 
 
 def _rms(target: NoiseTarget) -> torch.Tensor:

@@ -60,6 +60,7 @@ from torch import Tensor, nn
 from spaces.formats import FORMATS, Element, Format
 from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
+from trainable.sharding import whole
 
 if TYPE_CHECKING:
     from spaces.config import QuantConfig
@@ -443,15 +444,15 @@ class QuantLinear(nn.Linear):
 
     def quantized_weight(self) -> Tensor:
         """Q of the layer's weight as a plain tensor; with `none` it shares memory with it."""
-        return self._weight.of(self.weight.detach())
+        return self._weight.of(whole(self.weight.detach()))
 
     def noised_weight(self, shift: Tensor, placement: str) -> Tensor:
         """Q of the layer's weight with noise, as a plain tensor (see `Operand.noised`)."""
-        return self._weight.noised(self.weight.detach(), shift, placement)
+        return self._weight.noised(whole(self.weight.detach()), shift, placement)
 
     def weight_step(self) -> Tensor:
         """See `Operand.step`."""
-        return self._weight.step(self.weight.detach())
+        return self._weight.step(whole(self.weight.detach()))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -18,7 +18,7 @@ The noise is in the rollout alone. Learning and evaluation never see it; nothing
 
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -39,8 +39,9 @@ from trainable.episode import FilterOutcome, Group
 from trainable.evaluation import Evaluation, count_right, evaluate
 from trainable.following import follow
 from trainable.forward.logps import Batch, clean_logps, make_batch
+from trainable.forward.transformer import forward_of
 from trainable.grpo import filter_groups, group_advantages, shaped_rewards, update
-from trainable.masters import MasterAdamW, followed, moved_shares
+from trainable.masters import MasterAdamW, Rows, followed, moved_shares
 from trainable.metrics import (
     ACCURACY,
     EVAL,
@@ -66,10 +67,11 @@ from trainable.outcome import (
 )
 from trainable.parity import doubts, load_checked
 from trainable.policy.embedded import Progress
-from trainable.policy.policy import Policy, deployed, unquantized
+from trainable.policy.policy import Policy, decoder_blocks, deployed, unquantized
 from trainable.receipt import receipt_of
 from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
+from trainable.sharding import is_shard, local, rows_like, shard, whole_like
 from trainable.signals import Signals, UpdateMetrics, measure
 from trainable.tasks.contract import check_contract
 from trainable.tasks.table import build_task
@@ -114,8 +116,9 @@ class Trial:
         scans: Folder | None = None,
         team: Team = ALONE,
     ) -> None:
-        """`on_phase` hears what begins: rollout, update, evaluate. `scans`: those of the trial's sweep. `team`: with
-        whom it is computed; each of them makes the same calls, and has the same numbers after each.
+        """`on_phase` hears what begins: rollout, update, evaluate, and engine (another one, in the midst of those).
+        `scans`: those of the trial's sweep. `team`: with whom it is computed; each of them makes the same calls, and
+        has the same numbers after each.
 
         Raises ConfigError for whatever the configuration promises and the model or this machine does not have,
         TrialFailed for an engine that does not start. Call `close` in the end.
@@ -147,9 +150,11 @@ class Trial:
         self._measure_questions()
         self.targets = noise_targets(self.policy, config.noise)
         self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
+        self.base = digest_of(self._not_in_checkpoints())
+        if config.parallel.weights == "sharded":
+            self._shard()
         parameters = list(self.policy.trainable().values())
         grpo = config.grpo
-        self.base = digest_of(self._not_in_checkpoints())
         self.start_weights = followed(self.policy.trainable())
         self.optimizer = MasterAdamW(
             parameters, lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2), weight_decay=grpo.weight_decay, fused=True
@@ -269,16 +274,33 @@ class Trial:
             followed=self.followed,
         )
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of what learns, by name."""
+        return self._whole((name, local(p.detach()), p) for name, p in self.policy.trainable().items())
+
+    def _whole(self, own: Iterable[tuple[str, torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Copies, by name, of what belongs to a parameter. Of a matrix in shards all processes give their rows, one
+        matrix at a time, and rank 0 alone has the copy: in the memory of the host, where it is written from."""
+        copies = {}
+        for name, tensor, parameter in own:
+            if not is_shard(parameter) or tensor.dim() == 0:
+                copies[name] = tensor.clone()
+                continue
+            gathered = whole_like(tensor, parameter)
+            if self.team.rank == 0:
+                copies[name] = gathered.cpu()
+        return copies
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-equal continuation needs: tensors under `model` and `optimizer`, plain values under
         `progress`."""
         return {
-            "model": {name: parameter.detach().clone() for name, parameter in self.policy.trainable().items()},
-            "optimizer": {
-                f"{index}/{key}": value.detach().clone()
+            "model": self.weights(),
+            "optimizer": self._whole(
+                (f"{index}/{key}", value.detach(), self.optimizer.parameters[index])
                 for index, values in self.optimizer.state_dict()["state"].items()
                 for key, value in values.items()
-            },
+            ),
             "progress": {
                 "so_far": asdict(self.so_far),
                 "detector": copy.deepcopy(self.detector.state()),
@@ -321,11 +343,11 @@ class Trial:
                 )
         with torch.no_grad():
             for name, parameter in self.policy.trainable().items():
-                parameter.copy_(state["model"][name])
+                local(parameter).copy_(rows_like(state["model"][name], parameter))
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in state["optimizer"].items():
             index, _, name = key.partition("/")
-            moments.setdefault(int(index), {})[name] = value.clone()
+            moments.setdefault(int(index), {})[name] = rows_like(value, self.optimizer.parameters[int(index)]).clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.so_far = _PROGRESSION.validate_python(state["progress"]["so_far"])
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
@@ -333,15 +355,19 @@ class Trial:
         self.agreed = self.backend.engine is None
 
     def _tell_death(self, how: str) -> None:
+        self.on_phase("engine")  # the same work begins anew, and is waited for anew
         self.so_far.warnings.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
 
     def _compare(self, what: str, *seen: object) -> None:
-        """Raises RuntimeError where the processes of the team have come to different things, or to different weights.
+        """Raises RuntimeError where the processes of the team have come to different things, or hold different weights.
         What one of them was warned of, all know from now on."""
         if self.team.size == 1:
             return
         masters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.team.check_same(what, (*seen, bits_of([*self.policy.model.parameters(), *masters])))
+        held = [
+            one for one in (*self.policy.model.parameters(), *masters) if not (is_shard(one) or isinstance(one, Rows))
+        ]
+        self.team.check_same(what, (*seen, bits_of(held)))
         warned = self.team.gather("warnings", self.so_far.warnings)
         self.so_far.warnings = list(dict.fromkeys(line for own in warned for line in own))
 
@@ -350,6 +376,21 @@ class Trial:
         the model was."""
         kept = self.policy.trainable() if self.reference is None else {}
         return {name: weight.detach() for name, weight in self.policy.model.named_parameters() if name not in kept}
+
+    def _shard(self) -> None:
+        """Each process keeps its rows of every matrix. One that computes the trial alone keeps all. Raises
+        ConfigError."""
+        if forward_of(self.policy) is None:
+            raise ConfigError(
+                f"parallel.weights=sharded: model.name={self.config.model.name} goes through transformers' forward, "
+                "which does not say when it needs which weights; set parallel.weights=whole"
+            )
+        if self.team.size == 1:
+            return
+        for policy in (self.policy, self.reference):
+            if policy is not None:
+                self.team.check_same("weights at the start", bits_of(list(policy.model.parameters())))
+                shard(policy.network, decoder_blocks(policy), policy.device.type)
 
     def _measure_questions(self) -> None:
         """No question is found to be too long in the middle of a run: all rows of a data set are measured now, and all

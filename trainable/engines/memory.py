@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 from spaces.config import ConfigError, TrialConfig
+from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
 
 GIB = 1 << 30
 _BLOCK = 128
 """Tokens that vLLM's cache is divided by on a CPU; on a GPU it is fewer."""
 _LEAST_CACHE = GIB // 4
+_STATES = GIB
+"""Cache of a model without attention, whose states are not told from here."""
 _WORKING_SPACE = 2 * GIB
 """Of an engine beside weights and cache: a CUDA context in a child, the hidden states of one batch, logits."""
 _SHARE_OF_RAM = 0.25
@@ -91,7 +94,7 @@ def needs_of(config: TrialConfig, policy: Policy) -> Needs:
     sequence = -(-tokens // _BLOCK) * _BLOCK * policy.depth * _cached_values(text) * width
     learning_tokens = grpo.micro_batch_size * tokens
     return Needs(
-        cache=max(_LEAST_CACHE, (rollout.batch_size + 1) * sequence),
+        cache=max(_LEAST_CACHE, (rollout.batch_size + 1) * sequence) if sequence else _STATES,
         sequence=sequence,
         engine=sum(weight.nbytes for weight in weights) + _WORKING_SPACE,
         held=sum(policy.linears[name].weight.nbytes for name in policy.quantized) + 4 * (2 * count + masters),
@@ -102,9 +105,12 @@ def needs_of(config: TrialConfig, policy: Policy) -> Needs:
 def _cached_values(text: Any) -> int:
     """Keys and values of a token in one layer, of the widest where layers differ."""
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    heads = max(getattr(one, "num_key_value_heads", None) or one.num_attention_heads for one in layers)
-    widest = max(getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads for one in layers)
-    return 2 * int(heads) * max(int(widest), int(getattr(text, "global_head_dim", None) or 0))
+    return max(
+        2 * (getattr(one, "num_key_value_heads", None) or one.num_attention_heads) * head_size(one)
+        if getattr(one, "num_attention_heads", None)
+        else 0
+        for one in layers
+    )
 
 
 def choose(

@@ -15,6 +15,7 @@ Shapes: B = completions, G = completions of a prompt, T = completion tokens (rig
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from trainable.episode import Group
 from trainable.forward.head import is_plain, sampled_logps, too_many
 from trainable.forward.transformer import forward_of, left_padded, positions
 from trainable.policy.policy import Policy
+from trainable.sharding import through
 
 PACKED_TOKENS = 512
 """Longest row of a prompt with several completions. Up to here attention is little of the work, also what is masked."""
@@ -120,11 +122,11 @@ def completion_logps(policy: Policy, batch: Batch, temperature: float) -> torch.
     completion has a row of its own. So it has in an architecture of which nobody has shown that packing is equal.
     """
     length, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
-    if not packs(policy):
-        return _logps_packed(policy, batch, temperature, 1)
     even = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0]
     fitting = [k for k in even if length + k * tokens <= PACKED_TOKENS]
-    return _logps_packed(policy, batch, temperature, max(fitting, default=1))
+    side_by_side = max(fitting, default=1) if packs(policy) else 1
+    logps: torch.Tensor = through(policy.network, partial(_logps_packed, policy, batch, temperature, side_by_side))
+    return logps
 
 
 def packs(policy: Policy) -> bool:

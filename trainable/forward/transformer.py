@@ -11,6 +11,7 @@ Shapes: B = rows, T = tokens of this call, S = tokens seen, H = attention heads,
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from trainable.kernels import cpu
 from trainable.layers.norm import RMSNorm
 from trainable.policy.attention import attention_of
 from trainable.policy.policy import KNOWN_BLOCKS, Policy
+from trainable.sharding import through
 
 _STEADY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotation whose angles depend on a token's position alone, and not on how many there are."""
@@ -69,6 +71,7 @@ class _Block:
     """The modules of a block: an attribute of a module takes most of a microsecond to look up."""
 
     def __init__(self, block: Any) -> None:
+        self.whole = block
         self.norm, self.mlp_norm, self.mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
         attention = block.self_attn
         self.queries, self.keys, self.values, self.output = (
@@ -77,6 +80,13 @@ class _Block:
             attention.v_proj,
             attention.o_proj,
         )
+
+    def __call__(self, layer: int, angles: Angles, mix: Mixer, x: Tensor, term: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [B * T, hidden] and the latest term of it, which the next norm adds."""
+        x, y = (x, self.norm(x)) if term is None else self.norm.of_sum(x, term)
+        term = self.output(mix(layer, self.queries(y), self.keys(y), self.values(y), angles))
+        x, y = self.mlp_norm.of_sum(x, term)
+        return x, self.mlp(y)
 
 
 class Forward:
@@ -95,12 +105,9 @@ class Forward:
     def hidden(self, ids: Tensor, angles: Angles, mix: Mixer) -> Tensor:
         """Hidden states [B, T, hidden] behind the last block and before the final norm; ids [B, T]."""
         x = self.body.embed_tokens(ids.flatten())  # [B * T, hidden]
-        term = None  # of the residual stream x; the next norm adds it
+        term = None
         for layer, block in enumerate(self.blocks):
-            x, y = (x, block.norm(x)) if term is None else block.norm.of_sum(x, term)
-            term = block.output(mix(layer, block.queries(y), block.keys(y), block.values(y), angles))
-            x, y = block.mlp_norm.of_sum(x, term)
-            term = block.mlp(y)
+            x, term = through(block.whole, partial(block, layer, angles, mix), x, term)
         hidden: Tensor = (x if term is None else x + term).view(*ids.shape, -1)
         return hidden
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from trainable.layers.experts import Experts
 from trainable.outcome import Coverage
 from trainable.quantization import UNQUANTIZED, Arithmetic, InputSource, QuantLinear
+from trainable.sharding import ends_together
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 KNOWN_BLOCKS = ("qwen2", "llama", "mistral")
@@ -148,7 +149,7 @@ def deployed(policy: Policy) -> Iterator[None]:
     token."""
     linears = policy.linears.values()
     assert all(linear.deployed_weight is None for linear in linears), "deployed already: leaving would undo both"
-    with torch.no_grad():
+    with torch.no_grad(), ends_together(policy.network):
         try:
             for linear in linears:
                 linear.deployed_weight = linear.quantized_weight()
