@@ -469,10 +469,10 @@ def trial_config(point: str | None, config: Path | None, workload: str | None, o
     made = read_config(merge(tree, changes), origin=origin)
     for given, who in ((asked, f"{origin}: "), (changes, "--set ")):
         refuse_idle(given, [made], who)
-        if "hang_seconds" in given:
+        if "hang_seconds" in given and made.parallel.ranks == 1:
             raise ConfigError(
-                f"{who}hang_seconds={made.hang_seconds:g}: does nothing here, as nobody watches a single trial; "
-                "leave it out"
+                f"{who}hang_seconds={made.hang_seconds:g}: does nothing here, as nobody watches a single trial of one "
+                "process; leave it out"
             )
     return made
 

@@ -26,17 +26,22 @@ def trial(
         bool, typer.Option("--json", help="One JSON object per step; the last one is the outcome.")
     ] = False,
 ) -> None:
-    """Run one trial in this process, without Ray."""
+    """Run one trial without Ray: in this process, and with parallel.ranks also in others that it starts."""
     settings = trial_config(point, config, workload, overrides or [])
     from dashboards.live import build_progress
     from dashboards.tables import say, terminal
     from dashboards.trial_text import outcome_lines, step_line
+    from trainable.launch import launched, processes
+    from trainable.policy.embedded import ensure_base
     from trainable.trial import Trial
 
     console = terminal(stderr=as_json)
-    with build_progress(console) as progress:
-        running = Trial(settings, progress)
-    with contextlib.closing(running):
+    with contextlib.ExitStack() as stack:
+        with build_progress(console) as progress:
+            if settings.model.recipe is not None:
+                ensure_base(settings.model.recipe, progress)  # by the process that shows how far it is
+            settings, team = stack.enter_context(launched(settings, processes(settings)))
+            running = stack.enter_context(contextlib.closing(Trial(settings, progress, team=team)))
         while not running.done:
             report = running.step()
             if as_json:

@@ -15,9 +15,13 @@ different ones have come apart, which is a bug and raises. A process that died i
 from it. Left out: shares of unequal size for machines of unequal speed.
 """
 
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +38,10 @@ _BUCKET = 1 << 24
 _LONGEST_REASON = 200
 _TOLD = "told_to_all"
 """Attribute of an exception that every process raises."""
+
+
+class FromAnother(RuntimeError):
+    """A bug that another process has met, and tells of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,26 @@ class Team:
 ALONE = Team(0, 1)
 
 
+def meet(place: Path, team: Team, seconds: float) -> None:
+    """All processes of a trial on one machine, which name the same file; they talk over its loopback device, and no
+    port is open to others. `seconds`: longest wait for another one."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.FileStore(str(place), team.size),  # type: ignore[attr-defined]
+        rank=team.rank,
+        world_size=team.size,
+        timeout=timedelta(seconds=seconds),
+    )
+
+
+def part() -> None:
+    """Nothing more is heard of the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def spans(count: int, shares: int) -> list[range]:
     """`count` things in consecutive parts whose sizes differ by one at most, the larger ones first."""
     least, more = divmod(count, shares)
@@ -191,7 +219,7 @@ def _portable(error: Exception, rank: int) -> Exception:
         return TrialFailed(error.rule, error.reason)
     if isinstance(error, ConfigError):
         return ConfigError(str(error))
-    return RuntimeError(f"process {rank} of this trial: {type(error).__name__}: {error}")
+    return FromAnother(f"process {rank} of this trial: {type(error).__name__}: {error}")
 
 
 @contextmanager

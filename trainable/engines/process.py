@@ -258,7 +258,7 @@ def _answer(engine: Engine, call: str, tensors: dict[str, Tensor], arguments: di
     return None, {}
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """The kernel kills this process when its parent ends, however that ends."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -268,7 +268,7 @@ def _die_with(parent: int) -> None:
 
 def main() -> None:
     end, parent = (int(argument) for argument in sys.argv[1:])
-    _die_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trial, which then closes the pipe
     serve(Connection(end))
 
