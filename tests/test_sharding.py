@@ -6,6 +6,8 @@ later ones are apart by the order in which gradients were added up.
 
 import gc
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import torch
 from spaces.config import ConfigError, TrialConfig
 from tests.conftest import Tiny
 from tests.ranked import Ended, together
-from tests.test_trial import comparable
+from tests.test_trial import comparable, same_weights
 from trainable.disk.checkpoint import newest_checkpoint, save_checkpoint
 from trainable.disk.folder import Folder
 from trainable.engines.engine import deployed_weights, digest
+from trainable.failure import TrialFailed
 from trainable.noise import injected
 from trainable.outcome import EffectReceipt
+from trainable.policy.policy import decoder_blocks
 from trainable.sharding import first_row, is_shard, local, rows_like, shard, whole, whole_like
 from trainable.team import ALONE, Team
 from trainable.trial import Trial
@@ -34,10 +38,16 @@ APART = 2e-6
 """Largest difference of a number of a trial, relative to it where that is above 1."""
 
 
-def compute(team: Team, config: TrialConfig, folder: str = "", stop: int = 0) -> dict[str, Any]:
-    """A trial from its newest checkpoint on; up to `stop` steps, with a checkpoint then, or to its end."""
+def compute(team: Team, config: TrialConfig, folder: str = "", stop: int = 0, dies: int = -1) -> dict[str, Any]:
+    """A trial from its newest checkpoint on; up to `stop` steps, with a checkpoint then, or to its end. The rank that
+    `dies` is killed between two blocks of its first update."""
     trial, held = Trial(config, team=team), list[int]()
     trial.optimizer.register_step_post_hook(lambda *_: held.append(bytes_held()))
+    if team.rank == dies:
+        last = decoder_blocks(trial.policy)[-1].get_submodule("mlp")
+        last.register_forward_pre_hook(
+            lambda *_: os.kill(os.getpid(), signal.SIGKILL) if torch.is_grad_enabled() else None
+        )
     state = newest_checkpoint(Folder(folder))[0] if folder else None
     if state is not None:
         trial.load_state_dict(state)
@@ -48,6 +58,7 @@ def compute(team: Team, config: TrialConfig, folder: str = "", stop: int = 0) ->
     if folder and team.rank == 0:
         save_checkpoint(Folder(folder), trial.so_far.next_step, saved)
     receipt = None if stop else trial.outcome().receipt
+    assert same_weights(trial.final, {} if stop else saved["model"])
     return {"signals": reports, "receipt": receipt, "weights": saved["model"], "bytes": max(held)}
 
 
@@ -121,6 +132,14 @@ def test_a_checkpoint_goes_from_two_processes_in_shards_to_one_and_back(tiny: Ti
     signals = [report for part in parts for report in part["signals"]]
     assert_same_trial({**parts[-1], "signals": signals}, straight)
     assert str(parts[-1]["receipt"].moved) == str(straight["receipt"].moved)
+
+
+@pytest.mark.slow
+def test_who_waits_for_rows_of_a_process_that_died_fails_by_that_rule(tiny: Tiny, tmp_path: Path) -> None:
+    left, killed = together(2, compute, tmp_path, tiny(*NOISY, "eval.questions=8", SHARDED), "", 0, 1)
+    assert killed.code == -signal.SIGKILL
+    assert isinstance(left.error, TrialFailed)
+    assert left.error.rule == "ranks"
 
 
 def pieces(team: Team, config: TrialConfig) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Trial:
         """
         assert team.size <= config.parallel.ranks, f"{team=} {config.parallel=}"
         self.team = replace(team, shares=config.parallel.ranks)
+        self.final: dict[str, torch.Tensor] = {}  # what learned, once the outcome of the end was asked for
         with self.team.agreed("loading"):
             self._load(config, progress, on_phase, scans)
 
@@ -236,6 +237,8 @@ class Trial:
             with self.team.agreed("outcome"):
                 self._evaluate_end()
             self.so_far.seconds += time.perf_counter() - started
+        if self.done:
+            self.final = self.weights()
         verdict = self.so_far.verdict
         assert self.so_far.start is not None
         assert self.so_far.end is not None

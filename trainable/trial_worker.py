@@ -153,7 +153,7 @@ class TrialWorker:
 
     def _keep_weights(self, trial: Trial) -> None:
         try:
-            save_final(self.folder, trial.weights())
+            save_final(self.folder, trial.final)
         except OSError as error:  # a full disk: the outcome is what the sweep is about
             log.warning(
                 "%s: no %s, so this trial cannot be exported as a checkpoint: %s", self.folder.uri, FINAL_FILE, error
