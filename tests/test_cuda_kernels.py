@@ -28,7 +28,17 @@ from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
 from trainable.hadamard import rotate_eager
 from trainable.kernels import cuda
 from trainable.layers import mlp, norm
-from trainable.quantization import KERNEL_CODES, Arithmetic, QuantLinear, fake_quantize, fake_quantize_eager
+from trainable.noised import Drawn, noised_eager
+from trainable.philox import key_of, normals
+from trainable.quantization import (
+    AS_IT_IS,
+    KERNEL_CODES,
+    Arithmetic,
+    Operand,
+    QuantLinear,
+    fake_quantize,
+    fake_quantize_eager,
+)
 from trainable.seeds import generator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,6 +220,38 @@ def rotated_operands(device: str) -> None:
             assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
+def noise(device: str) -> None:
+    """Drawn, added, cast, quantised and counted: every bit that of eager torch on the CPU."""
+    steps = torch.rand(300, generator=generator("unit"))
+    formats = (("none", "floor"), ("mxfp4", "even"), ("mxfp8", "floor"), ("nvfp4", "floor"))
+    for (fmt, rule), dtype in product(formats, (torch.float32, torch.bfloat16)):
+        base = drawn(100, 96, dtype=dtype)
+        how = Operand(format=fmt, scale_rule=rule, per_tensor=True, hadamard=False)
+        for unit, start, clean in ((None, 0, None), (steps[:1], 4 * 2**33 + 8, base), (steps, 0, base)):
+            asked = Drawn(key=key_of("x"), sigma=0.2, unit=unit, start=start)
+            there = [None if x is None else x.to(device) for x in (base, clean, unit)]
+            out, sums = cuda.noised(*there, asked.key, start, asked.sigma, *KERNEL_CODES[fmt, rule], True)
+            expected, counted = noised_eager(base, asked, how, clean)
+            assert_same(out.cpu(), expected)
+            assert (sums is None) == (counted is None)
+            if sums is not None:
+                torch.testing.assert_close(sums.cpu(), counted, rtol=1e-6, atol=0.0)
+    odd, asked = drawn(41), Drawn(key=key_of("y"), sigma=0.2)
+    out, _ = cuda.noised(odd.to(device), None, None, asked.key, 0, 0.2, -1, 0, False)
+    assert_same(out.cpu(), noised_eager(odd, asked, AS_IT_IS)[0])
+
+
+def normal_numbers(device: str) -> None:
+    """In few large tiles: the interpreter takes as long for a small one."""
+    count, key, tile = 1 << 21, key_of("normal"), cuda._TILE
+    try:
+        cuda._TILE = 1 << 18 if device == "cpu" else tile
+        out, _ = cuda.noised(torch.zeros(count).to(device), None, None, key, 0, 1.0, -1, 0, False)
+    finally:
+        cuda._TILE = tile
+    assert torch.equal(out.cpu(), normals(key, 0, count))
+
+
 def compiled_around(device: str) -> None:
     def layer(x: Tensor, weight: Tensor) -> Tensor:
         kernel = cuda.load(x)
@@ -234,7 +276,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
         *(every_class_of_data, odd_shapes_and_views, bf16_beside_every_largest_value),
         *(norms, norms_of_any_width, norms_that_are_not_finite, gradients_of_the_norm),
         *(activations, activations_that_are_not_finite, gradients_of_the_activation),
-        *(rotated_operands, compiled_around),
+        *(rotated_operands, noise, normal_numbers, compiled_around),
     )
 }
 
@@ -279,6 +321,9 @@ def test_eager_torch_on_the_gpu_is_the_same_definition(fmt: str, rule: str) -> N
 
 TENSORS = ("*fp32", "*i16", "*fp16")
 NORM = {"inverse": "*fp32", "epsilon": "fp32", "addend": "i32"}
+NOISE = dict.fromkeys(("unit", "sums"), "*fp32") | {
+    **{"count": "i32", "per": "i32", "key": "u64", "start": "i64", "sigma": "fp32", "addend": "i32"},
+}
 COMPILED = [
     *(
         ("mx_tensor", dict.fromkeys(("x", "out"), t) | {"count": "i32", "addend": "i32"}, {"MANTISSA": 3, "B": 128})
@@ -297,6 +342,14 @@ COMPILED = [
             {"FORMAT": code, "B": 128},
         )
         for t, code in product(TENSORS[:2], (-1, 0))
+    ),
+    *(
+        (
+            "noised_tensor",
+            dict.fromkeys(("base", "clean", "out"), t) | NOISE,
+            {"FORMAT": code, "SCALED": scaled, "MEASURED": scaled, "B": 128},
+        )
+        for t, code, scaled in ((TENSORS[0], 0, True), (TENSORS[1], 0, True), (TENSORS[1], -1, False))
     ),
 ]
 

@@ -29,7 +29,9 @@ from spaces.formats import FORMATS
 from tests.test_quantization import ALL, CLASSES, DTYPES, assert_same, sample
 from trainable.hadamard import rotate_eager
 from trainable.kernels import cpu
-from trainable.quantization import fake_quantize, fake_quantize_eager
+from trainable.noised import Drawn, noised, noised_eager
+from trainable.philox import normals
+from trainable.quantization import AS_IT_IS, Arithmetic, fake_quantize, fake_quantize_eager
 
 kernels = cpu.load()
 assert kernels is not None
@@ -41,6 +43,10 @@ for fmt, rule in ALL:
 gate, up = (4 * torch.randn(64, 256, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
 assert torch.equal(kernels.swiglu(gate, up, -1, 0, False), torch.nn.functional.silu(gate) * up)
 assert torch.equal(kernels.rotate(gate), rotate_eager(gate))
+for dtype in (torch.float32, torch.bfloat16):
+    base, drawn = gate.to(dtype), Drawn(key=2**63 + 5, sigma=0.3, unit=torch.rand(512) + 0.1)
+    assert_same(noised(base, drawn, Arithmetic().input)[0], noised_eager(base, drawn, Arithmetic().input)[0])
+assert torch.equal(noised(torch.zeros(10**6), Drawn(key=7, sigma=1.0), AS_IT_IS)[0], normals(7, 0, 10**6))
 print(torch.backends.cpu.get_cpu_capability())
 """
 

@@ -330,6 +330,12 @@ def test_a_resumed_run_goes_on_with_its_stages_and_its_baseline(script: Script) 
     assert [effect.stage for effect in resumed.effects] == [effect.stage for effect in rin.effects]
     assert resumed.effects[: len(resumed.targets) * 2] == rin.effects[: len(rin.targets) * 2]
     assert resumed.detector.baseline == rin.detector.baseline
+    file = Path(first.args.output_dir) / "checkpoint-3" / "trainer_state.json"
+    file.write_text(file.read_text().replace("philox4x32-10", "mt19937"))
+    other = script(save_steps=3, max_steps=4)
+    RinCallback(noise).attach(other)
+    with pytest.raises(ConfigError, match=r"noise another generator drew, .* begin anew$"):
+        other.train(resume_from_checkpoint=str(file.parent))
 
 
 @pytest.mark.parametrize(("quant", "warned"), [(W4A4, 0), (QuantConfig(weights="none", activations="none"), 1)])
@@ -591,7 +597,7 @@ def test_vllm_is_given_weights_with_noise_for_rollouts_and_clean_ones_for_evalua
         own: dict[str, Tensor] = {}
         for target in rin.targets:
             sigma = target_sigma(NOISE, target, rin.rollouts, 5) if trainer.model.training else 0.0
-            own[target.name] = noised_weight(NOISE, target, sigma, step=rin.rollouts, seed=3)
+            own[target.name], _ = noised_weight(NOISE, target, sigma, step=rin.rollouts, seed=3)
         wanted.append((trainer.model.training, own))
         masters = weights(trainer)
         output = generate()

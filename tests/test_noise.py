@@ -21,21 +21,21 @@ from trainable.noise import (
     SCHEDULES,
     NoiseTarget,
     effect_warnings,
+    effects_of,
     injected,
     layer_multipliers,
     layer_zones,
-    measure_effects,
     noise_targets,
     sigma_at,
     stage_at,
     zone_layers,
 )
 from trainable.outcome import Effect
+from trainable.philox import key_of, normals
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy
 from trainable.quantization import Arithmetic, element_step, fake_quantize
-from trainable.seeds import generator
 
 STEPS = 29
 HIDDEN = 64
@@ -635,7 +635,7 @@ def test_noise_on_a_rotated_weight_is_added_where_it_is_counted(
         master = policy.linears[name.removesuffix(".weight")].weight.detach()
         turned = rotate(master)
         unit = {"absolute": 1.0, "rms": rms(master)}.get(scale) or element_step(turned, fmt, per_tensor=True)
-        shift = torch.randn(master.shape, generator=generator("noise", 0, STEPS - 1, name)) * sigma * unit
+        shift = normals(key_of("noise", 0, STEPS - 1, name), 0, master.numel()).view(master.shape) * sigma * unit
         if placement == "before":
             expected = fake_quantize(turned + shift, fmt, per_tensor=True)
             assert ((weight - expected).abs() > 1e-6).float().mean() < 0.001, "but for the last bit of rms"
@@ -671,8 +671,10 @@ def test_noise_is_added_in_fp32_and_cast_to_bf16_afterwards(load: Load) -> None:
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def effects_of(policy: Policy, noise: NoiseConfig, step: int = STEPS - 1, seed: int = 0) -> tuple[Effect, ...]:
-    return measure_effects(noise, noise_targets(policy, noise), step=step, total_steps=STEPS, seed=seed)
+def measured(policy: Policy, noise: NoiseConfig, step: int = STEPS - 1, seed: int = 0) -> tuple[Effect, ...]:
+    targets = noise_targets(policy, noise)
+    with injected(policy, noise, targets, step=step, total_steps=STEPS, seed=seed, measured=True) as changes:
+        return effects_of(noise, changes, step=step, total_steps=STEPS)
 
 
 PROVEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -691,7 +693,7 @@ def test_the_receipt_holds_what_really_changed(settings: dict[str, Any], options
     policy = load(**options)
     before = snapshot(policy)
     noise = NoiseConfig.model_validate({"sigma_start": 0.05, "sigma_end": 0.05, **settings})
-    effects = effects_of(policy, noise, seed=7)
+    effects = measured(policy, noise, seed=7)
     assert_untouched(policy, before)
     changes, clean = shifts(policy, noise, seed=7), deployed_weights(policy)
     assert [e.name for e in effects] == names_of(noise_targets(policy, noise))
@@ -716,46 +718,46 @@ def test_nominal_sigma_in_the_receipt_follows_zone_multiplier_and_stage(load: Lo
         layer_multipliers=(1.0, 1.0, 0.5, 2.0),
         final_norm=True,
     )
-    first = [(e.layer, e.nominal) for e in effects_of(policy, noise, step=3)]
+    first = [(e.layer, e.nominal) for e in measured(policy, noise, step=3)]
     assert first == [(0, 0.05)] * 2 + [(1, 0.08)] * 2 + [(2, 0.04)] * 2 + [(3, 0.04)] * 2 + [(None, 0.05)]
-    last = [e.nominal for e in effects_of(policy, noise, step=28)]
+    last = [e.nominal for e in measured(policy, noise, step=28)]
     assert last == pytest.approx([0.0005] * 2 + [0.001] * 2 + [0.0005] * 2 + [0.04] * 2 + [0.0005])
-    assert effects_of(policy, noise, step=0) == ()
+    assert measured(policy, noise, step=0) == ()
 
 
 def test_a_layers_own_zone_wins_over_an_empty_one_that_takes_it(load: Load) -> None:
     noise = NoiseConfig.model_validate({"zones": [zone("early_mid", 0.3, 0.3), zone("middle", 0.2, 0.2)]})
     # Depth 2: block 0 is early_mid, block 1 is late_mid, which has no pair of its own; the empty middle takes it.
-    assert [e.nominal for e in effects_of(load(2), noise)] == [0.3, 0.3, 0.2, 0.2]
+    assert [e.nominal for e in measured(load(2), noise)] == [0.3, 0.3, 0.2, 0.2]
     both = NoiseConfig.model_validate({"layers": 1, "zones": [zone("late_mid", 0.4, 0.4)]})
-    assert [e.nominal for e in effects_of(load(2), both)] == [0.4, 0.4]
+    assert [e.nominal for e in measured(load(2), both)] == [0.4, 0.4]
 
 
 def test_in_bf16_a_norm_near_one_does_not_move_at_sigma_0_0005_and_the_receipt_says_so(load: Load) -> None:
     policy = load(dtype="bfloat16")
-    effects = effects_of(policy, NoiseConfig(sigma_start=0.0005, sigma_end=0.0005, layers=(0, 1)))
+    effects = measured(policy, NoiseConfig(sigma_start=0.0005, sigma_end=0.0005, layers=(0, 1)))
     assert [(e.nominal, e.applied, e.changed) for e in effects] == [(0.0005, 0.0, 0.0)] * 4
     (line,) = effect_warnings(effects)
     assert "stage 9, rmsnorm: 4 of 4 weights" in line
     assert "nominal 0.0005, applied 0" in line
     # At twice the sigma about 2 % of the gains move.
-    moved = effects_of(policy, NoiseConfig(sigma_start=0.001, sigma_end=0.001))
+    moved = measured(policy, NoiseConfig(sigma_start=0.001, sigma_end=0.001))
     assert 0 < sum(e.changed for e in moved) / len(moved) < 0.05
 
 
 def test_in_fp32_a_norm_moves_by_the_same_sigma_without_a_warning(load: Load) -> None:
-    effects = effects_of(load(), NoiseConfig(sigma_start=0.0005, sigma_end=0.0005))
+    effects = measured(load(), NoiseConfig(sigma_start=0.0005, sigma_end=0.0005))
     assert all(e.applied == pytest.approx(0.0005, rel=0.4) and e.changed > 0.99 for e in effects)
     assert effect_warnings(effects) == ()
 
 
 def test_what_mxfp4_makes_of_linear_noise_is_measured(load: Load) -> None:
     policy = load()
-    loud = effects_of(policy, NoiseConfig(sigma_start=0.05, sigma_end=0.05, modules=("linear",)))
+    loud = measured(policy, NoiseConfig(sigma_start=0.05, sigma_end=0.05, modules=("linear",)))
     assert all(e.applied == pytest.approx(0.05, rel=0.1) and 0.5 < e.changed < 1 for e in loud)
     assert effect_warnings(loud) == ()
     # Weights of std 0.02 have steps of about 0.007: small noise flips few codes, each by a whole step.
-    quiet = effects_of(policy, NoiseConfig(sigma_start=0.0005, sigma_end=0.0005, modules=("linear",)))
+    quiet = measured(policy, NoiseConfig(sigma_start=0.0005, sigma_end=0.0005, modules=("linear",)))
     assert all(e.applied > 2 * e.nominal and 0 < e.changed < 0.2 for e in quiet)
     (line,) = effect_warnings(quiet)
     assert "stage 9, linear: 28 of 28 weights" in line

@@ -11,7 +11,7 @@ from spaces.config import TrialConfig
 from spaces.points import POINTS, SRDD_MULTIPLIERS
 from spaces.reading import merge, read_config
 from spaces.workloads import WORKLOADS
-from trainable.noise import layer_multipliers, zone_layers
+from trainable.noise import effects_of, injected, layer_multipliers, stage_begins, zone_layers
 from trainable.outcome import EffectReceipt
 from trainable.trial import Trial
 
@@ -47,8 +47,12 @@ def config_of(point: str) -> TrialConfig:
 def receipt_of(point: str) -> EffectReceipt:
     """Of a trial that has been loaded and has measured its noise in some steps; nothing is trained."""
     trial = Trial(config_of(point))
-    for step in (0, LOUD, LAST - 1, LAST):
-        trial._prove(step)
+    noise = trial.config.noise
+    for step in (step for step in (0, LOUD, LAST - 1, LAST) if stage_begins(noise, step, STEPS)):
+        with injected(
+            trial.policy, noise, trial.targets, step=step, total_steps=STEPS, seed=0, measured=True
+        ) as changes:
+            trial.so_far.effects += effects_of(noise, changes, step=step, total_steps=STEPS)
     return trial.receipt()
 
 

@@ -28,6 +28,7 @@ from trainable.disk.checkpoint import VERSION, digest_of, load_state, save_check
 from trainable.disk.folder import Folder
 from trainable.evaluation import evaluate
 from trainable.noise import sigma_at
+from trainable.noised import noised
 from trainable.outcome import Outcome, StepReport
 from trainable.policy.policy import block_of, unquantized
 from trainable.seeds import generator
@@ -278,6 +279,35 @@ def test_sigma_of_every_step_is_the_schedule_s(tiny: Tiny, schedule: str) -> Non
     assert {(e.step, e.nominal) for e in effects} == {(s, expected[s]) for s in (2, 3, 5)}, "once per noisy stage"
     assert all(e.applied == pytest.approx(e.nominal, rel=0.5) for e in effects)
     assert {e.name for e in effects} == set(trial.outcome().receipt.noised)
+
+
+def test_the_receipt_costs_no_second_draw(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is drawn once a rollout, and measured in its stage's first step alone."""
+    measured: list[bool] = []
+
+    def counted(*arguments: Any) -> Any:
+        measured.append(arguments[3] is not None)
+        return noised(*arguments)
+
+    monkeypatch.setattr("trainable.noise.noised", counted)
+    trial = Trial(tiny("noise.num_stages=2", "noise.sigma_start=0.01", "collapse.mode=off"))
+    reports, weights = finish(trial), len(trial.targets)
+    noisy = sum(r.sigma > 0 for r in reports)
+    assert noisy > 1
+    assert measured == [True] * weights + [False] * weights * (noisy - 1)
+
+
+def test_a_trial_whose_noise_another_generator_drew_is_refused(tiny: Tiny) -> None:
+    noisy, control = Trial(tiny()), Trial(tiny("noise.sigma_start=0"))
+    for trial in (noisy, control):
+        state = trial.state_dict()
+        trial.load_state_dict(state)
+        del state["progress"]["draws"]  # as it was before it was written down
+        if trial is noisy:
+            with pytest.raises(ConfigError, match=r"^noise: another generator than philox4x32-10 .* begin anew$"):
+                trial.load_state_dict(state)
+        else:
+            trial.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from spaces.config import ConfigError, ModelConfig, NoiseConfig, QuantConfig
 from spaces.reading import read_config
 from tests.conftest import byte_tokenizer
 from trainable.engines.backend import _check_served
-from trainable.noise import injected, measure_effects, noise_targets
+from trainable.noise import effects_of, injected, noise_targets
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import wrapped
 from trainable.policy.policy import Policy, block_of, deployed
@@ -225,7 +225,8 @@ def test_each_kind_of_norm_is_told_by_where_it_stands_and_gets_noise_by_its_word
             f"model.layers.{block}.{name}.weight" for block in (0, 1) for name in parts
         )
         assert len(targets) == len(of_blocks) + 1, "and the one before the head"
-        effects = measure_effects(noise, targets, step=0, total_steps=2, seed=0)
+        with injected(policy, noise, targets, step=0, total_steps=2, seed=0, measured=True) as changes:
+            effects = effects_of(noise, changes, step=0, total_steps=2)
         for target, effect in zip(targets, effects, strict=True):
             weight: Any = target.module.weight
             gain = (weight.detach() + offset).square().mean().sqrt().item()
@@ -314,7 +315,8 @@ def test_noise_and_adapters_reach_every_projection_of_it_and_nothing_else(kind: 
     noise = NoiseConfig(modules=("linear",), num_stages=1, scale="rms", sigma_start=0.1)
     targets = noise_targets(policy, noise)
     assert [target.name for target in targets] == [f"{name}.weight" for name in wanted]
-    effects = measure_effects(noise, targets, step=0, total_steps=2, seed=0)
+    with injected(policy, noise, targets, step=0, total_steps=2, seed=0, measured=True) as changes:
+        effects = effects_of(noise, changes, step=0, total_steps=2)
     assert all(0.05 < effect.applied_relative < 0.2 for effect in effects)
     policy.model(input_ids=torch.arange(12).view(2, 6)).logits.square().sum().backward()
     touched = {name for name, parameter in policy.trainable().items() if parameter.grad is not None}

@@ -59,9 +59,10 @@ from trainable.inside_trl import Sampled, Trl
 from trainable.layers.experts import Experts
 from trainable.masters import followed, moved_shares
 from trainable.metrics import COLLAPSED, DOSE, EVIDENCE, ROLLOUT, RULE
-from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at, target_sigma
+from trainable.noise import effects_of, injected, noise_targets, sigma_at, stage_at, stage_begins, target_sigma
 from trainable.outcome import HEALTHY, Alarm, CollapseVerdict, Effect, EffectReceipt
 from trainable.parity import LIMIT, NARROW_LIMIT
+from trainable.philox import GENERATOR
 from trainable.policy.anatomy import text_model
 from trainable.policy.loading import in_place, see_as_their_layers
 from trainable.policy.policy import Policy, bare_name, deployed, unquantized
@@ -316,10 +317,13 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             raise ConfigError("RinCallback: TRL generates before its training has begun; call trainer.train()")
         step, total = self.rollouts, self._total
         targets = () if self._aside else self.targets
-        if not self._aside:
-            self._prove(step, total)
+        first = not self._aside and stage_begins(self.noise, step, total)
         noisy = any(target_sigma(self.noise, target, step, total) > 0 for target in targets)
-        with injected(self.policy, self.noise, targets, step=step, total_steps=total, seed=self.seed):
+        with injected(
+            self.policy, self.noise, targets, step=step, total_steps=total, seed=self.seed, measured=first
+        ) as changes:
+            if first:
+                self.effects += effects_of(self.noise, changes, step=step, total_steps=total)
             with self._watched():
                 output = generate()
             if noisy and not self._reached:
@@ -335,6 +339,8 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 sampled = replace(sampled, logps=logps, entropies=entropies)
                 if engine is not None:
                     sampled = replace(sampled, logps=self._agreed(trl, engine, logps, sampled))
+        if first:
+            self._write("running")
         self.rollouts += not self._aside
         self._sampled = sampled
         return output
@@ -418,13 +424,6 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         handle = nullcontext() if self._attached().trainer.use_vllm else body.register_forward_hook(reached)
         with handle:
             yield
-
-    def _prove(self, step: int, total: int) -> None:
-        """Measure what noise does to every target, once per stage."""
-        stage = stage_at(self.noise, step, total)
-        if step == 0 or stage != stage_at(self.noise, step - 1, total):
-            self.effects += measure_effects(self.noise, self.targets, step=step, total_steps=total, seed=self.seed)
-            self._write("running")
 
     def _measured(self, trl: Trl, scored: dict[str, Any], sampled: Sampled) -> dict[str, float]:
         """Signals of this process's completions, by field of `Signals`."""
@@ -537,6 +536,7 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             "attributes": {
                 "rollouts": self.rollouts,
                 "clean": self.clean,
+                "draws": GENERATOR,
                 "effects": [asdict(effect) for effect in self.effects],
                 "alarms": [asdict(alarm) for alarm in self.alarms],
                 "detector": self.detector.state(),
@@ -553,6 +553,11 @@ class RinCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         self._check_loads_back("resume_from_checkpoint")
         kept = kept["attributes"]
+        if self.targets and kept.get("draws") != GENERATOR:
+            raise ConfigError(
+                "RinCallback: the checkpoint is of a run whose noise another generator drew, and this program draws by "
+                f"{GENERATOR}; use the program that began it, or begin anew"
+            )
         self.rollouts, self.clean = kept["rollouts"], kept["clean"]
         self.effects = TypeAdapter(list[Effect]).validate_python(kept["effects"])
         self.alarms = TypeAdapter(list[Alarm]).validate_python(kept["alarms"])

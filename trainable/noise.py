@@ -6,10 +6,11 @@ being quiet.
 
 Choices, each of which answers a defect of an earlier system. The master weights are never written to: a noisy copy
 stands in for a weight during the rollout and is dropped afterwards, so nothing can pile up and evaluation is clean by
-construction. Noise is drawn in fp32 from a generator seeded by (trial seed, step, parameter name), so it does not
-depend on order, device or what else is noised. What was asked for is not what arrives: in bf16 a norm gain near 1 does
-not move at sigma 0.0005, and MXFP4 swallows small noise on linear weights. So the effect receipt holds the measured rms
-change of each deployed weight beside the nominal sigma.
+construction. Noise is drawn in fp32 by counters under a key of (trial seed, step, parameter name), so it does not
+depend on order, device, threads or what else is noised (philox.py, noised.py). What was asked for is not what arrives:
+in bf16 a norm gain near 1 does not move at sigma 0.0005, and MXFP4 swallows small noise on linear weights. So the
+effect receipt holds the measured rms change of each deployed weight beside the nominal sigma, counted as it is
+injected.
 
 Layer zones are the plan's, at relative depth: a block belongs to the zone of its midpoint, (i + 0.5) * 28 / depth.
 """
@@ -30,11 +31,12 @@ from spaces.schedules import SCHEDULES as SCHEDULES
 from spaces.schedules import sigma_at as sigma_at
 from spaces.schedules import sigma_of
 from spaces.schedules import stage_at as stage_at
+from trainable.noised import Drawn, noised
 from trainable.outcome import Effect
+from trainable.philox import key_of
 from trainable.policy.coverage import check_reach
 from trainable.policy.policy import Policy, block_of, deployed
-from trainable.quantization import QuantLinear
-from trainable.seeds import generator
+from trainable.quantization import AS_IT_IS, QuantLinear
 from trainable.sharding import whole
 
 # The plan's zones of a 28-layer model, as half-open intervals of layer midpoints.
@@ -196,20 +198,46 @@ def _sigma_sources(noise: NoiseConfig, depth: int) -> list[NoiseConfig | ZoneSig
 # --- in and out again -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What noise did to one weight."""
+
+    target: NoiseTarget
+    sigma: float
+    """Nominal, in units of noise.scale."""
+    unit: torch.Tensor | None
+    """Those units; None: 1."""
+    size: torch.Tensor
+    """Rms of the clean weight, or gain."""
+    count: int
+    """Of its elements."""
+    sums: torch.Tensor
+    """Of the deployed weight's change: its squares, and how many elements changed; fp64 [2], on the weight's device."""
+
+
 @contextmanager
 def injected(
-    policy: Policy, noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int
-) -> Iterator[None]:
+    policy: Policy,
+    noise: NoiseConfig,
+    targets: tuple[NoiseTarget, ...],
+    *,
+    step: int,
+    total_steps: int,
+    seed: int,
+    measured: bool = False,
+) -> Iterator[tuple[Change, ...]]:
     """The deployed policy of this step's rollout: 4-bit weights with noise; everything is as before afterwards, also on
-    error."""
+    error. Yields what it changed where it is to be `measured`, for `effects_of`."""
     norms: list[tuple[nn.Parameter, torch.Tensor]] = []
+    changes: list[Change] = []
     with deployed(policy):
         try:
             for target in targets:
                 sigma = target_sigma(noise, target, step, total_steps)
                 if sigma == 0:
                     continue
-                weight = noised_weight(noise, target, sigma, step=step, seed=seed)
+                weight, change = noised_weight(noise, target, sigma, step=step, seed=seed, measured=measured)
+                changes += [] if change is None else [change]
                 if isinstance(target.module, QuantLinear):
                     target.module.deployed_weight = weight
                 else:
@@ -217,7 +245,7 @@ def injected(
                     assert isinstance(parameter, nn.Parameter)
                     norms.append((parameter, parameter.data))
                     parameter.data = weight
-            yield
+            yield tuple(changes)
         finally:
             for parameter, clean in reversed(norms):
                 parameter.data = clean
@@ -228,14 +256,23 @@ def target_sigma(noise: NoiseConfig, target: NoiseTarget, step: int, total_steps
     return target.multiplier * sigma_of(noise, target.sigma_start, target.sigma_end, step, total_steps)
 
 
-def noised_weight(noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step: int, seed: int) -> torch.Tensor:
-    """The weight that the rollout computes with: drawn and added in fp32, cast, and quantised before or after."""
-    weight = _weight(target)
-    drawn = torch.randn(weight.shape, generator=generator("noise", seed, step, target.name)).to(weight.device)
-    shift = drawn.mul_(sigma) * _unit(noise, target)
-    if not isinstance(target.module, QuantLinear):
-        return (weight.float() + shift).to(weight.dtype)
-    return target.module.noised_weight(shift, noise.placement)
+def noised_weight(
+    noise: NoiseConfig, target: NoiseTarget, sigma: float, *, step: int, seed: int, measured: bool = False
+) -> tuple[torch.Tensor, Change | None]:
+    """The weight that the rollout computes with: drawn and added in fp32, cast, and quantised before or after; and,
+    where it is `measured`, how far that is from the clean one."""
+    unit = _unit(noise, target)
+    drawn = Drawn(key=key_of("noise", seed, step, target.name), sigma=sigma, unit=unit)
+    if isinstance(target.module, QuantLinear):
+        base, operand, clean = target.module.under_noise(noise.placement)
+    else:
+        base, operand = _weight(target), AS_IT_IS
+        clean = base
+    weight, sums = noised(base, drawn, operand, clean if measured else None)
+    if sums is None:
+        return weight, None
+    size, count = _rms(target), weight.numel()
+    return weight, Change(target=target, sigma=sigma, unit=unit, size=size, count=count, sums=sums)
 
 
 def _weight(target: NoiseTarget) -> torch.Tensor:
@@ -245,38 +282,40 @@ def _weight(target: NoiseTarget) -> torch.Tensor:
 
 
 def _rms(target: NoiseTarget) -> torch.Tensor:
-    """Of what the weight multiplies with: W, or the gain of a norm, which may be 1 + W."""
-    return (_weight(target).float() + target.offset).square().mean().sqrt()
+    """Of what the weight multiplies with: W, or the gain of a norm, which may be 1 + W. fp32, in no dimension."""
+    weight = _weight(target)
+    gain = weight if target.offset == 0 else weight.float() + target.offset
+    # In fp32 it is off in the fourth digit of a large one.
+    size: torch.Tensor = torch.linalg.vector_norm(gain, dtype=torch.float64)
+    return (size / math.sqrt(weight.numel())).float()
 
 
-def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | float:
-    """What sigma counts: 1, rms(W), or the local quantisation step."""
+def _unit(noise: NoiseConfig, target: NoiseTarget) -> torch.Tensor | None:
+    """What sigma counts: 1, rms(W) [1], or the local quantisation step [blocks]."""
     if noise.scale == "absolute":
-        return 1.0
+        return None
     if noise.scale == "rms":
-        return _rms(target)
+        return _rms(target)[None]
     assert isinstance(target.module, QuantLinear)
-    return target.module.weight_step()
+    return target.module.weight_steps()
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def measure_effects(
-    noise: NoiseConfig, targets: tuple[NoiseTarget, ...], *, step: int, total_steps: int, seed: int
-) -> tuple[Effect, ...]:
-    """Compare each target's deployed weight with and without this step's noise."""
+def stage_begins(noise: NoiseConfig, step: int, total_steps: int) -> bool:
+    """Whether a step is its stage's first, whose noise is measured."""
+    return step == 0 or stage_at(noise, step, total_steps) != stage_at(noise, step - 1, total_steps)
+
+
+def effects_of(noise: NoiseConfig, changes: tuple[Change, ...], *, step: int, total_steps: int) -> tuple[Effect, ...]:
+    """What this step's noise was to do and what it did, from the very weights that were injected."""
     effects = []
-    for target in targets:
-        sigma = target_sigma(noise, target, step, total_steps)
-        if sigma == 0:
-            continue
-        weight = _weight(target)
-        clean = target.module.quantized_weight() if isinstance(target.module, QuantLinear) else weight
-        change = noised_weight(noise, target, sigma, step=step, seed=seed).float() - clean.float()
-        applied = change.square().mean().sqrt().item()
-        size = _rms(target).item()
-        unit = _unit(noise, target)
+    for change in changes:
+        target, count = change.target, change.count
+        squares, changed = change.sums.tolist()
+        applied, size = math.sqrt(squares / count), change.size.item()
+        unit = 1.0 if change.unit is None else change.unit.double().square().mean().sqrt().item()
         effects.append(
             Effect(
                 stage=stage_at(noise, step, total_steps),
@@ -284,10 +323,10 @@ def measure_effects(
                 name=target.name,
                 layer=target.layer,
                 kind=target.kind,
-                nominal=sigma * (unit if isinstance(unit, float) else unit.square().mean().sqrt().item()),
+                nominal=change.sigma * unit,
                 applied=applied,
                 applied_relative=applied / size if size > 0 else math.inf,
-                changed=(change != 0).float().mean().item(),
+                changed=changed / count,
             )
         )
     return tuple(effects)

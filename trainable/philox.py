@@ -11,17 +11,19 @@ A stream. Element e is word e % 4 of counter (e // 4, 0), of which the lower 32 
     bits      the word
     uniforms  (2 k + 1) 2^-24 with k the word's upper 23 bits: exact in fp32, never 0 and never 1
     normals   Box-Muller (1958) from neighbours: elements 2i and 2i + 1 are r cos(a) and r sin(a), where
-              r = sqrt(-2 ln((w + 1/2) 2^-32)) of word w = 2i, and a = 2 pi 2^-32 w of word w = 2i + 1
+              r = sqrt(-2 ln((w + 1/2) 2^-32)) of word w = 2i, and a = pi 2^-31 (v - 2^30), or pi more where the
+              uppermost bit is set, of word w = 2i + 1 with v its other 31 bits
 
 The radius takes all 32 bits of its word: with 24 a normal would end at 5.8, and of the 1.3 G weights of a real model
 some ten are to lie beyond that. It ends at 6.8.
 
 Equal numbers. ln, cos and sin of libraries differ in their last bits, so they are written out: exact steps on integers
-down to a small interval, then a polynomial (minimax, from a weighted fit of our own). Each operation is rounded to fp32
-on its own, in the order that is written here, and `sqrt` is IEEE's. kernels/philox.h and kernels/cuda_blocks.py compute
-the same operations in the same order, and every bit of a normal is the same there. Errors are below 5 ulp of the normal
-number's exact value. (torch's own fp32 `sqrt` on the CPU is MKL's, and off by an ulp for a sixth of all numbers, so the
-root is taken in fp64 and rounded, which is the same as rounding once.)
+down to a small interval, then a polynomial (minimax, from a weighted fit of our own), in pairs, which wait less for one
+another than Horner's scheme. Each operation is rounded to fp32 on its own, in the order that is written here, and
+`sqrt` is IEEE's. kernels/philox.h and kernels/cuda_blocks.py compute the same operations in the same order, and every
+bit of a normal is the same there. It is off by at most 4e-7 r from the exact function of its words. (torch's own fp32
+`sqrt` on the CPU is MKL's, and off by an ulp for a sixth of all numbers, so the root is taken in fp64 and rounded,
+which is the same as rounding once.)
 
 This is eager torch for any device: int64 arithmetic, in chunks, because torch has few operations on unsigned integers.
 """
@@ -33,6 +35,9 @@ from torch import Tensor
 
 from trainable.hashing import stable_bits
 
+GENERATOR = "philox4x32-10"
+"""Name of what draws noise: a checkpoint holds it, for a trial goes on with the draws that it began with."""
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -43,24 +48,26 @@ _CHUNK = 1 << 18
 
 _SQRT_HALF = 0x3F3504F3
 """fp32 bits of sqrt(1/2)."""
+_BEFORE_ONE = 32 << 23
+"""What 2^32 adds to the bits of an fp32 number."""
 LN2_TWICE = 1.3862943649291992
 LOG = (
-    0.9999996423721313,
-    -0.6666786670684814,
-    0.5000516772270203,
-    -0.39926955103874207,
-    0.3310357630252838,
-    -0.29767367243766785,
-    0.2885375916957855,
-    -0.17959056794643402,
+    -1.9999998807907104,
+    1.000006914138794,
+    -0.6667121648788452,
+    0.49943119287490845,
+    -0.3976847231388092,
+    0.34424853324890137,
+    -0.3267628848552704,
+    0.207574263215065,
 )
-"""-2 ln(1 + f) = -2 f + f^2 (LOG[0] + LOG[1] f + ..), f from sqrt(1/2) - 1 to sqrt(2) - 1; error below 2^-25."""
-TURN = 1.462918119976564e-09
-"""2 pi 2^-32, as fp32 has it."""
-SIN = (-0.16666655242443085, 0.008332177996635437, -0.0001951729936990887)
-"""sin(x) = x + x^3 (SIN[0] + SIN[1] x^2 + ..), |x| up to pi / 4."""
-COS = (0.04166664555668831, -0.001388736767694354, 2.4438451873720624e-05)
-"""cos(x) = 1 - x^2 / 2 + x^4 (COS[0] + COS[1] x^2 + ..), |x| up to pi / 4."""
+"""-2 ln(1 + f) = f (LOG[0] + LOG[1] f + ..), f from sqrt(1/2) - 1 to sqrt(2) - 1."""
+HALF_TURN = 7.31459059988282e-10
+"""pi 2^-32, as fp32 has it."""
+SIN = (-0.16666661202907562, 0.008333087898790836, -0.00019811112724710256, 2.6089326183864614e-06)
+"""sin(x) = x + x^3 (SIN[0] + SIN[1] x^2 + ..), |x| up to pi / 2."""
+COS = (-0.4999993145465851, 0.041663989424705505, -0.001385592739097774, 2.31943868129747e-05)
+"""cos(x) = 1 + x^2 (COS[0] + COS[1] x^2 + ..), |x| up to pi / 2."""
 
 
 def key_of(*parts: object) -> int:
@@ -141,35 +148,26 @@ def _uniform(words: Tensor) -> Tensor:
 
 def _normal(words: Tensor) -> Tensor:
     """Neighbours of neighbouring words. [2 n] -> [2 n]"""
-    r = _minus_twice_log(words[::2]).double().sqrt().float()
-    cos, sin = _cos_sin(words[1::2])
+    radius, angle = words[::2], words[1::2]
+    r = _minus_twice_log(radius).double().sqrt().float()
+    r = torch.where(angle >= 1 << 31, -r, r)  # half a turn more
+    x = ((angle << 1 & _WORD) - ((angle & 1 << 30) << 2)).to(torch.float32) * HALF_TURN  # from -pi / 2 to pi / 2
+    z = x * x
+    cos = z * _cubic(COS, z) + 1.0
+    sin = z * x * _cubic(SIN, z) + x
     return torch.stack((r * cos, r * sin), -1).flatten()
 
 
 def _minus_twice_log(word: Tensor) -> Tensor:
-    """-2 ln((w + 1/2) 2^-32), from 0 to 45.7: w + 1/2 is rounded to fp32, which makes 1 of the largest ones."""
-    u = ((word.to(torch.float32) + 0.5) * 2.0**-32).view(torch.int32)
-    exponent = (u - _SQRT_HALF) >> 23  # from -33 to 0
-    f = (u - (exponent << 23)).view(torch.float32) - 1.0
-    return exponent.to(torch.float32) * -LN2_TWICE + (_polynomial(LOG, f) * (f * f) + f * -2.0)
+    """-2 ln((w + 1/2) 2^-32), from 0 to 45.7: w + 1/2 is rounded to fp32, which makes 2^32 of the largest ones."""
+    bits = (word.to(torch.float32) + 0.5).view(torch.int32) - (_SQRT_HALF + _BEFORE_ONE)
+    exponent = bits >> 23  # from -33 to 0
+    f = ((bits & 0x7FFFFF) + _SQRT_HALF).view(torch.float32) - 1.0
+    square = f * f
+    series = _cubic(LOG[:4], f) + square * square * _cubic(LOG[4:], f)
+    return exponent.to(torch.float32) * -LN2_TWICE + f * series
 
 
-def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the angle 2 pi 2^-32 w: of its distance to the nearest quarter of a turn, from -pi / 4 to pi / 4."""
-    quarter = (word + (1 << 29)) >> 30  # from 0 to 4
-    x = (word - (quarter << 30)).to(torch.float32) * TURN
-    z = x * x
-    sin = _polynomial(SIN, z) * (z * x) + x
-    cos = _polynomial(COS, z) * (z * z) + (z * -0.5 + 1.0)
-    odd = (quarter & 1).bool()
-    first, second = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
-    left, lower = ((quarter + 1) & 2).bool(), (quarter & 2).bool()  # where cos < 0, and where sin < 0
-    return torch.where(left, -first, first), torch.where(lower, -second, second)
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """Horner's scheme: each product and each sum is rounded, as no one contracts the operations of eager torch."""
-    y = x * coefficients[-1] + coefficients[-2]
-    for coefficient in coefficients[-3::-1]:
-        y = y * x + coefficient
-    return y
+def _cubic(of: tuple[float, ...], x: Tensor) -> Tensor:
+    """Each product and each sum is rounded: no one contracts the operations of eager torch."""
+    return (x * of[1] + of[0]) + x * x * (x * of[3] + of[2])

@@ -50,7 +50,7 @@ Shapes: R = rows (tokens or output features), B = blocks of a row, K = elements 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,14 +135,20 @@ def element_step(x: Tensor, fmt: str, scale_rule: str = "floor", *, per_tensor: 
     Like `x` in shape and dtype; NaN in a block with a NaN or Inf, 0 in one that nvfp4 flushes. For the weights of a
     `QuantLinear`, nvfp4 needs per_tensor=True. Raises ValueError for `none`, which has no grid.
     """
+    with torch.no_grad():
+        steps = _block_steps(x, fmt, scale_rule, per_tensor)  # [R, B, 1]
+        return steps.expand(*steps.shape[:2], FORMATS[fmt].block).reshape(x.shape).to(x.dtype)
+
+
+def _block_steps(x: Tensor, fmt: str, scale_rule: str, per_tensor: bool) -> Tensor:
+    """`element_step` of each block, fp32. -> [R, B, 1]"""
     form = FORMATS[fmt]
     if form.element is None:
         raise ValueError(f"a quantisation step needs a quantised format, but got {fmt}; count in another unit")
-    with torch.no_grad():
-        rows = _blocks(x, form)
-        bits = rows.to(torch.float32).view(torch.int32) & _MAGNITUDE
-        scale, _ = _scales(bits.amax(-1, keepdim=True), form, scale_rule, per_tensor)
-        return (scale * form.element.smallest_step).expand_as(rows).reshape(x.shape).to(x.dtype)
+    pieces = _chunks(_blocks(x, form), False)
+    amax = torch.cat([(p.to(torch.float32).view(torch.int32) & _MAGNITUDE).amax(-1, keepdim=True) for p in pieces])
+    scale, _ = _scales(amax, form, scale_rule, per_tensor)
+    return scale * form.element.smallest_step
 
 
 def ideal_quantize(x: Tensor, fmt: str) -> Tensor:
@@ -273,20 +279,25 @@ class Operand:
         """
         return self._turned(given)
 
-    def noised(self, weight: Tensor, shift: Tensor, placement: str) -> Tensor:
-        """`of` a weight with noise on it `before` or `after` rounding: added in fp32, then cast to the weight's dtype.
+    def under_noise(self, weight: Tensor, clean: Tensor, placement: str) -> tuple[Tensor, "Operand"]:
+        """What noise is added to, and what becomes of the sum, with noise `before` or `after` rounding; `clean` is
+        `of(weight)`.
 
         Added to the turned weight either way, where its steps are. A rotation changes neither the law of Gaussian noise
         of one size nor its rms, so a sigma means the same with and without one.
         """
-        turned = self._turned(weight)
         if placement == "before":
-            return self._rounded((turned.float() + shift).to(weight.dtype))
-        return (self._rounded(turned).float() + shift).to(weight.dtype)
+            return self._turned(weight), replace(self, hadamard=False)
+        return clean, AS_IT_IS
 
     def step(self, weight: Tensor) -> Tensor:
         """What noise is counted in: per element of `weight` the distance of grid points (see `element_step`), fp32."""
         return element_step(self._turned(weight).float(), self.format, self.scale_rule, per_tensor=self.per_tensor)
+
+    def block_steps(self, weight: Tensor) -> Tensor:
+        """`step` once for each block. -> [blocks]"""
+        with torch.no_grad():
+            return _block_steps(self._turned(weight), self.format, self.scale_rule, self.per_tensor).flatten()
 
     @property
     def codes(self) -> tuple[int, int, bool]:
@@ -446,13 +457,15 @@ class QuantLinear(nn.Linear):
         """Q of the layer's weight as a plain tensor; with `none` it shares memory with it."""
         return self._weight.of(whole(self.weight.detach()))
 
-    def noised_weight(self, shift: Tensor, placement: str) -> Tensor:
-        """Q of the layer's weight with noise, as a plain tensor (see `Operand.noised`)."""
-        return self._weight.noised(whole(self.weight.detach()), shift, placement)
+    def under_noise(self, placement: str) -> tuple[Tensor, Operand, Tensor]:
+        """What noise is added to, what becomes of the sum (see `Operand.under_noise`), and what the rollout computes
+        with where there is none."""
+        clean = self.quantized_weight() if self.deployed_weight is None else self.deployed_weight
+        return *self._weight.under_noise(whole(self.weight.detach()), clean, placement), clean
 
-    def weight_step(self) -> Tensor:
-        """See `Operand.step`."""
-        return self._weight.step(whole(self.weight.detach()))
+    def weight_steps(self) -> Tensor:
+        """See `Operand.block_steps`."""
+        return self._weight.block_steps(whole(self.weight.detach()))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -52,7 +52,7 @@ from trainable.metrics import (
     UPDATE_SECONDS,
 )
 from trainable.negative_controls import check_reward, learned_from
-from trainable.noise import injected, measure_effects, noise_targets, sigma_at, stage_at
+from trainable.noise import effects_of, injected, noise_targets, sigma_at, stage_at, stage_begins
 from trainable.outcome import (
     HEALTHY,
     Alarm,
@@ -66,6 +66,7 @@ from trainable.outcome import (
     StepReport,
 )
 from trainable.parity import doubts, load_checked
+from trainable.philox import GENERATOR
 from trainable.policy.embedded import Progress
 from trainable.policy.policy import Policy, decoder_blocks, deployed, unquantized
 from trainable.receipt import receipt_of
@@ -310,6 +311,7 @@ class Trial:
                 "reward": list(self.config.task.reward_sha256),
                 "rows": self.rows,
                 "base": self.base,
+                "draws": GENERATOR,
                 "followed": {one.setting: list(one.value) for one in self.followed},
             },
         }
@@ -337,6 +339,11 @@ class Trial:
             raise ConfigError(
                 f"model.name={self.config.model.name}: the weights that are not trained are not those that this trial "
                 "began with; put the model back, or begin anew"
+            )
+        if self.targets and state["progress"].get("draws") != GENERATOR:
+            raise ConfigError(
+                f"noise: another generator than {GENERATOR} drew it when this trial began; use the program that began "
+                "it, or begin anew"
             )
         for one in self.followed:
             if (was := state["progress"].get("followed", {}).get(one.setting)) != list(one.value):
@@ -482,7 +489,6 @@ class Trial:
         """All groups generated in this step, what the filter kept, and the number of batches."""
         grpo = self.config.grpo
         per_batch, limit = grpo.batch_prompts, grpo.batch_limit
-        self._prove(step)
         groups: list[Group] = []
         outcome = None
         for number in range(limit):
@@ -516,25 +522,20 @@ class Trial:
             completions = self.backend.generate(self.policy, request)
             return judge(self.policy, self.task, asked, encoded, completions)
 
+        noise, total = config.noise, config.grpo.steps
         with injected(
             self.policy,
-            config.noise,
+            noise,
             self.targets if step >= 0 else (),
             step=max(step, 0),
-            total_steps=config.grpo.steps,
+            total_steps=total,
             seed=config.seed,
-        ):
+            measured=step >= 0 and batch == 0 and stage_begins(noise, step, total),
+        ) as changes:
+            self.so_far.effects += effects_of(noise, changes, step=step, total_steps=total)
             self.backend.sync(self.policy)
             groups = self.team.share_out("rollout", len(questions), sampled)
         return learned_from(config.grpo.reward, groups, self.task, (config.seed, step, batch))
-
-    def _prove(self, step: int) -> None:
-        """Measure what noise does to every target, once per stage."""
-        noise, total = self.config.noise, self.config.grpo.steps
-        stage = stage_at(noise, step, total)
-        if step == 0 or stage != stage_at(noise, step - 1, total):
-            effects = measure_effects(noise, self.targets, step=step, total_steps=total, seed=self.config.seed)
-            self.so_far.effects += effects
 
     def _batch(self, groups: list[Group] | tuple[Group, ...]) -> Batch:
         """Tensors with advantages and the clean policy's log-probs."""

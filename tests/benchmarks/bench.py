@@ -62,6 +62,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "trials": ("Whole trials", whole_trials),
     "quantiser": ("Fake quantisation", _part("arithmetic", "quantiser")),
     "cuda": ("Kernels on a GPU", _part("cuda", "kernels")),
+    "noise": ("Noise", _part("arithmetic", "noise")),
     "linear": ("QuantLinear", _part("arithmetic", "quant_linear")),
     "allocator": ("The allocator", _part("arithmetic", "allocator")),
     "rollout": ("Rollout", _part("step", "rollout")),

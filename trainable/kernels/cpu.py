@@ -18,6 +18,8 @@ more slowly.
     swiglu.h          SwiGLU with quantised output, and its backward pass
     rotary.h          rotary position embedding, and its backward pass
     attention.h       one new token's attention over the key/value cache
+    philox.h          normal numbers of a counter-based generator
+    noised.h          a weight with noise: drawn, added, cast and quantised
 """
 
 import functools
@@ -107,6 +109,22 @@ class Kernels(Protocol):
         /,
     ) -> Tensor:
         """One new token of every row, without gradient; `keys` and `values` grow by it (see attention.h)."""
+
+    def noised(
+        self,
+        base: Tensor,
+        clean: Tensor | None,
+        units: Tensor | None,
+        key: int,
+        start: int,
+        sigma: float,
+        code: int,
+        addend: int,
+        per_tensor: bool,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """Q(base + noise), fp32 or bf16, and [squared change against `clean`, elements changed] in fp64, without
+        gradient (see trainable/noised.py); code -1: no Q. `start` is a multiple of 4."""
 
 
 class CannotCompile(Exception):

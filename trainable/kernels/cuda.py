@@ -166,6 +166,57 @@ def swiglu(gate: Tensor, up: Tensor, code: int, addend: int) -> Tensor:
     return fake_quantize(out, code, addend, False) if whole_rows else out
 
 
+def noised(
+    base: Tensor,
+    clean: Tensor | None,
+    unit: Tensor | None,
+    key: int,
+    start: int,
+    sigma: float,
+    code: int,
+    addend: int,
+    per_tensor: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Q(base + noise), fp32 or bf16, and its change against `clean`: the definition is trainable/noised.py.
+
+    NVFP4 is rounded in a pass of its own: its outer scale is known when all noise has been added.
+    """
+    from trainable.kernels import cuda_blocks as kernels
+
+    assert base.dtype in _FUSED_DTYPES, f"{base.dtype=}"
+    assert start % 4 == 0, f"{start=}"
+    _check(base, code)
+    base = base.detach().contiguous()
+    clean = None if clean is None else clean.detach().contiguous()
+    out, count = torch.empty_like(base), base.numel()
+    apart = _BY_CODE[code].scale is not None
+    measured = clean is not None and not apart
+    tiles = -(-count // _TILE)
+    sums = torch.zeros(tiles if measured else 0, 2, dtype=torch.float32, device=base.device)
+    if count:
+        per = count // unit.numel() if unit is not None else count
+        with torch.cuda.device_of(base):  # type: ignore[no-untyped-call]
+            kernels.noised_tensor[(tiles,)](
+                *(
+                    _bits(base),
+                    _bits(base if clean is None else clean),
+                    sums if unit is None else unit,
+                    _bits(out),
+                ),
+                *(sums, count, per, key, start, sigma, addend, -1 if apart else code),
+                *(unit is not None, measured, _TILE // 32),
+                **_OPTIONS,
+            )
+    if apart:
+        out = fake_quantize(out, code, addend, per_tensor)
+    if clean is None:
+        return out, None
+    if apart:
+        change = out.float() - clean.float()
+        return out, torch.stack((change.double().square().sum(), (change != 0).sum().double()))
+    return out, sums.sum(0, dtype=torch.float64)
+
+
 def _check(x: Tensor, code: int) -> None:
     form, columns = _BY_CODE[code], x.shape[-1]
     if columns % form.block != 0:

@@ -117,6 +117,46 @@ def nv(bits, top):
 
 
 @triton.jit
+def cubic(a, b, c, d, x, square):
+    return (x * b + a) + square * (x * d + c)
+
+
+@triton.jit
+def minus_twice_log(word):
+    """As in trainable/philox.py: the same operations in the same order."""
+    bits = (word.to(tl.float32) + 0.5).to(tl.int32, bitcast=True) - (0x3F3504F3 + (32 << 23))
+    f = number((bits & 0x7FFFFF) + 0x3F3504F3) - 1.0
+    square = f * f
+    low = cubic(-1.9999998807907104, 1.000006914138794, -0.6667121648788452, 0.49943119287490845, f, square)
+    high = cubic(-0.3976847231388092, 0.34424853324890137, -0.3267628848552704, 0.207574263215065, f, square)
+    return (bits >> 23).to(tl.float32) * -1.3862943649291992 + f * (low + square * square * high)
+
+
+@triton.jit
+def normal(radius, angle):
+    """Two normals of each pair of words."""
+    r = tl.sqrt_rn(minus_twice_log(radius)).to(tl.int32, bitcast=True)
+    turn = angle.to(tl.int32, bitcast=True)
+    r = number(r ^ (turn & -0x80000000))
+    x = (turn << 1).to(tl.float32) * 7.31459059988282e-10
+    z = x * x
+    square = z * z
+    cos = z * cubic(-0.4999993145465851, 0.041663989424705505, -0.001385592739097774, 2.31943868129747e-05, z, square)
+    sin = cubic(-0.16666661202907562, 0.008333087898790836, -0.00019811112724710256, 2.6089326183864614e-06, z, square)
+    return r * (cos + 1.0), r * (z * x * sin + x)
+
+
+@triton.jit
+def normals(key, block, B: tl.constexpr):
+    """A tile of [B, 32] of a stream, from its blocks of four [B, 8]."""
+    low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    a, b, c, d = tl.philox(key, low, high, low * 0, low * 0)
+    one, two = normal(a, b)
+    three, four = normal(c, d)
+    return tl.reshape(tl.join(tl.join(one, three), tl.join(two, four)), [B, 32])
+
+
+@triton.jit
 def tile(B: tl.constexpr, K: tl.constexpr):
     """Places of a tile's elements, from 0."""
     return tl.arange(0, B)[:, None] * K + tl.arange(0, K)[None, :]
@@ -191,3 +231,42 @@ def norm_rows(x, weight, out, inverse, epsilon, addend, COLUMNS: tl.constexpr, F
     elif FORMAT == 2:
         y = tl.reshape(nv(tl.reshape(y, [N // 16, 16]), tl.max(y & MAGNITUDE, axis=0)), [N])
     write(out, start + at, seen, y)
+
+
+@triton.jit(do_not_specialize=["addend", "key", "start", "per"])
+def noised_tensor(
+    base,
+    clean,
+    unit,
+    out,
+    sums,
+    count,
+    per,
+    key,
+    start,
+    sigma,
+    addend,
+    FORMAT: tl.constexpr,
+    SCALED: tl.constexpr,
+    MEASURED: tl.constexpr,
+    B: tl.constexpr,
+):
+    """base + normal * sigma * unit, cast, and on the grid of FORMAT (an MX one, or -1: none): one pass. `sums` gets of
+    each program the sum of squared changes against `clean`, and the number of changes."""
+    first = tl.program_id(0).to(tl.int64) * (B * 32)
+    at = first + tile(B, 32)
+    seen = at < count
+    block = (start + first) // 4 + tile(B, 8)
+    shift = normals(key, block, B) * sigma
+    if SCALED:
+        shift *= tl.load(unit + at // per, mask=seen, other=0)
+    y = nearest((number(read(base, at, seen)) + shift).to(tl.int32, bitcast=True), base)
+    if FORMAT == 0:
+        y = mx(y, addend, 1)
+    elif FORMAT == 1:
+        y = mx(y, addend, 3)
+    write(out, at, seen, y)
+    if MEASURED:
+        change = tl.where(seen, number(nearest(y, out)) - number(read(clean, at, seen)), 0.0)
+        tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.sum(change * change, axis=1), axis=0))
+        tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.sum((change != 0.0).to(tl.float32), axis=1), axis=0))

@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "fake_quantize.h"
 #include "hadamard.h"
+#include "noised.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "swiglu.h"
@@ -104,6 +105,19 @@ PyObject* py_attend(PyObject*, PyObject* const* given, Py_ssize_t) {
   END_HANDLE_TH_ERRORS
 }
 
+// noised(base, clean or None, units or None, key, start, sigma, format, addend, per_tensor) -> (the noisy weight, [squared
+// change, number of changed elements]), without gradient
+PyObject* py_noised(PyObject*, PyObject* const* given, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  const at::NoGradGuard without;
+  const auto [out, sums] = noised(
+      tensor(given[0]), given[1] == Py_None ? at::Tensor() : tensor(given[1]),
+      given[2] == Py_None ? at::Tensor() : tensor(given[2]), PyLong_AsUnsignedLongLong(given[3]), integer(given[4]),
+      PyFloat_AsDouble(given[5]), integer(given[6]), integer(given[7]), given[8] == Py_True);
+  return Py_BuildValue("(NN)", THPVariable_Wrap(out), THPVariable_Wrap(sums));
+  END_HANDLE_TH_ERRORS
+}
+
 template <PyObject* function(PyObject*, PyObject* const*, Py_ssize_t), int wanted>
 PyObject* counted(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   if (count == wanted) return function(self, given, count);
@@ -119,7 +133,8 @@ PyMethodDef methods[] = {
     method<py_fake_quantize, 4>("fake_quantize"), method<py_ste_quantize, 4>("ste_quantize"),
     method<py_rotate, 1>("rotate"),               method<py_rms_norm, 7>("rms_norm"),
     method<py_swiglu, 5>("swiglu"),               method<py_rotary, 3>("rotary"),
-    method<py_attend, 10>("attend"),              {}};
+    method<py_attend, 10>("attend"),              method<py_noised, 9>("noised"),
+    {}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "rin_kernels", nullptr, -1, methods};
 
 }  // namespace
