@@ -41,19 +41,29 @@ def usable_budget(hours: float | None) -> float | None:
 
 
 def usable_gpus(number: float | None) -> float | None:
-    """Raises ConfigError for more than a trial computes on: the rest would be held and idle."""
-    if number is not None and number > 1:
-        raise ConfigError(f"--gpus {number:g}: a trial computes on one GPU; give 0, 1, or a fraction such as 0.5")
+    """Raises ConfigError for a part of a GPU that no rank would compute on."""
+    if number is not None and number > 1 and number % 1:
+        raise ConfigError(
+            f"--gpus {number:g}: a trial computes on whole GPUs, one for each of its ranks, or on a part of one; "
+            f"give {number // 1:g}, or a fraction such as 0.5"
+        )
     return number
 
 
 Budget = Annotated[
     float | None, typer.Option(callback=usable_budget, help="Trial-slot hours (GPU hours) after which all is stopped.")
 ]
-Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of one trial. Default: the workload's.")]
+Cpus = Annotated[
+    int | None, typer.Option(min=1, help="CPUs of one trial, or of each of its ranks. Default: the workload's.")
+]
 Gpus = Annotated[
     float | None,
-    typer.Option(min=0, callback=usable_gpus, help="GPUs of one trial; 0.5 puts two on one. Default: the workload's."),
+    typer.Option(
+        min=0,
+        callback=usable_gpus,
+        help="GPUs of one trial: 0.5 puts two trials on one; 4 compute a trial together (parallel.ranks). "
+        "Default: the workload's.",
+    ),
 ]
 Store = Annotated[
     str,
@@ -297,6 +307,7 @@ def study_config(options: SweepOptions) -> "StudyConfig":
     _known("--workload", kind, WORKLOADS)
     workload = WORKLOADS[kind].settings
     changes = anchored(parse_overrides(_once(options.overrides or [])), Path.cwd())
+    changes = _with_ranks(changes, taken, options.gpus)
     settings = merge(taken.get("settings", {}), changes)
     refuse_settings_of_the_run(settings, "--set ")
     plain = not _decided(options)
@@ -370,6 +381,26 @@ def _with_backend(
     if line:
         print(line, file=sys.stderr)
     return merge(chosen, settings)
+
+
+def _with_ranks(changes: dict[str, Any], taken: Mapping[str, Any], gpus: float | None) -> dict[str, Any]:
+    """Settings that are given, with as many ranks as GPUs. `taken`: fields of an earlier study. Raises ConfigError
+    where both are given and differ."""
+    from spaces.reading import flatten, merge
+
+    key = "parallel.ranks"
+    given, held = flatten(changes).get(key), flatten(taken.get("settings", {})).get(key, 1)
+    if gpus is None and given is not None and taken.get("gpus") and given != max(taken["gpus"], 1):
+        raise ConfigError(f"--set {key}={given}: the sweep of --from has --gpus {taken['gpus']:g}; give --gpus as well")
+    if not gpus:
+        return changes
+    if gpus > 1 and given is None:
+        return merge(changes, {"parallel": {"ranks": int(gpus)}})
+    if (held if given is None else given) != max(gpus, 1):
+        raise ConfigError(
+            f"--gpus {gpus:g}: {key}={held if given is None else given} takes a GPU for each; leave one of the two out"
+        )
+    return changes
 
 
 def _decided(options: SweepOptions) -> list[str]:

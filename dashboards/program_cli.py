@@ -75,8 +75,9 @@ def run(
         changes = {"budget_hours": budget, "concurrent": concurrent, "cpus": cpus, "gpus": gpus}
         update = {key: value for key, value in changes.items() if value is not None}
         study = study.model_copy(update={**update, "address": given.ray_address(address, study.address)})
-        from search.store import refuse_second_driver
+        from search.store import processes_of, refuse_second_driver
 
+        processes_of(study)  # or it is told here
         refuse_second_driver(study)
     from dashboards.live import build_progress, interruption_told, sweep_view
     from dashboards.page import leave_behind

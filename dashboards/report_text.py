@@ -284,17 +284,26 @@ def _confirmation(plan: StudyPlan) -> list[str]:
 
 def _cost(plan: StudyPlan) -> list[str]:
     """Time and hours, where trials like these have been measured."""
+    at_once = f"{plan.slots} at once{_ranks(plan)}"
     if plan.trial_seconds is None or plan.wall_seconds is None or plan.hours is None:
-        return [f"time, cost: not known yet for this model, task and size (rin trial tells); {plan.slots} at once"]
+        return [f"time, cost: not known yet for this model, task and size (rin trial tells); {at_once}"]
     unit = "GPU hours" if plan.gpus else f"trial-slot hours on {plan.cpus} CPU each"
     adjusted = plan.adjusted_share
     sooner = f", {duration(plan.wall_seconds * adjusted)} with the collapses that are to be expected"
     cheaper = f", {plan.hours * adjusted:.2f} with collapses"
     return [
-        f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {plan.slots} at once",
+        f"time: {duration(plan.trial_seconds)} per trial ({plan.seconds_source}), {at_once}",
         f"      about {duration(plan.wall_seconds)} if nothing collapses{sooner if adjusted < 1 else ''}",
         f"cost: about {plan.hours:.2f} {unit} if nothing collapses{cheaper if adjusted < 1 else ''}",
     ]
+
+
+def _ranks(plan: StudyPlan) -> str:
+    """Of a trial that several processes compute."""
+    if plan.processes == 1:
+        return ""
+    gpus = f" and {plan.gpus:g} GPUs" if plan.gpus else ""
+    return f", each by {plan.processes} processes with {plan.cpus} CPUs{gpus} of one node"
 
 
 def _apart(comparison: Comparison, digits: int = 1) -> str:

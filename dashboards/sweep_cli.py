@@ -109,10 +109,10 @@ def resume(
     from search.store import refuse_second_driver
 
     refuse_second_driver(study)
+    study = _changed(study, address, budget_hours=budget, concurrent=concurrent, cpus=cpus, gpus=gpus)
     from search.arms import read_arms, unfinished
     from search.study import resume_study
 
-    study = _changed(study, address, budget_hours=budget, concurrent=concurrent, cpus=cpus, gpus=gpus)
     to_go = unfinished(study, read_arms(study))
     _run(study, place, lambda view, progress: resume_study(study, view, progress), to_go)
 
@@ -165,8 +165,12 @@ def extend(
 
 def _changed(study: "StudyConfig", address: str | None, **now: float | None) -> "StudyConfig":
     """With what is given when it goes on."""
+    from search.store import processes_of
+
     changed = {key: value for key, value in now.items() if value is not None}
-    return study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
+    study = study.model_copy(update={**changed, "address": given.ray_address(address, study.address)})
+    processes_of(study)  # or it is told here
+    return study
 
 
 def _follow(server: "JobServer", job: "Submission") -> None:

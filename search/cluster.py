@@ -22,8 +22,9 @@ from ray.exceptions import AuthenticationError
 from search.cores import usable_cpus
 from search.ray_internals import in_a_group_of_its_own, keep_cloud_keys, on_localhost
 from search.secrets import first_line, strip_password
+from search.store import StudyConfig, gpus_of, processes_of
 from spaces.errors import ConfigError
-from spaces.workloads import Workload
+from spaces.workloads import WORKLOADS
 
 TOKEN_REMEDY = (
     "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into "
@@ -34,32 +35,35 @@ TOKEN_REMEDY = (
 # What a trial asks of a node
 
 
-def resources(workload: Workload, cpus: int | None = None, gpus: float | None = None) -> tune.PlacementGroupFactory:
-    """What one trial occupies, for `tune.with_resources`: one bundle, because a trial is one process and must lie on
-    one node.
+def resources(study: StudyConfig) -> tune.PlacementGroupFactory:
+    """What one trial occupies, for `tune.with_resources`: a bundle for each of its processes, all on one node.
 
-    `gpus` may be a fraction: 0.5 puts two trials on a GPU (their memory is not fenced off from each other). A trial
-    computes on one GPU.
+    `gpus` may be a fraction: 0.5 puts two trials on a GPU (their memory is not fenced off from each other).
     """
-    cpus = workload.trial_cpus if cpus is None else cpus
-    gpus = workload.trial_gpus if gpus is None else gpus
-    return tune.PlacementGroupFactory([{"CPU": float(cpus), **({"GPU": float(gpus)} if gpus else {})}])
+    cpus, gpus, processes = study.cpus or WORKLOADS[study.workload].trial_cpus, gpus_of(study), processes_of(study)
+    bundle = {"CPU": float(cpus), **({"GPU": gpus / processes} if gpus else {})}
+    return tune.PlacementGroupFactory([bundle] * processes, strategy="STRICT_PACK" if processes > 1 else "PACK")
+
+
+def lacking(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """What a trial asks for that no node (`ray.nodes()`) has; empty where one could hold it."""
+    need: Mapping[str, float] = request.required_resources
+    offers: list[Mapping[str, float]] = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(offer.get(kind, 0.0) >= amount for kind, amount in need.items()) for offer in offers):
+        return ""
+    wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+    together = f" for its {len(request.bundles)} ranks" if len(request.bundles) > 1 else ""
+    largest = ", ".join(f"{max((offer.get(kind, 0.0) for offer in offers), default=0.0):g} {kind}" for kind in need)
+    return f"a trial asks for {wanted}{together}, which no node has (at most {largest})"
 
 
 def check_fits(request: tune.PlacementGroupFactory, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ConfigError when no node (`ray.nodes()`) could ever hold a trial: Tune would wait for ever.
+    """Raises ConfigError when no node could ever hold a trial: Tune would wait for ever.
 
     Not for a cluster that grows on demand, whose nodes come when they are asked for.
     """
-    need: Mapping[str, float] = request.bundles[0]
-    offers: list[Mapping[str, float]] = [node["Resources"] for node in nodes if node["Alive"]]
-    if any(all(offer.get(kind, 0.0) >= amount for kind, amount in need.items()) for offer in offers):
-        return
-    wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
-    largest = ", ".join(f"{max((offer.get(kind, 0.0) for offer in offers), default=0.0):g} {kind}" for kind in need)
-    raise ConfigError(
-        f"a trial asks for {wanted}, which no node has (at most {largest}); give smaller --cpus or --gpus, or --address"
-    )
+    if lack := lacking(request, nodes):
+        raise ConfigError(f"{lack}; give smaller --cpus or --gpus, or --address")
 
 
 # The Ray that a sweep runs on

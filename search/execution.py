@@ -19,7 +19,7 @@ from ray import tune
 
 from search.arms import Arm, trial_folder
 from search.budget import Budget
-from search.cluster import check_fits, connected, resources
+from search.cluster import check_fits, connected, lacking, resources
 from search.events import ENDS, StudyEvent, TrialEvent, View
 from search.evidence import read_evidence
 from search.interruption import Interruption
@@ -28,7 +28,7 @@ from search.ray_internals import trials_leave_in_their_time
 from search.searchers import RinSearch
 from search.store import StudyConfig, gpus_of
 from search.tracking import Tracker
-from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
+from spaces.workloads import TRIAL_ENVIRONMENT
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import DIED, AttemptLog, end_attempt, read_attempts, read_outcome, read_trial
 from trainable.outcome import Status, StepReport
@@ -49,9 +49,9 @@ def run_trials(
     """
     tell_beginning(study)
     searcher = RinSearch(study, arms, read_evidence(study))
-    workload = WORKLOADS[study.workload]
+    lack = lacking(resources(study), ray.nodes())  # of a cluster, which may grow
     tuner = tune.Tuner(
-        tune.with_resources(RinTrainable, resources(workload, study.cpus, study.gpus)),
+        tune.with_resources(RinTrainable, resources(study)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=study.runs,
@@ -66,7 +66,7 @@ def run_trials(
             # A trial saves itself.
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[SweepCallback(study, searcher.arms, budget, tracker, view)],
+            callbacks=[SweepCallback(study, searcher.arms, budget, tracker, view, waits=bool(lack))],
             verbose=0,
             log_to_file=True,
         ),
@@ -79,7 +79,7 @@ def run_trials(
         view(StudyEvent(study=study, doing=doing, asked=True))
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    view(StudyEvent(study=study, doing=""))
+    view(StudyEvent(study=study, doing=f"waits for a node: {lack}" if lack else ""))
     try:
         with trials_leave_in_their_time(), _tune_ends_early(), interruption.passed_on(end_early):
             tuner.fit()
@@ -110,23 +110,37 @@ def _in_flight(config: StudyConfig) -> int:
     place is free. 0: as many as there are places, for a cluster, which may grow."""
     if config.address is not None:
         return 0
-    bundle = resources(WORKLOADS[config.workload], config.cpus, config.gpus).bundles[0]
-    return 1 + min(int(ray.cluster_resources()[kind] // amount) for kind, amount in bundle.items())
+    needed = resources(config).required_resources
+    return 1 + min(int(ray.cluster_resources()[kind] // amount) for kind, amount in needed.items())
 
 
 class SweepCallback(tune.Callback):  # type: ignore[misc]
     """Hears from Tune what happens to trials, and passes it on. Tune pickles its callbacks into the store; of this one
     nothing is in the pickle, neither a thread nor a tracking URI with a password, and nothing reads it."""
 
-    def __init__(self, study: StudyConfig, arms: Sequence[Arm], budget: Budget, tracker: Tracker, view: View) -> None:
-        """`arms`: the searcher's own list, which grows as it proposes."""
+    def __init__(
+        self,
+        study: StudyConfig,
+        arms: Sequence[Arm],
+        budget: Budget,
+        tracker: Tracker,
+        view: View,
+        *,
+        waits: bool = False,
+    ) -> None:
+        """`arms`: the searcher's own list, which grows as it proposes. `waits`: it was said that no node holds a
+        trial."""
         self.study, self.arms, self.budget, self.tracker, self.view = study, arms, budget, tracker, view
+        self.waits = waits
 
     def __reduce__(self) -> Any:
         return tune.Callback, ()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Also after a retry."""
+        if self.waits:
+            self.waits = False
+            self.view(StudyEvent(study=self.study, doing=""))
         self.budget.started(trial.trial_id)
         number, arm, replicate = self._trial(trial)
         self.tracker.begin(arm, number, replicate)
@@ -232,7 +246,7 @@ def sweep_ray(config: StudyConfig) -> Iterator[None]:
         runtime_env = {"working_dir": work, "env_vars": trial_environment(config)}
         with connected(config.address, runtime_env):
             if config.address is None:  # a cluster may grow when it is asked to
-                check_fits(resources(WORKLOADS[config.workload], config.cpus, config.gpus), ray.nodes())
+                check_fits(resources(config), ray.nodes())
             yield
 
 

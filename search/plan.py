@@ -25,7 +25,7 @@ from search.arms import (
 )
 from search.lineup import fixed_arms
 from search.power import detectable_difference
-from search.store import StudyConfig, gpus_of, load_study_config, slots_of, sweeps
+from search.store import StudyConfig, gpus_of, load_study_config, processes_of, slots_of, sweeps
 from spaces.config import ConfigError, TrialConfig
 from spaces.points import POINTS
 from spaces.reading import merge, read_config
@@ -67,8 +67,12 @@ class StudyPlan:
     sd_source: str
     adjusted_share: float
     """Expected part of the worst case when collapses are counted, 0 to 1."""
+    processes: int
+    """Of one trial."""
     cpus: int
+    """Of one trial."""
     gpus: float
+    """Of one trial."""
     config: TrialConfig
     """Of the control: what every configuration starts from."""
 
@@ -170,7 +174,8 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
     known = experience(config.store, control)
     as_it_stands = _work(control) == _work(read_config(merge(workload.settings, workload.with_vllm)))
     seconds, source = _seconds(config.store, control, known, workload, as_it_stands)
-    per_trial, gpus = config.cpus or workload.trial_cpus, gpus_of(config)
+    processes, gpus = processes_of(config), gpus_of(config)
+    per_trial = processes * (config.cpus or workload.trial_cpus)
     searched = config.trials - len(arms) if config.total is None else new_configurations(config.total, len(arms))
     share = sum(_recorded_share(arm) for arm in arms) + searched * (known.searched_share or 1.0)
     return StudyPlan(
@@ -183,6 +188,7 @@ def plan_study(config: StudyConfig, cpus: int, gpus_here: int = 0) -> StudyPlan:
         difference_sd=known.difference_sd or (workload.difference_sd if as_it_stands else None),
         sd_source="from replicates in this store" if known.difference_sd else "the workload's figure (docs/science.md)",
         adjusted_share=share / (len(arms) + searched),
+        processes=processes,
         cpus=per_trial,
         gpus=gpus,
         config=control,
@@ -217,7 +223,7 @@ def _work(config: TrialConfig) -> tuple[object, ...]:
     how much of it."""
     grpo, rollout = config.grpo, config.rollout
     sizes = (grpo.steps, grpo.updates_per_step, grpo.prompts, grpo.group_size, config.eval.questions, config.eval.every)
-    return config.model, config.task, rollout.backend, rollout.max_new_tokens, *sizes
+    return config.model, config.task, config.parallel, rollout.backend, rollout.max_new_tokens, *sizes
 
 
 def experience(store: str, like: TrialConfig) -> Experience:

@@ -48,7 +48,7 @@ from spaces.config import ConfigError
 from spaces.library import Space
 from spaces.narrowing import narrowed
 from spaces.paths import home
-from spaces.reading import explain
+from spaces.reading import explain, merge
 from spaces.workloads import WORKLOADS
 from trainable.disk.folder import Folder
 from trainable.pass_at_k import k_of
@@ -183,9 +183,9 @@ class StudyConfig(BaseModel):
     seed: int = Field(0, ge=0)
     """Of replicate 0, and of the searcher."""
     cpus: int | None = Field(None, ge=1)
-    """CPUs of one trial; null = the workload's."""
-    gpus: float | None = Field(None, ge=0, le=1)
-    """GPUs of one trial, fractions allowed; null = the workload's."""
+    """CPUs of one trial, or of each of its ranks (`parallel.ranks`); null = the workload's."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs of one trial: one for each of its ranks, or a fraction of one. Null = the workload's, for each rank."""
     budget_hours: float | None = Field(None, gt=0)
     """Trial-slot hours (GPU hours where trials have GPUs) after which everything is stopped; null = no limit."""
     store: str
@@ -443,9 +443,30 @@ def sweeps(store: str) -> list[str]:
     return [name for name in names if STUDY_FILE in (place / name).names()]
 
 
+def ranks_of(config: StudyConfig) -> int:
+    """Of one trial: the shares of its work (`parallel.ranks`)."""
+    tree = merge(merge(WORKLOADS[config.workload].settings, config.space.settings), config.settings)
+    return int(tree.get("parallel", {}).get("ranks", 1))
+
+
 def gpus_of(config: StudyConfig) -> float:
     """GPUs of one trial."""
-    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus
+    return config.gpus if config.gpus is not None else WORKLOADS[config.workload].trial_gpus * ranks_of(config)
+
+
+def processes_of(config: StudyConfig) -> int:
+    """That compute one trial together: one for each of its GPUs, else one for each rank. A sweep that goes on where
+    there are fewer GPUs has fewer of them, and the same numbers.
+
+    Raises ConfigError for GPUs that no rank would compute on.
+    """
+    gpus, ranks = gpus_of(config), ranks_of(config)
+    if gpus > ranks or (gpus > 1 and gpus % 1):
+        raise ConfigError(
+            f"--gpus {gpus:g}: a trial of {config.name} has parallel.ranks={ranks}, each of which computes on one GPU; "
+            f"give {'1, or a fraction of it' if ranks == 1 else f'a whole number up to {ranks}'}"
+        )
+    return (max(1, int(gpus))) if gpus else ranks
 
 
 def slots_of(config: StudyConfig) -> float:

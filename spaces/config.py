@@ -804,6 +804,11 @@ class TrialConfig(Record):
                 f"parallel.ranks={self.parallel.ranks} needs a prompt for each rank, but got "
                 f"grpo.prompts={self.grpo.prompts}; lower it, or raise grpo.prompts"
             )
+        if self.parallel.ranks > 1 and self.rollout.backend == "vllm" and self.rollout.engine == "inside":
+            raise ValueError(
+                f"parallel.ranks={self.parallel.ranks}: vLLM inside the process takes for itself what ranks talk "
+                "by (torch.distributed); set rollout.engine=process"
+            )
         if self.eval.draw and (self.eval.split != "confirm" or not self.task.endless):
             raise ValueError(
                 f"eval.draw={self.eval.draw} has no use with eval.split={self.eval.split} and "

@@ -25,7 +25,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 HEAVY = {
     "torch": ("trainable/", "search/", "dashboards/"),
     "transformers": ("trainable/", "search/", "dashboards/"),
-    "ray": ("trainable/ray_trainable.py", "search/", "dashboards/"),
+    "ray": ("trainable/ray_trainable.py", "trainable/ray_ranks.py", "search/", "dashboards/"),
     "mlflow": ("search/", "dashboards/"),
     "optuna": ("search/", "dashboards/"),
     "rich": ("dashboards/",),

@@ -29,7 +29,6 @@ from search.study import resume_study, run_study
 from spaces.config import BaseRecipe
 from spaces.errors import ConfigError
 from spaces.reading import parse_yaml
-from spaces.workloads import WORKLOADS
 from tests.processes import program
 from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
 from tests.real_mlflow import runs
@@ -48,22 +47,36 @@ RIN = [sys.executable, "-c", "from dashboards.cli import main; main()"]
 
 
 @pytest.mark.parametrize(
-    ("workload", "cpus", "gpus", "bundle"),
+    ("workload", "ranks", "cpus", "gpus", "processes", "bundle"),
     [
-        ("tiny", None, None, {"CPU": 1.0}),
-        ("tiny", 3, None, {"CPU": 3.0}),
-        ("tiny", None, 0.25, {"CPU": 1.0, "GPU": 0.25}),
-        ("qwen2.5-1.5b-gsm8k", None, None, {"CPU": 8.0, "GPU": 1.0}),
-        ("qwen2.5-1.5b-gsm8k", 2, 0.5, {"CPU": 2.0, "GPU": 0.5}),
-        ("qwen2.5-1.5b-gsm8k", None, 0, {"CPU": 8.0}),
+        ("tiny", 1, None, None, 1, {"CPU": 1.0}),
+        ("tiny", 1, 3, None, 1, {"CPU": 3.0}),
+        ("tiny", 1, None, 0.25, 1, {"CPU": 1.0, "GPU": 0.25}),
+        ("tiny", 2, 3, None, 2, {"CPU": 3.0}),
+        ("tiny", 4, None, 4.0, 4, {"CPU": 1.0, "GPU": 1.0}),
+        ("qwen2.5-1.5b-gsm8k", 1, None, None, 1, {"CPU": 8.0, "GPU": 1.0}),
+        ("qwen2.5-1.5b-gsm8k", 1, 2, 0.5, 1, {"CPU": 2.0, "GPU": 0.5}),
+        ("qwen2.5-1.5b-gsm8k", 1, None, 0, 1, {"CPU": 8.0}),
+        ("qwen2.5-1.5b-gsm8k", 4, None, None, 4, {"CPU": 8.0, "GPU": 1.0}),
+        ("qwen2.5-1.5b-gsm8k", 4, None, 2.0, 2, {"CPU": 8.0, "GPU": 1.0}),  # it goes on where there are fewer
+        ("qwen2.5-1.5b-gsm8k", 4, None, 0.5, 1, {"CPU": 8.0, "GPU": 0.5}),
+        ("qwen2.5-1.5b-gsm8k", 4, None, 0, 4, {"CPU": 8.0}),
     ],
 )
-def test_a_trial_takes_what_its_workload_names_unless_told_otherwise(
-    workload: str, cpus: int | None, gpus: float | None, bundle: dict[str, float]
+def test_a_trial_takes_what_its_workload_names_for_each_of_its_ranks_unless_told_otherwise(
+    tmp_path: Path,
+    workload: str,
+    ranks: int,
+    cpus: int | None,
+    gpus: float | None,
+    processes: int,
+    bundle: dict[str, float],
 ) -> None:
-    request = resources(WORKLOADS[workload], cpus, gpus)
-    assert request.bundles == [bundle]
+    settings = {"parallel": {"ranks": ranks}}
+    request = resources(study(tmp_path, workload=workload, settings=settings, cpus=cpus, gpus=gpus))
+    assert request.bundles == [bundle] * processes
     assert request.head_cpus == bundle["CPU"]
+    assert request.strategy == ("PACK" if processes == 1 else "STRICT_PACK")
 
 
 def node(alive: bool = True, **offers: float) -> dict[str, Any]:
@@ -82,11 +95,19 @@ def node(alive: bool = True, **offers: float) -> dict[str, Any]:
     ],
 )
 def test_a_trial_that_no_single_node_can_hold_is_an_error_and_not_an_endless_wait(
-    nodes: list[dict[str, Any]], fits: bool
+    tmp_path: Path, nodes: list[dict[str, Any]], fits: bool
 ) -> None:
-    request = resources(WORKLOADS["tiny"], 2, 0.5)
+    request = resources(study(tmp_path, workload="tiny", cpus=2, gpus=0.5))
     with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=re.escape("2 CPU and 0.5 GPU")):
         check_fits(request, nodes)
+
+
+def test_all_ranks_of_a_trial_have_to_fit_on_one_node_and_what_they_lack_is_said(tmp_path: Path) -> None:
+    request = resources(study(tmp_path, settings={"parallel": {"ranks": 4}}, gpus=4.0))
+    check_fits(request, [node(CPU=4, GPU=4)])
+    said = "a trial asks for 4 CPU and 4 GPU for its 4 ranks, which no node has (at most 8 CPU, 2 GPU)"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_fits(request, [node(CPU=8, GPU=2), node(CPU=8, GPU=2)])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +247,7 @@ def test_the_ray_up_example_fits_ray_s_own_schema() -> None:
         validate_config(prepare_config(config))
 
 
-def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() -> None:
+def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook(tmp_path: Path) -> None:
     schema = json.loads((ROOT / "tests" / "data" / "rayjob_schema.json").read_text())
     job = parse_yaml((EXAMPLES / "rayjob.yaml").read_text(), "rayjob.yaml")
     jsonschema.validate(job, schema)
@@ -235,7 +256,7 @@ def test_the_kuberay_example_fits_the_schema_and_waits_longer_than_its_hook() ->
     assert head["terminationGracePeriodSeconds"] > int(re.search(r"timeout (\d+)", hook[-1])[1])  # type: ignore[index]
     for worker in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-        trial = resources(WORKLOADS["qwen2.5-1.5b-gsm8k"]).bundles[0]
+        trial = resources(study(tmp_path, workload="qwen2.5-1.5b-gsm8k")).bundles[0]
         assert (float(limits["cpu"]), float(limits["nvidia.com/gpu"])) == (trial["CPU"], trial["GPU"])
     job["spec"]["rayClusterSpecs"] = {}
     with pytest.raises(jsonschema.ValidationError):

@@ -27,7 +27,7 @@ from search.lineup import fixed_arms
 from search.objectives import OBJECTIVES
 from search.proposals import SEARCHERS
 from search.replicates import AT_ONCE
-from search.store import StudyConfig, default_tracking_uri, save_study_config
+from search.store import StudyConfig, default_tracking_uri, processes_of, ranks_of, save_study_config
 from spaces.config import ConfigError
 from spaces.library import SPACES
 from spaces.points import POINTS
@@ -438,15 +438,18 @@ MISTAKES = {
     "sweep --searcher magic": "--searcher magic: unknown",
     "sweep --objective fun": "--objective fun: unknown",
     "sweep --budget nan": "--budget nan: nothing could run",
-    "sweep --gpus 2": "--gpus 2: a trial computes on one GPU",
+    "sweep --gpus 2.5": "--gpus 2.5: a trial computes on whole GPUs",
+    "sweep --gpus 2 --set parallel.ranks=3": "--gpus 2: parallel.ranks=3 takes a GPU for each",
+    "sweep --gpus 0.5 --set parallel.ranks=2": "--gpus 0.5: parallel.ranks=2 takes a GPU for each",
     "sweep --name ../x": "--name ../x: use letters",
     "sweep --name there": "--name there: ",
     "sweep --store s3://b/r": "--store s3://b/r: a database cannot lie there",
     "sweep --ablate x": "NAME=x: no sweep of that name",
     "sweep --submit me:secret@head:8265": "--submit head:8265: give the address of the cluster's dashboard",
     "plan --searcher magic": "--searcher magic: unknown",
-    "plan --gpus 1.5": "--gpus 1.5: a trial computes on one GPU",
-    "resume --gpus 2": "--gpus 2: a trial computes on one GPU",
+    "plan --gpus 1.5": "--gpus 1.5: a trial computes on whole GPUs",
+    "resume --gpus 1.5": "--gpus 1.5: a trial computes on whole GPUs",
+    "resume there --gpus 4": "--gpus 4: a trial of there has parallel.ranks=1, each of which computes on one GPU",
     "resume x": "NAME=x: no sweep of that name",
     "extend --trials 1": "NAME: say which sweep gets more",
     "extend x --trials 1": "NAME=x: no sweep of that name",
@@ -469,6 +472,47 @@ MISTAKES = {
     "probe tiny --dtype float8": "--dtype float8: choose",
     "probe tiny --plot x.jpg": "--plot x.jpg: is drawn as PNG",
 }
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "ranks", "gpus"),
+    [
+        ({"gpus": 4.0}, None, 4, 4.0),
+        ({"gpus": 0.5}, None, 1, 0.5),
+        ({"overrides": ["parallel.ranks=2"]}, None, 2, None),
+        ({"overrides": ["parallel.ranks=2"], "gpus": 2.0}, None, 2, 2.0),
+        ({"overrides": ["parallel.ranks=2"], "gpus": 0.0}, None, 2, 0.0),
+        ({}, {"gpus": 4.0}, 4, 4.0),
+        ({"gpus": 2.0}, {"gpus": 4.0}, 2, 2.0),
+        ({"overrides": ["parallel.ranks=1"], "gpus": 1.0}, {"gpus": 4.0}, 1, 1.0),
+        ({"overrides": ["parallel.ranks=2"]}, {"gpus": 4.0}, "--set parallel.ranks=2: the sweep of --from", None),
+        ({"gpus": 1.0}, {"gpus": 4.0}, "--gpus 1: parallel.ranks=4 takes a GPU for each", None),
+    ],
+)
+def test_a_trial_has_as_many_ranks_as_gpus_in_every_arm(
+    tmp_path: Path, given: dict[str, Any], before: dict[str, Any] | None, ranks: int | str, gpus: float | None
+) -> None:
+    if before is not None:
+        earlier = made(tmp_path, name="before", **before)
+        save_study_config(earlier)
+        given = {**given, "source": "before"}
+    if isinstance(ranks, str):
+        with pytest.raises(ConfigError, match=re.escape(ranks)):
+            made(tmp_path, **given)
+        return
+    config = made(tmp_path, **given)
+    assert (ranks_of(config), config.gpus) == (ranks, gpus)
+    assert {arm.config.parallel.ranks for arm in fixed_arms(config)} == {ranks}
+    assert processes_of(config) == ranks
+
+
+def test_all_trials_of_a_sweep_have_as_many_ranks(tmp_path: Path) -> None:
+    point = tmp_path / "point.yaml"
+    point.write_text("noise: {sigma_start: 0.01, sigma_end: 0.001}\nparallel: {ranks: 2}\n")
+    with pytest.raises(
+        ConfigError, match=r"parallel\.ranks=2: in a sweep all trials have as many, and the others have 1"
+    ):
+        made(tmp_path, points=str(point))
 
 
 @pytest.mark.slow

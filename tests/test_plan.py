@@ -63,6 +63,16 @@ def test_gpu_hours_count_gpus(tmp_path: Path) -> None:
     assert "trial-slot hours" in text(plain)
 
 
+def test_all_ranks_of_a_trial_count_in_what_it_takes_and_its_time_is_no_longer_the_workload_s(tmp_path: Path) -> None:
+    ranks = {"settings": {"parallel": {"ranks": 2}}, "trials": 4}
+    plan = planned(tmp_path, cpus=8, **ranks)
+    assert (plan.processes, plan.cpus, plan.gpus, plan.slots, plan.trial_seconds) == (2, 2, 0.0, 4, None)
+    assert "4 at once, each by 2 processes with 2 CPUs of one node" in text(plan)
+    plan = plan_study(study(tmp_path, name="new", gpus=2.0, **ranks), cpus=64, gpus_here=8)
+    assert (plan.processes, plan.gpus, plan.slots) == (2, 2.0, 4)
+    assert "4 at once, each by 2 processes with 2 CPUs and 2 GPUs of one node" in text(plan)
+
+
 def test_the_order_is_controls_then_points_then_the_searcher_s(tmp_path: Path) -> None:
     plan = planned(tmp_path, trials=6, points=("e13i-baseline", "e13i-v4-filter-off"))
     assert [arm.name for arm in plan.arms] == ["control", "control-resample", "e13i-baseline", "e13i-v4-filter-off"]

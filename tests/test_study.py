@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING
 import search.study
 from search.arms import Arm, read_trials, replicates_of, trial_folder
 from search.budget import Budget
-from search.events import TrialEvent
+from search.events import Event, StudyEvent, TrialEvent
 from search.execution import SweepCallback
 from search.export import to_verl, to_yaml
 from search.extension import extended
@@ -258,6 +258,18 @@ def test_an_arm_that_is_proposed_while_trials_run_is_known_without_reading_the_s
     callback.on_trial_start(0, [], SimpleNamespace(trial_id="t", config={"number": 1, "arm": "c01", "replicate": 2}))
     assert ([event.trial for event in events], tracker.open()) == (["c01/2"], [("c01", 2)])
     assert not folder(config).exists()
+
+
+def test_a_sweep_that_waits_for_a_node_says_so_until_its_first_trial_starts(tmp_path: Path) -> None:
+    config = study(tmp_path, tracking_uri="http://127.0.0.1:9")
+    arms = fixed_arms(config)
+    events: list[Event] = []
+    callback = SweepCallback(config, arms, Budget(config, arms), Tracker(config), events.append, waits=True)
+    for replicate in (0, 1):
+        given = {"number": 0, "arm": "control", "replicate": replicate}
+        callback.on_trial_start(0, [], SimpleNamespace(trial_id=f"t{replicate}", config=given))
+    told = [event.doing if isinstance(event, StudyEvent) else event.trial for event in events]
+    assert told == ["", "control/0", "control/1"]
 
 
 def test_a_trial_whose_process_does_not_start_does_not_fail_by_the_error_of_an_earlier_run(tmp_path: Path) -> None:

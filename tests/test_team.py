@@ -66,6 +66,13 @@ def test_one_bit_anywhere_changes_the_number_of_all_bits() -> None:
     assert bits_of(tensors) == before
 
 
+def test_an_engine_inside_a_rank_is_refused_with_the_remedy(tiny: Tiny) -> None:
+    vllm = ("parallel.ranks=2", "rollout.backend=vllm")
+    with pytest.raises(ConfigError, match=r"parallel\.ranks=2: vLLM inside .* set rollout\.engine=process"):
+        tiny(*vllm)
+    assert tiny(*vllm, "rollout.engine=process").parallel.ranks == 2
+
+
 def test_more_ranks_than_prompts_are_refused_with_the_remedy(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ranks=9 needs a prompt for each rank.*raise grpo\.prompts"):
         tiny("parallel.ranks=9")

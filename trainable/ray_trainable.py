@@ -1,4 +1,4 @@
-"""A `Trial` inside Ray Tune: the only module here that imports ray.
+"""A `Trial` inside Ray Tune; with `ray_ranks.py`, its other processes, the only module here that imports ray.
 
 A class trainable, because only its `cleanup` reliably runs when a trial is stopped early. A collapse arrives as a
 result with `collapsed` = 1 and ends the trial; an exception means a bug or the machine, and Tune counts it as such.
@@ -10,6 +10,7 @@ that computes a trial does that.
 import gc
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 
 from spaces.config import ConfigError, TrialConfig
@@ -18,6 +19,7 @@ from trainable.disk.trial_folder import read_outcome, read_reports
 from trainable.outcome import Outcome, StepReport
 
 if TYPE_CHECKING:
+    from trainable.ray_ranks import Ranks
     from trainable.trial_worker import TrialWorker
 
 REFUSED = "refused"
@@ -42,11 +44,20 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
                 return _result(read_reports(self.folder)[-1], outcome)
             from trainable.trial_worker import TrialWorker
 
-            self.work = TrialWorker(self.folder, self.settings)
+            self.work = TrialWorker(self.folder, self.settings, self._others())
         try:
             return _result(*self.work.step())
         except ConfigError as mistake:  # the user's, which another attempt would meet again
             return {REFUSED: str(mistake), "done": True}
+
+    def _others(self) -> "Ranks | None":
+        """Of a trial for which Tune holds several bundles, one for each process; None where this one computes it."""
+        placement = ray.util.get_current_placement_group() if ray.is_initialized() else None
+        if self.settings.parallel.ranks == 1 or placement is None or placement.bundle_count == 1:
+            return None
+        from trainable.ray_ranks import Ranks
+
+        return Ranks(self.folder, self.settings, placement)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in this process, which saves it the imports. It is built from its configuration alone, like

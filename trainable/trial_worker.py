@@ -13,8 +13,10 @@ write its weights.
 import logging
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from spaces.config import TrialConfig
 from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
@@ -25,20 +27,54 @@ from trainable.failure import TrialFailed
 from trainable.following import SCANS
 from trainable.outcome import Outcome, StepReport
 from trainable.tasks.code import bring
+from trainable.team import Team
 from trainable.trial import Trial
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHECKPOINT_SHARE = 0.02  # of a trial's time
 NEAR_BEAT_SECONDS = 2.0
 """Between two signs of life in a folder: 0.2 ms of a thread that waits. An object store wants to be paid for more."""
 
 
+class Others(Protocol):
+    """The processes that compute a trial together with this one, which drives it."""
+
+    @property
+    def team(self) -> Team:
+        """This process among them."""
+
+    def join(self) -> None:
+        """They are there from now on."""
+
+    def all(self, call: str, own: Callable[[], T], *given: object) -> T:
+        """What this process calls `own` and they by that name, at the same time."""
+
+    def leave(self) -> None:
+        """They are gone from now on."""
+
+
+class Nobody:
+    """This process computes the trial alone."""
+
+    def __init__(self, settings: TrialConfig) -> None:
+        self.team = Team(0, 1, settings.parallel.ranks)
+
+    def join(self) -> None: ...
+
+    def all(self, call: str, own: Callable[[], T], *given: object) -> T:
+        return own()
+
+    def leave(self) -> None: ...
+
+
 class TrialWorker:
     """One process's work on one trial, from wherever the last one left it."""
 
-    def __init__(self, folder: Folder, settings: TrialConfig) -> None:
+    def __init__(self, folder: Folder, settings: TrialConfig, others: Others | None = None) -> None:
         self.folder, self.settings = folder, settings
+        self.others = others or Nobody(settings)
         self.attempt = AttemptLog(folder)
         beat = None if folder.local is None else NEAR_BEAT_SECONDS
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat, beat)
@@ -66,9 +102,9 @@ class TrialWorker:
 
     def _step(self) -> tuple[StepReport, Outcome | None]:
         trial = self.trial = self.trial or self._load()
-        report = trial.step()
+        report = self.others.all("step", trial.step)
         self.attempt.stepped(report)
-        outcome = trial.outcome() if trial.done else None
+        outcome = self.others.all("outcome", trial.outcome) if trial.done else None
         self.reports.append(report)
         self.watchdog.enter("save")
         if outcome is not None:
@@ -79,6 +115,7 @@ class TrialWorker:
             self.attempt.end("outcome")
             self.ended = True
             trial.close()
+            self.others.leave()
             self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
             self.writer.shutdown()
             remove_checkpoints(self.folder)
@@ -98,7 +135,7 @@ class TrialWorker:
                     self._save(self.trial)
                     self.writing.result()
                 self.attempt.end("stopped")
-                outcome = self.trial.outcome()
+                outcome = self.others.all("outcome", self.trial.outcome)
                 self._keep_answers(self.trial)
                 write_outcome(self.folder, outcome, self.reports)
                 self.attempt.end("stopped")  # the evaluation took its time too
@@ -107,26 +144,26 @@ class TrialWorker:
         finally:
             if self.trial is not None and not self.ended:
                 self.trial.close()
+            self.others.leave()
             self.writer.shutdown()
             self.watchdog.stop()
 
     def _load(self) -> Trial:
         self.watchdog.enter("load")
-        bring(self.settings.task, self._of_the_sweep("code"))
-        trial = Trial(self.settings, on_phase=self.watchdog.enter, scans=self._of_the_sweep(SCANS))
+        self.others.join()
+        team, hears = self.others.team, self.watchdog.enter
+        trial = self.others.all("load", lambda: make_trial(self.folder, self.settings, team, hears))
         state, passed = newest_checkpoint(self.folder)
         for line in passed:
             log.warning("%s: %s", self.folder.uri, line)
         if state is not None:
-            trial.load_state_dict(state)
+            step = state["progress"]["so_far"]["next_step"]
+            self.others.all("load_state_dict", partial(trial.load_state_dict, state), step)
             self.reports = [StepReport.from_record(record) for record in state["reports"]]
         self.attempt.ready(first_step=trial.so_far.next_step, damaged=passed)
         self.folder.remove(STOPPED_FILE)  # of an earlier step
         self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
         return trial
-
-    def _of_the_sweep(self, name: str) -> Folder:
-        return Folder(re.sub(r"/trials/[^/?]+", f"/{name}", self.folder.uri))
 
     def _save_is_due(self) -> bool:
         """Raises what went wrong in the last write, other than a full disk."""
@@ -137,7 +174,8 @@ class TrialWorker:
 
     def _save(self, trial: Trial) -> None:
         started, step = time.monotonic(), trial.so_far.next_step
-        state = {**trial.state_dict(), "reports": [report.as_record() for report in self.reports]}
+        state = self.others.all("state_dict", trial.state_dict)
+        state = {**state, "reports": [report.as_record() for report in self.reports]}
         self.writing = self.writer.submit(self._write, step, state, started)
 
     def _write(self, step: int, state: dict[str, Any], started: float) -> None:
@@ -169,3 +207,15 @@ class TrialWorker:
         log.error("phase %s took over %.0f s\n%s", phase, seconds, stacks)
         step = self.trial.so_far.next_step if self.trial is not None else 0
         self.attempt.end("hang", reason=f"step {step}: phase {phase} took over {seconds:.0f} s", stacks=stacks)
+
+
+def make_trial(
+    folder: Folder, settings: TrialConfig, team: Team, on_phase: Callable[[str], None] = lambda phase: None
+) -> Trial:
+    """On every process that computes it, with what its sweep keeps for it."""
+    bring(settings.task, _of_the_sweep(folder, "code"))
+    return Trial(settings, on_phase=on_phase, scans=_of_the_sweep(folder, SCANS), team=team)
+
+
+def _of_the_sweep(trial: Folder, name: str) -> Folder:
+    return Folder(re.sub(r"/trials/[^/?]+", f"/{name}", trial.uri))

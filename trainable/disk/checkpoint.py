@@ -22,7 +22,14 @@ from safetensors.torch import save as save_tensors
 
 from spaces.config import ConfigError
 from trainable.disk.folder import Folder
-from trainable.disk.trial_folder import FINAL_FILE, PROGRESS_FILE, checkpoints, progress_parts, progress_text
+from trainable.disk.trial_folder import (
+    FINAL_FILE,
+    PROGRESS_FILE,
+    checkpoint_name,
+    checkpoints,
+    progress_parts,
+    progress_text,
+)
 
 VERSION = 4
 KEPT = 2
@@ -72,7 +79,7 @@ def load_state(folder: Folder) -> dict[str, Any]:
 
 def save_checkpoint(trial: Folder, step: int, state: Mapping[str, Any]) -> None:
     """Checkpoint of a trial after `step` steps; older ones than the newest two are removed. Raises OSError."""
-    save_state(trial / f"checkpoint-{step:06d}", state)
+    save_state(trial / checkpoint_name(step), state)
     for name in checkpoints(trial)[KEPT:]:
         trial.remove(name)
 

@@ -122,6 +122,11 @@ def _read_ending(trial: Folder, name: str, parse: Callable[[Any], Parsed]) -> Pa
 # --- checkpoints, as far as they can be read without torch ------------------------------------------------------------
 
 
+def checkpoint_name(step: int) -> str:
+    """Of a trial after so many steps."""
+    return f"checkpoint-{step:06d}"
+
+
 def checkpoints(trial: Folder) -> list[str]:
     """Names, newest first."""
     return _numbered(trial, _CHECKPOINT)[::-1]
