@@ -27,10 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from spaces.config import ConfigError, GRPOConfig, TrialConfig
 from trainable.counting import OTHER, Counted, StepOnShapes, Work
-from trainable.engines.memory import Needs, needs_of
+from trainable.engines.memory import Needs, cache_numbers_per_token, needs_of
 from trainable.forward.decoder import decoder
 from trainable.forward.logps import Batch, clean_logps
-from trainable.forward.transformer import head_size
 from trainable.grpo import update
 from trainable.layers.experts import Experts
 from trainable.policy.loading import wrapped
@@ -120,7 +119,7 @@ def footprint(config: TrialConfig) -> Footprint:
         vocabulary=text.vocab_size,
         cache_bytes_per_token=cache_numbers_per_token(text) * getattr(torch, config.model.dtype).itemsize,
         learned=sum(parameter.numel() for parameter in policy.trainable().values()),
-        engine=needs_of(config, policy),
+        engine=needs_of(config, policy, peak=max(phase.bytes for phase in phases.values())),
         source=architecture.source,
     )
 
@@ -186,13 +185,6 @@ def _labels(policy: Policy, caches: Collection[int] = ()) -> Callable[[str, Tens
         return "KV cache" if made.numel() in caches else None
 
     return label
-
-
-def cache_numbers_per_token(text: Any) -> int:
-    """Keys and values, by a transformers configuration."""
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    numbers: int = 2 * text.num_hidden_layers * kv_heads * head_size(text)
-    return numbers
 
 
 def _rows_at_once(config: TrialConfig) -> tuple[int, int]:

@@ -26,10 +26,11 @@ from trainable.engines.engine import (
     quantization_tree,
     set_vllm_switches,
 )
-from trainable.engines.memory import EngineMemory, memory_here
+from trainable.engines.memory import GIB, EngineMemory, Needs, choose, needs_of
 from trainable.engines.served import unserved
 from trainable.episode import Completion
 from trainable.failure import TrialFailed
+from trainable.footprint import CannotCount, footprint
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
 from trainable.rollout import generate
@@ -148,6 +149,41 @@ def _check_heads(policy: Policy) -> None:
                 f"rollout.backend=vllm: the model has attention heads of {size}, vLLM on a CPU has code for "
                 f"{', '.join(str(one) for one in known)}; set rollout.backend=torch"
             )
+
+
+def memory_here(config: TrialConfig, policy: Policy) -> EngineMemory:
+    """What an engine gets on this machine, at this moment. Raises ConfigError."""
+    rollout, on_device = config.rollout, policy.device.type == "cuda"
+    if on_device:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(policy.device)
+    else:
+        free, total = _host_memory()
+    return choose(
+        _needs_on_device(config, policy) if on_device else needs_of(config, policy, peak=None),
+        free=free,
+        total=total,
+        on_device=on_device,
+        inside=rollout.engine == "inside",
+        cache=None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * GIB),
+        sleep=rollout.sleep,
+    )
+
+
+def _needs_on_device(config: TrialConfig, policy: Policy) -> Needs:
+    """With what training takes beside the engine, where shapes tell."""
+    try:
+        return footprint(config).engine
+    except CannotCount:
+        return needs_of(config, policy, peak=None)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Available and in all."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":") for line in file)
+    available, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
+    return available, total
 
 
 def _settings(config: TrialConfig, policy: Policy, memory: EngineMemory) -> EngineSettings:

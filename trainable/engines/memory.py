@@ -9,9 +9,8 @@ or computes them again; more is of no use. So an engine is given what the batch 
                 while training learns, and only what training holds in a rollout is in its way
     on a CPU    nothing sleeps, and a cache takes a quarter of the free memory at most
 
-Activations are an estimate: 34 bytes for each layer, token and hidden unit in 16 bits (Korthikanti et al. 2022, arXiv
-2205.05198, without the attention matrix), as much again for quantised inputs. It decides whether an engine sleeps, and
-caps the cache where memory is short; no result hangs on it. Pure: numbers in, numbers out.
+What training takes to learn is counted by `trainable/footprint.py`, of the code as it stands and at the longest that
+the configuration allows. Where shapes alone do not tell, the engine sleeps. The rest is pure: numbers in, numbers out.
 """
 
 from dataclasses import dataclass
@@ -34,10 +33,6 @@ _WORKING_SPACE = 2 * GIB
 _SHARE_OF_RAM = 0.25
 _SHARE_OF_DEVICE = 0.95
 """What is left to fragmentation is the rest."""
-_ACTIVATION = 2 * 34 / 2
-"""Bytes per byte of a hidden state, for each layer."""
-_LOGITS = 1 << 28
-"""Of the pieces in which the head is computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +50,8 @@ class Needs:
     """The engine's weights and working space."""
     held: int
     """What training will hold besides what it holds now, also while the engine generates."""
-    learning: int
-    """What training takes on top of that while it learns."""
+    learning: int | None
+    """What training takes on top of that while it learns; None = not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,35 +77,37 @@ class EngineMemory:
         }
 
 
-def needs_of(config: TrialConfig, policy: Policy) -> Needs:
-    """From the shapes of a model that was just loaded."""
-    rollout, grpo, text = config.rollout, config.grpo, policy.network.config.get_text_config()
-    weights = list(policy.model.parameters())
-    width = weights[0].element_size()
+def needs_of(config: TrialConfig, policy: Policy, *, peak: int | None) -> Needs:
+    """From a model's shapes. `peak`: bytes that training holds at most in a step, the model's own included; None = not
+    known."""
+    rollout, weights = config.rollout, list(policy.model.parameters())
     learned = list(policy.trainable().values())
     count = sum(weight.numel() for weight in learned)
     masters = sum(weight.numel() for weight in learned if weight.dtype != torch.float32)
     tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
-    sequence = -(-tokens // _BLOCK) * _BLOCK * policy.depth * _cached_values(text) * width
-    learning_tokens = grpo.micro_batch_size * tokens
+    each = cache_numbers_per_token(policy.network.config.get_text_config()) * weights[0].element_size()
+    sequence = -(-tokens // _BLOCK) * _BLOCK * each
+    size = sum(weight.nbytes for weight in weights)
+    held = sum(policy.linears[name].weight.nbytes for name in policy.quantized) + 4 * (2 * count + masters)
     return Needs(
         cache=max(_LEAST_CACHE, (rollout.batch_size + 1) * sequence) if sequence else _STATES,
         sequence=sequence,
-        engine=sum(weight.nbytes for weight in weights) + _WORKING_SPACE,
-        held=sum(policy.linears[name].weight.nbytes for name in policy.quantized) + 4 * (2 * count + masters),
-        learning=4 * count + int(learning_tokens * policy.depth * text.hidden_size * width * _ACTIVATION) + _LOGITS,
+        engine=size + _WORKING_SPACE,
+        held=held,
+        learning=None if peak is None else max(0, peak - size - held),
     )
 
 
-def _cached_values(text: Any) -> int:
-    """Keys and values of a token in one layer, of the widest where layers differ."""
+def cache_numbers_per_token(text: Any) -> int:
+    """Keys and values, by a transformers configuration, where layers differ as if all were the widest; 0 without
+    attention."""
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    return max(
+    each = [
         2 * (getattr(one, "num_key_value_heads", None) or one.num_attention_heads) * head_size(one)
-        if getattr(one, "num_attention_heads", None)
-        else 0
         for one in layers
-    )
+        if getattr(one, "num_attention_heads", None)
+    ]
+    return int(text.num_hidden_layers * max(each, default=0))
 
 
 def choose(
@@ -127,10 +124,10 @@ def choose(
         given = cache if cache is not None else min(needs.cache, max(room, _LEAST_CACHE))
         return _checked(EngineMemory(cache=given, needed=needs.cache, sleep_level=0, share=1.0), needs, room)
     beside = free - int((1 - _SHARE_OF_DEVICE) * total) - needs.held - needs.engine
-    together = beside - needs.learning
+    together = None if needs.learning is None else beside - needs.learning
     wanted = needs.cache if cache is None else cache
-    sleeps = together < wanted if sleep is None else sleep
-    room = beside if sleeps else together
+    sleeps = (together is None or together < wanted) if sleep is None else sleep
+    room = beside if sleeps or together is None else together
     given = wanted if cache is not None else min(wanted, room)
     # In this process weights come from the same device: dropped, they are there again at once. A child would be sent
     # all of them through a pipe; from the host's memory they come twenty times faster.
@@ -147,30 +144,3 @@ def _checked(memory: EngineMemory, needs: Needs, room: int) -> EngineMemory:
             "or set rollout.kv_cache_gib"
         )
     return memory
-
-
-def memory_here(config: TrialConfig, policy: Policy) -> EngineMemory:
-    """What an engine gets on this machine, at this moment. Raises ConfigError."""
-    rollout, on_device = config.rollout, policy.device.type == "cuda"
-    if on_device:
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(policy.device)
-    else:
-        free, total = _host_memory()
-    return choose(
-        needs_of(config, policy),
-        free=free,
-        total=total,
-        on_device=on_device,
-        inside=rollout.engine == "inside",
-        cache=None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * GIB),
-        sleep=rollout.sleep,
-    )
-
-
-def _host_memory() -> tuple[int, int]:
-    """Available and in all."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":") for line in file)
-    available, total = (int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-    return available, total
