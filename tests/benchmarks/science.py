@@ -35,6 +35,7 @@ from spaces.reading import parse_overrides
 from tests.benchmarks import scan_validity
 from trainable.disk.trial_folder import read_reports
 from trainable.outcome import Outcome, StepReport
+from trainable.philox import GENERATOR
 
 DOCS = Path(__file__).parents[2] / "docs"
 POINTS = ("bf16", "e13i-baseline", "e13i-v2", "e13i-v4-filter-off", "e13m-rmsnorm")
@@ -310,7 +311,8 @@ def main() -> None:
             print(title, flush=True)
             started = time.perf_counter()
             lines, numbers = part(Path(folder), options.seeds)
-            parts[title] = {"lines": lines, "seeds": options.seeds, "seconds": time.perf_counter() - started, **numbers}
+            seconds = time.perf_counter() - started
+            parts[title] = {"lines": lines, "seeds": options.seeds, "seconds": seconds, "draws": GENERATOR, **numbers}
             path.write_text(json.dumps(parts, indent=1), encoding="utf-8")
             (DOCS / "science.md").write_text(page(parts), encoding="utf-8")
     print(page(parts))
@@ -322,7 +324,9 @@ def page(parts: dict[str, Any]) -> str:
     for title in PARTS:
         if title in parts:
             part = parts[title]
-            text += [f"## {title}", "", *part["lines"], "", f"({part['seeds']} seeds, {part['seconds']:.0f} s)", ""]
+            draws = part.get("draws", "another generator than this program has: other draws of the same noise")
+            made = f"({part['seeds']} seeds, {part['seconds']:.0f} s; noise by {draws})"
+            text += [f"## {title}", "", *part["lines"], "", made, ""]
     return "\n".join(text)
 
 

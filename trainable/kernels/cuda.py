@@ -1,5 +1,5 @@
 """Fused kernels for a CUDA device, in Triton: fake quantisation in one pass over memory, RMSNorm and SwiGLU with
-quantised output.
+quantised output, weights with noise.
 
 Eager torch takes some ten passes, each at the speed of the memory. Triton is a compiler that comes with torch's CUDA
 builds (`pip install triton` elsewhere) and compiles a kernel at its first call, within seconds; it needs a C compiler
