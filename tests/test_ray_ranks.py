@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from trainable.failure import TrialFailed
 from trainable.outcome import Outcome, StepReport
 from trainable.ray_ranks import Ranks
 from trainable.ray_trainable import RinTrainable
+from trainable.team import Team
 from trainable.trial import Trial
 
 SMALL = ("parallel.ranks=2", "eval.questions=16", "threads=1", "noise.num_stages=4", "hang_seconds=300")
@@ -86,6 +88,22 @@ def two_ranks(bundles: PlacementGroup, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trainable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"config": settings, "arm": "a", "replicate": 0, "number": 0, "folder": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "bundles_held", "team"),
+    [(1, 1, None), (4, None, None), (4, 1, None), (4, 2, Team(0, 2, 4)), (4, 4, Team(0, 4, 4))],
+)
+def test_a_trial_has_as_many_processes_as_tune_holds_bundles_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, bundles_held: int | None, team: Team | None
+) -> None:
+    """Fewer than ranks where it goes on with fewer GPUs; without any, this process alone."""
+    held = None if bundles_held is None else SimpleNamespace(bundle_count=bundles_held)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: held)
+    settings = as_tree(read_config(WORKLOADS["tiny"].settings, (f"parallel.ranks={ranks}",)))
+    others = RinTrainable(config=trainable(settings, tmp_path))._others()
+    assert (others and others.team) == team
 
 
 @pytest.mark.slow
