@@ -106,6 +106,7 @@ def memory(config: TrialConfig, policy: Policy) -> dict[str, int]:
     count = sum(parameter.numel() for parameter in learned)
     masters = sum(parameter.numel() for parameter in learned if parameter.element_size() < FP32)
     rollout, grpo = config.rollout, config.grpo
+    learning_tokens = grpo.micro_batch_tokens or grpo.micro_batch_size * rollout.max_new_tokens
     sizes = {
         "weights": weights,
         "their quantised copies, while nothing learns": sum(
@@ -113,9 +114,9 @@ def memory(config: TrialConfig, policy: Policy) -> dict[str, int]:
         ),
         "gradients in fp32": FP32 * count,
         "AdamW's moments and masters in fp32": FP32 * (2 * count + masters),
-        "logits of a micro-batch in fp32": FP32 * grpo.micro_batch_size * rollout.max_new_tokens * int(text.vocab_size),
+        "logits of a micro-batch in fp32": FP32 * learning_tokens * int(text.vocab_size),
     }
-    if grpo.kl_beta > 0:
+    if grpo.kl_beta > 0 and config.model.adapter == "full":
         sizes["the reference model"] = weights
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     if heads and getattr(text, "num_attention_heads", None):

@@ -158,7 +158,7 @@ def _floors(
     )
     groups = judge(policy, task, questions, prompts, generate(policy, request))
     batch = make_batch(policy, groups, torch.zeros(len(groups), GROUP_SIZE))
-    arguments = (policy, batch, config.rollout.temperature, config.grpo.micro_batch_size)
+    arguments = (policy, batch, config.rollout.temperature, config.grpo.micro_batch)
     training = clean_logps(*arguments)
     cached, eager = batch.rollout_logps, eager_logps(*arguments)
     return {

@@ -124,7 +124,10 @@ def _completions(c: TrialConfig) -> int:
 
 def _at_once(c: TrialConfig) -> int:
     """Completions of one forward pass: the largest divisor of an update's that the micro-batch allows."""
-    return max(n for n in range(1, _completions(c) + 1) if _completions(c) % n == 0 and n <= c.grpo.micro_batch_size)
+    longest = c.rollout.max_prompt_tokens + c.rollout.max_new_tokens
+    tokens = c.grpo.micro_batch_tokens
+    most = c.grpo.micro_batch_size if tokens is None else max(1, tokens // longest)
+    return max(n for n in range(1, _completions(c) + 1) if _completions(c) % n == 0 and n <= most)
 
 
 def _accumulated(c: TrialConfig) -> int:
@@ -873,6 +876,8 @@ ROWS: dict[str, Row] = {
         nemo=lambda c, v: Said(options={"grpo.dynamic_sampling_max_gen_batches": v - 1}) if v > 1 else None,
     ),
     "grpo.micro_batch_size": _HERE,
+    "grpo.micro_batch_tokens": _HERE,
+    "grpo.checkpoint_activations": _HERE,
     "rollout.backend": _row(
         verl=local,
         trl=_trl_engine,

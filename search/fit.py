@@ -142,9 +142,13 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
     config = now.config
     grpo, rollout, asked = config.grpo, config.rollout, min(config.eval.batch_size, config.eval.questions)
     sampled = rollout.batch_size - rollout.batch_size % grpo.group_size
+    at_once = ("grpo.micro_batch_size", grpo.micro_batch_size, 1)
+    if grpo.micro_batch_tokens is not None:
+        longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+        at_once = ("grpo.micro_batch_tokens", grpo.micro_batch_tokens, longest)
     levers = {
-        "update": ("grpo.micro_batch_size", grpo.micro_batch_size, 1),
-        "log-probs": ("grpo.micro_batch_size", grpo.micro_batch_size, 1),
+        "update": at_once,
+        "log-probs": at_once,
         WITH_ENGINE: ("rollout.kv_cache_gib", 0.0 if now.engine is None else now.engine.cache / GIB, 0.1),
         "rollout: prompts": ("rollout.batch_size", sampled, grpo.group_size),
         "rollout: a token": ("rollout.batch_size", sampled, grpo.group_size),

@@ -14,6 +14,7 @@ This module imports neither torch nor ray: `rin --help` and a login node without
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -383,6 +384,17 @@ class NoiseConfig(Record):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """So many tokens."""
+
+    number: int
+
+
+MicroBatch = int | Tokens
+"""How much of a batch is computed at once: so many completions, or so many tokens."""
+
+
 class GRPOConfig(Record):
     steps: Whole = Field(29, ge=1)
     """Rollouts, each followed by all its updates."""
@@ -433,6 +445,12 @@ class GRPOConfig(Record):
     micro_batch_size: Whole = Field(1024, ge=1)
     """Completions per forward and backward pass, rounded down to whole groups or equal parts of one; changes memory,
     not the loss."""
+    micro_batch_tokens: Whole | None = Field(None, ge=1)
+    """Tokens per forward and backward pass, padding included, in the place of micro_batch_size (null): completions of
+    like length are computed together, and one that is longer alone. Changes memory and time, not the loss."""
+    checkpoint_activations: bool = False
+    """Learning keeps of each block what goes into it, and computes the block again in the backward pass: a quarter more
+    time for a small part of the memory, and equal bits."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -447,6 +465,11 @@ class GRPOConfig(Record):
                 f"of {self.minibatches} mini-batches, but got prompts={self.prompts}; raise prompts or epochs"
             )
         return self
+
+    @property
+    def micro_batch(self) -> "MicroBatch":
+        """What is computed at once."""
+        return self.micro_batch_size if self.micro_batch_tokens is None else Tokens(self.micro_batch_tokens)
 
     @property
     def batch_prompts(self) -> int:

@@ -225,6 +225,9 @@ USES: dict[str, Use] = {
     "grpo.max_gen_batches": Use(
         holds=lambda c: c.grpo.filter_groups == "resample", needs="grpo.filter_groups=resample"
     ),
+    "grpo.micro_batch_size": Use(
+        holds=lambda c: c.grpo.micro_batch_tokens is None, needs="grpo.micro_batch_tokens=null, which takes its place"
+    ),
     "grpo.overlong_penalty": Use(holds=lambda c: c.grpo.overlong_buffer > 0, needs="grpo.overlong_buffer above 0"),
     "rollout.engine": _VLLM,
     "rollout.kv_cache_gib": _VLLM,
@@ -262,7 +265,8 @@ USES: dict[str, Use] = {
     },
 }
 """Key -> what it hangs on; every other key always counts. Sizes of what is computed at once (`batch_size`,
-`micro_batch_size`) change memory and time, `threads` the order of sums."""
+`micro_batch_size`, `micro_batch_tokens`) and `checkpoint_activations` change memory and time, `threads` the order of
+sums."""
 
 
 def setting(config: TrialConfig, key: str) -> Any:

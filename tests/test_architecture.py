@@ -99,6 +99,7 @@ PRIVATE: dict[str, set[str]] = {
         "torch.utils._pytree",
     },
     "trainable/engines/vllm.py": {"engine_core", "vllm.distributed", "vllm.model_executor", "vllm.v1"},
+    "trainable/again.py": {"_version"},
     "trainable/inside_trl.py": {
         "_generate",
         "_get_per_token_logps_and_entropies",

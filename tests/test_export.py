@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "noise.zones": [{"zone": "first", "sigma_start": 0.03, "sigma_end": 0.001}],
     "noise.scale": "rms",
     "grpo.generation_prompts": 64,
+    "grpo.micro_batch_tokens": 4096,
     "grpo.updates_per_step": 2,
     "grpo.epochs": 4,
     "rollout.temperature": 0.7,

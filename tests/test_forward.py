@@ -10,19 +10,23 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
 import trainable.forward.logps
+import trainable.forward.transformer
 from spaces.config import ModelConfig, QuantConfig
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
 from trainable.forward import decoder as decoding
 from trainable.forward.decoder import _Fused, _Ours, _Transformers, decoder
 from trainable.forward.logps import Batch, completion_logps, make_batch
-from trainable.forward.transformer import forward_of, left_padded, positions
+from trainable.forward.transformer import Forward, forward_of, left_padded, positions
 from trainable.kernels import cpu
 from trainable.layers.mlp import GatedMLP
 from trainable.layers.norm import RMSNorm
+from trainable.parity import own_logps
 from trainable.policy.embedded import character_tokenizer
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy, deployed
@@ -193,6 +197,30 @@ def test_packed_completions_give_the_log_probs_and_gradients_of_rows_of_their_ow
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_row_that_shares_no_prompt_has_its_attention_without_a_mask(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    """Equal to each row alone and unpadded, in transformers' forward too; what stands on padding is never read."""
+    policy = load_policy(ModelConfig(name=model_folder(), attention=attention), W16A16, seed=0)
+    batch = replace(sampled_batch(policy), group_size=1)
+    masks: list[Any] = []
+    plain = F.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
+        masks.append(attn_mask)
+        return plain(*args, attn_mask=attn_mask, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        logps = completion_logps(policy, batch, 1.0)
+    assert masks == ([None] * policy.depth if attention == "sdpa" else [])
+    expected = own_logps(policy.network, batch)
+    torch.testing.assert_close(logps * batch.mask, expected, rtol=1e-5, atol=1e-5)
+    other = batch.completion_ids.masked_fill(batch.mask == 0, 7)
+    assert torch.equal(completion_logps(policy, replace(batch, completion_ids=other), 1.0), logps)
+
+
 def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     policy = load_policy(ModelConfig(name=folder), W16A16, seed=0)
     batch = sampled_batch(policy)
@@ -203,6 +231,34 @@ def test_packed_completions_do_not_see_each_other(folder: str) -> None:
     others = torch.arange(len(batch)) % 6 != 0
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[~others], after[~others])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("longest", [512, 60], ids=["all side by side", "some"])
+def test_what_a_packed_token_sees_is_one_rule_as_a_mask_and_by_blocks(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    """FlexAttention, not compiled and without a backward pass, which it does not have on a CPU."""
+    policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
+    batch = sampled_batch(policy)
+    monkeypatch.setattr(trainable.forward.logps, "PACKED_TOKENS", longest)
+    rules: list[tuple[Any, torch.Tensor]] = []
+    make = trainable.forward.logps.dense
+
+    def spy(sees: Any, real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rules.append((sees, real))
+        return make(sees, real, dtype)
+
+    monkeypatch.setattr(trainable.forward.logps, "dense", spy)
+    with torch.no_grad():
+        expected = completion_logps(policy, batch, 1.0)
+        ((sees, real),) = rules
+        rows, length = real.shape
+        visible = create_mask(sees, rows, None, length, length, device="cpu")
+        assert torch.equal(visible, make(sees, real, torch.float32) == 0)
+        monkeypatch.setattr(trainable.forward.transformer, "_by_blocks", lambda: flex_attention)
+        monkeypatch.setattr(Forward, "masked", lambda self, mask: self.ruled(sees, real))
+        torch.testing.assert_close(completion_logps(policy, batch, 1.0), expected, rtol=1e-5, atol=1e-5)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ compute are handed to it; where it is about parameters, both sides compute them 
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -13,7 +14,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import trainable.forward.head
+import trainable.forward.logps
 import trainable.grpo
 from spaces.config import GRPOConfig, Loss, ModelConfig, QuantConfig, RolloutConfig
 from tests.conftest import ModelFolder, completed, episode, ragged_prompts, sampled_groups
@@ -459,16 +463,53 @@ def moved(policy: Policy, before: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("updates", [1, 2])
 def test_micro_batches_add_up(model_folder: ModelFolder, loss: Loss, updates: int) -> None:
     shifts, values = [], []
-    for size in (1, 5, 1024):
+    slicings: list[dict[str, int]] = [{"micro_batch_size": size} for size in (1, 5, 1024)]
+    slicings[:0] = [{"micro_batch_tokens": tokens} for tokens in (1, 150, 10**6)]
+    for slicing in slicings:
         policy = load_policy(ModelConfig(name=model_folder()), W16A16, seed=0)
         before, batch = weights_of(policy), ready_batch(policy)
-        _, metrics = run_update(policy, batch, loss=loss, micro_batch_size=size, updates_per_step=updates)
+        rollout = RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, correction="token")
+        _, metrics = run_update(policy, batch, rollout, loss=loss, updates_per_step=updates, **slicing)
         shifts.append(moved(policy, before))
         values.append((metrics.loss, metrics.grad_norm, metrics.clip_fraction))
     assert shifts[-1].norm() > 1e-4
     for shift, value in zip(shifts[:-1], values[:-1], strict=True):
         torch.testing.assert_close(shift, shifts[-1], atol=1e-6, rtol=1e-3)
+        assert value[0] == pytest.approx(values[-1][0], abs=1e-6)
         assert value == pytest.approx(values[-1], rel=1e-3, abs=1e-6)
+
+
+class Asked(TorchDispatchMode):
+    """What makes the host wait for a device: a number, or indices that are not known before the work is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select"):
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [1, 4, 1024])
+@pytest.mark.parametrize("correction", ["none", "token", "sequence"])
+def test_an_update_asks_the_device_for_the_norm_of_its_gradient_and_nothing_else(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, size: int, correction: Any
+) -> None:
+    batch = ready_batch(policy)
+    batch = replace(batch, reference_logps=batch.old_logps)
+    monkeypatch.setattr(trainable.forward.logps, "_counted", None)
+    rollout = RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, correction=correction)
+    for many in (trainable.forward.head.LOGITS_AT_ONCE, 30):  # the second takes the head's logits in chunks
+        monkeypatch.setattr(trainable.forward.head, "LOGITS_AT_ONCE", many)
+        with Asked() as asked:
+            run_update(policy, batch, rollout, micro_batch_size=size, updates_per_step=3, kl_beta=0.1)
+        assert asked.calls == {"_local_scalar_dense": 3 + 4}, "and in the end for what is told"
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from spaces.config import ModelConfig, QuantConfig
+import trainable.forward.logps
+from spaces.config import ModelConfig, QuantConfig, Tokens
 from tests.conftest import ModelFolder, ragged_prompts, sampled_groups
-from trainable.forward.logps import Batch, importance_weights, make_batch
+from trainable.forward.logps import (
+    Batch,
+    clean_logps,
+    importance_weights,
+    make_batch,
+    micro_batches,
+    side_by_side,
+)
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy
 from trainable.seeds import generator
@@ -51,6 +59,40 @@ def test_slices_hold_whole_groups_or_equal_parts_of_one(size: int, expected: lis
     )
     lengths = [rows.stop - rows.start for rows in batch.slices(size)]
     assert lengths == (expected if size < 30 else [30])
+
+
+@pytest.mark.parametrize("longest", [512, 30], ids=["side by side", "in rows of their own"])
+@pytest.mark.parametrize("tokens", [1, 60, 300, 10**6])
+def test_micro_batches_of_tokens_hold_each_completion_once_and_little_padding(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, tokens: int, longest: int
+) -> None:
+    """Of 12 prompts by 4 completions: what is computed at once is so many tokens or one row; it is sorted, so that
+    padding is little; and log-probs are those of all at once."""
+    monkeypatch.setattr(trainable.forward.logps, "PACKED_TOKENS", longest)
+    groups = sampled_groups(policy, ragged_prompts(12), max_new_tokens=40)
+    batch = make_batch(policy, groups, torch.zeros(12, 4))
+    seen, computed = [], 0
+    for rows, part in micro_batches(policy, batch, Tokens(tokens)):
+        assert not isinstance(rows, slice)
+        seen += rows.tolist()
+        assert torch.equal(part.completion_ids, batch.completion_ids[rows, : part.completion_ids.shape[1]])
+        assert (part.lengths == batch.lengths[rows]).all()
+        assert part.lengths.max() == part.mask.shape[1], "no column is padding alone"
+        assert part.prompt_lengths.max() == part.prompt_ids.shape[1]
+        together = side_by_side(policy, part)
+        assert together == part.group_size == (4 if longest == 512 else 1)
+        width = int((part.prompt_lengths + part.lengths).max())
+        if together > 1:
+            width = part.prompt_ids.shape[1] + together * part.mask.shape[1]
+        lines = len(part) // together
+        assert lines * width <= tokens or lines == 1
+        computed += lines * width
+    assert sorted(seen) == list(range(48))
+    if longest == 30 and tokens == 300:
+        assert computed < 1.25 * (batch.prompt_lengths + batch.lengths).sum()
+    inside = batch.mask > 0
+    found, expected = (clean_logps(policy, batch, 0.8, size)[inside] for size in (Tokens(tokens), 1024))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- importance weights -----------------------------------------------------------------------------------------------

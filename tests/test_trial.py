@@ -5,6 +5,7 @@ The workload `tiny` is too small for findings. Where a claim needs answers that 
 a checksum of the answer: then one changed token anywhere shows.
 """
 
+import copy
 import json
 import math
 import re
@@ -27,10 +28,11 @@ from tests.conftest import ModelFolder, Tiny
 from trainable.disk.checkpoint import VERSION, digest_of, load_state, save_checkpoint, save_final, save_state
 from trainable.disk.folder import Folder
 from trainable.evaluation import evaluate
+from trainable.forward.logps import Batch, clean_logps
 from trainable.noise import sigma_at
 from trainable.noised import noised
 from trainable.outcome import Outcome, StepReport
-from trainable.policy.policy import block_of, unquantized
+from trainable.policy.policy import Policy, block_of, deployed, unquantized
 from trainable.seeds import generator
 from trainable.tasks.addition import exact_reward
 from trainable.tasks.task import ProceduralTask, Question, each
@@ -553,6 +555,44 @@ def test_the_reference_is_the_start_and_stays_there(tiny: Tiny) -> None:
     kl = [r.signals["grpo/reference_kl"] for r in reports]
     assert kl[0] < 1e-6 < 1e-3 < kl[-1]
     assert "reference" not in json.dumps(list(trial.state_dict()))
+
+
+def held_bytes(trial: Trial) -> int:
+    """Of all weights that a trial holds, shared ones once; those that a rollout was frozen with, too."""
+    found = {}
+    for policy in filter(None, (trial.policy, trial.reference)):
+        frozen = [linear.deployed_weight for linear in policy.linears.values() if linear.deployed_weight is not None]
+        for tensor in (*policy.model.parameters(), *frozen):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def test_with_adapters_there_is_one_copy_of_the_base_and_its_log_probs_are_those_of_the_start(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, learning = ("model.adapter=lora", "model.lora_rank=4"), ("grpo.learning_rate=1e-2", "grpo.steps=3")
+    alone = held_bytes(Trial(tiny("grpo.kl_beta=0", *lora)))
+    trial = Trial(tiny("grpo.kl_beta=0.1", *lora, *learning))
+    begun = copy.deepcopy(trial.policy)
+    assert held_bytes(trial) == alone
+    held: list[int] = []
+    batches: list[Batch] = []
+
+    def spy(policy: Policy, optimizer: Any, batch: Batch, *args: Any, **options: Any) -> Any:
+        held.append(held_bytes(trial))
+        batches.append(batch)
+        return trainable.grpo.update(policy, optimizer, batch, *args, **options)
+
+    monkeypatch.setattr(trainable.trial, "update", spy)
+    reports = finish(trial)
+    assert held == [alone] * 3, "and the rollout's quantised weights are gone when learning begins"
+    with deployed(begun):
+        expected = clean_logps(begun, batches[-1], 1.0, 1024)
+    assert batches[-1].reference_logps is not None
+    assert torch.equal(batches[-1].reference_logps, expected)
+    assert not torch.equal(batches[-1].old_logps, expected)
+    assert reports[-1].signals["grpo/reference_kl"] > 0
+    assert all(parameter.requires_grad for name, parameter in trial.policy.model.named_parameters() if "lora" in name)
 
 
 def test_the_kl_term_pulls_the_policy_back_to_the_reference(tiny: Tiny) -> None:

@@ -132,7 +132,8 @@ ELSEWHERE = {
         "task.correct_at",
         *(f"task.{name}" for name in TaskConfig.model_fields if name.startswith("reward")),  # test_foreign.py
     ),
-    *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens", "grpo.micro_batch_size"),
+    *("eval.batch_size", "rollout.batch_size", "rollout.max_prompt_tokens"),
+    *("grpo.micro_batch_size", "grpo.micro_batch_tokens", "grpo.checkpoint_activations"),
     *("rollout.backend", "rollout.engine", "rollout.kv_cache_gib", "rollout.sleep", "rollout.start_seconds"),
     "rollout.answer_seconds",
     *(key for key in keys() if key.startswith("model.recipe.")),  # any other recipe is another base, by its hash
@@ -227,6 +228,7 @@ DEAD: list[list[str]] = [
     ["collapse.mode=off", "collapse.patience=2"],
     ["model.lora_rank=32"],
     ["eval.every=100"],
+    ["grpo.micro_batch_tokens=4096", "grpo.micro_batch_size=8"],
 ]
 
 

@@ -38,8 +38,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from spaces.config import MicroBatch
 from trainable.forward.decoder import decoder
-from trainable.forward.logps import Batch, clean_logps, importance_weights
+from trainable.forward.logps import Batch, by_parts, clean_logps, importance_weights
 from trainable.policy.attention import attention, attention_of
 from trainable.policy.policy import Policy, block_of
 
@@ -96,16 +97,16 @@ class Floor:
 
 
 def measure_floor(
-    policy: Policy, batch: Batch, temperature: float, micro_batch_size: int, decoded_size: int = 0
+    policy: Policy, batch: Batch, temperature: float, micro_batch: MicroBatch, decoded_size: int = 0
 ) -> Floor:
     """On the batch's tokens, whoever sampled them with `rollout_logps`. Call it inside `deployed`.
 
-    Costs a rollout, `decoded_size` completions at once, and two forward passes, `micro_batch_size` at a time. Raises
+    Costs a rollout, `decoded_size` completions at once, and two forward passes, a `micro_batch` at a time. Raises
     ConfigError for an architecture whose attention cannot be switched.
     """
-    arguments = (policy, batch, temperature, micro_batch_size)
-    cached = cached_logps(policy, batch, temperature, max(micro_batch_size, decoded_size))
-    behaviours = {"cached": cached, "eager": eager_logps(*arguments)}
+    arguments = (policy, batch, temperature, micro_batch)
+    decoded = max(micro_batch, decoded_size) if isinstance(micro_batch, int) else decoded_size or micro_batch
+    behaviours = {"cached": cached_logps(policy, batch, temperature, decoded), "eager": eager_logps(*arguments)}
     return floor_of(behaviours, clean_logps(*arguments), batch.rollout_logps, batch.mask)
 
 
@@ -144,20 +145,20 @@ def gap(behaviour_logps: Tensor, reference_logps: Tensor, mask: Tensor, sampler_
 
 
 @torch.no_grad()
-def cached_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
+def cached_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: MicroBatch) -> Tensor:
     """Log-probs [B, T] as generation computes them: each prompt once for its group, then a token at a time. Of padding:
     anything."""
-    pieces = []
-    for rows in batch.slices(micro_batch):
-        part = batch.part(rows)
+
+    def computed(part: Batch) -> Tensor:
         together = part.group_size
         forward = decoder(policy, part.completion_ids.shape[1])
         logits = forward.prefill(part.prompt_ids[::together], part.prompt_mask[::together], together)  # [rows, V]
         columns = [_of_tokens(logits, part.completion_ids[:, 0], temperature)]
         for before, token in zip(part.completion_ids.T, part.completion_ids.T[1:], strict=False):
             columns.append(_of_tokens(forward.step(before), token, temperature))
-        pieces.append(torch.stack(columns, 1))
-    return torch.cat(pieces)
+        return torch.stack(columns, 1)
+
+    return by_parts(policy, batch, micro_batch, computed)
 
 
 def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -165,7 +166,7 @@ def _of_tokens(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, tokens[:, None])[:, 0]
 
 
-def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: int) -> Tensor:
+def eager_logps(policy: Policy, batch: Batch, temperature: float, micro_batch: MicroBatch) -> Tensor:
     """Log-probs [B, T] of training's tokens with the other attention: eager, or sdpa where training is eager."""
     with other_attention(policy):
         return clean_logps(policy, batch, temperature, micro_batch)

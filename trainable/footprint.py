@@ -18,9 +18,10 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,7 @@ from spaces.config import ConfigError, GRPOConfig, TrialConfig
 from trainable.counting import OTHER, Counted, StepOnShapes, Work
 from trainable.engines.memory import Needs, cache_numbers_per_token, needs_of
 from trainable.forward.decoder import decoder
-from trainable.forward.logps import Batch, clean_logps
+from trainable.forward.logps import Batch, clean_logps, micro_batches
 from trainable.grpo import update
 from trainable.layers.experts import Experts
 from trainable.policy.loading import wrapped
@@ -129,7 +130,8 @@ def count_step(config: TrialConfig, policy: Policy, counted: Counted) -> dict[st
     if any(isinstance(module, Experts) for module in policy.model.modules()):
         raise CannotCount("which experts a token goes to hangs on its values")
     with counted.making("reference model"):
-        reference = copy.deepcopy(policy) if config.grpo.kl_beta > 0 else None
+        copied = config.grpo.kl_beta > 0 and config.model.adapter == "full"
+        reference = copy.deepcopy(policy) if copied else None
     optimizer = _optimizer(config, policy, counted)
     batch = _batch(config, policy, counted)
     phases = _rollout(config, policy, counted) | _learning(config, policy, optimizer, batch, counted)
@@ -151,7 +153,7 @@ def without_weights(config: TrialConfig, architecture: Architecture, counted: Co
         policy = wrapped(network, tokenizer, config.model, config.quant, config.seed)
         for tensor in (*policy.model.parameters(), *policy.model.buffers()):
             tensor.detach()  # seen, if no operation of torch's made it
-    return policy
+    return replace(policy, checkpoints=config.grpo.checkpoint_activations)
 
 
 def _optimizer(config: TrialConfig, policy: Policy, counted: Counted) -> StepOnShapes:
@@ -261,6 +263,8 @@ def _batch(config: TrialConfig, policy: Policy, counted: Counted) -> Batch:
             old_logps=torch.zeros_like(mask),
             reference_logps=torch.zeros_like(mask) if config.grpo.kl_beta > 0 else None,
             group_size=config.grpo.group_size,
+            prompt_lengths=np.full(rows, config.rollout.max_prompt_tokens),
+            lengths=np.full(rows, tokens),
         )
 
 
@@ -272,9 +276,9 @@ def _learning(
     grpo, rollout = config.grpo, config.rollout
     counted.label = _labels(policy)
     with counted.making("batch"):
-        some = _micro_batches(batch, grpo)
+        some = _some_of(policy, batch, grpo)
     with _phase(counted, phases, "log-probs", len(some)), deployed(policy):
-        clean_logps(policy, some, rollout.temperature, grpo.micro_batch_size)
+        clean_logps(policy, some, rollout.temperature, grpo.micro_batch)
 
     def learned(*_: Any) -> None:
         phases["update"] = _so_far(counted, len(some))
@@ -290,11 +294,11 @@ def _learning(
     return phases
 
 
-def _micro_batches(batch: Batch, grpo: GRPOConfig) -> Batch:
+def _some_of(policy: Policy, batch: Batch, grpo: GRPOConfig) -> Batch:
     """Groups enough for two of them, or those of a mini-batch where it is one."""
     group = batch.group_size
     for groups in range(1, max(1, len(batch) // group // grpo.minibatches) + 1):
         some = batch.rows(slice(0, groups * group), group)
-        if len(some.slices(grpo.micro_batch_size)) >= _MICRO_BATCHES:
+        if len(list(micro_batches(policy, some, grpo.micro_batch))) >= _MICRO_BATCHES:
             break
     return some

@@ -18,13 +18,14 @@ Shapes: B = completions, G = completions of a prompt, T = completion tokens (rig
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from spaces.config import FilterPolicy, GRPOConfig, Loss, RolloutConfig
 from trainable.episode import FilterOutcome, Group
-from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps
+from trainable.forward.logps import LARGEST_NATS, Batch, completion_logps, correction_weights, micro_batches
 from trainable.masters import Rows
 from trainable.policy.policy import Policy
 from trainable.sharding import is_sharded
@@ -85,13 +86,13 @@ def filter_groups(policy: FilterPolicy, groups: Sequence[Group], wanted: int) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossMetrics:
-    """Sums over tokens (or completions), so that micro-batches add up."""
+    """Sums over tokens, so that micro-batches add up; numbers that are still on the device."""
 
-    clipped: float
+    clipped: torch.Tensor
     """Tokens whose ratio was clipped against the advantage."""
-    kl: float
+    kl: torch.Tensor
     """Sum of the k3 KL to the reference policy."""
-    tokens: float
+    tokens: torch.Tensor
 
 
 def grpo_loss(
@@ -132,9 +133,9 @@ def grpo_loss(
     token_loss = token_loss.where(inside, 0.0)
     per_sequence = token_loss.sum(1) / mask.sum(1).clamp(min=1.0) if loss == "grpo" else token_loss.sum(1)  # [B]
     metrics = LossMetrics(
-        clipped=((clipped < unclipped) & inside).sum().item(),
-        kl=kl.detach()[inside].sum().item(),
-        tokens=inside.sum().item(),
+        clipped=((clipped < unclipped) & inside).sum(),
+        kl=kl.detach().where(inside, 0.0).sum(),
+        tokens=inside.sum(),
     )
     return per_sequence.sum() / normalizer, metrics
 
@@ -147,8 +148,8 @@ def loss_normalizer(loss: Loss, mini_batch: Batch, whole: Batch, minibatches: in
     if loss == "dr_grpo":
         return float(len(mini_batch) * max_new_tokens)
     if loss == "bnpo":
-        return max(1.0, mini_batch.mask.sum().item())
-    return max(1.0, whole.mask.sum().item() / minibatches)
+        return max(1.0, float(mini_batch.lengths.sum()))
+    return max(1.0, float(whole.lengths.sum()) / minibatches)
 
 
 # --- update -----------------------------------------------------------------------------------------------------------
@@ -165,44 +166,47 @@ def update(
     shuffle: torch.Generator,
     team: Team = ALONE,
 ) -> UpdateMetrics:
-    """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add
-    up. A team shares the groups of each mini-batch out; every process then makes the same step."""
+    """All updates of a step: epochs over mini-batches of shuffled groups, each in micro-batches whose gradients add up.
+    A team shares the groups of each mini-batch out; every process then makes the same step.
+
+    Nothing is asked of the device but the norm of each update's gradient, which decides whether it is applied, and in
+    the end the sums that are told. (Several processes tell each other theirs before each of their sums of gradients.)
+    """
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     parameters = [p for p in everything if not isinstance(p, Rows)]
-    correction = None if rollout.correction == "none" else batch.correction(rollout).weights
-    losses, norms, sums = [], [], [0.0, 0.0, 0.0]
-    order = torch.empty(0, dtype=torch.long)
+    if rollout.correction != "none":
+        batch = replace(batch, weights=_correction(batch, rollout))
+    norms = []
+    sums = torch.zeros(4, dtype=torch.double, device=batch.mask.device)  # loss, then those of LossMetrics
+    order = np.empty(0, dtype=np.int64)
     for number in range(grpo.updates_per_step):
         part = number % grpo.minibatches
         if part == 0:
-            order = torch.randperm(len(batch) // batch.group_size, generator=shuffle).to(batch.mask.device)
-        chosen = batch.rows_of(order.tensor_split(grpo.minibatches)[part])
+            order = torch.randperm(len(batch) // batch.group_size, generator=shuffle).numpy()
+        chosen = batch.rows_of(np.array_split(order, grpo.minibatches)[part])
         if len(chosen) == 0:  # a filter left fewer groups than mini-batches
             continue
         mini = batch.rows(chosen, batch.group_size)
-        weights = None if correction is None else correction[chosen]
         normalizer = loss_normalizer(grpo.loss, mini, batch, grpo.minibatches, rollout.max_new_tokens)
         learned, gradients = [], []
-        spans = team.spans(len(mini) // mini.group_size)
-        idle = _idle_passes([mini.groups(groups) for groups in spans], grpo, team) if is_sharded(policy.network) else 0
+        own = [mini.groups(groups) for groups in team.spans(len(mini) // mini.group_size)]
+        idle = _idle_passes(policy, own, grpo, team) if is_sharded(policy.network) else 0
         optimizer.zero_grad(set_to_none=True)
-        for groups in spans:
+        for share in own:
             for parameter in parameters:
                 parameter.grad = None
-            rows = slice(groups.start * mini.group_size, groups.stop * mini.group_size)
-            own = None if weights is None else weights[rows]
-            loss = backward(policy, mini.groups(groups), own, grpo, rollout, normalizer)
+            told = backward(policy, share, grpo, rollout, normalizer)
             gradients.append([parameter.grad for parameter in parameters])
-            learned.append((loss, [grad is not None for grad in gradients[-1]]))
+            has = [grad is not None for grad in gradients[-1]]
+            learned.append((told if team.size == 1 else told.cpu(), has))
         for _ in range(idle):
             nothing = 0.0 * completion_logps(policy, mini.rows(slice(0, 1)), rollout.temperature).sum()
             nothing.backward()  # type: ignore[no-untyped-call]
-        shares = [share for own in team.gather("update", learned) for share in own]
+        shares = [share for one in team.gather("update", learned) for share in one]
         add_up(parameters, gradients, [any(row) for row in zip(*(has for _, has in shares), strict=True)], team)
-        for (_, metrics), _ in shares:
-            sums = [a + b for a, b in zip(sums, (metrics.clipped, metrics.kl, metrics.tokens), strict=True)]
+        for told, _ in shares:
+            sums += told.to(sums.device)
         norm = clip(everything, grpo.max_grad_norm, team)
-        losses.append(sum(loss for (loss, _), _ in shares))
         norms.append(norm)
         if not (norm < float("inf")):
             break
@@ -210,27 +214,20 @@ def update(
             group["lr"] = grpo.learning_rate * warmup_factor(first_update + number, grpo.warmup_updates)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    clipped, kl, tokens = sums
+    loss_sum, clipped, kl, tokens = (number.item() for number in sums)
     return UpdateMetrics(
-        loss=sum(losses) / len(losses),
+        loss=loss_sum / len(norms),
         grad_norm=max(norms, key=lambda norm: float("inf") if norm != norm else norm),
         clip_fraction=clipped / max(tokens, 1.0),
         reference_kl=kl / max(tokens, 1.0),
     )
 
 
-def backward(
-    policy: Policy,
-    share: Batch,
-    weights: torch.Tensor | None,
-    grpo: GRPOConfig,
-    rollout: RolloutConfig,
-    normalizer: float,
-) -> tuple[float, LossMetrics]:
-    """Add the gradients of some groups of a mini-batch; returns their part of its loss. There may be none."""
-    total, sums = 0.0, LossMetrics(clipped=0.0, kl=0.0, tokens=0.0)
-    for rows in share.slices(grpo.micro_batch_size):
-        micro = share.part(rows)
+def backward(policy: Policy, share: Batch, grpo: GRPOConfig, rollout: RolloutConfig, normalizer: float) -> torch.Tensor:
+    """Add the gradients of some groups of a mini-batch, of which there may be none; returns their part of its loss and
+    of the sums in LossMetrics, [4] on the device."""
+    sums = torch.zeros(4, dtype=torch.double, device=share.mask.device)
+    for _, micro in micro_batches(policy, share, grpo.micro_batch):
         logps = completion_logps(policy, micro, rollout.temperature)
         loss, metrics = grpo_loss(
             logps,
@@ -241,16 +238,14 @@ def backward(
             clip_low=grpo.clip_low,
             clip_high=grpo.clip_high,
             normalizer=normalizer,
-            weights=None if weights is None else weights[rows],
+            weights=micro.weights,
             reference_logps=micro.reference_logps,
             kl_beta=grpo.kl_beta,
         )
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
-        sums = LossMetrics(
-            clipped=sums.clipped + metrics.clipped, kl=sums.kl + metrics.kl, tokens=sums.tokens + metrics.tokens
-        )
-    return total, sums
+        told = (loss.detach(), metrics.clipped, metrics.kl, metrics.tokens)
+        sums += torch.stack([number.double() for number in told])
+    return sums
 
 
 def add_up(
@@ -269,10 +264,10 @@ def add_up(
         parameter.grad = total
 
 
-def _idle_passes(shares: Sequence[Batch], grpo: GRPOConfig, team: Team) -> int:
+def _idle_passes(policy: Policy, shares: Sequence[Batch], grpo: GRPOConfig, team: Team) -> int:
     """By how many passes this process has fewer than another: matrices in shards come together in all at once, so it
     goes along, with a gradient of 0."""
-    own = sum(len(share.slices(grpo.micro_batch_size)) for share in shares)
+    own = sum(1 for share in shares for _ in micro_batches(policy, share, grpo.micro_batch))
     return max(team.gather("passes", own)) - own
 
 
@@ -286,6 +281,12 @@ def clip(parameters: Sequence[torch.Tensor], limit: float, team: Team) -> float:
     norm = math.sqrt(sum(team.gather("norm", squares[0])) + squares[1])
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
     return norm
+
+
+def _correction(batch: Batch, rollout: RolloutConfig) -> torch.Tensor:
+    """Weights [B, T] of the clean policy over the noisy one."""
+    arguments = (batch.old_logps, batch.rollout_logps, batch.mask, rollout.correction_cap)
+    return correction_weights(rollout.correction, *arguments)
 
 
 def warmup_factor(update: int, warmup_updates: int) -> float:

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spaces.config import ConfigError, ModelConfig, TrialConfig
+from spaces.config import ConfigError, MicroBatch, ModelConfig, TrialConfig
 from trainable.floor import cached_logps
-from trainable.forward.logps import PACKED_TOKENS, Batch, completion_logps
+from trainable.forward.logps import PACKED_TOKENS, Batch, by_parts, completion_logps
 from trainable.forward.transformer import forward_of, left_padded
 from trainable.policy.attention import attention
 from trainable.policy.embedded import Progress
@@ -107,7 +107,7 @@ def load_checked(config: TrialConfig, progress: Progress | None = None) -> tuple
             for batch in batches
         ]
     policy = wrapped(network, tokenizer, config.model, config.quant, config.seed)
-    micro = config.grpo.micro_batch_size
+    micro = config.grpo.micro_batch
     narrow = dtype != torch.float32
 
     def measured() -> list[dict[str, float]]:
@@ -131,7 +131,8 @@ def load_checked(config: TrialConfig, progress: Progress | None = None) -> tuple
                 f"model.name={config.model.name}: {WAYS[way]} is {getattr(agreement, way):.2g} nats per token from "
                 f"transformers' own (allowed {agreement.limit:g}); {remedy or 'take another model'}"
             )
-    return replace(policy, packs=agreement.packed <= agreement.limit), agreement
+    packs = agreement.packed <= agreement.limit
+    return replace(policy, packs=packs, checkpoints=config.grpo.checkpoint_activations), agreement
 
 
 def doubts(agreement: Agreement) -> list[str]:
@@ -254,13 +255,12 @@ def own_logps(network: Any, batch: Batch) -> Tensor:
     return logps
 
 
-def _ways(policy: Policy, batch: Batch, micro: int) -> dict[str, Callable[[], Tensor]]:
+def _ways(policy: Policy, batch: Batch, micro: MicroBatch) -> dict[str, Callable[[], Tensor]]:
     """Inside `unquantized`. Training's with gradients, as it trains."""
 
     def trained(policy: Policy, batch: Batch) -> Tensor:
         with torch.enable_grad():
-            parts = (completion_logps(policy, batch.part(rows), 1.0).detach() for rows in batch.slices(micro))
-            return torch.cat(list(parts))
+            return by_parts(policy, batch, micro, lambda part: completion_logps(policy, part, 1.0).detach())
 
     def sampled() -> Tensor:
         with deployed(policy):
@@ -274,7 +274,7 @@ def _ways(policy: Policy, batch: Batch, micro: int) -> dict[str, Callable[[], Te
 
 
 def _distances(
-    model: ModelConfig, policy: Policy, batch: Batch, reference: Tensor, micro: int, narrow: bool
+    model: ModelConfig, policy: Policy, batch: Batch, reference: Tensor, micro: MicroBatch, narrow: bool
 ) -> dict[str, float]:
     """Of each way from the reference, at most, or on average in few bits; inside `_widened`."""
     found = {}

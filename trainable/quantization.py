@@ -58,6 +58,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spaces.formats import FORMATS, Element, Format
+from trainable.again import remember
 from trainable.hadamard import POINTS, rotate
 from trainable.kernels import cpu, cuda
 from trainable.sharding import whole
@@ -264,7 +265,8 @@ class Operand:
 
     def of(self, x: Tensor) -> Tensor:
         """`x` [..., I] as it is multiplied; its gradient passes straight through the rounding."""
-        return self._rounded(self._turned(x))
+        made = self._rounded(self._turned(x))
+        return made if made is x else remember(made, self.of, x)
 
     def _turned(self, x: Tensor) -> Tensor:
         return rotate(x) if self.hadamard else x
@@ -450,7 +452,8 @@ class QuantLinear(nn.Linear):
         Computed in the layer's dtype, as the layer's own operand is: peft casts to its adapters', which is wider.
         """
         if x.dtype != self.weight.dtype:
-            return self.seen(x.to(self.weight.dtype)).to(x.dtype)
+            narrow = x.to(self.weight.dtype)
+            return remember(self.seen(narrow).to(x.dtype), lambda given: self.seen(given).to(x.dtype), narrow)
         return self._input.seen(self._input.of(x) if self.quantize_input else x)
 
     def quantized_weight(self) -> Tensor:

@@ -68,7 +68,7 @@ from trainable.outcome import (
 from trainable.parity import doubts, load_checked
 from trainable.philox import GENERATOR
 from trainable.policy.embedded import Progress
-from trainable.policy.policy import Policy, decoder_blocks, deployed, unquantized
+from trainable.policy.policy import Policy, decoder_blocks, deployed, unquantized, without_adapters
 from trainable.receipt import receipt_of
 from trainable.rollout import TooLong, encode_prompts, in_chunks, judge, without_too_long
 from trainable.seeds import generator
@@ -151,7 +151,8 @@ class Trial:
         self.left_out = TooLong()
         self._measure_questions()
         self.targets = noise_targets(self.policy, config.noise)
-        self.reference = copy.deepcopy(self.policy) if config.grpo.kl_beta > 0 else None
+        copied = config.grpo.kl_beta > 0 and config.model.adapter == "full"
+        self.reference = copy.deepcopy(self.policy) if copied else None  # with adapters it is the base beside them
         self.base = digest_of(self._not_in_checkpoints())
         if config.parallel.weights == "sharded":
             self._shard()
@@ -470,7 +471,7 @@ class Trial:
             batch, apart = self._batch(groups), None
             try:
                 with deployed(self.policy):
-                    metrics = gate.check(engine, self.policy, batch, config.rollout, config.grpo.micro_batch_size)
+                    metrics = gate.check(engine, self.policy, batch, config.rollout, config.grpo.micro_batch)
             except gate.LogpsApart as found:
                 apart = found
             refused = [one for one in self.team.gather("gate", apart) if one is not None]
@@ -543,17 +544,23 @@ class Trial:
         config = self.config
         rewards = shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens)
         batch = make_batch(self.policy, groups, group_advantages(rewards, config.grpo.advantage_scale))
+        micro_batch, reference = config.grpo.micro_batch, None
 
         def logps(policy: Policy) -> torch.Tensor:
             def of(groups: range) -> torch.Tensor:
                 return clean_logps(policy, batch.groups(groups), config.rollout.temperature, micro_batch)
 
-            with deployed(policy):
-                found = self.team.share_out_rows("log-probs", len(batch) // batch.group_size, of)
+            found = self.team.share_out_rows("log-probs", len(batch) // batch.group_size, of)
             return found.to(batch.mask.device)
 
-        micro_batch = config.grpo.micro_batch_size
-        old, reference = logps(self.policy), None if self.reference is None else logps(self.reference)
+        with deployed(self.policy):
+            old = logps(self.policy)
+            if config.grpo.kl_beta > 0 and self.reference is None:
+                with without_adapters(self.policy):
+                    reference = logps(self.policy)
+        if self.reference is not None:
+            with deployed(self.reference):
+                reference = logps(self.reference)
         return replace(batch, old_logps=old, reference_logps=reference)
 
     def _gives_up(self, filtered: FilterOutcome) -> bool:

@@ -43,7 +43,7 @@ from spaces.config import TrialConfig
 from spaces.formats import FORMATS
 from trainable.engines.engine import Request
 from trainable.episode import Group
-from trainable.forward.logps import Batch, clean_logps, completion_logps, make_batch
+from trainable.forward.logps import Batch, clean_logps, completion_logps, make_batch, micro_batches
 from trainable.grpo import group_advantages, grpo_loss, loss_normalizer, shaped_rewards, update
 from trainable.hashing import stable_hash
 from trainable.masters import MasterAdamW
@@ -82,7 +82,7 @@ def grpo_batch(policy: Policy, task: Task, config: TrialConfig, prompts: int, se
     rewards = shaped_rewards(groups, config.grpo, config.rollout.max_new_tokens)
     batch = make_batch(policy, groups, group_advantages(rewards, config.grpo.advantage_scale))
     with deployed(policy):
-        old = clean_logps(policy, batch, config.rollout.temperature, config.grpo.micro_batch_size)
+        old = clean_logps(policy, batch, config.rollout.temperature, config.grpo.micro_batch)
     return replace(batch, old_logps=old, reference_logps=old if config.grpo.kl_beta > 0 else None)
 
 
@@ -162,10 +162,10 @@ def _gradients(
 
     for group in range(groups):
         progress(group, groups, what)
-        rows = batch.rows_of(torch.tensor([group], device=batch.mask.device))
+        rows = batch.rows_of(np.array([group]))
         alone = batch.rows(rows, batch.group_size)
         with _given_away(policy, partial(take, group)):
-            for part in (alone.part(rows) for rows in alone.slices(config.grpo.micro_batch_size)):
+            for _, part in micro_batches(policy, alone, config.grpo.micro_batch):
                 _loss(policy, part, config, normalizer).backward()  # type: ignore[no-untyped-call]
     return whole, some
 

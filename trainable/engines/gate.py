@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spaces.config import RolloutConfig, TrialConfig
+from spaces.config import MicroBatch, RolloutConfig, TrialConfig
 from trainable.engines.engine import Engine, deployed_weights, digest
 from trainable.failure import TrialFailed
 from trainable.floor import APART, Floor, gap, measure_floor
@@ -63,13 +63,13 @@ def prompts_for(config: TrialConfig) -> int:
 
 
 def check(
-    engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch_size: int
+    engine: Engine, policy: Policy, batch: Batch, rollout: RolloutConfig, micro_batch: MicroBatch
 ) -> dict[str, float]:
     """Parts a to c, inside `deployed`, on a noise-free rollout that the engine made; metrics of part c. Raises
     TrialFailed."""
     check_weights(engine, policy)
     check_layers(engine, policy, batch, rollout)
-    floor = measure_floor(policy, batch, rollout.temperature, micro_batch_size, rollout.batch_size)
+    floor = measure_floor(policy, batch, rollout.temperature, micro_batch, rollout.batch_size)
     return check_logps(batch, floor)
 
 

@@ -11,18 +11,19 @@ Shapes: B = rows, T = tokens of this call, S = tokens seen, H = attention heads,
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainable.again import block_again
 from trainable.kernels import cpu
 from trainable.layers.norm import RMSNorm
 from trainable.policy.attention import attention_of
 from trainable.policy.policy import KNOWN_BLOCKS, Policy
-from trainable.sharding import through
+from trainable.sharding import is_sharded, through
 
 _STEADY = ("default", "linear", "yarn", "llama3")
 """Kinds of rotation whose angles depend on a token's position alone, and not on how many there are."""
@@ -33,6 +34,9 @@ Angles = tuple[Tensor, Tensor]
 Mixer = Callable[[int, Tensor, Tensor, Tensor, Angles], Tensor]
 """Attention of one layer: (layer, queries [B * T, H * D], keys [B * T, N * D], values [B * T, N * D], angles) -> [B *
 T, H * D]."""
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(row, head, token, other token) -> whether the one sees the other, in any shapes that broadcast."""
 
 Memory = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, rotated keys, values [B, N, T, D] of new tokens) -> those of all tokens seen [B, N, S, D]."""
@@ -65,6 +69,15 @@ def forward_of(policy: Policy) -> "Forward | None":
         return None
     forward = Forward(policy)
     return forward if isinstance(forward.body.norm, RMSNorm) else None
+
+
+@cache
+def _by_blocks() -> Callable[..., Tensor]:
+    """Compiled: as it is it would hold a number for each pair of tokens. Who does not need it does not import it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
+    return compiled
 
 
 class _Block:
@@ -101,13 +114,16 @@ class Forward:
         self.size = head_size(config)
         self.scale: float = self.size**-0.5
         self.dtype = next(causal.parameters()).dtype
+        self.network, self.checkpoints = causal, policy.checkpoints
 
     def hidden(self, ids: Tensor, angles: Angles, mix: Mixer) -> Tensor:
         """Hidden states [B, T, hidden] behind the last block and before the final norm; ids [B, T]."""
         x = self.body.embed_tokens(ids.flatten())  # [B * T, hidden]
         term = None
+        again = self.checkpoints and torch.is_grad_enabled() and not is_sharded(self.network)
         for layer, block in enumerate(self.blocks):
-            x, term = through(block.whole, partial(block, layer, angles, mix), x, term)
+            work = partial(block, layer, angles, mix)
+            x, term = block_again(work, x, term) if again else through(block.whole, work, x, term)
         hidden: Tensor = (x if term is None else x + term).view(*ids.shape, -1)
         return hidden
 
@@ -119,22 +135,58 @@ class Forward:
     def masked(self, mask: Tensor, memory: Memory = lambda layer, keys, values: (keys, values)) -> Mixer:
         """Attention under a mask [B, 1, T, S]: True or 0 for what a token sees, False or a large negative number for
         what not."""
-        rows, _, tokens, _ = mask.shape
+        shared = self.heads // self.kv_heads
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if shared > 1 and not mask.is_cpu:  # a GPU's fused kernels take a mask or shared heads, not both
+                keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+            grouped = keys.shape[1] < self.heads
+            return F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped
+            )
+
+        return self._attention(mask.shape[0], attend, memory)
+
+    def causal(self, rows: int) -> Mixer:
+        """Attention of each of B = `rows` rows to itself, a token to those before it."""
+        grouped = self.kv_heads < self.heads
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=grouped
+            )
+
+        return self._attention(rows, attend)
+
+    def ruled(self, sees: Rule, rows: Tensor) -> Mixer:
+        """Attention of each row of `rows` [B, T] to itself by a rule, without a mask of pairs: blocks of them in which
+        nothing is seen are left out (FlexAttention, arXiv 2412.05496)."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        count, tokens = rows.shape
+        blocks = create_block_mask(sees, count, None, tokens, tokens, device=rows.device)
+        grouped, by_blocks = self.kv_heads < self.heads, _by_blocks()
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return by_blocks(queries, keys, values, block_mask=blocks, scale=self.scale, enable_gqa=grouped)
+
+        return self._attention(count, attend)
+
+    def _attention(
+        self,
+        rows: int,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        memory: Memory = lambda layer, keys, values: (keys, values),
+    ) -> Mixer:
+        """`attend`: queries [B, H, T, D], keys and values [B, N, S, D] -> [B, H, T, D]."""
 
         def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor, angles: Angles) -> Tensor:
             queries, keys = self._rotated(queries, angles), self._rotated(keys, angles)
             queries, keys, values = (
-                x.view(rows, tokens, -1, self.size).transpose(1, 2) for x in (queries, keys, values)
+                x.view(rows, len(x) // rows, -1, self.size).transpose(1, 2) for x in (queries, keys, values)
             )
-            keys, values = memory(layer, keys, values)
-            shared = self.heads // self.kv_heads
-            if shared > 1 and not mask.is_cpu:  # a GPU's fused kernels take a mask or shared heads, not both
-                keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
-            grouped = keys.shape[1] < self.heads
-            mixed = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped
-            )  # [B, H, T, D]
-            return mixed.transpose(1, 2).reshape(rows * tokens, -1)
+            mixed = attend(queries, *memory(layer, keys, values))
+            return mixed.transpose(1, 2).reshape(len(angles[0]), -1)
 
         return mix
 

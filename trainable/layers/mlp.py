@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainable.again import remember
 from trainable.kernels import cpu, cuda
 from trainable.layers.norm import LANES
 from trainable.quantization import InputSource, QuantLinear
@@ -29,7 +30,8 @@ class GatedMLP(InputSource):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
-        y: Tensor = self.down_proj(self._activation(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        y: Tensor = self.down_proj(remember(self._activation(gate, up), self._activation, gate, up))
         return y
 
     def _activation(self, gate: Tensor, up: Tensor) -> Tensor:

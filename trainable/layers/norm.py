@@ -12,6 +12,7 @@ Shapes: n = hidden size.
 import torch
 from torch import Tensor, nn
 
+from trainable.again import remember
 from trainable.kernels import cpu, cuda
 from trainable.quantization import InputSource
 
@@ -32,11 +33,11 @@ class RMSNorm(InputSource):
         kernels = self._kernels(x)
         if kernels is not None:
             y: Tensor = kernels.rms_norm(x, None, self.weight, self.epsilon, *self.output.codes)
-            return y
+            return remember(y, self._again, x, self.weight)
         if cuda.takes(x) and cuda.can_norm(x, self.weight):
             arguments = (x, self.weight, self.epsilon, *self.output.codes)
             on_device: Tensor = cuda.RMSNorm.apply(*arguments)  # type: ignore[no-untyped-call]
-            return on_device
+            return remember(on_device, self._again, x, self.weight)
         exact = x.to(torch.float32)
         normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.output.of(self.weight * normal.to(x.dtype))
@@ -46,9 +47,13 @@ class RMSNorm(InputSource):
         kernels = self._kernels(term)
         if kernels is not None:
             y, stream = kernels.rms_norm(term, stream, self.weight, self.epsilon, *self.output.codes)
-            return stream, y
+            return stream, remember(y, self._again, stream, self.weight)
         stream = stream + term
         return stream, self(stream)
+
+    def _again(self, x: Tensor, _: Tensor) -> Tensor:
+        y: Tensor = self(x)
+        return y
 
     def _kernels(self, x: Tensor) -> cpu.Kernels | None:
         """Those that fuse it, where they can."""

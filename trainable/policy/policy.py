@@ -57,6 +57,8 @@ class Policy:
     """Of norms by name: 1 where the gain is 1 + w, as in Gemma; else 0."""
     norm_kinds: dict[str, int] = field(default_factory=dict)
     """What the model has in norms, and how often, e.g. {"rmsnorm, gain w, pre_norm": 16}."""
+    checkpoints: bool = False
+    """Learning keeps of each block what goes into it, and computes the block again in the backward pass."""
     packs: bool = False
     """Completions of a prompt were shown to be equal side by side in transformers' forward (`trainable/parity.py`)."""
 
@@ -76,6 +78,10 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -214,6 +220,13 @@ def unshared(policy: Policy) -> Iterator[None]:
         for source, apart in zip(sources, before, strict=True):
             source.apart = apart
             source.share()
+
+
+def without_adapters(policy: Policy) -> AbstractContextManager[None]:
+    """The base alone, which does not learn: with adapters beside it it stays the policy that a trial began with."""
+    model: Any = policy.model
+    bare: AbstractContextManager[None] = model.disable_adapter()
+    return bare
 
 
 def _compute_as(policy: Policy, arithmetic: Mapping[str, Arithmetic]) -> None:
