@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+import trainable.engines.gate
 import trainable.team
+import trainable.trial
 from spaces.config import ConfigError, TrialConfig
 from tests.conftest import Tiny
 from tests.ranked import alone, compute, equal, together
+from tests.test_gate import Echo
 from tests.test_trial import W16A16
 from trainable.engines.engine import Request
+from trainable.engines.gate import LogpsApart
 from trainable.failure import TrialFailed
 from trainable.grpo import update
 from trainable.policy.policy import deployed
@@ -103,10 +107,11 @@ def updated(config: TrialConfig, shares: int) -> tuple[Any, dict[str, torch.Tens
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "bnpo", "dr_grpo"])
 @pytest.mark.parametrize("shares", [2, 3])
-def test_an_update_in_shares_is_the_undivided_one(tiny: Tiny, loss: str, shares: int) -> None:
+@pytest.mark.parametrize("mode", [W16A16, ()], ids=["W16A16", "W4A4"])
+def test_an_update_in_shares_is_the_undivided_one(tiny: Tiny, loss: str, shares: int, mode: tuple[str, ...]) -> None:
     """Loss, norm, clip fraction, KL and gradient, to the rounding of fp32 sums in another order."""
     config = tiny(
-        *W16A16,
+        *mode,
         "grpo.updates_per_step=1",
         "grpo.kl_beta=0.1",
         f"grpo.loss={loss}",
@@ -153,6 +158,10 @@ def test_what_is_sampled_hangs_on_the_place_alone(tiny: Tiny) -> None:
     for other in (*pieces, shares):
         assert [[completion.ids for completion in group] for group in other] == ids
     assert [[completion.ids for completion in group] for group in again] == ids[1:]
+
+
+def test_an_engine_samples_a_prompt_by_its_number_among_all() -> None:
+    assert [asked(3, first=5).seed_of(number) for number in range(3)] == [asked(8).seed_of(n) for n in range(5, 8)]
 
 
 def test_each_place_has_a_number_of_its_own() -> None:
@@ -293,6 +302,41 @@ def test_a_mistake_that_one_process_finds_at_load_is_told_by_all(tiny: Tiny, tmp
     ended = together(2, with_mistake_at_load, tmp_path, tiny(*TWO), str(tmp_path))
     assert [type(one.error) for one in ended] == [ConfigError] * 2
     assert str(ended[0].error) == str(ended[1].error)
+
+
+def with_doubt(team: Team, config: TrialConfig) -> None:
+    """The engine of rank 1 alone is found to be apart, each time."""
+    trainable.trial.start_backend = lambda config, policy, told: Echo(policy, lambda *_: 0.0)  # type: ignore[assignment]
+    trial = Trial(config, team=team)
+    check = trainable.engines.gate.check
+
+    def doubtful(*arguments: Any) -> Any:
+        if team.rank == 1:
+            raise LogpsApart("rollout_mismatch", "the engine of rank 1")
+        return check(*arguments)
+
+    trainable.engines.gate.check = doubtful
+    trial.step()
+
+
+@pytest.mark.slow
+def test_the_gate_is_one_decision_of_all(tiny: Tiny, tmp_path: Path) -> None:
+    ended = together(2, with_doubt, tmp_path, tiny(*TWO))
+    assert [str(one.error) for one in ended] == ["rollout_mismatch: the engine of rank 1"] * 2
+
+
+def with_death(team: Team, config: TrialConfig) -> list[str]:
+    trial = Trial(config, team=team)
+    if team.rank == 1:
+        trial._tell_death("killed")
+    trial.step()
+    return list(trial.receipt().warnings)
+
+
+@pytest.mark.slow
+def test_what_one_process_is_warned_of_stands_in_the_receipt(tiny: Tiny, tmp_path: Path) -> None:
+    for ended in together(2, with_death, tmp_path, tiny(*TWO)):
+        assert "step 0: the engine died (killed) and was started again" in ended.value
 
 
 def with_other_weight(team: Team, config: TrialConfig) -> None:
