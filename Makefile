@@ -11,7 +11,11 @@ COVERAGE := $(VENV)/coverage.json
 comma := ,
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: sweep test quick science programme bench calibration faults search-quality overhead reference notebook lint ui vllm-cpu clean
+.PHONY: sweep test quick science programme bench gpu # On a machine with a GPU, which may lack everything but torch and its friends: at most 9 minutes. Writes docs/gpu.md.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu $(ARGS)
+
+calibration faults search-quality overhead reference notebook lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
