@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_quantization import ALL, CLASSES, QUANTISED, assert_same, sample
+from tests.quantised_samples import ALL, CLASSES, QUANTISED, assert_same, sample
 from trainable.hadamard import rotate_eager
 from trainable.kernels import cuda
 from trainable.layers import mlp, norm
