@@ -21,7 +21,7 @@ def estimate_lines(config: TrialConfig, device: Device) -> list[str]:
     try:
         now = fit(config, device)
     except CannotCount as reason:
-        return [f"{head}: memory and time cannot be told without the weights ({reason})"]
+        return [f"{head}: memory and time cannot be told from shapes ({reason})"]
     found = remedy(config, device) if now.too_large else None
     return [f"one trial {head}, an estimate of which nothing was measured:", *_memory(now, found), *_time(now, device)]
 

@@ -142,13 +142,13 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
     config = now.config
     grpo, rollout, asked = config.grpo, config.rollout, min(config.eval.batch_size, config.eval.questions)
     sampled = rollout.batch_size - rollout.batch_size % grpo.group_size
-    at_once = ("grpo.micro_batch_size", grpo.micro_batch_size, 1)
+    micro_batch = ("grpo.micro_batch_size", min(grpo.micro_batch_size, grpo.prompts * grpo.group_size), 1)
     if grpo.micro_batch_tokens is not None:
-        longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-        at_once = ("grpo.micro_batch_tokens", grpo.micro_batch_tokens, longest)
+        row = rollout.max_prompt_tokens + rollout.max_new_tokens
+        micro_batch = ("grpo.micro_batch_tokens", grpo.micro_batch_tokens, row)
     levers = {
-        "update": at_once,
-        "log-probs": at_once,
+        "update": micro_batch,
+        "log-probs": micro_batch,
         WITH_ENGINE: ("rollout.kv_cache_gib", 0.0 if now.engine is None else now.engine.cache / GIB, 0.1),
         "rollout: prompts": ("rollout.batch_size", sampled, grpo.group_size),
         "rollout: a token": ("rollout.batch_size", sampled, grpo.group_size),
@@ -161,6 +161,8 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
         key, value, least = levers[phase]
         if value > least:
             return {key: max(least, _lowered(value, now.room(phase)))}
+    if phase == "update" and not grpo.checkpoint_activations:
+        return {"grpo.checkpoint_activations": True}
     if config.model.dtype == "float32":
         return {"model.dtype": "bfloat16"}
     return {"model.adapter": "lora"} if config.model.adapter == "full" else {}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def real_policy(config: TrialConfig, architecture: Architecture) -> Policy:
     network = AutoModelForCausalLM.from_config(architecture.config, attn_implementation="sdpa")
     network.generation_config.eos_token_id = [0]
     tokenizer: Any = None
-    return wrapped(network, tokenizer, config.model, config.quant, config.seed)
+    policy = wrapped(network, tokenizer, config.model, config.quant, config.seed)
+    return replace(policy, checkpoints=config.grpo.checkpoint_activations)
 
 
 def on_shapes(config: TrialConfig, architecture: Architecture) -> dict[str, Phase]:
@@ -90,7 +92,11 @@ def bytes_of(phases: dict[str, Phase]) -> dict[str, int]:
     return {name: phase.bytes for name, phase in phases.items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__adapter": "lora", "grpo__kl_beta": 0.1}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__adapter": "lora", "grpo__kl_beta": 0.1, "grpo__checkpoint_activations": True}],
+    ids=["full", "lora"],
+)
 def test_shapes_take_what_the_same_operations_on_tensors_take_to_the_byte(
     changes: dict[str, Any], the_same_way: None
 ) -> None:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -62,16 +63,16 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most = 0
         self._labels: dict[int, str] = {}
         self._work: Counter[tuple[int, int, bool]] = Counter()
-        self._attention = _Attention()
+        self._attention = patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention)
 
     def __enter__(self) -> "Counted":
-        self._attention.__enter__()  # type: ignore[no-untyped-call]
+        self._attention.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._attention.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._attention.__exit__(*error)
 
     @contextmanager
     def making(self, label: str) -> Iterator[None]:
@@ -187,13 +188,18 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
-class _Attention(TorchFunctionMode):
-    """That of a CUDA device, for meta tensors."""
+_torchs_own = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return _attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """torch's, but on meta tensors; under its name, by which modes know it. (A mode of its own would be out of force in
+    a backward pass, where blocks may be computed again.)"""
+    if not args[0].is_meta:
+        return _torchs_own(*args, **kwargs)
+    if has_torch_function(args[:3]):
+        watched: Tensor = handle_torch_function(scaled_dot_product_attention, args[:3], *args, **kwargs)
+        return watched
+    return _attend(*args, **kwargs)
 
 
 def _attend(

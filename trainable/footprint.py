@@ -95,6 +95,8 @@ class CannotCount(Exception):
 def footprint(config: TrialConfig) -> Footprint:
     """Of a trial of this configuration. Raises ConfigError for a model whose shapes are not known here, CannotCount for
     one that shapes do not tell enough of."""
+    if config.parallel.weights == "sharded":
+        raise CannotCount("parallel.weights=sharded: what one process of several holds is not counted")
     architecture = architecture_of(config.model)
     counted = Counted()
     try:
@@ -295,10 +297,11 @@ def _learning(
 
 
 def _some_of(policy: Policy, batch: Batch, grpo: GRPOConfig) -> Batch:
-    """Groups enough for two of them, or those of a mini-batch where it is one."""
+    """Groups enough for two of them as large as they get, or those of a mini-batch where there are fewer."""
     group = batch.group_size
     for groups in range(1, max(1, len(batch) // group // grpo.minibatches) + 1):
         some = batch.rows(slice(0, groups * group), group)
-        if len(list(micro_batches(policy, some, grpo.micro_batch))) >= _MICRO_BATCHES:
+        sizes = [len(part) for _, part in micro_batches(policy, some, grpo.micro_batch)]
+        if sizes.count(max(sizes)) >= _MICRO_BATCHES:
             break
     return some

@@ -30,9 +30,12 @@ class GatedMLP(InputSource):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        y: Tensor = self.down_proj(remember(self._activation(gate, up), self._activation, gate, up))
+        y: Tensor = self.down_proj(self._between(self.gate_proj(x), self.up_proj(x)))
         return y
+
+    def _between(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Of which the frame that calls `down_proj` holds neither: without gradient they go before it."""
+        return remember(self._activation(gate, up), self._activation, gate, up)
 
     def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
         """[.., m] both -> [.., m]."""
