@@ -36,6 +36,9 @@ machine's fused kernels stand in for the GPU's. Needed = what is alive, 5 % lost
 **How time is told.** Each operation takes as long as its arithmetic or its bytes do, at 60 % of the device's peak and
 80 % of its bandwidth, and a phase no less than 8 microseconds of Python per operation (`search/roofline.py`). All
 completions are as long as they may become, which is the worst case: real ones end earlier.
+
+Logits are not among the parts: the head is computed some tokens at a time (`trainable/forward/head.py`, 64 MiB in
+fp32), and none is alive when the rest is most.
 """
 
 
