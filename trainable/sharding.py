@@ -9,8 +9,8 @@ What is computed does not change. A layer computes with its whole matrix, so a b
 of nvfp4 and a draw of noise are what they are without shards: log-probs have the same bits. Gradients are sums
 in another order, in fp32 also of a model in bf16 (1e-7 apart).
 
-Choices. A block is computed again in the backward pass: what autograd keeps for the straight-through estimator is the
-quantised copy of every matrix, and would be a whole model. Rollout and evaluation write down each deployed matrix
+Choices. A block is computed again in the backward pass: what autograd keeps for it are its quantised matrices, or the
+matrices to make them of, and would be a whole model. Rollout and evaluation write down each deployed matrix
 whole, once, for as long as they take: processes sample different prompts, of different lengths, and could not meet at
 every token. That is one copy of the model in its own dtype, as an engine would hold it, and it goes before the first
 gradient is made. Vectors (gains, biases) and adapters are whole everywhere: a thousandth of the weights.
