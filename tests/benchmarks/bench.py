@@ -70,6 +70,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "profile": ("Where a step's time goes", _part("step", "profiled")),
     "trial": ("A trial", _part("step", "trial_time")),
     "growth": ("Growth", _part("growth", "growth")),
+    "memory": ("The memory of a step", _part("memory", "step_memory")),
     "reading": ("Reading a sweep", _part("reading", "reading")),
     "engines": ("Engines that generate", _part("engines", "engines")),
     "backends": ("One trial by both backends", _part("engines", "backends")),

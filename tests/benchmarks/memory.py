@@ -10,8 +10,10 @@ later.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +23,16 @@ from spaces.reading import merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from tests.benchmarks.growth import _forget_the_peak, _gib
 
+BEFORE = "94a1bd9~1"
+"""The last commit that had all logits at once."""
+WAYS: tuple[tuple[str, ...], ...] = ((), ("grpo.micro_batch_tokens=1088",), ("grpo.checkpoint_activations=true",))
+HERE = Path(__file__).parents[2]
 GROUP, PROMPT_TOKENS, TOKENS = 4, 16, 256
 
 
 def one_step(adapter: str, prompts: str, *overrides: str) -> dict[str, float]:
-    """Log-probs of 4 completions of 256 tokens for each prompt, and an update (AdamW), after one of a single prompt, so
-    that its moments exist. Peak memory in GiB, seconds of processors and of the clock."""
+    """Log-probs of 4 completions of 256 tokens for each prompt, and an update (AdamW, whose moments exist). Peak memory
+    above the loaded model in GiB, seconds of processors and of the clock."""
     import torch
 
     from trainable.episode import Completion, Episode
@@ -69,15 +75,15 @@ def one_step(adapter: str, prompts: str, *overrides: str) -> dict[str, float]:
     optimizer = MasterAdamW(list(policy.trainable().values()), lr=1e-6, fused=True)
     before, size = _forget_the_peak(), getattr(config.grpo, "micro_batch", config.grpo.micro_batch_size)
 
-    def learn(groups: list[tuple[Episode, ...]]) -> None:
-        batch = make_batch(policy, groups, torch.linspace(-1, 1, len(groups) * GROUP).view(-1, GROUP))
-        with deployed(policy):
-            batch.old_logps.copy_(clean_logps(policy, batch, 1.0, size))
-        update(policy, optimizer, batch, config.grpo, config.rollout, first_update=0, shuffle=generator("shuffle"))
-
-    learn(groups[:1])
+    for parameter in policy.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # moments exist, as from the second update on
+    optimizer.zero_grad(set_to_none=True)
     started, processors = time.perf_counter(), time.process_time()
-    learn(groups)
+    batch = make_batch(policy, groups, torch.linspace(-1, 1, len(groups) * GROUP).view(-1, GROUP))
+    with deployed(policy):
+        batch.old_logps.copy_(clean_logps(policy, batch, 1.0, size))
+    update(policy, optimizer, batch, config.grpo, config.rollout, first_update=0, shuffle=generator("shuffle"))
     seconds, used = time.perf_counter() - started, time.process_time() - processors
     return {"gib": _gib("VmHWM") - before, "seconds": seconds, "processors": used}
 
@@ -94,6 +100,33 @@ def measured(checkout: Path, adapter: str, prompts: int, *overrides: str) -> dic
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def step_memory() -> list[str]:
+    """A step's learning on SmolLM2-135M in fp32, W4A4: 32 completions of 256 tokens, an update; the peak above the
+    loaded model, each in a process of its own, and what it was before heads were taken in chunks, by that code."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        subprocess.run(["git", "worktree", "add", "--detach", str(before), BEFORE], cwd=HERE, check=True)
+        try:
+            shutil.copy(__file__, before / "tests" / "benchmarks")
+            lines = [
+                "| trained | code, settings | GiB | times before | processor seconds | times before |",
+                "|" + "---|" * 6,
+            ]
+            for adapter in ("full", "lora"):
+                first = measured(before, adapter, 8)
+                rows = [("before", first)]
+                rows += [(" ".join(ways) or "now", measured(HERE, adapter, 8, *ways)) for ways in WAYS]
+                for name, found in rows:
+                    memory, time_used = found["gib"] / first["gib"], found["processors"] / first["processors"]
+                    lines.append(
+                        f"| {adapter} | {name} | {found['gib']:.2f} | {memory:.2f} | {found['processors']:.0f} | "
+                        f"{time_used:.2f} |"
+                    )
+            return lines
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(before)], cwd=HERE, check=True)
 
 
 if __name__ == "__main__":
