@@ -87,6 +87,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines.append(
         f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} "
         f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
+        + (f"; {ledger.saved:.2f} more saved by beginnings that trials share" if ledger.saved else "")
     )
     if report.candidate is not None and report.config.kind == "sweep":
         arm = report.candidate.arm
@@ -369,7 +370,7 @@ def as_tree(report: StudyReport) -> dict[str, object]:
         "tolerance": [_finite(asdict(boundary)) for boundary in report.tolerance],
         "importance": [asdict(item) for item in report.importance],
         "failed": list(report.failed),
-        "hours": {"total": ledger.hours, **fields_of(ledger, "unit", "collapsed", "repeated", "filtered")},
+        "hours": {"total": ledger.hours, **fields_of(ledger, "unit", "collapsed", "repeated", "filtered", "saved")},
     }
 
 

@@ -10,6 +10,7 @@
     STORE/NAME/trials/c03-0/outcome.json  how a trial ended; checkpoints and attempts lie beside it
                                           (`trainable/disk/trial_folder.py`)
     STORE/NAME/scans/                     the scans that its trials follow (`trainable/following.py`)
+    STORE/NAME/prefixes/                  beginnings that its trials share, until it is over (`trainable/prefix.py`)
     STORE/NAME/trials/c03-0/final.safetensors  the weights that it ended with
     STORE/NAME/tune/                      Ray Tune's own files and the trials' output; nothing is ever read back from
                                           them

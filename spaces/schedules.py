@@ -31,18 +31,23 @@ def stage_at(noise: NoiseConfig, step: int, total_steps: int) -> int:
     return min(step * stages // total_steps, stages - 1)
 
 
+def is_quiet(noise: NoiseConfig, step: int, total_steps: int) -> bool:
+    """Whether a step belongs to the quiet stage: no noise for whatever pair, and the baseline of the collapse rules."""
+    return noise.num_stages > 1 and stage_at(noise, step, total_steps) == 0
+
+
+def quiet_steps(noise: NoiseConfig, total_steps: int) -> int:
+    """How many steps that is, from the first one on."""
+    return sum(is_quiet(noise, step, total_steps) for step in range(total_steps))
+
+
 def sigma_of(noise: NoiseConfig, start: float, end: float, step: int, total_steps: int) -> float:
     """Sigma at a step of one pair: the global one, or a zone's."""
-    stage = stage_at(noise, step, total_steps)
-    if start == 0:
+    if start == 0 or is_quiet(noise, step, total_steps):
         return 0.0
-    if noise.num_stages == 1:
+    if noise.num_stages <= 2:
         return start
-    if stage == 0:
-        return 0.0
-    if noise.num_stages == 2:
-        return start
-    return SCHEDULES[noise.schedule](start, end, stage - 1, noise.num_stages)
+    return SCHEDULES[noise.schedule](start, end, stage_at(noise, step, total_steps) - 1, noise.num_stages)
 
 
 SCHEDULES: dict[str, Callable[[float, float, int, int], float]] = {

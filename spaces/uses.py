@@ -27,7 +27,7 @@ from spaces.config import (
     ZoneSigma,
 )
 from spaces.reading import flatten_fields
-from spaces.schedules import sigma_of, stage_at
+from spaces.schedules import is_quiet, sigma_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +89,11 @@ def timetable(config: TrialConfig) -> tuple[tuple[float, ...], ...]:
     pairs: list[NoiseConfig | ZoneSigma] = [noise, *noise.zones]
     return tuple(
         (
-            float(_is_quiet(noise, step, steps)),
+            float(is_quiet(noise, step, steps)),
             *(float(f"{sigma_of(noise, p.sigma_start, p.sigma_end, step, steps):.9g}") for p in pairs),
         )
         for step in range(steps)
     )
-
-
-def _is_quiet(noise: NoiseConfig, step: int, steps: int) -> bool:
-    return noise.num_stages > 1 and stage_at(noise, step, steps) == 0
 
 
 def _with_noise(config: TrialConfig, **changes: Any) -> TrialConfig:
@@ -116,7 +112,7 @@ def _judged(config: TrialConfig) -> bool:
 def _can_fire(config: TrialConfig) -> bool:
     """Rules about levels look at the steps after the quiet ones, and want so many in a row."""
     steps = config.grpo.steps
-    loud = sum(not _is_quiet(config.noise, step, steps) for step in range(steps))
+    loud = sum(not is_quiet(config.noise, step, steps) for step in range(steps))
     return _judged(config) and loud >= config.collapse.patience
 
 

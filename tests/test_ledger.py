@@ -69,6 +69,25 @@ def test_a_sweep_without_trials_has_no_hours(tmp_path: Path) -> None:
     assert (ledger.hours, ledger.collapsed, ledger.repeated, ledger.filtered, dict(ledger.arms)) == (0, 0, 0, 0, {})
 
 
+def test_what_was_taken_over_is_saved_and_neither_spent_nor_repeated_nor_filtered(tmp_path: Path) -> None:
+    config = study(tmp_path)
+    arm = make_arm(config, "control")
+    write_arm(config, 0, arm)
+    reports = [report(step, seconds=60.0, rollout=20.0, wasted=0.5) for step in range(5)]
+    shared = {"trial": "c01-0", "steps": 2, "seconds": 120.0}
+    # killed after step 3, of which it had made one itself, and again from step 2
+    attempts = [
+        attempt(0, 90, loading_seconds=30.0, ended="", shared=shared),
+        attempt(100, 310, loading_seconds=30.0, first_step=2, shared=shared),
+    ]
+    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=reports, attempts=attempts)
+    ledger = read_ledger(config, read_arms(config))
+    assert ledger.hours == pytest.approx(300 / 3600)
+    assert ledger.saved == pytest.approx(120 / 3600)
+    assert ledger.repeated == pytest.approx((300 - 30 - 3 * 60) / 3600)
+    assert ledger.filtered == pytest.approx(3 * 10 / 3600)
+
+
 def test_an_attempt_s_time_that_no_report_explains_is_not_negative(tmp_path: Path) -> None:
     """A killed process is seen up to ten seconds before its end, so reports may add up to more than its attempts."""
     config = study(tmp_path)

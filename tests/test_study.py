@@ -39,7 +39,7 @@ from tests.conftest import ModelFolder
 from tests.plain_sweeps import of_trials
 from tests.real_mlflow import answered, points, runs
 from tests.written_sweeps import attempt
-from trainable.disk.trial_folder import read_reports, read_stopped, read_trial
+from trainable.disk.trial_folder import PREFIXES, read_attempts, read_reports, read_stopped, read_trial
 from trainable.policy.loading import check_names
 from trainable.policy.sources import depth_of, load_network, skeleton_of
 from trainable.trial import Trial
@@ -146,6 +146,19 @@ def test_the_settings_reach_the_model(finished: tuple[StudyResult, list[TrialEve
     assert points(result.config.tracking_uri, run, "grpo/reward") == [
         (r.step, step_metrics(r)["grpo/reward"]) for r in reported
     ]
+
+
+@pytest.mark.slow
+def test_a_point_takes_its_beginning_over_from_the_control_of_its_seed_and_a_sweep_that_is_over_keeps_none(
+    finished: tuple[StudyResult, list[TrialEvent]],
+) -> None:
+    result, _ = finished
+    for replicate in range(2):
+        shared = read_attempts(trial_folder(result.config, "e13i-baseline", replicate))[-1].shared
+        assert shared is not None
+        assert shared.trial == f"control-resample-{replicate}"
+    assert report_study(result.config).ledger.saved > 0
+    assert PREFIXES not in result.config.folder.names()
 
 
 @pytest.mark.slow

@@ -439,7 +439,7 @@ def test_too_few_groups_are_learned_from_unless_collapses_are_enforced(tiny: Tin
             asked[question.prompt] = asked.get(question.prompt, 0) + 1
         return float(asked.get(question.prompt, 0) % 2)
 
-    trial._begin()
+    trial.begin()
     trial.task.reward = each(exact=rarely)
     signals = trial.step().signals
     assert 0 < signals["filter/kept_groups"] < 8

@@ -115,6 +115,21 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The beginning of a trial that another trial of its sweep has computed (`prefix.py`).
+
+    Example: Shared(trial="control-0", steps=3, seconds=2.4)
+    """
+
+    trial: str
+    """Name of its folder."""
+    steps: int
+    """Whole steps; 0: the start alone, which is evaluated before step 0."""
+    seconds: float
+    """That they took there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """Evaluation of the clean model at the end (or the stop) and, `_start`, before step 0; accuracies are shares of the
     questions.

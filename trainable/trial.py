@@ -28,6 +28,7 @@ import torch
 from pydantic import TypeAdapter
 
 from spaces.config import ConfigError, TrialConfig
+from spaces.schedules import is_quiet
 from trainable import pass_at_k
 from trainable.collapse import CollapseDetector
 from trainable.disk.checkpoint import digest_of
@@ -52,7 +53,7 @@ from trainable.metrics import (
     UPDATE_SECONDS,
 )
 from trainable.negative_controls import check_reward, learned_from
-from trainable.noise import effects_of, injected, noise_targets, sigma_at, stage_at, stage_begins
+from trainable.noise import effects_of, injected, noise_targets, sigma_at, stage_begins
 from trainable.outcome import (
     HEALTHY,
     Alarm,
@@ -63,6 +64,7 @@ from trainable.outcome import (
     Outcome,
     Sample,
     Scores,
+    Shared,
     StepReport,
 )
 from trainable.parity import doubts, load_checked
@@ -100,6 +102,10 @@ class Progression:
     start: tuple[Evaluation, Evaluation] | None = None
     """Before step 0: in the deployed precision, unquantised."""
     end: tuple[Evaluation, Evaluation] | None = None
+    opening: dict[str, float] = field(default_factory=dict)
+    """Metrics of the start, until the first step has reported them."""
+    shared: Shared | None = None
+    """What of all this another trial has computed (`prefix.py`)."""
 
 
 _PROGRESSION = TypeAdapter(Progression)
@@ -171,6 +177,11 @@ class Trial:
         self._compare("settings, rows or weights at the start", self.config, self.rows)
 
     @property
+    def begun(self) -> bool:
+        """The start is evaluated."""
+        return self.so_far.start is not None
+
+    @property
     def done(self) -> bool:
         """All steps are made, or the trial has collapsed."""
         return self.so_far.verdict is not None or self.so_far.next_step >= self.config.grpo.steps
@@ -181,8 +192,18 @@ class Trial:
         if self.task.foreign is not None:
             self.task.foreign.close()
 
+    def begin(self) -> None:
+        """Before step 0: evaluate the start and take the noise-free baseline. `step` does it where nobody has, and the
+        first report tells what it came to."""
+        started = time.perf_counter()
+        with self.team.agreed("start"):
+            opening = self._open()
+        seconds = time.perf_counter() - started
+        self.so_far.opening = {**opening, STEP_SECONDS: seconds}
+        self.so_far.seconds += seconds
+
     def step(self) -> StepReport:
-        """One rollout with all its updates; the first also evaluates and takes the baseline, the last evaluates.
+        """One rollout with all its updates; before the first one it begins, and the last one evaluates.
 
         Raises TrialFailed when the engine that generates does not agree with training, or died twice in this step.
         """
@@ -191,9 +212,12 @@ class Trial:
 
     def _step(self) -> StepReport:
         assert not self.done, "the trial has ended"
+        if not self.begun:
+            self.begin()
         self.backend.begin_step()
         started, step = time.perf_counter(), self.so_far.next_step
-        metrics = self._begin() if self.so_far.start is None else {}
+        metrics, self.so_far.opening = self.so_far.opening, {}
+        opened = metrics.pop(STEP_SECONDS, 0.0)
         if not self.agreed:
             metrics |= self._agree(self._generate(_BASELINE_STEP, 0, gate.prompts_for(self.config)))
         self.so_far.end = None  # an outcome that was asked for in between is of other weights
@@ -218,7 +242,7 @@ class Trial:
         metrics |= {
             ROLLOUT_SECONDS: sampled - begun,
             UPDATE_SECONDS: updated - sampled,
-            STEP_SECONDS: finished - started,
+            STEP_SECONDS: opened + finished - started,
             TOKENS_PER_SECOND: tokens / (sampled - begun),
         }
         self.so_far.seconds += finished - started
@@ -227,13 +251,15 @@ class Trial:
             sigma=sigma,
             signals=metrics,
             verdict=verdict,
-            seconds=finished - started,
+            seconds=opened + finished - started,
             samples=_samples(step, groups),
             time_ms=time.time_ns() // 1_000_000,
         )
 
     def outcome(self) -> Outcome:
         """How it ended; a trial that is asked before its end counts as stopped, and is evaluated now."""
+        if not self.begun:
+            self.begin()
         started = time.perf_counter()
         if self.so_far.end is None:
             with self.team.agreed("outcome"):
@@ -362,7 +388,8 @@ class Trial:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.so_far = _PROGRESSION.validate_python(state["progress"]["so_far"])
         self.detector.restore(copy.deepcopy(state["progress"]["detector"]))
-        self.left_out.take()  # it was told at the first step
+        if self.so_far.next_step > 0:
+            self.left_out.take()  # it was told at the first step
         self.agreed = self.backend.engine is None
 
     def _tell_death(self, how: str) -> None:
@@ -443,8 +470,8 @@ class Trial:
 
     # --- the parts of a step, in order --------------------------------------------------------------------------------
 
-    def _begin(self) -> dict[str, float]:
-        """Evaluate the start and take the noise-free baseline."""
+    def _open(self) -> dict[str, float]:
+        """What `begin` does, and what it has measured."""
         config = self.config
         before = [replace(one, answers=()) for one in self._evaluate()]  # it stands in every checkpoint
         deployed_eval, plain_eval = self.so_far.start = (before[0], before[1])
@@ -608,7 +635,7 @@ class Trial:
         """The verdict; under `enforce` it ends the trial. Weights that are not finite end it in every mode: nothing can
         follow."""
         config = self.config
-        quiet = stage_at(config.noise, step, config.grpo.steps) == 0 and config.noise.num_stages > 1
+        quiet = is_quiet(config.noise, step, config.grpo.steps)
         verdict = self.detector.observe(signals, quiet=quiet, filtered=filtered)
         if not verdict.collapsed:
             return verdict
@@ -630,8 +657,6 @@ class Trial:
         return {}
 
     def _evaluate_end(self) -> dict[str, float]:
-        if self.so_far.start is None:
-            self._begin()
         deployed_eval, plain_eval = self.so_far.end = self._evaluate()
         return _metrics(deployed_eval, plain_eval, self.config.eval.samples)
 

@@ -19,9 +19,18 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from spaces.config import TrialConfig
+from trainable import prefix
 from trainable.disk.checkpoint import newest_checkpoint, remove_checkpoints, save_checkpoint, save_final
 from trainable.disk.folder import Folder
-from trainable.disk.trial_folder import ANSWERS_FILE, FINAL_FILE, STOPPED_FILE, AttemptLog, write_answers, write_outcome
+from trainable.disk.trial_folder import (
+    ANSWERS_FILE,
+    FINAL_FILE,
+    PREFIXES,
+    STOPPED_FILE,
+    AttemptLog,
+    write_answers,
+    write_outcome,
+)
 from trainable.disk.watchdog import Watchdog
 from trainable.failure import TrialFailed
 from trainable.following import SCANS
@@ -33,6 +42,7 @@ from trainable.trial import Trial
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_OF_SWEEP = re.compile(r"/trials/([^/?]+)(?=\?|$)")
 CHECKPOINT_SHARE = 0.02  # of a trial's time
 NEAR_BEAT_SECONDS = 2.0
 """Between two signs of life in a folder: 0.2 ms of a thread that waits. An object store wants to be paid for more."""
@@ -80,6 +90,8 @@ class TrialWorker:
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat, beat)
         self.broken, self.ended = False, False
         self.reports: list[StepReport] = []
+        self.untold: list[StepReport] = []  # of steps that were taken over
+        self.beginnings: Folder | None = None  # where this trial's is for others
         self.trial: Trial | None = None
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[None] = Future()
@@ -102,6 +114,14 @@ class TrialWorker:
 
     def _step(self) -> tuple[StepReport, Outcome | None]:
         trial = self.trial = self.trial or self._load()
+        if self.untold:
+            self.watchdog.enter("")
+            report = self.untold.pop(0)
+            self.attempt.stepped(report)
+            return report, None
+        if self.beginnings is not None and not trial.begun:
+            trial.begin()
+            self._share(trial)
         report = self.others.all("step", trial.step)
         self.attempt.stepped(report)
         outcome = self.others.all("outcome", trial.outcome) if trial.done else None
@@ -119,8 +139,10 @@ class TrialWorker:
             self.watchdog.stop()  # the process may wait for its next trial, on nobody's account
             self.writer.shutdown()
             remove_checkpoints(self.folder)
-        elif self._save_is_due():
-            self._save(trial)
+        else:
+            self._share(trial)
+            if self._save_is_due():
+                self._save(trial)
         self.watchdog.enter("")
         return report, outcome
 
@@ -154,16 +176,38 @@ class TrialWorker:
         team, hears = self.others.team, self.watchdog.enter
         trial = self.others.all("load", lambda: make_trial(self.folder, self.settings, team, hears))
         state, passed = newest_checkpoint(self.folder)
+        resumed = state is not None
+        if state is None and self._name is not None and self.settings.parallel.ranks == 1:
+            self.beginnings = _of_the_sweep(self.folder, PREFIXES) / prefix.key_of(trial)
+            state, damaged = prefix.find(self.beginnings, trial)
+            passed += damaged
         for line in passed:
             log.warning("%s: %s", self.folder.uri, line)
         if state is not None:
             step = state["progress"]["so_far"]["next_step"]
             self.others.all("load_state_dict", partial(trial.load_state_dict, state), step)
             self.reports = [StepReport.from_record(record) for record in state["reports"]]
-        self.attempt.ready(first_step=trial.so_far.next_step, damaged=passed)
+        self.untold = [] if resumed else list(self.reports)
+        self.saved_step = trial.so_far.next_step if resumed else 0
+        self.attempt.ready(first_step=self.saved_step, damaged=passed, shared=trial.so_far.shared)
         self.folder.remove(STOPPED_FILE)  # of an earlier step
-        self.saved_at, self.saving_seconds, self.saved_step = time.monotonic(), 0.0, trial.so_far.next_step
+        self.saved_at, self.saving_seconds = time.monotonic(), 0.0
         return trial
+
+    @property
+    def _name(self) -> str | None:
+        """Of the trial in its sweep; None of one that is in no sweep."""
+        found = _OF_SWEEP.search(self.folder.uri)
+        return None if found is None else found[1]
+
+    def _share(self, trial: Trial) -> None:
+        """Where others may go on otherwise, write down how far it is; training waits for the copy of the state."""
+        if self.beginnings is None or self._name is None or not prefix.forks(trial):
+            return
+        state = prefix.give(self.beginnings, self._name, trial, self.reports)
+        if state is not None:
+            self.writing.result()
+            self.writing = self.writer.submit(prefix.keep, self.beginnings, state)
 
     def _save_is_due(self) -> bool:
         """Raises what went wrong in the last write, other than a full disk."""
@@ -218,4 +262,4 @@ def make_trial(
 
 
 def _of_the_sweep(trial: Folder, name: str) -> Folder:
-    return Folder(re.sub(r"/trials/[^/?]+", f"/{name}", trial.uri))
+    return Folder(_OF_SWEEP.sub(f"/{name}", trial.uri))

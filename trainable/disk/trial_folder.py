@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -29,7 +29,7 @@ from spaces.config import ConfigError
 from trainable.disk.folder import Folder
 from trainable.failure import FAILURES
 from trainable.metrics import ACCURACY, ENTROPY, GIBBERISH, REWARD, SIGMA
-from trainable.outcome import Answers, Outcome, Status, StepReport
+from trainable.outcome import Answers, Outcome, Shared, Status, StepReport
 from trainable.versions import versions
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ VERSION = 2
 OUTCOME_FILE, STOPPED_FILE = "outcome.json", "stopped.json"
 ANSWERS_FILE = "answers.json"
 FINAL_FILE, PROGRESS_FILE = "final.safetensors", "progress.json"
+PREFIXES = "prefixes"
+"""Of a sweep: beginnings that its trials share (`prefix.py`)."""
 DIED, KILLED = "died", "killed"
 """How an attempt ended that could not say so itself. died: its process was killed, and the sweep did not start the
 trial again; killed: with the driver before this one."""
@@ -169,6 +171,8 @@ class Attempt:
     """Until it was ready for its first step."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the programs it ran; empty where an earlier version did not write them down."""
+    shared: Shared | None = None
+    """What of the trial, as this process had it, another trial has computed."""
     recent: tuple[Mapping[str, Any], ...] = ()
     """Records of its last steps, of the signals SHOWN alone: a checkpoint, which has them all, may be an hour old."""
 
@@ -194,11 +198,12 @@ class AttemptLog:
         self._lock = threading.Lock()  # the watchdog's thread beats too
         self.beat()
 
-    def ready(self, *, first_step: int, damaged: Sequence[str]) -> None:
-        """Loaded; `damaged`: a line for each checkpoint that had to be passed over."""
+    def ready(self, *, first_step: int, damaged: Sequence[str], shared: Shared | None) -> None:
+        """Loaded; `damaged`: a line for each checkpoint, and each beginning of others, that had to be passed over."""
         self.step = first_step
         loading = time.time() - self._values["started"]
         self._values |= {"first_step": first_step, "loading_seconds": loading, "damaged": list(damaged)}
+        self._values["shared"] = None if shared is None else asdict(shared)
         self.beat()
 
     def stepped(self, report: StepReport) -> None:

@@ -1,0 +1,150 @@
+"""The beginning that trials share: computed once, taken over bit for bit by all others of the sweep.
+
+Up to its first noisy step a trial does not know its noise: the evaluation of the start, the noise-free baseline and
+the quiet stage of the schedule are the same in every arm of a seed. So whoever has computed one of them writes it down
+where all trials of the sweep look before they begin:
+
+    SWEEP/prefixes/KEY/after-000000     the start is evaluated, no step is made; no tensors, the weights are untouched
+    SWEEP/prefixes/KEY/after-000003     the quiet stage is over; as a checkpoint (`checkpoint.py`), reports included
+
+KEY is a hash of all that these numbers hang on: the configuration without its noise, the weights that were loaded, the
+tokenizer, the rows, the programs, and the kind of machine, since sums of another processor differ in the last bits. Of
+the schedule nothing is in it: quiet steps have no noise and extend the baseline, whatever K is, and a trial takes the
+longest beginning that lies within its own quiet stage (one with K = 1 has none, and takes the start). It is loaded
+before, so whatever it has to refuse is refused.
+
+Taken over is the state and what every step has reported, but for the clock; how long it took there counts as the
+trial's own seconds, so that arms stay comparable, and as saved hours in the ledger. Nobody waits and nothing is locked:
+two that compute the same write the same. A trial that goes on from a checkpoint of its own writes none, since it may
+have begun on another machine.
+
+Left out: beginnings of more than MOST_BYTES, which is a whole model that learns; of those the start alone is shared.
+And trials of several processes (`parallel.ranks`), which would have to take one over together.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spaces.reading import as_tree
+from spaces.schedules import quiet_steps
+from trainable.disk.checkpoint import digest_of, load_state, save_state
+from trainable.disk.folder import Folder
+from trainable.kernels import cpu
+from trainable.outcome import Shared, StepReport
+from trainable.trial import Trial
+from trainable.versions import versions
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 2 << 30
+_AFTER = re.compile(r"after-(\d{6,})")
+
+
+def key_of(trial: Trial) -> str:
+    """Equal for trials of equal seed that agree, bit for bit, on whatever lies within both their quiet stages."""
+    policy, config = trial.policy, as_tree(trial.config)
+    tokenizer = policy.tokenizer
+    parts = {
+        "config": {name: value for name, value in config.items() if name != "noise"},
+        "weights": [trial.base, digest_of(policy.trainable())],
+        "network": str(policy.network.config),
+        "forward": asdict(trial.agreement),
+        "tokenizer": [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template), policy.ends],
+        "rows": trial.rows,
+        "versions": dict(versions()),
+        "machine": _machine(policy.device),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def forks(trial: Trial) -> bool:
+    """Whether other trials may go on otherwise from where this one stands: after the start, and after the quiet
+    stage."""
+    stands = trial.so_far.next_step
+    return trial.begun and not trial.done and stands in (0, _quiet(trial))
+
+
+def give(beginnings: Folder, name: str, trial: Trial, reports: Sequence[StepReport]) -> dict[str, Any] | None:
+    """What `keep` writes down of the trial as it stands; None where that is there already, or too large. `name`: of its
+    folder."""
+    step = trial.so_far.next_step
+    assert step <= _quiet(trial), "no other trial has this noise"
+    assert not trial.so_far.effects, "noise in the quiet stage"
+    if _folder(step) in beginnings.names():
+        return None
+    state = {**trial.state_dict(), "reports": [report.as_record() for report in reports], "trial": name}
+    if step == 0:
+        state |= {"model": {}, "optimizer": {}}
+    tensors = [*state["model"].values(), *state["optimizer"].values()]
+    return None if sum(tensor.nbytes for tensor in tensors) > MOST_BYTES else state
+
+
+def keep(beginnings: Folder, state: Mapping[str, Any]) -> None:
+    """A full disk costs others the time that it would have saved them."""
+    step = state["progress"]["so_far"]["next_step"]
+    try:
+        save_state(beginnings / _folder(step), state)
+    except OSError as error:
+        log.warning("%s: %s is not there for other trials: %s", beginnings.uri, _folder(step), error)
+
+
+def find(beginnings: Folder, trial: Trial) -> tuple[dict[str, Any] | None, list[str]]:
+    """The longest beginning that another trial has computed of one that was just loaded, as what `load_state_dict`
+    takes (None: there is none), with the reports of its steps; and a line for each that is damaged and was passed
+    over."""
+    passed: list[str] = []
+    found = [int(match[1]) for name in beginnings.names() if (match := _AFTER.fullmatch(name))]
+    for step in sorted((step for step in found if step <= _quiet(trial)), reverse=True):
+        try:
+            state = load_state(beginnings / _folder(step))
+        except ValueError as error:  # ConfigError too: one that another version wrote is of no use either
+            passed.append(f"{beginnings.uri}/{_folder(step)} is passed over: {error}")
+            continue
+        return _as_own(trial, step, state), passed
+    return None, passed
+
+
+def _as_own(trial: Trial, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """With what hangs on this trial's noise, or on its own start."""
+    own = trial.state_dict()
+    theirs, known = state["progress"]["so_far"], own["progress"]["so_far"]["warnings"]
+    so_far = {
+        **theirs,
+        "warnings": [*known, *(line for line in theirs["warnings"] if line not in known)],
+        "shared": asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"])),
+    }
+    now = time.time_ns() // 1_000_000
+    return {
+        "model": own["model"] if step == 0 else state["model"],
+        "optimizer": own["optimizer"] if step == 0 else state["optimizer"],
+        "progress": {**state["progress"], "so_far": so_far, "followed": own["progress"]["followed"]},
+        "reports": [{**report, "time_ms": now} for report in state["reports"]],
+    }
+
+
+def _quiet(trial: Trial) -> int:
+    return quiet_steps(trial.config.noise, trial.config.grpo.steps)
+
+
+def _folder(step: int) -> str:
+    return f"after-{step:06d}"
+
+
+def _machine(device: torch.device) -> list[Any]:
+    """What bits may hang on beside the programs."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return [platform.machine(), model, vectors, cpu.load() is not None, torch.get_num_threads(), gpu]
