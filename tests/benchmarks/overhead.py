@@ -5,6 +5,7 @@
     python -m tests.benchmarks.overhead memory        1,000 trials of `tiny`: the driver's memory
     python -m tests.benchmarks.overhead cores         16 embedded trials on one core and on two
     python -m tests.benchmarks.overhead footprint     the default sweep: memory of all its processes together
+    python -m tests.benchmarks.overhead shared        an embedded trial with and without a beginning to take over
 
 The plain loop is as bare as it gets: two processes, each with half of the sweep's own configurations, `run_trial` one
 after the other, one thread each; no Ray, no MLflow, no checkpoints. Both are timed from process start to process end.
@@ -27,12 +28,15 @@ import psutil
 
 from search import delivery, tracking
 from search.arms import read_arms, trial_config
+from search.lineup import base_tree
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
 from spaces.config import TrialConfig
 from spaces.library import SPACES
+from spaces.reading import read_config
 from spaces.workloads import TRIAL_ENVIRONMENT
 from tests.benchmarks.bench import DOCS
+from trainable.disk.folder import Folder
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -221,11 +225,43 @@ def footprint(trials: int) -> list[str]:
     return [f"{told}, Ray's included."]
 
 
+# --- beginnings that trials share -------------------------------------------------------------------------------------
+
+
+def shared(rounds: int) -> list[str]:
+    """Processor seconds of a trial with noise, loading included: alone, and after the control of its seed."""
+    alone, after = [], []
+    for _ in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as store:
+            noisy = study(Path(store), workload="embedded")
+            control = study(Path(store), workload="embedded", settings={"noise": {"sigma_start": 0.0}})
+            alone.append(_one_trial(f"{store}/alone/trials/c01-0", noisy))
+            _one_trial(f"{store}/sweep/trials/control-0", control)
+            after.append(_one_trial(f"{store}/sweep/trials/c01-0", noisy))
+    least, most = min(after[1:]), min(alone[1:])  # the first round warms caches
+    return [
+        "- An embedded trial that takes its beginning over from the control of its seed",
+        f"  ([how-a-trial-works.md](how-a-trial-works.md#what-trials-share)): {least:.1f} processor seconds instead of "
+        f"{most:.1f}, {least / most:.2f} times, loading included.",
+    ]
+
+
+def _one_trial(folder: str, config: StudyConfig) -> float:
+    from trainable.trial_worker import TrialWorker
+
+    settings = read_config(base_tree(config), ("threads=1",))
+    started, outcome = time.process_time(), None
+    work = TrialWorker(Folder(folder), settings)
+    while outcome is None:
+        _, outcome = work.step()
+    return time.process_time() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="loop, memory, cores, footprint; default: all")
+    parser.add_argument("parts", nargs="*", help="loop, memory, cores, footprint, shared; default: all")
     parser.add_argument("--trials", type=int, help="default: 16 for loop, 1,000 for memory")
-    parser.add_argument("--rounds", type=int, default=1, help="of loop")
+    parser.add_argument("--rounds", type=int, default=1, help="of loop and shared")
     parser.add_argument("--workload", default="embedded", help="of loop")
     arguments = parser.parse_args()
     os.environ.update(TRIAL_ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
@@ -239,6 +275,8 @@ def main() -> None:
         results["cores"] = cores(arguments.trials or 16)
     if not arguments.parts or "footprint" in arguments.parts:
         results["footprint"] = footprint(arguments.trials or 8)
+    if not arguments.parts or "shared" in arguments.parts:
+        results["shared"] = shared(arguments.rounds)
     page.write_text(json.dumps(results, indent=1))
     lines = [
         "# What the sweep itself costs",
@@ -246,7 +284,7 @@ def main() -> None:
         f"`python -m tests.benchmarks.overhead`, {os.cpu_count()} cores, {platform.processor() or platform.machine()}.",
         "",
     ]
-    lines += [line for part in ("loop", "memory", "cores", "footprint") for line in results.get(part, [])]
+    lines += [line for part in ("loop", "memory", "cores", "footprint", "shared") for line in results.get(part, [])]
     (DOCS / "overhead.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
