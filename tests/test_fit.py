@@ -65,6 +65,7 @@ def test_the_settings_that_are_named_make_it_fit_and_those_before_them_do_not(co
     assert str(found) in told
 
 
+@pytest.mark.slow
 def test_where_no_setting_helps_that_is_said(config: TrialConfig) -> None:
     told = does_not_fit(config, with_room(0.0001))
     assert told is not None
@@ -147,6 +148,7 @@ def test_a_plan_says_what_a_trial_holds_on_a_device(rin: Rin) -> None:
     assert "model.recipe" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_gpu_that_is_too_small_is_warned_of_it(rin: Rin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "device_here", lambda: Memory(name="a toy", memory_gib=1.001))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
