@@ -133,7 +133,7 @@ WORKLOADS: dict[str, Workload] = {
                 "overlong_penalty": 0.5,
                 "filter_groups": "resample",
                 "max_gen_batches": 5,
-                "micro_batch_size": 8,
+                "micro_batch_tokens": 8192,
             },
             "rollout": {"temperature": 1.0, "max_new_tokens": 1024, "max_prompt_tokens": 512, "batch_size": 256},
             "eval": {"questions": 1024, "every": 20, "batch_size": 256},
