@@ -13,15 +13,16 @@ import psutil
 import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from spaces.reading import as_tree, read_config
+from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import STOPPED_FILE, read_attempts, read_outcome, read_reports
 from trainable.failure import TrialFailed
 from trainable.outcome import Outcome, StepReport
 from trainable.ray_ranks import Ranks
-from trainable.ray_trainable import RinTrainable
+from trainable.ray_trainable import REFUSED, RinTrainable
 from trainable.team import Team
 from trainable.trial import Trial
 
@@ -146,3 +147,29 @@ def test_two_ranks_are_stopped_killed_and_resumed_with_the_numbers_of_one_proces
     reports, alone = plain(settings)
     assert [numbers(report) for report in read_reports(place)] == reports
     assert comparable(outcome) == comparable(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_ranks")
+def test_a_mistake_that_all_ranks_meet_is_refused_as_that_of_one_process(tmp_path: Path) -> None:
+    model = {"model": {"name": "/nope", "recipe": None}, "task": {"name": "reasoning_gym:chain_sum"}}
+    settings = as_tree(read_config(merge(WORKLOADS["tiny"].settings, model), SMALL))
+    running = RinTrainable(config=trainable(settings, tmp_path))
+    result = running.train()
+    assert (result["done"], result[REFUSED].partition(":")[0]) == (True, "model.name=/nope")
+    running.stop()
+    wait_for(lambda: not ranks_of(os.getpid()))
+
+
+@pytest.mark.slow
+def test_the_other_ranks_end_with_the_process_of_their_trial(bundles: PlacementGroup, tmp_path: Path) -> None:
+    there = PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0)
+    actor = ray.remote(RinTrainable).options(num_cpus=1, scheduling_strategy=there)
+    settings = as_tree(read_config(WORKLOADS["tiny"].settings, SMALL))
+    running = actor.remote(config=trainable(settings, tmp_path))
+    assert ray.get(running.train.remote())["step"] == 0
+    assert len(ranks_of(os.getpid())) == 1
+    below = psutil.Process().children(recursive=True)
+    (trial,) = [process for process in below if "RinTrainable" in "".join(process.cmdline())]
+    trial.kill()
+    wait_for(lambda: not ranks_of(os.getpid()))
