@@ -47,8 +47,6 @@ def _memory(now: Fit, found: Remedy | None) -> Iterator[str]:
         yield from _assumed((memory.ASSUMED_OF_ENGINES,))
     if now.config.parallel.ranks > 1:
         yield from _assumed((memory.ASSUMED_OF_RANKS,))
-    if now.config.parallel.weights == "sharded":
-        yield from _assumed((memory.ASSUMED_OF_SHARDS,))
 
 
 def _parts(parts: Mapping[str, int]) -> str:

@@ -37,9 +37,6 @@ ASSUMED = (
     "memory-efficient kernel",
 )
 ASSUMED_OF_ENGINES = "what vLLM holds is what a trial gives it there (trainable/engines/memory.py); it was not run"
-ASSUMED_OF_SHARDS = (
-    "counted as with parallel.weights=whole: in shards a rank holds less of weights, gradients and optimizer"
-)
 ASSUMED_OF_RANKS = "each of parallel.ranks computes on a GPU of its own; sums over ranks take no time and no memory"
 
 

@@ -127,11 +127,10 @@ def test_every_number_of_an_estimate_is_called_one_and_has_its_assumptions(confi
         assert re.search(rf"GiB  {phase}: weights|GiB  {phase}: ", said)
 
 
-@pytest.mark.parametrize("weights", ["whole", "sharded"])
-def test_an_estimate_of_weights_in_shards_says_that_it_counts_whole_ones(config: TrialConfig, weights: str) -> None:
-    parallel = config.parallel.model_copy(update={"ranks": 2, "weights": weights})
-    said = "\n".join(estimate_lines(config.model_copy(update={"parallel": parallel}), DEVICES["h100"]))
-    assert ("counted as with parallel.weights=whole" in said) == (weights == "sharded")
+def test_of_weights_in_shards_it_says_that_it_does_not_count_them(config: TrialConfig) -> None:
+    parallel = config.parallel.model_copy(update={"ranks": 2, "weights": "sharded"})
+    (said,) = estimate_lines(config.model_copy(update={"parallel": parallel}), DEVICES["h100"])
+    assert said.endswith("(parallel.weights=sharded: what one process of several holds is not counted)")
 
 
 def test_a_device_nobody_knows_is_one_line(rin: Rin) -> None:
