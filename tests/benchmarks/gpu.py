@@ -19,69 +19,26 @@ import contextlib
 import importlib.util
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from tests.benchmarks.gpu_step import GIB, REAL, SMALL, Sizes, generate, line, microseconds, step
+
+_RAISED = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)\b")
+"""How the last line of a traceback begins."""
+_NO_GPU = ["NOT MEASURED: there was no GPU"]
 DOCS = Path(__file__).parents[2] / "docs"
-GIB = 1 << 30
 TYPES = ("torch", "triton", "numpy", "ml_dtypes")
 MODELS = ("torch", "transformers", "peft", "pydantic", "yaml", "safetensors", "filelock", "tokenizers")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What parts compute with."""
-
-    weight: tuple[int, int]
-    """Of which noise is drawn."""
-    prompts: int
-    prompt: int
-    completion: int
-    """Tokens of each."""
-    micro_batch_tokens: int
-    sampled: tuple[int, ...]
-    """Sequences that are generated at once."""
-    new_tokens: int
-    shapes: dict[str, int]
-    """Changes of the model's config.json."""
-
-
-REAL = Sizes(
-    weight=(8960, 1536),
-    prompts=2,
-    prompt=512,
-    completion=1024,
-    micro_batch_tokens=8192,
-    sampled=(8, 64, 256),
-    new_tokens=64,
-    shapes={},
-)
-SMALL = Sizes(
-    weight=(64, 96),
-    prompts=2,
-    prompt=8,
-    completion=16,
-    micro_batch_tokens=128,
-    sampled=(8,),
-    new_tokens=4,
-    shapes={
-        "hidden_size": 96,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "vocab_size": 512,
-    },
-)
-GROUP = 8
 MOST_SECONDS = 535.0
 """Of all parts."""
 
@@ -121,7 +78,7 @@ def kernels(sizes: Sizes, device: str) -> list[str]:
             check(device)
             lines.append(f"- {name.replace('_', ' ')}: equal")
         except Exception as error:  # the page says so, and the other checks run
-            lines.append(f"- **{name.replace('_', ' ')}: NOT EQUAL**: {_line(error)}")
+            lines.append(f"- **{name.replace('_', ' ')}: NOT EQUAL**: {line(error)}")
     return lines
 
 
@@ -155,57 +112,10 @@ def noise(sizes: Sizes, device: str) -> list[str]:
             "randn": lambda: torch.randn(sizes.weight, device=device),
             "eager": lambda weight=weight, drawn=drawn: noised_eager(weight, drawn, how),  # type: ignore[misc]
         }
-        taken = {name: _microseconds(work, device) for name, work in rivals.items()}
+        taken = {name: microseconds(work, device) for name, work in rivals.items()}
         ratios = [f"{taken[name] / taken['copy']:.2f}" for name in ("noise", "receipt", "randn", "eager")]
         lines.append(f"| {str(dtype).removeprefix('torch.')} | {taken['copy']:.1f} | {' | '.join(ratios)} |")
     return [*lines, "", "Columns after the first are multiples of it."]
-
-
-def step(sizes: Sizes, device: str) -> list[str]:
-    """The model of the plan with random weights: log-probs of a batch by the clean policy, and its update, both in
-    micro-batches of so many tokens; the most memory that torch held, beside the estimate of the same configuration."""
-    import torch
-
-    lines = [
-        f"{sizes.prompts} x {GROUP} completions of {sizes.completion} tokens, prompts of {sizes.prompt}, "
-        f"micro-batches of {sizes.micro_batch_tokens} tokens.",
-        "",
-        "| | log-probs s | tokens/s | update s | tokens/s | most GiB | estimated GiB |",
-        "|---" * 7 + "|",
-    ]
-    for name, overrides in _variants(sizes).items():
-        config = _config(sizes, overrides)
-        try:
-            lines.append(f"| {name} | {' | '.join(_timed_step(config, sizes, device))} |")
-        except torch.OutOfMemoryError as error:
-            lines.append(f"| {name} | out of memory: {_line(error)} | | | | | {_estimated(config)} |")
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return lines
-
-
-def generate(sizes: Sizes, device: str) -> list[str]:
-    """Sampled tokens per second of the torch backend, at W4A4, of completions that do not end by themselves."""
-    from trainable.engines.engine import Request
-    from trainable.policy.policy import deployed
-    from trainable.rollout import generate as sample
-
-    policy = _policy(_config(sizes, {}), sizes, device, ends=(1 << 40,))
-    lines = ["| sequences | tokens each | tokens/s |", "|---|---|---|"]
-    for count in sizes.sampled:
-        request = Request(
-            prompts=[list(range(1, sizes.prompt // 2))] * (count // GROUP),
-            group_size=GROUP,
-            max_new_tokens=sizes.new_tokens,
-            temperature=1.0,
-            batch_size=count,
-            draw=("gpu", 0, 0, 0),
-        )
-        with deployed(policy):
-            sample(policy, request)
-            seconds = _seconds(partial(sample, policy, request), device)
-        lines.append(f"| {count} | {sizes.new_tokens} | {count * sizes.new_tokens / seconds:.0f} |")
-    return lines
 
 
 def trial(sizes: Sizes, device: str) -> list[str]:
@@ -256,130 +166,6 @@ def _compared(one: Any, other: Any) -> str:
     return "the same numbers" if same else f"**other numbers: {one.eval.accuracy} and {other.eval.accuracy}**"
 
 
-# --- the real shapes --------------------------------------------------------------------------------------------------
-
-
-def _variants(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    return {
-        "W4A4": {},
-        "W4A4, activations computed again": {"grpo": {"checkpoint_activations": True}},
-        "no quantisation": {"quant": {"weights": "none", "activations": "none"}},
-    }
-
-
-def _config(sizes: Sizes, changes: dict[str, Any]) -> Any:
-    from spaces.reading import merge, read_config
-    from spaces.workloads import WORKLOADS
-
-    settings = merge(WORKLOADS["qwen2.5-1.5b-gsm8k"].settings, changes)
-    lengths = {
-        "grpo": {
-            "prompts": sizes.prompts,
-            "generation_prompts": sizes.prompts,
-            "updates_per_step": 1,
-            "micro_batch_tokens": sizes.micro_batch_tokens,
-            "overlong_buffer": 0,
-        },
-        "rollout": {"max_new_tokens": sizes.completion, "max_prompt_tokens": sizes.prompt, "backend": "torch"},
-    }
-    return read_config(merge(settings, lengths))
-
-
-def _policy(config: Any, sizes: Sizes, device: str, ends: tuple[int, ...] = (0,)) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from spaces.architectures import ARCHITECTURES
-    from trainable.policy.loading import wrapped
-
-    shapes = {**ARCHITECTURES[config.model.name], **sizes.shapes}
-    torch.manual_seed(0)
-    with torch.device(device):
-        network = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**shapes), dtype=getattr(torch, config.model.dtype), attn_implementation="sdpa"
-        )
-    network.generation_config.eos_token_id = [0]
-    tokenizer: Any = SimpleNamespace(pad_token_id=0)
-    return replace(wrapped(network, tokenizer, config.model, config.quant, config.seed), ends=ends)
-
-
-def _timed_step(config: Any, sizes: Sizes, device: str) -> list[str]:
-    import torch
-
-    from trainable.forward.logps import Batch, clean_logps
-    from trainable.grpo import update
-    from trainable.masters import MasterAdamW
-    from trainable.policy.policy import deployed
-
-    policy, rows = _policy(config, sizes, device), sizes.prompts * GROUP
-    optimizer = MasterAdamW(list(policy.trainable().values()), lr=1e-5, fused=True)
-    ids = torch.randint(1, 500, (rows, sizes.completion), device=device)
-    mask = torch.ones(rows, sizes.completion, device=device)
-    prompts = torch.randint(1, 500, (sizes.prompts, sizes.prompt), device=device).repeat_interleave(GROUP, 0)
-    batch = Batch(
-        prompt_ids=prompts,
-        prompt_mask=torch.ones_like(prompts),
-        completion_ids=ids,
-        mask=mask,
-        rollout_logps=torch.zeros_like(mask),
-        advantages=torch.randn(rows, device=device),
-        old_logps=torch.zeros_like(mask),
-        group_size=GROUP,
-    )
-    tokens = rows * (sizes.prompt + sizes.completion)
-
-    def learn() -> None:
-        update(policy, optimizer, batch, config.grpo, config.rollout, first_update=0, shuffle=torch.Generator())
-
-    with deployed(policy):
-        logps = _seconds(lambda: clean_logps(policy, batch, 1.0, config.grpo.micro_batch), device)
-    learn()  # which makes the moments
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    learned = _seconds(learn, device)
-    most = f"{torch.cuda.max_memory_allocated() / GIB:.2f}" if device == "cuda" else "-"
-    rates = [f"{logps:.3g}", f"{tokens / logps:.0f}", f"{learned:.3g}", f"{tokens / learned:.0f}"]
-    return [*rates, most, _estimated(config) if not sizes.shapes else "-"]
-
-
-def _estimated(config: Any) -> str:
-    from trainable.footprint import footprint
-
-    return f"{footprint(config).phases['update'].bytes / GIB:.2f}"
-
-
-# --- clocks -----------------------------------------------------------------------------------------------------------
-
-
-def _seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """The median, after one that warms up."""
-    import torch
-
-    times = []
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[repeats // 2]
-
-
-def _microseconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        milliseconds: float = do_bench(work, return_mode="median")
-        return milliseconds * 1e3
-    return _seconds(work, device) * 1e6
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +199,7 @@ def run_part(name: str, small: bool, seconds_left: float) -> list[str]:
     except subprocess.TimeoutExpired:
         return [f"NOT MEASURED: it took over {limit:.0f} s"]
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        said = [line for line in done.stderr.splitlines() if _RAISED.match(line)] or [f"exit status {done.returncode}"]
         return [f"NOT MEASURED: {said[-1][:200]}"]
     lines: list[str] = json.loads(done.stdout.splitlines()[-1])
     return lines
@@ -428,7 +214,7 @@ def _here(name: str, small: bool) -> list[str]:
 
     device = "cuda" if torch.cuda.is_available() and not small else "cpu"
     if device == "cpu" and not small:
-        return ["NOT MEASURED: there was no GPU"]
+        return _NO_GPU
     with _quiet():
         return part.work(SMALL if small else REAL, device)
 
@@ -464,8 +250,11 @@ def main() -> None:
     begun = time.perf_counter()
     for name in arguments.parts or PARTS:
         started = time.perf_counter()
-        results[name] = run_part(name, arguments.small, MOST_SECONDS - (started - begun))
-        print(f"{PARTS[name].title}, {time.perf_counter() - started:.0f} s", *results[name], sep="\n", flush=True)
+        lines = run_part(name, arguments.small, MOST_SECONDS - (started - begun))
+        print(f"{PARTS[name].title}, {time.perf_counter() - started:.0f} s", *lines, sep="\n", flush=True)
+        if lines == _NO_GPU and name in results:
+            continue  # what was measured elsewhere stays
+        results[name] = lines
         if not arguments.small:
             kept.write_text(json.dumps(results, indent=1) + "\n")
             (DOCS / "gpu.md").write_text(page(results))
