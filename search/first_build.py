@@ -2,11 +2,11 @@
 
 So a setting that touches nothing is one error, here, and not one in each trial. It takes torch, which takes seconds to
 import: while this process does, the one that drives the sweep starts Ray and asks MLflow, and never imports torch
-itself. Only a base model that is not there yet is waited for, because its training takes the whole machine and is
-shown.
+itself, unless it has to look at a GPU or at a model's own files. Only a base model that is not there yet is waited for,
+because its training takes the whole machine and is shown.
 
     the driver    ->  {"study": .., "trials": [..]}
-    this process  ->  {"done": 3, "total": 800, "what": "learning sums"}, ..., then {} or {"error": ".."}, lines of JSON
+    this process  ->  {"done": 3, "total": 800, "what": "learning sums"}, .., perhaps {"error": ".."}, a line each
 
 A ConfigError travels as its text; whatever else goes wrong is a bug, whose traceback stands on stderr.
 """
@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from search.lineup import base_tree
@@ -25,6 +25,7 @@ from spaces.cache import base_folder
 from spaces.config import ConfigError, ModelConfig, QuantConfig, TrialConfig
 from spaces.narrowing import tried
 from spaces.reading import as_tree, read_config
+from trainable.parent import die_with
 
 if TYPE_CHECKING:
     from trainable.policy.embedded import Progress
@@ -46,27 +47,28 @@ def built_beside(
         yield lambda: None
         return
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "search.first_build"],
+        [sys.executable, "-P", "-m", "search.first_build", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a signal to the terminal's group is for the driver, which then ends this
     )
-    assert process.stdin is not None
-    json.dump({"study": config.model_dump_json(), "trials": [as_tree(trial) for trial in wanted]}, process.stdin)
-    process.stdin.close()
-
-    def wait() -> None:
-        _hear(process, progress or (lambda done, total, what: None))
-
     try:
-        recipes = {trial.model.recipe for trial in wanted if trial.model.recipe is not None}
-        if not all(base_folder(recipe).exists() for recipe in recipes):
-            wait()
-        yield wait
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # its exit code says more
+            json.dump(
+                {"study": config.model_dump_json(), "trials": [as_tree(trial) for trial in wanted]}, process.stdin
+            )
+            process.stdin.close()
+        yield lambda: _hear(process, progress or (lambda done, total, what: None))
     finally:
         process.kill()
         process.wait()
+
+
+def lacks_a_base(trials: Sequence[TrialConfig]) -> bool:
+    """Whether one has to be trained first."""
+    return not all(base_folder(trial.model.recipe).exists() for trial in trials if trial.model.recipe is not None)
 
 
 def build_once(config: StudyConfig, trials: Sequence[TrialConfig], progress: "Progress | None") -> None:
@@ -80,7 +82,7 @@ def to_build(config: StudyConfig, trials: Sequence[TrialConfig]) -> list[TrialCo
     drawn = tried(config.space, base_tree(config)).configs if config.kind == "sweep" else ()
     every = (*trials, *(trial for trial in drawn if trial.rules))
     here = config.address is None
-    kinds = {(t.model, t.quant, t.noise, t.task if t.rules else None): t for t in every}
+    kinds = {(t.model, t.quant, t.noise, (t.task, t.grpo, t.rollout) if t.rules else None): t for t in every}
     return [trial for trial in kinds.values() if trial.model.recipe is not None or (trial.rules and here)]
 
 
@@ -91,8 +93,7 @@ def _hear(process: "subprocess.Popen[str]", progress: "Progress") -> None:
         said = json.loads(line)
         if "error" in said:
             raise ConfigError(said["error"])
-        if said:
-            progress(said["done"], said["total"], said["what"])
+        progress(said["done"], said["total"], said["what"])
     if code := process.wait():
         raise RuntimeError(f"what trials build could not be built: the process that tried ended with {code}")
 
@@ -138,6 +139,7 @@ def _followed(trial: TrialConfig, progress: "Progress | None") -> TrialConfig:
 
 
 def main() -> None:
+    die_with(int(sys.argv[1]))
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints does so elsewhere
     asked = json.load(sys.stdin)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from search.arms import Arm
 from search.events import RAY_STARTS, StudyEvent, View, waiting
 from search.execution import sweep_ray
-from search.first_build import built_beside
+from search.first_build import built_beside, lacks_a_base
 from search.interruption import Interruption, interruptible
 from search.mlflow_client import check_tracking
 from search.store import StudyConfig
@@ -20,13 +20,20 @@ if TYPE_CHECKING:
 @contextmanager
 def on_ray(config: StudyConfig, arms: Sequence[Arm], view: View, progress: "Progress | None") -> Iterator[Interruption]:
     """With Ray, and with all that trials build once; one starts beside the other. Raises ConfigError."""
-    with built_beside(config, [arm.config for arm in arms], progress) as built:
+    trials = [arm.config for arm in arms]
+    with built_beside(config, trials, progress) as built:
         check_tracking(config.tracking_uri, config.name, config.owner)
+        if lacks_a_base(trials):
+            built()
         view(StudyEvent(study=config, doing=RAY_STARTS))
         with interruptible(waiting(config, view)) as interruption, sweep_ray(config):
-            interruption.listen()
-            built()
+            with interruption.passed_on(_leave):
+                built()
             yield interruption
+
+
+def _leave() -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager

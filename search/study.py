@@ -93,7 +93,6 @@ def run_study(
     view(StudyEvent(study=config, doing=CHECKS))
     arms, evidence = _checked(config, fixed)
     with on_ray(config, arms, view, progress) as interruption:
-        interruption.refuse()
         _write_down(config, arms, evidence, files or {})
         with only_driver(config):
             return _advance(config, view, interruption)

@@ -24,8 +24,8 @@ import torch
 
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree
-from trainable.engines.process import die_with
 from trainable.failure import TrialFailed
+from trainable.parent import die_with
 from trainable.team import ALONE, FromAnother, Team, meet, part
 from trainable.trial import Trial
 

@@ -20,7 +20,6 @@ that both processes see (CUDA IPC): weights come through the host.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -43,6 +42,7 @@ from torch import Tensor
 from trainable.engines.engine import Engine, EngineSettings, Request, digest, set_vllm_switches
 from trainable.episode import Completion
 from trainable.failure import TrialFailed
+from trainable.parent import die_with
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ Message = tuple[Any, dict[str, Tensor]]
 _GROUPS = TypeAdapter(list[list[Completion]])
 _T = TypeVar("_T")
 
-_PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 0.5
 """Seconds for a child that ends by itself: its exit code says more than our signal."""
 
@@ -256,14 +255,6 @@ def _answer(engine: Engine, call: str, tensors: dict[str, Tensor], arguments: di
         case "sleep":
             engine.sleep()
     return None, {}
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends, however that ends."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
-        sys.exit(1)
 
 
 def main() -> None:
