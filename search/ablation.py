@@ -30,8 +30,8 @@ class Ablation:
 
 
 def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablation:
-    """The study that takes the winner of `parent` apart; replicates, seed, budget, resources and place are those of
-    `options`.
+    """The study that takes the winner of `parent` apart; replicates, seed, budget, resources (with more GPUs also the
+    ranks) and place are those of `options`.
 
     Raises NoCandidate when the parent has none, ConfigError when it is a confirmation.
     """
@@ -40,7 +40,8 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
     candidate = candidate_of(parent, read_arms(parent))
     best, control = candidate.arm, candidate.control
     threads = {"threads": options.cpus or WORKLOADS[parent.workload].trial_cpus}
-    won, plain = (config.model_copy(update=threads) for config in as_ran(best, control))
+    ranks = {"parallel": {"ranks": given}} if (given := flatten(options.settings).get("parallel.ranks")) else {}
+    won, plain = (read_config(merge(as_tree(one), {**threads, **ranks})) for one in as_ran(best, control))
     steps, skipped = single_changes(as_tree(won), as_tree(plain))
     chosen = [
         Arm(name=control.name, origin="control", config=plain),
@@ -58,7 +59,7 @@ def ablation(parent: StudyConfig, options: StudyConfig, *, named: bool) -> Ablat
             "parent_id": parent.id,
             "space": parent.space,
             "workload": parent.workload,
-            "settings": parent.settings,
+            "settings": merge(parent.settings, ranks),
             "points": (),
             "evidence": (),
             "warm_start": "",

@@ -7,7 +7,7 @@ import pytest
 
 from search.ablation import Ablation, ablation, single_changes
 from search.arms import Arm
-from search.store import StudyConfig
+from search.store import StudyConfig, ranks_of
 from spaces.config import TrialConfig
 from spaces.errors import NoCandidate
 from spaces.reading import as_tree, flatten, read_config
@@ -118,6 +118,12 @@ def test_the_study_is_the_parent_s_in_what_is_compared_and_the_user_s_in_how_it_
     assert (config.space, config.workload, config.settings) == (parent.space, parent.workload, parent.settings)
     assert (config.replicates, config.seed, config.budget_hours, config.concurrent) == (5, 40, 2.0, 1)
     assert (config.trials, config.points, config.evidence) == (len(parts.arms), (), ())
+
+
+def test_more_gpus_are_more_ranks_of_every_arm_and_of_the_study(tmp_path: Path) -> None:
+    for settings, ranks in (({"parallel": {"ranks": 4}}, 4), ({}, 1)):
+        config = (parts := planned(tmp_path, "noise.num_stages=5", settings=settings)[1]).config
+        assert {ranks_of(config), *(arm.config.parallel.ranks for arm in parts.arms)} == {ranks}
 
 
 def test_a_name_that_was_given_is_kept(tmp_path: Path) -> None:
