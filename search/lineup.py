@@ -14,7 +14,7 @@ from typing import Any
 
 from search.arms import Arm, apart, control_for, is_negative, is_of_the_path
 from search.rewards import pinned
-from search.store import StudyConfig
+from search.store import StudyConfig, check_ranks
 from spaces.config import ConfigError, TrialConfig
 from spaces.narrowing import refuse_settings_of_the_run, searched, tried
 from spaces.points import POINTS, read_point
@@ -46,7 +46,7 @@ def fixed_arms(config: StudyConfig) -> list[Arm]:
     drawn = tried(config.space, base).configs
     points, files = _points(config, base)
     arms = _with_controls(config, base, points)
-    _refuse_other_ranks(base, [*drawn, *(arm.config for arm in arms)])
+    check_ranks(config, [*drawn, *(arm.config for arm in arms)])
     _refuse_confirm_questions([*drawn, *(arm.config for arm in arms)])
     _refuse_too_few_samples(config.objectives, [*drawn, *(arm.config for arm in arms)])
     treated = [*drawn, *(point.config for point in points)]
@@ -101,17 +101,6 @@ def overridden(config: StudyConfig) -> list[str]:
         for key, below, above in given_twice(lower, upper):
             lines.append(f"{under}: {key}={above} by {over}, in place of its own {below}")
     return lines
-
-
-def _refuse_other_ranks(base: Mapping[str, Any], trials: Sequence[TrialConfig]) -> None:
-    """Tune holds the same for every trial, and numbers hang on how many ranks share the work."""
-    ranks = read_config(base).parallel.ranks
-    for trial in trials:
-        if trial.parallel.ranks != ranks:
-            raise ConfigError(
-                f"parallel.ranks={trial.parallel.ranks}: in a sweep all trials have as many, and the others have "
-                f"{ranks}; leave it out, and give --gpus or --set parallel.ranks"
-            )
 
 
 def _refuse_confirm_questions(trials: Sequence[TrialConfig]) -> None:

@@ -26,7 +26,7 @@ from search.registration import (
     registrations_text,
 )
 from search.rewards import pinned
-from search.store import StudyConfig, only_driver
+from search.store import StudyConfig, check_ranks, only_driver
 from search.tolerance import Boundary, NoisyRun, boundaries
 from spaces.config import MODES, ConfigError, TrialConfig
 from spaces.points import POINTS
@@ -134,6 +134,7 @@ def check_arms(study: StudyConfig, registration: Registration) -> list[Arm]:
                         )
                     lineup.place(name, config)
         found += lineup.named()
+    check_ranks(study, [arm.config for arm in found])
     refuse_idle(study.settings, [arm.config for arm in found], "--set ")
     return found
 

@@ -33,7 +33,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -45,7 +45,7 @@ from search.lease import holder, leased
 from search.mlflow_client import Owner
 from search.secrets import strip_password
 from spaces.cache import cache_folder
-from spaces.config import ConfigError
+from spaces.config import ConfigError, TrialConfig
 from spaces.library import Space
 from spaces.narrowing import narrowed
 from spaces.paths import home
@@ -448,6 +448,19 @@ def ranks_of(config: StudyConfig) -> int:
     """Of one trial: the shares of its work (`parallel.ranks`)."""
     tree = merge(merge(WORKLOADS[config.workload].settings, config.space.settings), config.settings)
     return int(tree.get("parallel", {}).get("ranks", 1))
+
+
+def check_ranks(config: StudyConfig, trials: Iterable[TrialConfig]) -> None:
+    """Raises ConfigError for GPUs that no rank would compute on, and for a trial of another number of ranks: Tune holds
+    the same for every trial, and numbers hang on how many ranks share the work."""
+    processes_of(config)
+    ranks = ranks_of(config)
+    for trial in trials:
+        if trial.parallel.ranks != ranks:
+            raise ConfigError(
+                f"parallel.ranks={trial.parallel.ranks}: in a sweep all trials have as many, and the others have "
+                f"{ranks}; leave it out, and give --gpus or --set parallel.ranks"
+            )
 
 
 def gpus_of(config: StudyConfig) -> float:

@@ -47,6 +47,7 @@ from search.store import (
     BEST_FILE,
     STUDY_FILE,
     StudyConfig,
+    check_ranks,
     check_writable,
     only_driver,
     refuse_stale,
@@ -110,6 +111,7 @@ def begin_study(config: StudyConfig, progress: "Progress | None" = None, fixed: 
 def _checked(config: StudyConfig, fixed: Sequence[Arm] | None) -> tuple[Sequence[Arm], Sequence[Evidence]]:
     """What it begins with. Raises ConfigError."""
     arms = list(fixed) if fixed is not None else fixed_arms(config)
+    check_ranks(config, [arm.config for arm in arms])
     refuse_taken_name(config)
     evidence = evidence_of(config)
     check_writable(config.store)

@@ -76,6 +76,15 @@ def test_the_page_of_words_has_every_word_of_a_programme_and_of_its_conditions()
     assert not missing
 
 
+@pytest.mark.parametrize("where", ["all", "large"])
+def test_a_programme_whose_arms_have_other_ranks_than_its_study_is_refused(tmp_path: Path, where: str) -> None:
+    written = parse_yaml(documented(tmp_path).read_text(), "mine.yaml")
+    within = written if where == "all" else written["experiments"][where]
+    within["settings"]["parallel"] = {"ranks": 2}
+    with pytest.raises(ConfigError, match=r"parallel\.ranks=2: in a sweep all trials have as many"):
+        begun(tmp_path, read_programme(written, "mine.yaml"))
+
+
 # --- registration -----------------------------------------------------------------------------------------------------
 
 

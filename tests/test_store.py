@@ -339,6 +339,15 @@ def test_a_sweep_without_a_place_is_told_of_the_place_and_not_of_its_tracking(tm
         begin_study(study(tmp_path / "file" / "runs"))
 
 
+def test_arms_of_other_ranks_and_gpus_without_a_rank_are_refused_whoever_made_the_arms(tmp_path: Path) -> None:
+    config = study(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"parallel\.ranks=2: in a sweep all trials have as many"):
+        begin_study(config, fixed=[make_arm(config, "control", "parallel.ranks=2")])
+    with pytest.raises(ConfigError, match=r"--gpus 4: a trial of s has parallel\.ranks=1"):
+        begin_study(study(tmp_path / "runs", gpus=4.0), fixed=[make_arm(config, "control")])
+    assert config.folder.names() == []
+
+
 def test_whether_a_place_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
     check_writable(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
