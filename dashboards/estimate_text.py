@@ -36,7 +36,9 @@ def _memory(now: Fit, found: Remedy | None) -> Iterator[str]:
         yield f"  memory    DOES NOT FIT: {most}, and no setting that it could do with makes it fit"
     else:
         yield f"  memory    DOES NOT FIT: {most}; with {found}: {found.fit.needed_gib(found.fit.largest):.1f} GiB"
-    if now.engine is not None:
+    if now.refused:
+        yield f"  vLLM      REFUSED: {now.refused}"
+    elif now.engine is not None:
         cache, needed = now.engine.cache / GIB, now.engine.needed / GIB
         rest = "sleeps while training learns" if now.engine.sleep_level else "stays beside training"
         yield f"  vLLM      gets {cache:.1f} of the {needed:.1f} GiB that its batch could use, and {rest}"

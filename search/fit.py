@@ -50,6 +50,8 @@ class Fit:
     phases: Mapping[str, Mapping[str, int]]
     """Bytes by part when they are most, an engine's included."""
     engine: EngineMemory | None
+    refused: str = ""
+    """What a trial would say there where it finds no room for its engine."""
 
     def needed_gib(self, phase: str) -> float:
         """With what is needed besides live tensors."""
@@ -62,8 +64,11 @@ class Fit:
 
     @property
     def too_large(self) -> tuple[str, ...]:
-        """Phases that do not fit."""
-        return tuple(phase for phase in self.phases if self.needed_gib(phase) > self.device.memory_gib)
+        """Phases that do not fit; among them an engine's that a trial refuses, which leaves more to gaps."""
+        return tuple(phase for phase in self.phases if self._too_large(phase))
+
+    def _too_large(self, phase: str) -> bool:
+        return self.needed_gib(phase) > self.device.memory_gib or (phase == WITH_ENGINE and bool(self.refused))
 
     def room(self, phase: str) -> float:
         """Share that there is room for of what grows with the completions that are computed at once."""
@@ -80,20 +85,20 @@ def fit(config: TrialConfig, device: Memory) -> Fit:
     phases = {name: dict(phase.peak) for name, phase in shapes.phases.items()}
     if config.rollout.backend == "torch":
         return Fit(config=config, device=device, shapes=shapes, phases=phases, engine=None)
-    engine = _engine(config, shapes, device)
+    engine, refused = _engine(config, shapes, device)
     parts = {"the engine's weights and working space": shapes.engine.engine, "the engine's KV cache": engine.cache}
     phases[WITH_ENGINE] = phases["deploy"] | parts
     if not engine.sleep_level:
         phases |= {name: phases[name] | parts for name in _LEARNING}
-    return Fit(config=config, device=device, shapes=shapes, phases=phases, engine=engine)
+    return Fit(config=config, device=device, shapes=shapes, phases=phases, engine=engine, refused=refused)
 
 
-def _engine(config: TrialConfig, shapes: Footprint, device: Memory) -> EngineMemory:
-    """As a trial chooses it there; what its batch needs where a trial would find no room for one sequence."""
+def _engine(config: TrialConfig, shapes: Footprint, device: Memory) -> tuple[EngineMemory, str]:
+    """As a trial chooses it there; where it would refuse: what was asked for, or what its batch needs, and why."""
     total, rollout = int(device.memory_gib * GIB), config.rollout
     cache = None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * GIB)
     try:
-        return choose(
+        chosen = choose(
             shapes.engine,
             free=total - shapes.weight_bytes - int(CONTEXT_GIB * GIB),
             total=total,
@@ -102,9 +107,11 @@ def _engine(config: TrialConfig, shapes: Footprint, device: Memory) -> EngineMem
             cache=cache,
             sleep=rollout.sleep,
         )
-    except ConfigError:
-        needed = shapes.engine.cache
-        return EngineMemory(cache=cache or needed, needed=needed, sleep_level=0, share=1.0)
+    except ConfigError as error:
+        needed, level = shapes.engine.cache, 0 if rollout.sleep is False else 1
+        wanted = needed if cache is None else cache
+        return EngineMemory(cache=wanted, needed=needed, sleep_level=level, share=1.0), str(error)
+    return chosen, ""
 
 
 # --- what makes it fit ------------------------------------------------------------------------------------------------
@@ -130,7 +137,7 @@ def remedy(config: TrialConfig, device: Memory) -> Remedy | None:
         proposal: dict[str, Any] = {}
         for phase in now.too_large:
             proposal |= _lower(now, phase)
-        if not proposal:
+        if _with(config, settings | proposal) == now.config:
             return None
         settings |= proposal
     return Remedy(settings=settings, fit=now)
@@ -146,16 +153,17 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
     if grpo.micro_batch_tokens is not None:
         row = rollout.max_prompt_tokens + rollout.max_new_tokens
         micro_batch = ("grpo.micro_batch_tokens", grpo.micro_batch_tokens, row)
+    one_sequence = max(0.1, math.ceil(10 * now.shapes.engine.sequence / GIB) / 10)
     levers = {
         "update": micro_batch,
         "log-probs": micro_batch,
-        WITH_ENGINE: ("rollout.kv_cache_gib", 0.0 if now.engine is None else now.engine.cache / GIB, 0.1),
+        WITH_ENGINE: ("rollout.kv_cache_gib", 0.0 if now.engine is None else now.engine.cache / GIB, one_sequence),
         "rollout: prompts": ("rollout.batch_size", sampled, grpo.group_size),
         "rollout: a token": ("rollout.batch_size", sampled, grpo.group_size),
         "evaluation: prompts": ("eval.batch_size", asked, 1),
         "evaluation: a token": ("eval.batch_size", asked, 1),
     }
-    if phase in _LEARNING and now.engine is not None and not now.engine.sleep_level:
+    if phase in _LEARNING and now.engine is not None and not now.engine.sleep_level and rollout.sleep is None:
         return {"rollout.sleep": True}
     if phase in levers:
         key, value, least = levers[phase]
@@ -193,6 +201,8 @@ def does_not_fit(config: TrialConfig, device: Memory) -> str | None:
         return None
     found = remedy(config, device)
     cure = "and no setting that it could do with makes it fit" if found is None else f"it fits with {found}"
+    if now.needed_gib(now.largest) <= device.memory_gib:
+        return f"on {device.name} a trial would be refused ({now.refused}); {cure}"
     return (
         f"a trial needs about {now.needed_gib(now.largest):.1f} GiB ({now.largest}), and {device.name} has "
         f"{device.memory_gib:.1f}; {cure}"

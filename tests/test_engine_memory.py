@@ -60,6 +60,18 @@ def test_a_device_without_room_for_one_sequence_is_refused_with_what_to_set() ->
         on_gpu(QWEN, 40, sleep=False)
 
 
+def test_a_cache_that_a_device_has_no_room_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^rollout\.kv_cache_gib=100: there is room for 63\.95 GiB of keys"):
+        on_gpu(QWEN, 79, cache=100 * GIB)
+    with pytest.raises(ConfigError, match=r"^rollout\.kv_cache_gib=40: there is room for 21\.95 GiB.*; lower it, or"):
+        on_gpu(QWEN, 79, cache=40 * GIB, sleep=False)
+    assert on_gpu(QWEN, 79, cache=40 * GIB).sleep_level == 1  # asleep there is room for it
+    options = {"total": 64 * GIB, "on_device": False, "inside": True, "sleep": None}
+    with pytest.raises(ConfigError, match=r"^rollout\.kv_cache_gib=30: there is room for 20\.00 GiB"):
+        choose(QWEN, free=20 * GIB, cache=30 * GIB, **options)  # type: ignore[arg-type]
+    assert choose(QWEN, free=20 * GIB, cache=15 * GIB, **options).cache == 15 * GIB  # type: ignore[arg-type]
+
+
 def test_on_a_cpu_nothing_sleeps_and_a_cache_takes_a_quarter_of_the_free_memory() -> None:
     options = {"total": 64 * GIB, "on_device": False, "inside": True, "cache": None}
     assert choose(QWEN, free=60 * GIB, sleep=None, **options).cache == QWEN.cache  # type: ignore[arg-type]

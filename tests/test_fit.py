@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dashboards.estimate_text import estimate_lines
+from dashboards.estimate_text import _memory, estimate_lines
 from search import fit as fitting
-from search.fit import CONTEXT_GIB, GAPS, WITH_ENGINE, device_here, does_not_fit, fit, remedy
+from search.fit import CONTEXT_GIB, GAPS, WITH_ENGINE, Fit, device_here, does_not_fit, fit, remedy
 from search.roofline import BANDWIDTH_SHARE, LAUNCH_SECONDS, PEAK_SHARE, seconds_of, times
 from spaces.config import TrialConfig
 from spaces.devices import DEVICES, Memory
@@ -85,8 +85,45 @@ def test_an_engine_holds_its_own_weights_and_cache_and_gives_them_back_where_it_
     assert "the engine's KV cache" not in asleep.phases["update"]
     found = remedy(sized(model_folder(), "rollout.backend=vllm", "rollout.kv_cache_gib=8"), with_room(5.0))
     assert found is not None
-    assert found.settings == {"rollout.kv_cache_gib": 2.7}
-    assert 4.5 < CONTEXT_GIB + (2 + 2.7) * (1 + GAPS) <= found.fit.needed_gib(WITH_ENGINE) <= 6.0
+    assert found.settings == {"rollout.kv_cache_gib": 2.4}  # of 2.7 a trial would say that there is no room
+    assert 4.5 < CONTEXT_GIB + (2 + 2.4) * (1 + GAPS) <= found.fit.needed_gib(WITH_ENGINE) <= 6.0
+
+
+@pytest.mark.parametrize(("sleep", "asleep"), [("null", True), ("false", False)])
+def test_where_an_engine_has_no_room_at_all_the_search_for_settings_ends(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, sleep: str, asleep: bool
+) -> None:
+    """Its working space alone is larger than the device. It proposed rollout.sleep=true again and again."""
+    small = ("grpo.micro_batch_size=1", "eval.batch_size=1", "model.adapter=lora")
+    config, device = sized(model_folder(), "rollout.backend=vllm", f"rollout.sleep={sleep}", *small), with_room(1.0)
+    asked = []
+
+    def counted(config: TrialConfig, device: Memory) -> Fit:
+        asked.append(config)
+        assert len(asked) == len({one.model_dump_json() for one in asked}), "the same settings were tried before"
+        return fit(config, device)
+
+    monkeypatch.setattr(fitting, "fit", counted)
+    assert remedy(config, device) is None
+    assert config.rollout.sleep == asked[-1].rollout.sleep
+    found = fit(config, device)
+    assert found.engine is not None
+    assert bool(found.engine.sleep_level) == asleep
+    assert found.refused.startswith("rollout.backend=vllm: keys and values of one sequence need")
+
+
+def test_what_is_said_to_fit_is_not_refused_by_the_trial(model_folder: ModelFolder) -> None:
+    """A trial leaves 5 % of the device, a count 5 % of what is alive: an engine's cache may fall between the two."""
+    config = sized(model_folder(), "rollout.backend=vllm", "rollout.kv_cache_gib=2.7")
+    between = with_room(2 + 2.7 * (1 + GAPS) + 0.16)
+    found = fit(config, between)
+    assert found.needed_gib(found.largest) < between.memory_gib
+    assert found.too_large == (WITH_ENGINE,)
+    told = does_not_fit(config, between)
+    assert told is not None
+    assert "a trial would be refused (rollout.kv_cache_gib=2.7: there is room for 2.6" in told
+    assert told.endswith("it fits with --set rollout.kv_cache_gib=2.4")
+    assert any("vLLM      REFUSED: rollout.kv_cache_gib=2.7" in line for line in _memory(found, None))
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def choose(
             )
         room = int(_SHARE_OF_RAM * free)
         given = cache if cache is not None else min(needs.cache, max(room, _LEAST_CACHE))
+        _check_room(cache, free)
         return _checked(EngineMemory(cache=given, needed=needs.cache, sleep_level=0, share=1.0), needs, room)
     beside = free - int((1 - _SHARE_OF_DEVICE) * total) - needs.held - needs.engine
     together = None if needs.learning is None else beside - needs.learning
@@ -129,11 +130,21 @@ def choose(
     sleeps = (together is None or together < wanted) if sleep is None else sleep
     room = beside if sleeps or together is None else together
     given = wanted if cache is not None else min(wanted, room)
+    _check_room(cache, room)
     # In this process weights come from the same device: dropped, they are there again at once. A child would be sent
     # all of them through a pipe; from the host's memory they come twenty times faster.
     level = (2 if inside else 1) if sleeps else 0
     share = min(1.0, (given + needs.engine) / total)
     return _checked(EngineMemory(cache=given, needed=needs.cache, sleep_level=level, share=share), needs, room)
+
+
+def _check_room(cache: int | None, room: int) -> None:
+    """Of a cache that the user gives: vLLM would start to take it, and die on a machine that does not have it."""
+    if cache is not None and cache > max(0, room):
+        raise ConfigError(
+            f"rollout.kv_cache_gib={cache / GIB:g}: there is room for {max(0, room) / GIB:.2f} GiB of keys and values; "
+            "lower it, or leave it out for as much as fits"
+        )
 
 
 def _checked(memory: EngineMemory, needs: Needs, room: int) -> EngineMemory:
