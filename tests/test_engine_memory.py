@@ -1,9 +1,15 @@
 """What an engine is given of a machine's memory: rows of numbers, of devices that are not here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import MambaConfig, Qwen2Config
 
 from spaces.config import ConfigError, TrialConfig
@@ -15,6 +21,7 @@ from trainable.engines.backend import _needs_on_device, _settings, memory_here
 from trainable.engines.memory import GIB, EngineMemory, Needs, cache_numbers_per_token, choose, needs_of
 from trainable.footprint import CannotCount, footprint
 from trainable.policy.loading import load_policy
+from trainable.policy.policy import Policy
 
 QWEN = Needs(cache=int(10.5 * GIB), sequence=42 << 20, engine=int(5.0 * GIB), held=int(2.6 * GIB), learning=42 * GIB)
 SMALL = Needs(cache=GIB // 4, sequence=1 << 20, engine=2 * GIB, held=1 << 20, learning=1 << 20)
@@ -113,6 +120,49 @@ def test_what_training_takes_is_counted_of_its_own_code_and_where_it_cannot_be_t
     assert unknown.learning is None
     assert on_gpu(unknown, 80).sleep_level == 1
     assert on_gpu(unknown, 80, sleep=False).sleep_level == 0
+
+
+def test_of_a_matrix_in_shards_a_process_holds_moments_and_masters_of_its_own_rows(tiny: Tiny) -> None:
+    """They were counted whole, and the engine of a trial that fits was refused. What is deployed is whole: here all
+    matrices, also those that are not quantised."""
+    config = tiny("quant.skip_layers=[0]", "model.dtype=bfloat16")
+    policy = load_policy(config.model, config.quant, 0)
+    whole = needs_of(config, policy, peak=None)
+    with in_shards(policy):
+        found = needs_of(config, policy, peak=None)
+    learned = list(policy.trainable().values())
+    matrices = [weight for weight in learned if weight.dim() == 2]
+    every, own = (
+        sum(weight.numel() for weight in learned),
+        sum(weight[: len(weight) // 2].numel() for weight in matrices),
+    )
+    vectors = every - sum(weight.numel() for weight in matrices)
+    quantized = sum(policy.linears[name].weight.numel() for name in policy.quantized)
+    assert whole.held == 2 * quantized + 12 * every  # two moments and a master in fp32
+    assert found.held == 2 * (every - vectors) + 12 * (own + vectors)
+    assert replace(found, held=whole.held) == whole  # the engine's and its cache
+
+
+@contextmanager
+def in_shards(policy: Policy) -> Iterator[None]:
+    """Matrices as one process of two sees them, which holds half of their rows; a group of one process does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        mesh, made = init_device_mesh("cpu", (1,)), dict[int, nn.Parameter]()
+        for module in policy.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    half = parameter.detach()[: len(parameter) // 2]
+                    shape = {"shape": parameter.shape, "stride": parameter.stride()}
+                    rows = DTensor.from_local(half, mesh, (Shard(0),), run_check=False, **shape)
+                    kept.append((module, name, parameter))
+                    module.register_parameter(name, made.setdefault(id(parameter), nn.Parameter(rows)))
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module.register_parameter(name, parameter)
+        dist.destroy_process_group()
 
 
 def test_a_model_without_attention_keeps_the_cache_that_it_had() -> None:

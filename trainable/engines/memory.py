@@ -21,6 +21,7 @@ import torch
 from spaces.config import ConfigError, TrialConfig
 from trainable.forward.transformer import head_size
 from trainable.policy.policy import Policy
+from trainable.sharding import is_shard, local
 
 GIB = 1 << 30
 _BLOCK = 128
@@ -82,13 +83,15 @@ def needs_of(config: TrialConfig, policy: Policy, *, peak: int | None) -> Needs:
     known."""
     rollout, weights = config.rollout, list(policy.model.parameters())
     learned = list(policy.trainable().values())
-    count = sum(weight.numel() for weight in learned)
-    masters = sum(weight.numel() for weight in learned if weight.dtype != torch.float32)
+    count = sum(local(weight).numel() for weight in learned)
+    masters = sum(local(weight).numel() for weight in learned if weight.dtype != torch.float32)
     tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
     each = cache_numbers_per_token(policy.network.config.get_text_config()) * weights[0].element_size()
     sequence = -(-tokens // _BLOCK) * _BLOCK * each
     size = sum(weight.nbytes for weight in weights)
-    held = sum(policy.linears[name].weight.nbytes for name in policy.quantized) + 4 * (2 * count + masters)
+    quantized = {id(policy.linears[name].weight) for name in policy.quantized}
+    deployed = sum(weight.nbytes for weight in weights if id(weight) in quantized or is_shard(weight))  # whole ones
+    held = deployed + 4 * (2 * count + masters)
     return Needs(
         cache=max(_LEAST_CACHE, (rollout.batch_size + 1) * sequence) if sequence else _STATES,
         sequence=sequence,
