@@ -15,6 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
+from spaces.config import GRPOConfig, ParallelConfig, RolloutConfig
+from spaces.reading import merge
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -163,14 +168,26 @@ def chosen_backend(workload: Workload, given: Mapping[str, Any]) -> tuple[dict[s
             f"{workload.name}: vLLM is installed here and generates (rollout.backend=vllm in every trial); "
             "--set rollout.backend=torch for training's own modules"
         )
-    grpo, rollout = workload.settings["grpo"], workload.settings["rollout"]
-    completions = grpo["generation_prompts"] * grpo["group_size"]
-    passes = -(-completions // rollout["batch_size"]) * rollout["max_new_tokens"]
     return {"rollout": {"backend": "torch"}}, (
         f"{workload.name}: vLLM is not installed here, so training's own modules generate (rollout.backend=torch in "
-        f"every trial), in a Python loop: {passes:,} forward passes one after another for a batch of {completions:,} "
-        "completions at their longest; rin doctor says how to install it, --set rollout.backend=vllm where trials run "
-        "on machines that have it"
+        f"every trial), in a Python loop{_passes(merge(workload.settings, given))}; rin doctor says how to install it, "
+        "--set rollout.backend=vllm where trials run on machines that have it"
+    )
+
+
+def _passes(settings: Mapping[str, Any]) -> str:
+    """How long that loop is; nothing of settings that no trial takes, which is told where they are read."""
+    try:
+        grpo = GRPOConfig.model_validate(settings.get("grpo", {}))
+        rollout = RolloutConfig.model_validate(settings.get("rollout", {}))
+        ranks = ParallelConfig.model_validate(settings.get("parallel", {})).ranks
+    except ValidationError:
+        return ""
+    prompts, at_once = -(-grpo.batch_prompts // ranks), max(1, rollout.batch_size // grpo.group_size)
+    passes, completions = -(-prompts // at_once) * rollout.max_new_tokens, prompts * grpo.group_size
+    return (
+        f": {passes:,} forward passes one after another for a batch of {completions:,} completions at their longest"
+        + (f", in each of {ranks} processes" if ranks > 1 else "")
     )
 
 

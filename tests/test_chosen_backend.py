@@ -9,7 +9,7 @@ import pytest
 from dashboards.options import SweepOptions, study_config, trial_config
 from search.lineup import fixed_arms
 from search.store import StudyConfig
-from spaces.workloads import WORKLOADS
+from spaces.workloads import WORKLOADS, chosen_backend
 
 QWEN = "qwen2.5-1.5b-gsm8k"
 
@@ -54,6 +54,31 @@ def test_a_sweep_keeps_what_the_machine_had_that_wrote_it_down(
         assert generators(StudyConfig.model_validate_json(with_vllm.model_dump_json())) == {("vllm", "process")}
         assert generators(StudyConfig.model_validate_json(without.model_dump_json())) == {("torch", "inside")}
     assert without.settings["rollout"]["backend"] == "torch"  # said outright, and no default
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({}, ": 8,192 forward passes one after another for a batch of 2,048 completions"),
+        ({"rollout": {"max_new_tokens": 64}}, ": 512 forward passes one after another for a batch of 2,048"),
+        ({"rollout": {"batch_size": 2048}}, ": 1,024 forward passes one after another for a batch of 2,048"),
+        ({"grpo": {"group_size": 4}}, ": 4,096 forward passes one after another for a batch of 1,024"),
+        ({"grpo": {"generation_prompts": None}}, ": 4,096 forward passes one after another for a batch of 1,024"),
+        (
+            {"grpo": {"filter_groups": "off", "prompts": 64}},
+            ": 2,048 forward passes one after another for a batch of 5",
+        ),
+        ({"parallel": {"ranks": 2}}, "batch of 1,024 completions at their longest, in each of 2 processes; rin doctor"),
+        ({"rollout": {"batch_size": 0}}, "in a Python loop; rin doctor"),  # which is refused where it is read
+    ],
+)
+def test_it_counts_the_passes_of_the_settings_that_are_given(
+    installed: Any, given: dict[str, Any], passes: str
+) -> None:
+    installed(False)
+    chosen, line = chosen_backend(WORKLOADS[QWEN], given)
+    assert chosen == {"rollout": {"backend": "torch"}}
+    assert passes in line
 
 
 @pytest.mark.parametrize(
