@@ -139,6 +139,10 @@ def _quantized(config: TrialConfig) -> bool:
     return {config.quant.weights, config.quant.activations} != {"none"}
 
 
+def _sharded(config: TrialConfig) -> bool:
+    return config.parallel.ranks > 1 and config.parallel.weights == "sharded"
+
+
 def _recipe(of: Callable[[Any], bool]) -> Callable[[TrialConfig], bool]:
     return lambda config: config.model.recipe is None or of(config.model.recipe)
 
@@ -223,6 +227,9 @@ USES: dict[str, Use] = {
     ),
     "grpo.micro_batch_size": Use(
         holds=lambda c: c.grpo.micro_batch_tokens is None, needs="grpo.micro_batch_tokens=null, which takes its place"
+    ),
+    "grpo.checkpoint_activations": Use(
+        holds=lambda c: not _sharded(c), needs="parallel.weights=whole, as shards are always computed again"
     ),
     "grpo.overlong_penalty": Use(holds=lambda c: c.grpo.overlong_buffer > 0, needs="grpo.overlong_buffer above 0"),
     "rollout.engine": _VLLM,

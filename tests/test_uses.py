@@ -229,6 +229,7 @@ DEAD: list[list[str]] = [
     ["model.lora_rank=32"],
     ["eval.every=100"],
     ["grpo.micro_batch_tokens=4096", "grpo.micro_batch_size=8"],
+    ["parallel.ranks=2", "parallel.weights=sharded", "grpo.checkpoint_activations=true"],
 ]
 
 
