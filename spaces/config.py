@@ -472,6 +472,11 @@ class GRPOConfig(Record):
         return self.micro_batch_size if self.micro_batch_tokens is None else Tokens(self.micro_batch_tokens)
 
     @property
+    def micro_batch_key(self) -> str:
+        """Setting that says so."""
+        return "grpo.micro_batch_size" if self.micro_batch_tokens is None else "grpo.micro_batch_tokens"
+
+    @property
     def batch_prompts(self) -> int:
         """Prompts of a generated batch."""
         return self.prompts if self.filter_groups == "off" else self.generation_prompts or self.prompts

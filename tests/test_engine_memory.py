@@ -23,8 +23,15 @@ from trainable.footprint import CannotCount, footprint
 from trainable.policy.loading import load_policy
 from trainable.policy.policy import Policy
 
-QWEN = Needs(cache=int(10.5 * GIB), sequence=42 << 20, engine=int(5.0 * GIB), held=int(2.6 * GIB), learning=42 * GIB)
-SMALL = Needs(cache=GIB // 4, sequence=1 << 20, engine=2 * GIB, held=1 << 20, learning=1 << 20)
+QWEN = Needs(
+    cache=int(10.5 * GIB),
+    sequence=42 << 20,
+    engine=int(5.0 * GIB),
+    held=int(2.6 * GIB),
+    learning=42 * GIB,
+    micro_batch="grpo.micro_batch_tokens",
+)
+SMALL = replace(QWEN, cache=GIB // 4, sequence=1 << 20, engine=2 * GIB, held=1 << 20, learning=1 << 20)
 
 
 def on_gpu(needs: Needs, gib: float, **given: object) -> EngineMemory:
@@ -63,7 +70,7 @@ def test_cache_and_sleep_follow_from_the_device(
 def test_a_device_without_room_for_one_sequence_is_refused_with_what_to_set() -> None:
     with pytest.raises(ConfigError, match=r"one sequence need 0\.04 GiB, there is room for 0\.00; lower rollout"):
         on_gpu(QWEN, 11.5)
-    with pytest.raises(ConfigError, match=r"one sequence need 0\.04 GiB, there is room for 0\.00; .*micro_batch_size"):
+    with pytest.raises(ConfigError, match=r"one sequence need 0\.04 GiB, there is room .*or grpo\.micro_batch_tokens,"):
         on_gpu(QWEN, 40, sleep=False)
 
 

@@ -53,6 +53,8 @@ class Needs:
     """What training will hold besides what it holds now, also while the engine generates."""
     learning: int | None
     """What training takes on top of that while it learns; None = not known."""
+    micro_batch: str
+    """Setting by which that can be less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ def needs_of(config: TrialConfig, policy: Policy, *, peak: int | None) -> Needs:
         engine=size + _WORKING_SPACE,
         held=held,
         learning=None if peak is None else max(0, peak - size - held),
+        micro_batch=config.grpo.micro_batch_key,
     )
 
 
@@ -154,7 +157,7 @@ def _checked(memory: EngineMemory, needs: Needs, room: int) -> EngineMemory:
     if memory.cache < needs.sequence:
         raise ConfigError(
             f"rollout.backend=vllm: keys and values of one sequence need {needs.sequence / GIB:.2f} GiB, there is room "
-            f"for {max(0, min(room, memory.cache)) / GIB:.2f}; lower rollout.max_new_tokens or grpo.micro_batch_size, "
+            f"for {max(0, min(room, memory.cache)) / GIB:.2f}; lower rollout.max_new_tokens or {needs.micro_batch}, "
             "or set rollout.kv_cache_gib"
         )
     return memory
