@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from search.cores import usable_cpus
 from search.secrets import first_line
+from trainable.cores import usable_cpus
 
 VLLM_VERSION = "0.32.0"
 """What pins the same torch as we do."""

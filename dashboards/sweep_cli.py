@@ -190,11 +190,11 @@ def _follow(server: "JobServer", job: "Submission") -> None:
 def _forecast(study: "StudyConfig") -> list[str]:
     """Of a sweep on this machine."""
     from dashboards.report_text import forecast_line
-    from search.cores import usable_cpus, usable_gpus
     from search.plan import plan_study
     from search.store import gpus_of
+    from trainable.cores import usable_cpus, visible_gpus
 
-    gpus = usable_gpus() if gpus_of(study) else 0
+    gpus = visible_gpus() if gpus_of(study) else 0
     planned = plan_study(study, usable_cpus(), gpus)
     return [forecast_line(planned), *_too_large(planned, gpus)]
 
@@ -305,11 +305,11 @@ def plan(
     wanted = None if device is None else device_named(device)
     study = study_config(replace(options, name="plan", tracking_uri="sqlite:///:memory:"))
     from dashboards.report_text import plan_lines
-    from search.cores import usable_cpus, usable_gpus
     from search.plan import plan_study
     from search.store import gpus_of
+    from trainable.cores import usable_cpus, visible_gpus
 
-    gpus = usable_gpus() if gpus_of(study) else 0
+    gpus = visible_gpus() if gpus_of(study) else 0
     planned = plan_study(study, usable_cpus(), gpus)
     for line in (*study.history, *plan_lines(planned)):
         print(line)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ def trial(
     from dashboards.live import build_progress
     from dashboards.tables import say, terminal
     from dashboards.trial_text import outcome_lines, step_line
-    from trainable.launch import launched, processes
+    from trainable.launch import fewer, launched, processes
     from trainable.policy.embedded import ensure_base
     from trainable.trial import Trial
 
@@ -40,7 +41,10 @@ def trial(
         with build_progress(console) as progress:
             if settings.model.recipe is not None:
                 ensure_base(settings.model.recipe, progress)  # by the process that shows how far it is
-            settings, team = stack.enter_context(launched(settings, processes(settings)))
+            size = processes(settings)
+            if line := fewer(settings, size):
+                print(line, file=sys.stderr)
+            settings, team = stack.enter_context(launched(settings, size))
             running = stack.enter_context(contextlib.closing(Trial(settings, progress, team=team)))
         while not running.done:
             report = running.step()

@@ -19,12 +19,12 @@ import ray
 from ray import tune
 from ray.exceptions import AuthenticationError
 
-from search.cores import usable_cpus
 from search.ray_internals import in_a_group_of_its_own, keep_cloud_keys, on_localhost
 from search.secrets import first_line, strip_password
 from search.store import StudyConfig, gpus_of, processes_of
 from spaces.errors import ConfigError
 from spaces.workloads import WORKLOADS
+from trainable.cores import usable_cpus
 
 TOKEN_REMEDY = (
     "the cluster does not take this machine's token; copy what `ray get-auth-token` prints on the head node into "

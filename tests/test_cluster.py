@@ -22,7 +22,6 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start, symmetric_run
 
 from search.cluster import check_fits, connected, resources
-from search.cores import usable_cpus
 from search.execution import trial_environment
 from search.ray_internals import in_a_group_of_its_own
 from search.study import resume_study, run_study
@@ -33,6 +32,7 @@ from tests.processes import program
 from tests.ray_nodes import head_node, kill_raylet, short_folder, worker_node
 from tests.real_mlflow import runs
 from tests.written_sweeps import make_arm, study, write_sweep
+from trainable.cores import usable_cpus
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import read_outcome
 from trainable.policy.embedded import ensure_base

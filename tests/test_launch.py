@@ -16,7 +16,7 @@ from tests.conftest import Tiny
 from tests.processes import rin
 from tests.ranked import alone
 from trainable.failure import TrialFailed
-from trainable.launch import launched, processes
+from trainable.launch import fewer, launched, processes
 from trainable.team import ALONE
 
 
@@ -31,7 +31,7 @@ def test_rin_trial_computes_two_ranks_by_two_processes_and_says_what_one_says(
         return started[-1]
 
     monkeypatch.setattr(trainable.launch, "_start", seen)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(trainable.launch, "usable_cpus", lambda: 2)
     settings = ["parallel.ranks=2", "threads=1", "grpo.steps=2", "eval.questions=8"]
     given = [argument for setting in settings for argument in ("--set", setting)]
     said = rin("trial", "control", "--workload", "tiny", *given, "--json")
@@ -61,11 +61,32 @@ def test_a_process_that_does_not_start_is_a_failure_that_says_so(tiny: Tiny, mon
 def test_as_many_processes_as_there_is_room_for(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ranks: int, threads: int | None, gpus: int, size: int
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("trainable.cores._quotas", lambda *folders: [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     config = tiny(f"parallel.ranks={ranks}", "grpo.prompts=16").model_copy(update={"threads": threads})
     assert processes(config) == size
+
+
+ONE_OF_THREE = "parallel.ranks=3: one process computes here, by the cores that there are, with the same numbers"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "line"),
+    [
+        (1, 1, ""),
+        (3, 3, ""),
+        (3, 2, "parallel.ranks=3: 2 processes compute here, by the cores that there are, with the same numbers"),
+        (3, 1, f"{ONE_OF_THREE}; nobody watches hang_seconds"),
+    ],
+)
+def test_what_fewer_processes_than_ranks_are_without_is_said(tiny: Tiny, ranks: int, size: int, line: str) -> None:
+    assert fewer(tiny(f"parallel.ranks={ranks}"), size) == line
+    if ranks > 1:
+        more = ", and parallel.weights=sharded is whole" if size == 1 else ""
+        assert fewer(tiny(f"parallel.ranks={ranks}", "parallel.weights=sharded"), size) == f"{line}{more}"
 
 
 def test_one_process_is_left_as_it_is(tiny: Tiny) -> None:

@@ -24,6 +24,7 @@ import torch
 
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree
+from trainable.cores import usable_cpus
 from trainable.failure import TrialFailed
 from trainable.parent import die_with
 from trainable.team import ALONE, FromAnother, Team, meet, part
@@ -37,8 +38,22 @@ _MEETING, _HERE = "meeting", "here-"
 
 def processes(config: TrialConfig) -> int:
     """By how many it is computed on this machine."""
-    cores = max(1, (os.cpu_count() or 1) // (config.threads or 1))
+    cores = max(1, usable_cpus() // (config.threads or 1))
     return min(config.parallel.ranks, torch.cuda.device_count() if torch.cuda.is_available() else cores)
+
+
+def fewer(config: TrialConfig, size: int) -> str:
+    """A line of what that many processes are without; empty where there is one for each rank."""
+    ranks = config.parallel.ranks
+    if size == ranks:
+        return ""
+    room = "GPUs" if torch.cuda.is_available() else "cores"
+    by = "one process computes" if size == 1 else f"{size} processes compute"
+    line = f"parallel.ranks={ranks}: {by} here, by the {room} that there are, with the same numbers"
+    if size > 1:
+        return line
+    line += "; nobody watches hang_seconds"
+    return f"{line}, and parallel.weights=sharded is whole" if config.parallel.weights == "sharded" else line
 
 
 @contextmanager

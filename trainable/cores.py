@@ -12,7 +12,7 @@ def usable_cpus(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     return max(1, int(min([cores, *_quotas(cgroups, own)])))
 
 
-def usable_gpus() -> int:
+def visible_gpus() -> int:
     """GPUs that torch sees, which takes seconds to import."""
     import torch
 
