@@ -88,6 +88,27 @@ def test_what_was_taken_over_is_saved_and_neither_spent_nor_repeated_nor_filtere
     assert ledger.filtered == pytest.approx(3 * 10 / 3600)
 
 
+@pytest.mark.parametrize(("given", "first", "saved"), [(0.0, 150, 0), (60.0, 90, 60)])
+def test_what_a_retry_took_over_from_the_trial_itself_is_neither_saved_nor_repeated(
+    given: float, first: int, saved: int, tmp_path: Path
+) -> None:
+    """The first process loaded for 30 s and made two steps of 60 s, the one with the start: 60 s of them another trial
+    may have given it. It died before a checkpoint; the second one took over both steps and made three more."""
+    config = study(tmp_path)
+    arm = make_arm(config, "control")
+    write_arm(config, 0, arm)
+    reports = [report(step, seconds=60.0) for step in range(5)]
+    shared = {"trial": "c01-0", "steps": 0, "seconds": given} if given else None
+    attempts = [
+        attempt(0, first, loading_seconds=30.0, ended="", shared=shared),
+        attempt(200, 410, loading_seconds=30.0, shared=shared),
+    ]
+    write_trial(config, arm, 0, outcome(arm, 0, 300), reports=reports, attempts=attempts)
+    ledger = read_ledger(config, read_arms(config))
+    assert ledger.repeated == pytest.approx(30 / 3600), "the second loading"
+    assert ledger.saved == pytest.approx(saved / 3600)
+
+
 def test_an_attempt_s_time_that_no_report_explains_is_not_negative(tmp_path: Path) -> None:
     """A killed process is seen up to ten seconds before its end, so reports may add up to more than its attempts."""
     config = study(tmp_path)

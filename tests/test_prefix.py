@@ -216,6 +216,23 @@ def test_a_trial_that_is_killed_after_it_took_over_goes_on_and_still_says_so(
     assert ending(sweep, "c01-0") == ending(alone, "c01-0")
 
 
+@pytest.mark.parametrize("given", [None, ("control-0", 0)])
+def test_what_a_trial_wrote_itself_nobody_has_given_it(
+    given: tuple[str, int] | None, sweep: Sweep, small: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died before its first checkpoint, and its retry finds its own quiet stage; of that the start may be
+    another's."""
+    monkeypatch.setattr(TrialWorker, "_save_is_due", lambda work: False)
+    if given is not None:
+        sweep.half("control-0", small(*CONTROL, "noise.num_stages=1"))
+    sweep.half("c01-0", small(*LINEAR))
+    assert not list(sweep.folder("c01-0").glob("checkpoint-*")), "it has none of its own"
+    told = sweep.run("c01-0", small(*LINEAR))
+    assert [report.step for report in told] == [0, 1, 2, 3]
+    assert sweep.shared("c01-0") == given
+    assert sweep.beginnings == ["after-000000", "after-000002"]
+
+
 def test_a_trial_that_is_stopped_after_it_took_over_keeps_what_it_has(sweep: Sweep, small: Tiny) -> None:
     sweep.half("control-0", small(*CONTROL))
     first = sweep.begin("c01-0", small(*LINEAR))

@@ -15,8 +15,9 @@ before, so whatever it has to refuse is refused.
 
 Taken over is the state and what every step has reported, but for the clock; how long it took there counts as the
 trial's own seconds, so that arms stay comparable, and as saved hours in the ledger. Nobody waits and nothing is locked:
-two that compute the same write the same. A trial that goes on from a checkpoint of its own writes none, since it may
-have begun on another machine.
+two that compute the same write the same. A trial that died before its first checkpoint finds what it wrote itself: that
+it goes on from, as from a checkpoint, and nobody has given it more than it had. A trial that goes on from a checkpoint
+of its own writes none, since it may have begun on another machine.
 
 Left out: beginnings of more than MOST_BYTES, which is a whole model that learns; of those the start alone is shared.
 And trials of several processes (`parallel.ranks`), which would have to take one over together.
@@ -98,10 +99,9 @@ def keep(beginnings: Folder, state: Mapping[str, Any]) -> None:
         log.warning("%s: %s is not there for other trials: %s", beginnings.uri, _folder(step), error)
 
 
-def find(beginnings: Folder, trial: Trial) -> tuple[dict[str, Any] | None, list[str]]:
-    """The longest beginning that another trial has computed of one that was just loaded, as what `load_state_dict`
-    takes (None: there is none), with the reports of its steps; and a line for each that is damaged and was passed
-    over."""
+def find(beginnings: Folder, name: str, trial: Trial) -> tuple[dict[str, Any] | None, list[str]]:
+    """The longest beginning that there is of a trial, `name`, which was just loaded, as what `load_state_dict` takes
+    (None: there is none), with the reports of its steps; and a line for each that is damaged and was passed over."""
     passed: list[str] = []
     found = [int(match[1]) for name in beginnings.names() if (match := _AFTER.fullmatch(name))]
     for step in sorted((step for step in found if step <= _quiet(trial)), reverse=True):
@@ -110,18 +110,19 @@ def find(beginnings: Folder, trial: Trial) -> tuple[dict[str, Any] | None, list[
         except ValueError as error:  # ConfigError too: one that another version wrote is of no use either
             passed.append(f"{beginnings.uri}/{_folder(step)} is passed over: {error}")
             continue
-        return _as_own(trial, step, state), passed
+        return _as_own(name, trial, step, state), passed
     return None, passed
 
 
-def _as_own(trial: Trial, step: int, state: dict[str, Any]) -> dict[str, Any]:
+def _as_own(name: str, trial: Trial, step: int, state: dict[str, Any]) -> dict[str, Any]:
     """With what hangs on this trial's noise, or on its own start."""
     own = trial.state_dict()
     theirs, known = state["progress"]["so_far"], own["progress"]["so_far"]["warnings"]
+    given = asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"]))
     so_far = {
         **theirs,
         "warnings": [*known, *(line for line in theirs["warnings"] if line not in known)],
-        "shared": asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"])),
+        "shared": theirs["shared"] if state["trial"] == name else given,
     }
     now = time.time_ns() // 1_000_000
     return {

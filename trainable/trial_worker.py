@@ -177,9 +177,9 @@ class TrialWorker:
         trial = self.others.all("load", lambda: make_trial(self.folder, self.settings, team, hears))
         state, passed = newest_checkpoint(self.folder)
         resumed = state is not None
-        if state is None and self._name is not None and self.settings.parallel.ranks == 1:
+        if state is None and (name := self._name) is not None and self.settings.parallel.ranks == 1:
             self.beginnings = _of_the_sweep(self.folder, PREFIXES) / prefix.key_of(trial)
-            state, damaged = prefix.find(self.beginnings, trial)
+            state, damaged = prefix.find(self.beginnings, name, trial)
             passed += damaged
         for line in passed:
             log.warning("%s: %s", self.folder.uri, line)
