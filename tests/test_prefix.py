@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], int]] =
         ("noise.zones=[{zone: last, sigma_start: 0.2, sigma_end: 0.1}]", "noise.layer_multipliers=[1, 2]"),
         2,
     ),
-    "a control of one stage": ((), LINEAR, (*CONTROL, "noise.num_stages=1"), 0),
+    "a control of one stage": (("model.dtype=bfloat16",), LINEAR, (*CONTROL, "noise.num_stages=1"), 0),
     "a shorter quiet stage": ((), CONTROL, (*LINEAR, "noise.num_stages=4"), 0),
     "a longer quiet stage": ((), CONTROL, (*LINEAR, "noise.num_stages=2", "grpo.steps=4"), 2),
     "resampling beside a reference model": (("grpo.filter_groups=resample", "grpo.kl_beta=0.1"), CONTROL, LINEAR, 2),
@@ -264,8 +265,55 @@ def test_a_damaged_beginning_is_passed_over_for_a_shorter_one(
     told = sweep.run("c01-0", small(*LINEAR))
     assert "after-000002 is passed over: a checksum differs" in caplog.text
     assert sweep.shared("c01-0") == ("control-0", 0)
+    sweep.half("c02-0", small(*LINEAR))
+    assert sweep.shared("c02-0") == ("c01-0", 2), "it was written anew"
     plain = Sweep(sweep.place / "alone").run("c01-0", small(*LINEAR))
     assert list(map(numbers, told)) == list(map(numbers, plain))
+
+
+def test_an_unfinished_beginning_is_written_by_the_next_trial_and_called_damaged_by_none(
+    sweep: Sweep, small: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its writer was killed between its two files, or is at it."""
+    sweep.half("control-0", small(*CONTROL))
+    for file in (sweep.place / PREFIXES).glob("*/*/progress.json"):
+        file.unlink()
+    sweep.half("c01-0", small(*LINEAR))
+    assert sweep.shared("c01-0") is None
+    assert "passed over" not in caplog.text
+    sweep.half("c02-0", small(*LINEAR))
+    assert sweep.shared("c02-0") == ("c01-0", 2)
+
+
+def test_the_state_is_copied_once_and_only_where_it_is_given(
+    sweep: Sweep, small: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at the start, whose weights are as they were loaded, nor to be found too large or there already, nor by
+    whoever takes it over; and not while the writer holds another copy."""
+    copies: list[tuple[int, bool]] = []
+    copied = Trial.state_dict
+
+    def counted(trial: Trial) -> dict[str, Any]:
+        copies.append((trial.so_far.next_step, work.writing.done()))
+        return copied(trial)
+
+    monkeypatch.setattr(Trial, "state_dict", counted)
+    monkeypatch.setattr(TrialWorker, "_save_is_due", lambda work: False)
+    work = sweep.begin("control-0", small(*CONTROL))
+    work.step()
+    pending = work.writing = Future()
+    monkeypatch.setattr(pending, "result", lambda: pending.set_result(None))  # it ends when it is waited for
+    work.step()
+    kill(work)
+    assert copies == [(2, True)]
+    for name, most in (("c01-0", prefix.MOST_BYTES), ("c02-0", 1000)):
+        monkeypatch.setattr(prefix, "MOST_BYTES", most)
+        work = sweep.begin(name, small(*LINEAR))
+        work.step()
+        work.step()
+        kill(work)
+        shutil.rmtree(sweep.place / PREFIXES)
+    assert copies == [(2, True)]
 
 
 def test_of_a_state_that_is_too_large_the_start_alone_is_shared(

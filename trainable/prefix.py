@@ -15,9 +15,10 @@ before, so whatever it has to refuse is refused.
 
 Taken over is the state and what every step has reported, but for the clock; how long it took there counts as the
 trial's own seconds, so that arms stay comparable, and as saved hours in the ledger. Nobody waits and nothing is locked:
-two that compute the same write the same. A trial that died before its first checkpoint finds what it wrote itself: that
-it goes on from, as from a checkpoint, and nobody has given it more than it had. A trial that goes on from a checkpoint
-of its own writes none, since it may have begun on another machine.
+two that compute the same write the same, what is unfinished is not there yet, and whoever finds one damaged removes it.
+A trial that died before its first checkpoint finds what it wrote itself: that it goes on from, as from a checkpoint,
+and nobody has given it more than it had. A trial that goes on from a checkpoint of its own writes none, since it may
+have begun on another machine.
 
 Left out: beginnings of more than MOST_BYTES, which is a whole model that learns; of those the start alone is shared.
 And trials of several processes (`parallel.ranks`), which would have to take one over together.
@@ -40,6 +41,7 @@ from spaces.reading import as_tree
 from spaces.schedules import quiet_steps
 from trainable.disk.checkpoint import digest_of, load_state, save_state
 from trainable.disk.folder import Folder
+from trainable.disk.trial_folder import PROGRESS_FILE
 from trainable.kernels import cpu
 from trainable.outcome import Shared, StepReport
 from trainable.trial import Trial
@@ -68,26 +70,23 @@ def key_of(trial: Trial) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def forks(trial: Trial) -> bool:
-    """Whether other trials may go on otherwise from where this one stands: after the start, and after the quiet
-    stage."""
-    stands = trial.so_far.next_step
-    return trial.begun and not trial.done and stands in (0, _quiet(trial))
+def wanted(beginnings: Folder, trial: Trial) -> bool:
+    """Whether to `give` what the trial has come to: others may go on otherwise from there, which is after the start and
+    after the quiet stage, and it is neither there already nor too large."""
+    step = trial.so_far.next_step
+    if not trial.begun or trial.done or step not in (0, _quiet(trial)):
+        return False
+    tensors = [tensor for part in trial.held().values() for tensor in part.values()] if step > 0 else []
+    return sum(tensor.nbytes for tensor in tensors) <= MOST_BYTES and not _whole(beginnings, step)
 
 
-def give(beginnings: Folder, name: str, trial: Trial, reports: Sequence[StepReport]) -> dict[str, Any] | None:
-    """What `keep` writes down of the trial as it stands; None where that is there already, or too large. `name`: of its
-    folder."""
+def give(name: str, trial: Trial, reports: Sequence[StepReport]) -> dict[str, Any]:
+    """What `keep` writes down of the trial as it stands. `name`: of its folder."""
     step = trial.so_far.next_step
     assert step <= _quiet(trial), "no other trial has this noise"
     assert not trial.so_far.effects, "noise in the quiet stage"
-    if _folder(step) in beginnings.names():
-        return None
-    state = {**trial.state_dict(), "reports": [report.as_record() for report in reports], "trial": name}
-    if step == 0:
-        state |= {"model": {}, "optimizer": {}}
-    tensors = [*state["model"].values(), *state["optimizer"].values()]
-    return None if sum(tensor.nbytes for tensor in tensors) > MOST_BYTES else state
+    state = trial.state_dict() if step > 0 else {"model": {}, "optimizer": {}, "progress": trial.progress()}
+    return {**state, "reports": [report.as_record() for report in reports], "trial": name}
 
 
 def keep(beginnings: Folder, state: Mapping[str, Any]) -> None:
@@ -103,12 +102,15 @@ def find(beginnings: Folder, name: str, trial: Trial) -> tuple[dict[str, Any] | 
     """The longest beginning that there is of a trial, `name`, which was just loaded, as what `load_state_dict` takes
     (None: there is none), with the reports of its steps; and a line for each that is damaged and was passed over."""
     passed: list[str] = []
-    found = [int(match[1]) for name in beginnings.names() if (match := _AFTER.fullmatch(name))]
+    found = [int(match[1]) for folder in beginnings.names() if (match := _AFTER.fullmatch(folder))]
     for step in sorted((step for step in found if step <= _quiet(trial)), reverse=True):
+        if not _whole(beginnings, step):
+            continue
         try:
             state = load_state(beginnings / _folder(step))
         except ValueError as error:  # ConfigError too: one that another version wrote is of no use either
             passed.append(f"{beginnings.uri}/{_folder(step)} is passed over: {error}")
+            beginnings.remove(_folder(step))  # nobody would write another in its place
             continue
         return _as_own(name, trial, step, state), passed
     return None, passed
@@ -116,8 +118,8 @@ def find(beginnings: Folder, name: str, trial: Trial) -> tuple[dict[str, Any] | 
 
 def _as_own(name: str, trial: Trial, step: int, state: dict[str, Any]) -> dict[str, Any]:
     """With what hangs on this trial's noise, or on its own start."""
-    own = trial.state_dict()
-    theirs, known = state["progress"]["so_far"], own["progress"]["so_far"]["warnings"]
+    own, theirs = trial.progress(), state["progress"]["so_far"]
+    known = own["so_far"]["warnings"]
     given = asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"]))
     so_far = {
         **theirs,
@@ -126,9 +128,8 @@ def _as_own(name: str, trial: Trial, step: int, state: dict[str, Any]) -> dict[s
     }
     now = time.time_ns() // 1_000_000
     return {
-        "model": own["model"] if step == 0 else state["model"],
-        "optimizer": own["optimizer"] if step == 0 else state["optimizer"],
-        "progress": {**state["progress"], "so_far": so_far, "followed": own["progress"]["followed"]},
+        **(trial.held() if step == 0 else {part: state[part] for part in ("model", "optimizer")}),
+        "progress": {**state["progress"], "so_far": so_far, "followed": own["followed"]},
         "reports": [{**report, "time_ms": now} for report in state["reports"]],
     }
 
@@ -139,6 +140,11 @@ def _quiet(trial: Trial) -> int:
 
 def _folder(step: int) -> str:
     return f"after-{step:06d}"
+
+
+def _whole(beginnings: Folder, step: int) -> bool:
+    """Its writer has come to the end of it."""
+    return PROGRESS_FILE in (beginnings / _folder(step)).names()
 
 
 def _machine(device: torch.device) -> list[Any]:

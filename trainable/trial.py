@@ -325,22 +325,28 @@ class Trial:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-equal continuation needs: tensors under `model` and `optimizer`, plain values under
         `progress`."""
+        return {"model": self.weights(), "optimizer": self._whole(self._moments()), "progress": self.progress()}
+
+    def held(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of `state_dict` themselves, and no copies of them: what this process holds."""
+        model = {name: local(p.detach()) for name, p in self.policy.trainable().items()}
+        return {"model": model, "optimizer": {name: value for name, value, _ in self._moments()}}
+
+    def _moments(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                yield f"{index}/{key}", value.detach(), self.optimizer.parameters[index]
+
+    def progress(self) -> dict[str, Any]:
+        """The plain values of `state_dict`."""
         return {
-            "model": self.weights(),
-            "optimizer": self._whole(
-                (f"{index}/{key}", value.detach(), self.optimizer.parameters[index])
-                for index, values in self.optimizer.state_dict()["state"].items()
-                for key, value in values.items()
-            ),
-            "progress": {
-                "so_far": asdict(self.so_far),
-                "detector": copy.deepcopy(self.detector.state()),
-                "reward": list(self.config.task.reward_sha256),
-                "rows": self.rows,
-                "base": self.base,
-                "draws": GENERATOR,
-                "followed": {one.setting: list(one.value) for one in self.followed},
-            },
+            "so_far": asdict(self.so_far),
+            "detector": copy.deepcopy(self.detector.state()),
+            "reward": list(self.config.task.reward_sha256),
+            "rows": self.rows,
+            "base": self.base,
+            "draws": GENERATOR,
+            "followed": {one.setting: list(one.value) for one in self.followed},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

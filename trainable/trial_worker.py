@@ -202,12 +202,11 @@ class TrialWorker:
 
     def _share(self, trial: Trial) -> None:
         """Where others may go on otherwise, write down how far it is; training waits for the copy of the state."""
-        if self.beginnings is None or self._name is None or not prefix.forks(trial):
+        if self.beginnings is None or self._name is None or not prefix.wanted(self.beginnings, trial):
             return
-        state = prefix.give(self.beginnings, self._name, trial, self.reports)
-        if state is not None:
-            self.writing.result()
-            self.writing = self.writer.submit(prefix.keep, self.beginnings, state)
+        self.writing.result()  # before another copy of the state is made
+        state = prefix.give(self._name, trial, self.reports)
+        self.writing = self.writer.submit(prefix.keep, self.beginnings, state)
 
     def _save_is_due(self) -> bool:
         """Raises what went wrong in the last write, other than a full disk."""
