@@ -4,12 +4,13 @@ Every number is an estimate, and the assumptions that it hangs on are told below
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from dashboards.tables import duration
 from search import fit as memory
 from search import roofline
 from search.fit import Fit, Remedy, fit, remedy
-from search.roofline import Time, times
+from search.roofline import Time, summed, times
 from spaces.config import TrialConfig
 from spaces.devices import Device
 from trainable.footprint import GIB, CannotCount
@@ -59,11 +60,15 @@ def _parts(parts: Mapping[str, int]) -> str:
 
 def _time(now: Fit, device: Device) -> Iterator[str]:
     taken = times(now.config, now.shapes, device, 0 if now.engine is None else now.engine.cache)
+    step, baseline, between, end = map(summed, (taken.step, taken.baseline, taken.evaluation, taken.ends))
     yield (
-        f"  time      {duration(taken.seconds)} a trial: {taken.steps} steps of {duration(taken.step_seconds)}, "
-        f"{taken.evaluations} evaluations of {duration(taken.evaluation_seconds)}"
+        f"  time      {duration(taken.seconds)} a trial: {taken.steps} steps of {duration(step)}, a baseline of "
+        f"{duration(baseline)}, evaluations at both ends of {duration(end)}, {taken.between} between of "
+        f"{duration(between)}"
     )
-    yield from map(_line, (*taken.step, *taken.evaluation))
+    yield from map(_line, taken.step)
+    yield from (_line(replace(part, what=f"baseline: {part.what}")) for part in taken.baseline)
+    yield from map(_line, taken.ends)
     yield from _assumed((*roofline.ASSUMED, device.source))
 
 

@@ -18,7 +18,7 @@ from spaces.config import ConfigError, TrialConfig
 from spaces.devices import Memory
 from spaces.reading import read_config
 from trainable.engines.memory import EngineMemory, choose
-from trainable.footprint import GIB, CannotCount, Footprint, footprint
+from trainable.footprint import GIB, CannotCount, Footprint, footprint, pass_at_k_rows
 
 CONTEXT_GIB = 1.0
 """CUDA's context, its libraries' workspaces, Triton's modules. (An engine's are in its working space.)"""
@@ -148,6 +148,7 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
     for, and at most half. Else what makes the model smaller."""
     config = now.config
     grpo, rollout, asked = config.grpo, config.rollout, min(config.eval.batch_size, config.eval.questions)
+    drawn = pass_at_k_rows(config)
     sampled = rollout.batch_size - rollout.batch_size % grpo.group_size
     micro_batch = ("grpo.micro_batch_size", min(grpo.micro_batch_size, grpo.prompts * grpo.group_size), 1)
     if grpo.micro_batch_tokens is not None:
@@ -162,6 +163,8 @@ def _lower(now: Fit, phase: str) -> dict[str, Any]:
         "rollout: a token": ("rollout.batch_size", sampled, grpo.group_size),
         "evaluation: prompts": ("eval.batch_size", asked, 1),
         "evaluation: a token": ("eval.batch_size", asked, 1),
+        "pass@k: prompts": ("eval.batch_size", drawn, max(1, config.eval.samples)),
+        "pass@k: a token": ("eval.batch_size", drawn, max(1, config.eval.samples)),
     }
     if phase in _LEARNING and now.engine is not None and not now.engine.sleep_level and rollout.sleep is None:
         return {"rollout.sleep": True}

@@ -12,11 +12,12 @@ read once.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spaces.config import TrialConfig
 from spaces.devices import Device
-from trainable.footprint import Footprint, Phase, share
+from spaces.schedules import quiet_steps
+from trainable.footprint import Footprint, Phase, pass_at_k_rows, share
 
 PEAK_SHARE = 0.6
 """Of the peak that large matrix products reach."""
@@ -32,8 +33,8 @@ _ENGINE_OPERATIONS = 25
 ASSUMED = (
     f"{PEAK_SHARE:.0%} of the device's peak in matrix products, {BANDWIDTH_SHARE:.0%} of its bandwidth elsewhere, "
     f"{LAUNCH_SECONDS * 1e6:.0f} microseconds to launch an operation",
-    "one generated batch in a step, every completion as long as rollout.max_new_tokens allows; rewards, checkpoints "
-    "and loading take no time; nothing collapses",
+    "one generated batch in a step, every completion as long as rollout.max_new_tokens allows; rewards, noise of "
+    "norms, an engine's gate before step 0, checkpoints and loading take no time; nothing collapses",
 )
 
 
@@ -51,31 +52,39 @@ class Times:
     """Of a trial."""
 
     step: tuple[Time, ...]
+    baseline: tuple[Time, ...]
+    """Noise-free, before step 0."""
     evaluation: tuple[Time, ...]
+    """Between steps: deployed alone."""
+    ends: tuple[Time, ...]
+    """Of the start, and again of the end: unquantised as well, and with the samples of pass@k."""
     steps: int
-    evaluations: int
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(part.seconds for part in self.step)
-
-    @property
-    def evaluation_seconds(self) -> float:
-        return sum(part.seconds for part in self.evaluation)
+    between: int
+    """Evaluations between steps."""
 
     @property
     def seconds(self) -> float:
-        return self.steps * self.step_seconds + self.evaluations * self.evaluation_seconds
+        often = ((self.steps, self.step), (1, self.baseline), (self.between, self.evaluation), (2, self.ends))
+        return sum(count * summed(parts) for count, parts in often)
+
+
+def summed(parts: tuple[Time, ...]) -> float:
+    """Seconds of all of them."""
+    return sum(part.seconds for part in parts)
 
 
 def times(config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int = 0) -> Times:
     """`cache_bytes`: of vLLM's keys and values, where it generates."""
-    steps, every = config.grpo.steps, config.eval.every
+    steps, every, arguments = config.grpo.steps, config.eval.every, (config, shapes, device, cache_bytes)
+    questions = share(config.eval.questions, config.parallel.ranks)
+    evaluation = tuple(_generation(*arguments, "evaluation", questions, 1))
     return Times(
-        step=tuple(_step(config, shapes, device, cache_bytes)),
-        evaluation=tuple(_evaluation(config, shapes, device, cache_bytes)),
+        step=tuple(_step(*arguments)),
+        baseline=tuple(_baseline(*arguments)),
+        evaluation=evaluation,
+        ends=(*evaluation, *_only_at_ends(*arguments, evaluation)),
         steps=steps,
-        evaluations=2 + ((steps - 1) // every if every else 0),
+        between=(steps - 1) // every if every else 0,
     )
 
 
@@ -91,34 +100,67 @@ def seconds_of(phase: Phase, device: Device) -> float:
 
 
 def _step(config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int) -> Iterator[Time]:
-    grpo = config.grpo
-    deploy = seconds_of(shapes.phases["deploy"], device)
-    yield Time(what="quantise the weights", seconds=2 * deploy, how=f"2 x {deploy:.2g} s, for rollout and log-probs")
-    yield Time(what="noise", seconds=deploy, how="where it is on linear layers, as long as to quantise them")
+    grpo, steps = config.grpo, config.grpo.steps
+    yield _quantising(config, shapes, device)
+    noisy = steps - quiet_steps(config.noise, steps)
+    if config.noise.sigma_start > 0 and "linear" in config.noise.modules:
+        deploy = seconds_of(shapes.phases["deploy"], device)
+        how = f"of linear layers, as long as to quantise them, in {noisy} of {steps} steps"
+        yield Time(what="noise", seconds=deploy * noisy / steps, how=how)
     ranks = config.parallel.ranks
-    sampled = share(grpo.batch_prompts, ranks) * grpo.group_size
-    yield from _generation(config, shapes, device, "rollout", sampled, cache_bytes)
-    rows = share(grpo.prompts, ranks) * grpo.group_size
-    for name, count in (("log-probs", rows), ("update", rows * grpo.epochs), ("optimizer", grpo.updates_per_step)):
-        yield _repeated(shapes, device, name, count / shapes.phases[name].rows)
+    sampled = share(grpo.batch_prompts, ranks)
+    yield from _generation(config, shapes, device, cache_bytes, "rollout", sampled, grpo.group_size)
+    yield from _log_probs(config, shapes, device)
+    rows = share(grpo.prompts, ranks) * grpo.group_size * grpo.epochs
+    yield _repeated(shapes, device, "update", rows / shapes.phases["update"].rows)
+    yield _repeated(shapes, device, "optimizer", grpo.updates_per_step)
 
 
-def _evaluation(config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int) -> Iterator[Time]:
-    """In the deployed precision and unquantised, which takes about as long."""
-    twice = 2 if config.quant.mode != "W16A16" else 1
-    asked = share(config.eval.questions, config.parallel.ranks)
-    for part in _generation(config, shapes, device, "evaluation", asked, cache_bytes):
-        yield Time(what=part.what, seconds=twice * part.seconds, how=f"{twice} x {part.how}")
+def _baseline(config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int) -> Iterator[Time]:
+    """The rollout before step 0, of as many prompts as a step learns from."""
+    yield _quantising(config, shapes, device)
+    sampled = share(config.grpo.prompts, config.parallel.ranks)
+    yield from _generation(config, shapes, device, cache_bytes, "rollout", sampled, config.grpo.group_size)
+    yield from _log_probs(config, shapes, device)
+
+
+def _quantising(config: TrialConfig, shapes: Footprint, device: Device) -> Time:
+    once, copied = (
+        seconds_of(shapes.phases["deploy"], device),
+        config.grpo.kl_beta > 0 and config.model.adapter == "full",
+    )
+    times, reference = (3, ", and of the reference") if copied else (2, "")
+    how = f"{times} x {once:.2g} s, for rollout and log-probs{reference}"
+    return Time(what="quantise the weights", seconds=times * once, how=how)
+
+
+def _log_probs(config: TrialConfig, shapes: Footprint, device: Device) -> Iterator[Time]:
+    """By the policy, and by a reference where the loss has its KL."""
+    rows = share(config.grpo.prompts, config.parallel.ranks) * config.grpo.group_size
+    own = _repeated(shapes, device, "log-probs", rows / shapes.phases["log-probs"].rows)
+    yield own
+    if config.grpo.kl_beta > 0:
+        yield replace(own, what="log-probs of the reference")
+
+
+def _only_at_ends(
+    config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int, evaluation: tuple[Time, ...]
+) -> Iterator[Time]:
+    if config.quant.mode != "W16A16":
+        yield Time(what="evaluation: unquantised", seconds=summed(evaluation), how="about as long as deployed")
+    if config.eval.samples:
+        questions = share(config.eval.questions, config.parallel.ranks)
+        yield from _generation(config, shapes, device, cache_bytes, "pass@k", questions, config.eval.samples)
 
 
 def _generation(
-    config: TrialConfig, shapes: Footprint, device: Device, which: str, rows: int, cache_bytes: int
+    config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int, which: str, prompts: int, each: int
 ) -> Iterator[Time]:
-    """Of so many completions."""
+    """Of so many completions of each prompt."""
     if config.rollout.backend == "vllm":
-        yield from _by_engine(config, shapes, device, which, rows, cache_bytes)
+        yield from _by_engine(config, shapes, device, cache_bytes, which, prompts, each)
         return
-    chunks = math.ceil(rows / shapes.phases[f"{which}: prompts"].rows)
+    chunks = math.ceil(prompts * each / shapes.phases[f"{which}: prompts"].rows)
     yield _repeated(shapes, device, f"{which}: prompts", chunks)
     yield _repeated(shapes, device, f"{which}: a token", chunks * config.rollout.max_new_tokens)
 
@@ -129,7 +171,7 @@ def _repeated(shapes: Footprint, device: Device, name: str, times: float) -> Tim
 
 
 def _by_engine(
-    config: TrialConfig, shapes: Footprint, device: Device, which: str, rows: int, cache_bytes: int
+    config: TrialConfig, shapes: Footprint, device: Device, cache_bytes: int, which: str, prompts: int, each: int
 ) -> Iterator[Time]:
     """Weights are handed over; prompts are bound by arithmetic; each token reads all weights, and the keys and values
     of the sequences in work, which are as many as the cache holds half-grown."""
@@ -139,16 +181,16 @@ def _by_engine(
     handed = HOST_GB_PER_SECOND * 1e9 if rollout.engine == "process" else speed / 2
     through = "through the host's memory" if rollout.engine == "process" else "on the device"
     yield Time(what=f"{which}: weights to vLLM", seconds=shapes.weight_bytes / handed, how=f"once, {through}")
-    prompts = rows // config.grpo.group_size if which == "rollout" else rows
     read = 2 * shapes.weights * prompts * rollout.max_prompt_tokens / peak
     yield Time(what=f"{which}: prompts", seconds=read, how=f"{prompts} of {rollout.max_prompt_tokens} tokens")
     grown = rollout.max_prompt_tokens + rollout.max_new_tokens // 2
     held = int(cache_bytes / (shapes.cache_bytes_per_token * grown))
-    together = max(1, min(rollout.batch_size, held, rows))
+    asked = pass_at_k_rows(config) if which == "pass@k" else prompts * each
+    together = max(1, min(rollout.batch_size, held, asked))
     moved = shapes.weight_bytes + together * grown * shapes.cache_bytes_per_token
     launching = shapes.blocks * _ENGINE_OPERATIONS * LAUNCH_SECONDS
     token = max(moved / speed, 2 * shapes.weights * together / peak, launching)
-    waves = rows / together
+    waves = prompts * each / together
     yield Time(
         what=f"{which}: tokens",
         seconds=waves * rollout.max_new_tokens * token,

@@ -9,7 +9,7 @@ import torch
 from dashboards.estimate_text import _memory, estimate_lines
 from search import fit as fitting
 from search.fit import CONTEXT_GIB, GAPS, WITH_ENGINE, Fit, device_here, does_not_fit, fit, remedy
-from search.roofline import BANDWIDTH_SHARE, LAUNCH_SECONDS, PEAK_SHARE, seconds_of, times
+from search.roofline import BANDWIDTH_SHARE, LAUNCH_SECONDS, PEAK_SHARE, Time, Times, seconds_of, summed, times
 from spaces.config import TrialConfig
 from spaces.devices import DEVICES, Memory
 from spaces.reading import read_config
@@ -143,16 +143,63 @@ def test_an_operation_takes_its_arithmetic_its_bytes_or_its_launch(work: Work, s
 def test_a_trial_takes_its_parts_as_often_as_it_has_them(config: TrialConfig) -> None:
     shapes, device = fit(config, DEVICES["a100"]).shapes, DEVICES["a100"]
     found = times(config, shapes, device)
-    parts = {part.what: part.seconds for part in found.step}
+    parts = seconds_by_part(found.step)
     once = {name: seconds_of(phase, device) for name, phase in shapes.phases.items()}
     assert parts["update"] == pytest.approx(once["update"] * 32 / shapes.phases["update"].rows)
     assert parts["rollout: a token"] == pytest.approx(once["rollout: a token"] * 480 * 2)  # 32 completions, 16 at once
-    assert sum(part.seconds for part in found.evaluation) == pytest.approx(
-        2 * (once["evaluation: prompts"] + 480 * once["evaluation: a token"])
+    assert summed(found.evaluation) == pytest.approx(once["evaluation: prompts"] + 480 * once["evaluation: a token"])
+    assert summed(found.ends) == pytest.approx(2 * summed(found.evaluation)), "deployed, and unquantised"
+    assert found.between == 1  # after 15 of 29
+    learning = {"update", "optimizer"}
+    assert seconds_by_part(found.baseline) == {name: took for name, took in parts.items() if name not in learning}
+    assert found.seconds == pytest.approx(
+        29 * summed(found.step) + summed(found.baseline) + (1 + 2 * 2) * summed(found.evaluation)
     )
-    assert found.evaluations == 3  # before step 0, after 15 of 29, in the end
-    assert found.seconds == pytest.approx(29 * found.step_seconds + 3 * found.evaluation_seconds)
     assert times(config, shapes, replace(device, gb_per_second=0.01)).seconds > 10 * found.seconds
+
+
+def seconds_by_part(parts: tuple[Time, ...]) -> dict[str, float]:
+    return {part.what: part.seconds for part in parts}
+
+
+def test_each_setting_changes_the_estimate_by_its_share_of_the_work(model_folder: ModelFolder) -> None:
+    device, folder, more = DEVICES["a100"], model_folder(), "eval.samples=16"
+    shapes = fit(sized(folder, more), device).shapes
+
+    def of(*changes: str) -> Times:
+        return times(sized(folder, *changes), shapes, device)
+
+    plain, step = of(), seconds_by_part(of().step)
+    assert shapes.phases["pass@k: a token"].rows == shapes.phases["pass@k: prompts"].rows == 4 * 16
+    parts = seconds_by_part(of(more).ends)
+    once = {name: seconds_of(phase, device) for name, phase in shapes.phases.items()}
+    drawn = {"pass@k: prompts": 16 * once["pass@k: prompts"], "pass@k: a token": 16 * 480 * once["pass@k: a token"]}
+    assert parts == pytest.approx(seconds_by_part(plain.ends) | drawn)  # 64 x 16 answers, 64 at once
+    assert of(more).seconds - plain.seconds == pytest.approx(2 * sum(drawn.values()))
+
+    reference, passes = of("grpo.kl_beta=0.1"), 29 + 1  # of each step, and of the baseline
+    deploy = once["deploy"] * passes  # a reference of all weights is quantised as well
+    assert reference.seconds - plain.seconds == pytest.approx(passes * step["log-probs"] + deploy)
+    adapted = [of("model.adapter=lora", f"grpo.kl_beta={beta}").seconds for beta in (0.1, 0)]
+    assert adapted[0] - adapted[1] == pytest.approx(passes * step["log-probs"])
+
+    assert plain.seconds - of("eval.every=0").seconds == pytest.approx(summed(plain.evaluation))
+    assert of("quant.weights=none", "quant.activations=none").ends == plain.evaluation, (
+        "nothing else than the one in the model's dtype"
+    )
+
+    quiet = of("noise.sigma_start=0").seconds
+    assert plain.seconds == quiet, "of norms it takes no time"
+    noisy = of("noise.modules=[linear]", "grpo.steps=30", "noise.num_stages=3").seconds
+    assert noisy - of("grpo.steps=30").seconds == pytest.approx(20 * once["deploy"])
+
+
+def test_by_an_engine_samples_of_questions_take_their_tokens(model_folder: ModelFolder) -> None:
+    device, config = DEVICES["a100"], sized(model_folder(), "rollout.backend=vllm", "eval.samples=16")
+    found = times(config, fit(config, device).shapes, device, 8 * GIB)
+    parts = {part.what: part for part in found.ends}
+    assert parts["pass@k: tokens"].seconds == pytest.approx(16 * parts["evaluation: tokens"].seconds)
+    assert parts["pass@k: prompts"].seconds == parts["evaluation: prompts"].seconds  # each is read once
 
 
 def test_every_number_of_an_estimate_is_called_one_and_has_its_assumptions(config: TrialConfig) -> None:

@@ -198,6 +198,13 @@ def _rows_at_once(config: TrialConfig) -> tuple[int, int]:
     return prompts * grpo.group_size, min(config.eval.batch_size, share(config.eval.questions, ranks))
 
 
+def pass_at_k_rows(config: TrialConfig) -> int:
+    """Completions that a rank samples together for pass@k, of some questions as often as `eval.samples` says
+    (`evaluation.count_right`); 0 where none are."""
+    samples, questions = config.eval.samples, share(config.eval.questions, config.parallel.ranks)
+    return samples and samples * min(questions, max(1, config.eval.batch_size // samples))
+
+
 def share(number: int, ranks: int) -> int:
     """The largest part of it that one of them has."""
     return -(-number // ranks)
@@ -219,26 +226,29 @@ def _so_far(counted: Counted, rows: int) -> Phase:
 
 
 def _rollout(config: TrialConfig, policy: Policy, counted: Counted) -> dict[str, Phase]:
-    """By the modules that are trained: of a rollout and of an evaluation the prompts, and a token in the middle of the
-    completions. With an engine beside the trainer: what it is given."""
+    """By the modules that are trained: of a rollout, an evaluation and pass@k the prompts, and a token in the middle of
+    the completions. With an engine beside the trainer: what it is given."""
     phases: dict[str, Phase] = {}
     rollout, group = config.rollout, config.grpo.group_size
     sampled, asked = _rows_at_once(config)
+    generated = [("rollout", sampled, group), ("evaluation", asked, 1)]
+    if drawn := pass_at_k_rows(config):
+        generated.append(("pass@k", drawn, config.eval.samples))
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     each_token = cache_numbers_per_token(policy.network.config.get_text_config()) // 2
-    counted.label = _labels(policy, {each_token * longest * rows for rows in (sampled, asked)})
+    counted.label = _labels(policy, {each_token * longest * rows for _, rows, _ in generated})
     with _phase(counted, phases, "deploy", 1), deployed(policy):
         pass
     if rollout.backend == "vllm":
         return phases
-    for name, rows, each in (("rollout", sampled // group, group), ("evaluation", asked, 1)):
+    for name, rows, each in generated:
         with torch.no_grad(), deployed(policy):
-            with _phase(counted, phases, f"{name}: prompts", rows * each):
+            with _phase(counted, phases, f"{name}: prompts", rows):
                 reading = decoder(policy, rollout.max_new_tokens)
-                ids = torch.zeros(rows, rollout.max_prompt_tokens, dtype=torch.long, device=policy.device)
+                ids = torch.zeros(rows // each, rollout.max_prompt_tokens, dtype=torch.long, device=policy.device)
                 logits = reading.prefill(ids, torch.ones_like(ids), each)
-            with _phase(counted, phases, f"{name}: a token", rows * each):
-                token, _, _ = sample(logits, rollout.temperature if each > 1 else 0.0, None)
+            with _phase(counted, phases, f"{name}: a token", rows):
+                token, _, _ = sample(logits, 0.0 if name == "evaluation" else rollout.temperature, None)
                 del logits
                 logits = reading.step(token)
             del reading, logits

@@ -8,7 +8,7 @@ from pathlib import Path
 from dashboards.estimate_text import estimate_lines
 from dashboards.tables import duration
 from search.fit import Fit, fit, remedy
-from search.roofline import times
+from search.roofline import summed, times
 from spaces.config import TrialConfig
 from spaces.devices import DEVICES
 from spaces.reading import merge, read_config
@@ -35,7 +35,9 @@ machine's fused kernels stand in for the GPU's. Needed = what is alive, 5 % lost
 
 **How time is told.** Each operation takes as long as its arithmetic or its bytes do, at 60 % of the device's peak and
 80 % of its bandwidth, and a phase no less than 8 microseconds of Python per operation (`search/roofline.py`). All
-completions are as long as they may become, which is the worst case: real ones end earlier.
+completions are as long as they may become, which is the worst case: real ones end earlier. A trial is its steps, the
+baseline rollout before them, and evaluations: in the deployed precision between steps, unquantised as well at both
+ends.
 
 Logits are not among the parts: the head is computed some tokens at a time (`trainable/forward/head.py`, 64 MiB in
 fp32), and none is alive when the rest is most.
@@ -67,7 +69,7 @@ def devices_table(backend: str) -> list[str]:
         taken = times(now.config, now.shapes, device, 0 if now.engine is None else now.engine.cache)
         rows.append(
             f"| {word} | {device.memory_gib:g} | {found.needed_gib(found.largest):.1f} ({found.largest}) | {fits} | "
-            f"{duration(taken.step_seconds)} | {duration(taken.seconds)} |"
+            f"{duration(summed(taken.step))} | {duration(taken.seconds)} |"
         )
     head = ["| device | GiB | needs | fits | a step | a trial |", "|---|---|---|---|---|---|"]
     return [*head, *rows]
