@@ -1,8 +1,12 @@
 """What is made again in the backward pass is the same bit for bit, and is not kept for it."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from trainable.forward.logps import Batch, completion_logps, make_batch
 from trainable.forward.transformer import head_size
 from trainable.kernels import cpu
 from trainable.policy.loading import load_policy
-from trainable.policy.policy import Policy, decoder_blocks
+from trainable.policy.policy import Policy, decoder_blocks, unquantized, unshared
 
 
 def loaded(folder: str, adapter: Any = "full", attention: Any = "sdpa", **quant: Any) -> tuple[Policy, Batch]:
@@ -66,7 +70,7 @@ def test_log_probs_and_gradients_are_the_same_bit_for_bit(
     for before, way in ((packed, batch), (alone, replace(batch, group_size=1))):
         kept.clear()
         after = learned(policy, way)
-        assert any(isinstance(one, tuple) for one in kept) or quant == {"activations": "none"}
+        assert any(not isinstance(one, again._AsItWas) for one in kept) or quant == {"activations": "none"}
         assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
 
 
@@ -82,7 +86,8 @@ def test_no_operand_of_a_product_that_can_be_made_again_is_kept(
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     network = policy.network.config
     rows = int((batch.prompt_lengths + batch.lengths).max()) * len(batch)
-    alive = {one.untyped_storage().data_ptr(): one for one in kept if isinstance(one, Tensor)}
+    as_they_were = [one.numbers for one in kept if isinstance(one, again._AsItWas)]
+    alive = {one.untyped_storage().data_ptr(): one for one in as_they_were}
     inner = [one for key, one in alive.items() if key not in weights and one.numel() % rows == 0]
     width = sum(one.numel() for one in inner) / rows / policy.depth
     attended = network.num_attention_heads * head_size(network)
@@ -106,7 +111,7 @@ def test_a_recipe_is_not_taken_for_what_was_changed_or_is_another(monkeypatch: p
         assert id(z.untyped_storage()) in (again._recipes or {})
         w = z.detach()
         del z
-        assert isinstance(again._pack(w), Tensor)
+        assert isinstance(again._pack(w), again._AsItWas)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"], ids=["our forward", "transformers'"])
@@ -127,13 +132,87 @@ def test_a_block_that_is_computed_again_gives_the_same_gradients(
     assert "forward" not in vars(decoder_blocks(policy)[0])
 
 
+@pytest.mark.parametrize(("adapter", "kernels"), [("full", True), ("lora", True), ("full", False)])
+@pytest.mark.parametrize(
+    "changed", ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj", "layers.1.input_layernorm", "norm", "lm_head"]
+)
 def test_a_weight_that_changed_before_the_backward_pass_is_an_error(
-    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, changed: str, adapter: Any, kernels: bool
 ) -> None:
-    policy, batch = loaded(model_folder())
+    """A quantised one, an excluded one, a norm's and the head's: made again or kept."""
+    if not kernels:
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    policy, batch = loaded(model_folder(), adapter, exclude=("lm_head", "*.down_proj"))
     all_of_it(monkeypatch)
     loss = completion_logps(policy, batch, 1.0).sum()
+    network = policy.network
     with torch.no_grad():
-        next(iter(policy.linears.values())).weight.mul_(2.0)
-    with pytest.raises(AssertionError, match="was changed before the backward pass"):
+        (network if changed == "lm_head" else network.model).get_submodule(changed).weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="was changed before the backward pass"):
         loss.backward()
+
+
+def test_a_kept_tensor_that_changed_before_the_backward_pass_is_an_error() -> None:
+    w, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with remaking():
+        y = w * 1.0
+        z = y * x
+    y.add_(5)
+    with pytest.raises(RuntimeError, match=r"a tensor \[3\] of the forward pass was changed before the backward pass"):
+        z.sum().backward()
+
+
+def test_what_autograd_keeps_goes_with_a_graph_that_nobody_followed() -> None:
+    """Also the result of the node that keeps it."""
+    with remaking():
+        y = torch.ones(3, requires_grad=True).exp()
+    here = ref(y)
+    del y
+    assert here() is None
+
+
+@pytest.mark.parametrize(("adapter", "kernels"), [("full", True), ("lora", True), ("full", False)])
+@pytest.mark.parametrize("forward", ["unquantized", "unshared", "other gains"])
+def test_the_backward_pass_makes_what_the_forward_pass_made_however_modules_compute_by_then(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, forward: str, adapter: Any, kernels: bool
+) -> None:
+    """Another arithmetic, another module that quantises an input, a norm's weight that was put in its place (as noise
+    is)."""
+    if not kernels:
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    policy, batch = loaded(model_folder(), adapter)
+
+    @contextmanager
+    def other_gains() -> Iterator[None]:
+        before = {norm.weight: norm.weight.data for norm in policy.norms.values()}
+        for weight in before:
+            weight.data = weight.data * 1.5
+        yield
+        for weight, data in before.items():
+            weight.data = data
+
+    ways = {
+        "unquantized": lambda: unquantized(policy),
+        "unshared": lambda: unshared(policy),
+        "other gains": other_gains,
+    }
+
+    def gradients(inside: bool) -> list[Tensor]:
+        with ways[forward]():
+            loss = (completion_logps(policy, batch, 1.0) * batch.mask).sum()
+            if inside:
+                return list(torch.autograd.grad(loss, list(policy.trainable().values())))
+        return list(torch.autograd.grad(loss, list(policy.trainable().values())))
+
+    wanted = gradients(inside=True)
+    all_of_it(monkeypatch)
+    found = gradients(inside=False)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_no_recipe_asks_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(again, "AT_LEAST", 1)
+    layer, x = torch.nn.Linear(4, 4), torch.ones(4)
+    for make in (layer, layer.forward, lambda given: layer(given), partial(layer.forward)):
+        with remaking(), pytest.raises(AssertionError, match="may give another tensor"):
+            remember(layer(x), make, x)

@@ -8,8 +8,12 @@ hundredth of the time, because their making is elementwise.
 
 So whoever makes such a tensor says how (`remember`), and within `remaking` autograd keeps the recipe where it would
 have kept the tensor (torch's saved_tensors_hooks). A recipe is taken for a tensor only while that tensor is alive and
-as it was, and followed only while what it starts from is: a weight that was changed before the backward pass is an
-error, as it is in autograd itself.
+as it was. It holds all that the forward pass made the tensor of (weight, format, epsilon), and no module, which may
+compute in another way by then.
+
+What is kept, and what recipes start from, is used only as it was. Autograd no longer asks that where hooks keep a
+tensor for it, so it is asked here: one that was written to before the backward pass is the error that it is in autograd
+itself.
 
 What a product makes is kept, but where whole blocks are wished to be computed again (`block_again`): torch's
 checkpoints, which take the place of recipes within a block.
@@ -21,7 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple, Self
 from weakref import ReferenceType, ref
 
 import torch
@@ -33,14 +38,33 @@ AT_LEAST = 2**18
 """Numbers of a tensor that is worth it: 1 MiB in fp32. All of the embedded model's are smaller."""
 
 
+class _AsItWas(NamedTuple):
+    """A tensor's numbers, without its past: a node of autograd that held its own result would never go."""
+
+    numbers: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        return cls(tensor.detach(), tensor._version)  # which count together
+
+    def get(self) -> Tensor:
+        """Raises RuntimeError where somebody wrote to it since."""
+        if self.numbers._version != self.version:
+            raise RuntimeError(
+                f"a tensor {list(self.numbers.shape)} of the forward pass was changed before the backward pass, whose "
+                "gradients would be wrong; change weights and activations in place after the backward pass"
+            )
+        return self.numbers
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
     made: "ReferenceType[Tensor]"
     storage: "ReferenceType[torch.UntypedStorage]"
     version: int
     make: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    given: tuple[Any, ...]
 
     def is_of(self, tensor: Tensor) -> bool:
         """This is its tensor, or a view of it, and was not written to."""
@@ -49,29 +73,34 @@ class _Recipe:
         return same and made is not None and made._version == self.version
 
     def follow(self) -> Tensor:
-        now = tuple(one._version for one in self.inputs)
-        assert now == self.versions, "what a tensor is made of was changed before the backward pass"
+        given = [one.get() if isinstance(one, _AsItWas) else one for one in self.given]
         with torch.no_grad():
-            return self.make(*self.inputs)
+            return self.make(*given)
 
 
 _recipes: dict[int, _Recipe] | None = None
 """By the storages of their tensors; None outside of `remaking`."""
 
 
-def remember(made: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`made` itself, of which `make(*inputs)` would give an equal one, with equal strides."""
+def remember(made: Tensor, make: Callable[..., Tensor], *given: Any) -> Tensor:
+    """`made` itself, of which `make(*given)` would give an equal one, with equal strides, whenever it is called."""
     if _recipes is not None and torch.is_grad_enabled() and made.numel() >= AT_LEAST:
+        assert _stays(make, given), f"{make} may give another tensor in the backward pass"
         storage = made.untyped_storage()
         _recipes[id(storage)] = _Recipe(
             made=ref(made),
             storage=ref(storage),
             version=made._version,
             make=make,
-            inputs=tuple(one.detach() for one in inputs),
-            versions=tuple(one._version for one in inputs),
+            given=tuple(_AsItWas.of(one) if isinstance(one, Tensor) else one for one in given),
         )
     return made
+
+
+def _stays(make: Callable[..., Tensor], given: Sequence[Any]) -> bool:
+    """Whether the call gives the same later: behind it is what is given alone, and that is no module."""
+    alone = isinstance(make, FunctionType | MethodType) and make.__closure__ is None
+    return alone and not any(isinstance(one, nn.Module) for one in (getattr(make, "__self__", None), *given))
 
 
 @contextmanager
@@ -104,18 +133,18 @@ def blocks_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 _Layout = tuple[torch.Size, tuple[int, ...], int]
-_Kept = Tensor | tuple[_Recipe, _Layout]
+_Kept = _AsItWas | tuple[_Recipe, _Layout]
 
 
 def _pack(tensor: Tensor) -> _Kept:
     recipe = _recipes.get(id(tensor.untyped_storage())) if _recipes else None
     if recipe is None or not recipe.is_of(tensor):
-        return tensor
+        return _AsItWas.of(tensor)
     return recipe, (tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(kept: _Kept) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
+    if isinstance(kept, _AsItWas):
+        return kept.get()
     recipe, layout = kept
     return recipe.follow().as_strided(*layout)

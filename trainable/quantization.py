@@ -451,10 +451,10 @@ class QuantLinear(nn.Linear):
 
         Computed in the layer's dtype, as the layer's own operand is: peft casts to its adapters', which is wider.
         """
-        if x.dtype != self.weight.dtype:
-            narrow = x.to(self.weight.dtype)
-            return remember(self.seen(narrow).to(x.dtype), lambda given: self.seen(given).to(x.dtype), narrow)
-        return self._input.seen(self._input.of(x) if self.quantize_input else x)
+        if x.dtype == self.weight.dtype:
+            return _seen(x, self._input, self.quantize_input, x.dtype)
+        arguments = (x.to(self.weight.dtype), self._input, self.quantize_input, x.dtype)
+        return remember(_seen(*arguments), _seen, *arguments)
 
     def quantized_weight(self) -> Tensor:
         """Q of the layer's weight as a plain tensor; with `none` it shares memory with it."""
@@ -484,6 +484,10 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.arithmetic}"
+
+
+def _seen(x: Tensor, operand: Operand, quantizes: bool, dtype: torch.dtype) -> Tensor:
+    return operand.seen(operand.of(x) if quantizes else x).to(dtype)
 
 
 class InputSource(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from trainable.again import remember
 from trainable.kernels import cpu, cuda
 from trainable.layers.norm import LANES
-from trainable.quantization import InputSource, QuantLinear
+from trainable.quantization import InputSource, Operand, QuantLinear
 
 
 class GatedMLP(InputSource):
@@ -35,20 +35,21 @@ class GatedMLP(InputSource):
 
     def _between(self, gate: Tensor, up: Tensor) -> Tensor:
         """Of which the frame that calls `down_proj` holds neither: without gradient they go before it."""
-        return remember(self._activation(gate, up), self._activation, gate, up)
+        return remember(_activation(gate, up, self.output), _activation, gate, up, self.output)
 
-    def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
-        """[.., m] both -> [.., m]."""
-        if (
-            gate.is_cpu
-            and gate.dtype == torch.float32
-            and gate.shape[-1] % LANES == 0
-            and not torch.compiler.is_compiling()
-        ):
-            kernels = cpu.load()
-            if kernels is not None:
-                return kernels.swiglu(gate, up, *self.output.codes)
-        if cuda.takes(gate) and cuda.can_activate(gate, up):
-            on_device: Tensor = cuda.SwiGLU.apply(gate, up, *self.output.codes)  # type: ignore[no-untyped-call]
-            return on_device
-        return self.output.of(F.silu(gate) * up)
+
+def _activation(gate: Tensor, up: Tensor, output: Operand) -> Tensor:
+    """[.., m] both -> [.., m]."""
+    if (
+        gate.is_cpu
+        and gate.dtype == torch.float32
+        and gate.shape[-1] % LANES == 0
+        and not torch.compiler.is_compiling()
+    ):
+        kernels = cpu.load()
+        if kernels is not None:
+            return kernels.swiglu(gate, up, *output.codes)
+    if cuda.takes(gate) and cuda.can_activate(gate, up):
+        on_device: Tensor = cuda.SwiGLU.apply(gate, up, *output.codes)  # type: ignore[no-untyped-call]
+        return on_device
+    return output.of(F.silu(gate) * up)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainable.again import remember
 from trainable.kernels import cpu, cuda
-from trainable.quantization import InputSource
+from trainable.quantization import InputSource, Operand
 
 LANES = 16
 """The fused kernels take rows of whole vectors."""
@@ -30,35 +30,36 @@ class RMSNorm(InputSource):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., n] -> [.., n]."""
-        kernels = self._kernels(x)
-        if kernels is not None:
-            y: Tensor = kernels.rms_norm(x, None, self.weight, self.epsilon, *self.output.codes)
-            return remember(y, self._again, x, self.weight)
-        if cuda.takes(x) and cuda.can_norm(x, self.weight):
-            arguments = (x, self.weight, self.epsilon, *self.output.codes)
-            on_device: Tensor = cuda.RMSNorm.apply(*arguments)  # type: ignore[no-untyped-call]
-            return remember(on_device, self._again, x, self.weight)
-        exact = x.to(torch.float32)
-        normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.output.of(self.weight * normal.to(x.dtype))
+        return _normed(x, self.weight, self.epsilon, self.output)
 
     def of_sum(self, stream: Tensor, term: Tensor) -> tuple[Tensor, Tensor]:
         """The stream with its latest term, and y of it: [.., n] both -> [.., n] both."""
-        kernels = self._kernels(term)
+        kernels = _kernels(term, self.weight)
         if kernels is not None:
             y, stream = kernels.rms_norm(term, stream, self.weight, self.epsilon, *self.output.codes)
-            return stream, remember(y, self._again, stream, self.weight)
+            return stream, remember(y, _normed, stream, self.weight, self.epsilon, self.output)
         stream = stream + term
         return stream, self(stream)
 
-    def _again(self, x: Tensor, _: Tensor) -> Tensor:
-        y: Tensor = self(x)
-        return y
-
-    def _kernels(self, x: Tensor) -> cpu.Kernels | None:
-        """Those that fuse it, where they can."""
-        fitting = x.is_cpu and x.dtype == self.weight.dtype == torch.float32 and x.shape[-1] % LANES == 0
-        return cpu.load() if fitting and not torch.compiler.is_compiling() else None
-
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, epsilon={self.epsilon}"
+
+
+def _normed(x: Tensor, weight: Tensor, epsilon: float, output: Operand) -> Tensor:
+    """[.., n] -> [.., n]."""
+    kernels = _kernels(x, weight)
+    if kernels is not None:
+        y: Tensor = kernels.rms_norm(x, None, weight, epsilon, *output.codes)
+        return remember(y, _normed, x, weight, epsilon, output)
+    if cuda.takes(x) and cuda.can_norm(x, weight):
+        on_device: Tensor = cuda.RMSNorm.apply(x, weight, epsilon, *output.codes)  # type: ignore[no-untyped-call]
+        return remember(on_device, _normed, x, weight, epsilon, output)
+    exact = x.to(torch.float32)
+    normal = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
+    return output.of(weight * normal.to(x.dtype))
+
+
+def _kernels(x: Tensor, weight: Tensor) -> cpu.Kernels | None:
+    """Those that fuse it, where they can."""
+    fitting = x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.shape[-1] % LANES == 0
+    return cpu.load() if fitting and not torch.compiler.is_compiling() else None
