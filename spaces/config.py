@@ -448,7 +448,7 @@ class GRPOConfig(Record):
     micro_batch_tokens: Whole | None = Field(None, ge=1)
     """Tokens per forward and backward pass, padding included, in the place of micro_batch_size (null): completions of
     like length are computed together, and one that is longer alone. Changes memory and time, not the loss."""
-    checkpoint_activations: bool = False
+    checkpoint_activations: Flag = False
     """Learning keeps of each block what goes into it, and computes the block again in the backward pass: one forward
     pass of the blocks more, by count a third of an update's arithmetic (half with an adapter, whose backward pass makes
     no gradients of the frozen weights), for a small part of the memory, and equal bits."""
