@@ -56,7 +56,7 @@ class SweepFolder:
             if state.outcome is not None and state.status != "stopped":
                 self._ended(name, state.outcome)
         trials = sorted(self._seen.values(), key=lambda seen: seen.begun)
-        hours = slots_of(self.study) * sum(state.hours for state in self._states.values())
+        hours = sum(state.slot_hours(slots_of(self.study)) for state in self._states.values())
         return Watched(
             study=self.study,
             trials={seen.name: seen for seen in trials},

@@ -25,7 +25,7 @@ class Budget(tune.Stopper):  # type: ignore[misc]
         self.limit_hours = math.inf if config.budget_hours is None else config.budget_hours
         self.slots = slots_of(config)
         folders = [trial_folder(config, arm.name, replicate) for arm in arms for replicate in planned(config, arm)]
-        self.earlier_hours = self.slots * sum(attempt.hours for folder in folders for attempt in read_attempts(folder))
+        self.earlier_hours = sum(one.slot_hours(self.slots) for folder in folders for one in read_attempts(folder))
         self.spent = self.earlier_hours >= self.limit_hours
         self._ended_hours = 0.0
         self._since: dict[str, float] = {}

@@ -37,14 +37,15 @@ class Ledger:
 
 
 def read_ledger(config: StudyConfig, arms: Sequence[Arm]) -> Ledger:
-    slots = slots_of(config)
     by_arm: dict[str, float] = {}
     collapsed = repeated = filtered = saved = 0.0
     for arm in arms:
         for replicate in planned(config, arm):
             folder = trial_folder(config, arm.name, replicate)
             attempts, reports = read_attempts(folder), read_reports(folder)
-            hours = slots * sum(attempt.hours for attempt in attempts)
+            took = sum(attempt.hours for attempt in attempts)
+            hours = sum(attempt.slot_hours(slots_of(config)) for attempt in attempts)
+            slots = hours / took if took else slots_of(config)  # on average, where its attempts had unlike ones
             by_arm[arm.name] = by_arm.get(arm.name, 0.0) + hours
             outcome = arm.results.get(replicate)
             if outcome is not None and outcome.collapsed:

@@ -27,7 +27,7 @@ from search.promise import seen_of
 from search.proposals import GRID_LEVELS, SEARCHERS, every, lattice
 from search.registration import Registration, read_registrations
 from search.rewards import pinned
-from search.store import StudyConfig
+from search.store import StudyConfig, slots_of
 from search.surrogate import Seen
 from spaces.config import ConfigError, TrialConfig
 from spaces.reading import as_tree, flatten, merge, read_config, unflatten
@@ -43,7 +43,7 @@ _NO_ROOM = "needs a control of its own, for which no trial is left"
 
 
 class RinSearch(Searcher):  # type: ignore[misc]
-    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "number", "folder"}."""
+    """Hands out arms x replicates. Its suggestion is {"config", "arm", "replicate", "number", "folder", "slots"}."""
 
     def __init__(self, study: StudyConfig, arms: Sequence[Arm], evidence: Sequence[Evidence] = ()) -> None:
         """`arms`: those that are written down, in their order, with the results of the replicates that ended."""
@@ -89,6 +89,7 @@ class RinSearch(Searcher):  # type: ignore[misc]
             "replicate": replicate,
             "number": [known.name for known in self.arms].index(arm.name),
             "folder": trial_folder(self.study, arm.name, replicate).uri,
+            "slots": slots_of(self.study),
         }
 
     def _decide(self) -> bool:

@@ -101,7 +101,7 @@ def last_metrics(
     for name, value in axes.items():
         if name not in useless and 0 < value < math.inf:
             found[f"{LOG10}{name}"] = math.log10(value)
-    found[HOURS] = slots_of(study) * state.hours
+    found[HOURS] = state.slot_hours(slots_of(study))
     if against is not None and against.difference is not None:
         found[DIFFERENCE] = against.difference  # last, since it may come later
     return with_four_digits(found)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from search.arms import trial_folder
+from dashboards.live_folder import SweepFolder
+from search.arms import read_arms, trial_folder
 from search.budget import Budget
+from search.ledger import read_ledger
 from search.store import gpus_of, slots_of
-from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_trial
+from search.told import last_metrics
+from tests.written_sweeps import attempt, make_arm, outcome, report, study, write_sweep, write_trial
+from trainable.disk.trial_folder import read_trial
 
 
 class Clock:
@@ -122,6 +126,21 @@ def test_the_hours_of_earlier_drivers_count_killed_ones_too(tmp_path: Path, cloc
     budget.started("a")
     clock.hours(0.8)
     assert budget.stop_all()
+
+
+def test_hours_are_of_the_gpus_that_an_attempt_held_and_not_of_those_of_a_resume(tmp_path: Path) -> None:
+    ranks = {"parallel": {"ranks": 4}}
+    config = study(tmp_path, gpus=2.0, settings=ranks, budget_hours=8.0)
+    arm = make_arm(config, "control")
+    write_sweep(config, [arm], {})
+    held = [attempt(0, 3600, slots=4.0), attempt(0, 3600, slots=2.0), attempt(0, 3600)]  # the last does not say
+    write_trial(config, arm, 0, outcome(arm, 0, 9), attempts=held)
+    budget = Budget(config, [arm])
+    assert (budget.hours, budget.spent) == (4 + 2 + 2, True)
+    assert read_ledger(config, read_arms(config)).hours == 8
+    assert SweepFolder(config).look(driven=False, now=0.0).hours == 8
+    state = read_trial(trial_folder(config, "control", 0), driven=False)
+    assert last_metrics(config, arm.config, state, None, None)["rin/hours"] == 8
 
 
 def test_a_budget_that_was_spent_before_is_spent_at_once(tmp_path: Path) -> None:

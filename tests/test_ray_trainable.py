@@ -32,6 +32,7 @@ from trainable.disk.trial_folder import (
     read_stopped,
     read_trial,
 )
+from trainable.failure import TrialFailed
 from trainable.outcome import Outcome
 from trainable.ray_trainable import REFUSED, RinTrainable
 from trainable.trial import Trial, run_trial
@@ -618,3 +619,14 @@ def test_a_hang_kills_the_process_and_leaves_an_attempt_that_says_so(tmp_path: P
     assert "took over" in state.reason
     finish(start(setting(tmp_path)))
     assert comparable_outcome(tmp_path) == comparable_outcome(undisturbed)
+
+
+def test_an_attempt_says_how_many_gpus_it_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(work: Any) -> Any:
+        raise TrialFailed("engine", "died")
+
+    monkeypatch.setattr(trainable.trial_worker.TrialWorker, "_step", fails)
+    for more, slots in (({"slots": 4.0}, 4.0), ({}, None)):
+        with pytest.raises(TrialFailed):
+            start(setting(tmp_path) | more).step()
+        assert read_attempts(Folder(str(tmp_path)))[-1].slots == slots

@@ -39,6 +39,11 @@ def test_the_control_is_handed_out_first_and_configurations_are_counted_with_it(
     assert all(s["config"]["noise"]["sigma_start"] > 0 for s in given[1:])
 
 
+def test_a_trial_is_told_how_many_gpus_its_hours_count() -> None:
+    for gpus, slots in ((0.5, 0.5), (None, 1.0)):
+        assert {s["slots"] for s in drive(searcher(trials=2, gpus=gpus), lambda s: outcome(0.5))} == {slots}
+
+
 def test_replicates_share_their_seeds_across_arms() -> None:
     given = drive(searcher(trials=3, replicates=3, seed=7), lambda s: outcome(0.5))
     seeds = {(s["arm"], s["replicate"]): s["config"]["seed"] for s in given}

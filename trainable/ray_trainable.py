@@ -28,13 +28,14 @@ REFUSED = "refused"
 
 class RinTrainable(tune.Trainable):  # type: ignore[misc]
     """Its config is {"config": tree of TrialConfig, "arm": str, "replicate": int, "number": int, "folder": place of the
-    trial}; the number is the arm's."""
+    trial, "slots": that an hour of it counts}; the number is the arm's."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing that takes time or can fail: Tune tries a failed step again, and a failed start in a used process
         not."""
         self.settings = TrialConfig.model_validate(config["config"])
         self.folder = Folder(config["folder"])
+        self.slots = config.get("slots")
         self.work: TrialWorker | None = None
 
     def step(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class RinTrainable(tune.Trainable):  # type: ignore[misc]
                 return _result(read_reports(self.folder)[-1], outcome)
             from trainable.trial_worker import TrialWorker
 
-            self.work = TrialWorker(self.folder, self.settings, self._others())
+            self.work = TrialWorker(self.folder, self.settings, self._others(), self.slots)
         try:
             return _result(*self.work.step())
         except ConfigError as mistake:  # the user's, which another attempt would meet again

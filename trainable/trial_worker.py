@@ -82,10 +82,12 @@ class Nobody:
 class TrialWorker:
     """One process's work on one trial, from wherever the last one left it."""
 
-    def __init__(self, folder: Folder, settings: TrialConfig, others: Others | None = None) -> None:
+    def __init__(
+        self, folder: Folder, settings: TrialConfig, others: Others | None = None, slots: float | None = None
+    ) -> None:
         self.folder, self.settings = folder, settings
         self.others = others or Nobody(settings)
-        self.attempt = AttemptLog(folder)
+        self.attempt = AttemptLog(folder, slots)
         beat = None if folder.local is None else NEAR_BEAT_SECONDS
         self.watchdog = Watchdog(settings.hang_seconds, self._hangs, self.attempt.beat, beat)
         self.broken, self.ended = False, False

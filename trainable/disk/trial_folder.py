@@ -169,6 +169,9 @@ class Attempt:
     reason: str = ""
     loading_seconds: float = 0.0
     """Until it was ready for its first step."""
+    slots: float | None = None
+    """That an hour of it counts: the GPUs it held, 1 where it had none; None where an earlier version did not write it
+    down."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the programs it ran; empty where an earlier version did not write them down."""
     shared: Shared | None = None
@@ -180,6 +183,10 @@ class Attempt:
     def hours(self) -> float:
         return max(self.seen - self.started, 0.0) / 3600
 
+    def slot_hours(self, now: float) -> float:
+        """GPU hours, or trial-slot hours; of an attempt that does not say how many slots it held, by those of now."""
+        return self.hours * (now if self.slots is None else self.slots)
+
 
 _ATTEMPT = TypeAdapter(Attempt)
 
@@ -187,12 +194,12 @@ _ATTEMPT = TypeAdapter(Attempt)
 class AttemptLog:
     """attempt-K.json: one process's work on a trial. What cannot be written is only missing in the ledger."""
 
-    def __init__(self, trial: Folder) -> None:
+    def __init__(self, trial: Folder, slots: float | None = None) -> None:
         self._trial = trial
         number = len(_numbered(trial, _ATTEMPT_FILE)) + 1
         self._name = f"attempt-{number:03d}.json"
         self._values: dict[str, Any] = {"started": time.time(), "host": socket.gethostname(), "ended": ""}
-        self._values["versions"] = versions()
+        self._values |= {"slots": slots, "versions": versions()}
         self.step = 0
         self.recent: tuple[Mapping[str, Any], ...] = ()
         self._lock = threading.Lock()  # the watchdog's thread beats too
@@ -282,6 +289,9 @@ class TrialState:
     def hours(self) -> float:
         """In which some process worked on it."""
         return sum(attempt.hours for attempt in self.attempts)
+
+    def slot_hours(self, now: float) -> float:
+        return sum(attempt.slot_hours(now) for attempt in self.attempts)
 
 
 def read_trial(trial: Folder, *, driven: bool, outcome: Outcome | None = None) -> TrialState:
