@@ -17,6 +17,9 @@ from spaces.paths import anchored
 from spaces.reading import merge, parse_overrides, read_config
 from spaces.workloads import WORKLOADS
 from trainable.engines.served import standing
+from trainable.forward.head import LOGITS_AT_ONCE, is_plain
+from trainable.forward.logps import in_a_row
+from trainable.forward.transformer import forward_of
 from trainable.noise import noise_targets
 from trainable.outcome import Coverage
 from trainable.parity import WAYS, Agreement, doubts, load_checked
@@ -106,7 +109,6 @@ def memory(config: TrialConfig, policy: Policy) -> dict[str, int]:
     count = sum(parameter.numel() for parameter in learned)
     masters = sum(parameter.numel() for parameter in learned if parameter.element_size() < FP32)
     rollout, grpo = config.rollout, config.grpo
-    learning_tokens = grpo.micro_batch_tokens or grpo.micro_batch_size * rollout.max_new_tokens
     sizes = {
         "weights": weights,
         "their quantised copies, while nothing learns": sum(
@@ -114,7 +116,7 @@ def memory(config: TrialConfig, policy: Policy) -> dict[str, int]:
         ),
         "gradients in fp32": FP32 * count,
         "AdamW's moments and masters in fp32": FP32 * (2 * count + masters),
-        "logits of a micro-batch in fp32": FP32 * learning_tokens * int(text.vocab_size),
+        "logits of a micro-batch in fp32": FP32 * _logits_alive(config, policy),
     }
     if grpo.kl_beta > 0 and config.model.adapter == "full":
         sizes["the reference model"] = weights
@@ -126,6 +128,19 @@ def memory(config: TrialConfig, policy: Policy) -> dict[str, int]:
             2 * policy.depth * heads * head * tokens * width
         )
     return sizes
+
+
+def _logits_alive(config: TrialConfig, policy: Policy) -> int:
+    """Numbers of one micro-batch of completions at their longest; as many as the head keeps where it is plain
+    (`forward/head.py`)."""
+    grpo, rollout, forward = config.grpo, config.rollout, forward_of(policy)
+    rows = min(grpo.micro_batch_size, grpo.prompts * grpo.group_size)
+    if grpo.micro_batch_tokens is not None:  # which counts the prompts, too; nothing is computed of theirs
+        together = in_a_row(policy, grpo.group_size, rollout.max_prompt_tokens, rollout.max_new_tokens)
+        width = rollout.max_prompt_tokens + together * rollout.max_new_tokens
+        rows = together * max(1, grpo.micro_batch_tokens // width)
+    alive = rows * rollout.max_new_tokens * int(policy.network.config.get_text_config().vocab_size)
+    return min(alive, LOGITS_AT_ONCE) if forward is not None and is_plain(forward.head) else alive
 
 
 def _bytes(size: int) -> str:

@@ -299,6 +299,16 @@ def _cost(plan: StudyPlan) -> list[str]:
     ]
 
 
+def costs_line(plan: StudyPlan) -> str:
+    """Below a device's estimate: which of the two figures the costs above it hang on."""
+    if plan.trial_seconds is None:
+        return "time and cost of the sweep: not known above, and not made of this estimate"
+    return (
+        f"time and cost of the sweep above are made of {duration(plan.trial_seconds)} per trial "
+        f"({plan.seconds_source}), and not of this estimate"
+    )
+
+
 def _ranks(plan: StudyPlan) -> str:
     """Of a trial that several processes compute."""
     if plan.processes == 1:

@@ -304,7 +304,7 @@ def plan(
     """What a sweep would run, in which order, how long, and what its answer could show. Trains nothing."""
     wanted = None if device is None else device_named(device)
     study = study_config(replace(options, name="plan", tracking_uri="sqlite:///:memory:"))
-    from dashboards.report_text import plan_lines
+    from dashboards.report_text import costs_line, plan_lines
     from search.plan import plan_study
     from search.store import gpus_of
     from trainable.cores import usable_cpus, visible_gpus
@@ -318,7 +318,7 @@ def plan(
     else:
         from dashboards.estimate_text import estimate_lines
 
-        told = estimate_lines(planned.config, wanted)
+        told = [*estimate_lines(planned.config, wanted), costs_line(planned)]
     for line in told:
         print(line)
 

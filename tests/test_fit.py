@@ -229,6 +229,9 @@ def test_a_plan_says_what_a_trial_holds_on_a_device(rin: Rin) -> None:
     assert code == 0
     assert "fits: at most 1.0 GiB" in out
     assert "model.recipe" in out
+    told = out.splitlines()[-1]
+    assert told.startswith("time and cost of the sweep above are made of 2 s per trial (the workload's figure")
+    assert told.endswith("and not of this estimate")
 
 
 @pytest.mark.slow

@@ -189,9 +189,24 @@ def test_shapes_are_those_of_a_folder_where_there_is_one_and_else_written_down(m
     named = architecture_of(read_config(WORKLOADS[QWEN].settings).model)
     assert "not on this machine" in named.source
     assert named.config.num_key_value_heads == 2
+    packaged = architecture_of(read_config(WORKLOADS["smollm2-135m"].settings).model)
+    assert packaged.source.endswith("(spaces/architectures.py)")  # whether its package is here was not asked
     with pytest.raises(ConfigError, match="fetches nothing"):
         architecture_of(config().model)
     assert {read_config(one.settings).model.name for one in WORKLOADS.values()} - {"embedded"} == set(ARCHITECTURES)
+
+
+def test_no_code_of_a_model_is_run_for_its_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask whoever types, and run it."""
+    asked: list[Any] = []
+
+    def read(name: str, **options: Any) -> Any:
+        asked.append(options)
+        raise OSError
+
+    monkeypatch.setattr(sources.AutoConfig, "from_pretrained", read)
+    architecture_of(read_config(WORKLOADS[QWEN].settings).model)
+    assert asked == [{"local_files_only": True, "trust_remote_code": False}]
 
 
 @pytest.mark.slow

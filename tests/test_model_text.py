@@ -9,6 +9,8 @@ import torch
 from dashboards.model_text import examine_model, memory
 from spaces.config import ConfigError, TrialConfig
 from tests.conftest import ModelFolder, Tiny
+from trainable.forward.head import LOGITS_AT_ONCE
+from trainable.policy.loading import load_policy
 from trainable.trial import Trial
 
 SMALL = ("rollout.max_prompt_tokens=16", "rollout.max_new_tokens=8")
@@ -59,6 +61,27 @@ def test_bytes_are_those_of_a_trial_s_tensors(overrides: tuple[str, ...], tiny: 
     per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / ids.numel()
     tokens = config.rollout.batch_size * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     assert sizes["keys and values of a rollout, if all blocks attend to all tokens"] == per_token * tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"),
+    [
+        (("grpo.micro_batch_size=8",), 8 * 100 * 1000),
+        (("grpo.micro_batch_tokens=1200",), 3 * 2 * 100 * 1000),  # rows of 200 and twice 100, no logits of the prompts
+        (("grpo.micro_batch_tokens=1200", "rollout.max_prompt_tokens=400"), 2 * 100 * 1000),
+        (("grpo.micro_batch_tokens=100",), 2 * 100 * 1000),  # a row that is longer alone
+        (("grpo.micro_batch_size=1000", "grpo.prompts=1000"), LOGITS_AT_ONCE),  # the head keeps no more of them alive
+        (("grpo.micro_batch_size=1000", "grpo.prompts=1000", "quant.exclude=[]"), 1000 * 100 * 1000),  # a quantised one
+    ],
+)
+def test_logits_are_those_of_completions_and_no_more_than_the_head_keeps(
+    changes: tuple[str, ...], numbers: int, tiny: Tiny
+) -> None:
+    sizes = ("grpo.group_size=8", "rollout.max_prompt_tokens=200", "rollout.max_new_tokens=100")
+    config = tiny(*sizes, *changes)
+    policy = load_policy(config.model, config.quant, 0)
+    policy.network.config.vocab_size = 1000
+    assert memory(config, policy)["logits of a micro-batch in fp32"] == 4 * numbers
 
 
 def test_a_model_that_a_trial_refuses_is_refused(tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -177,8 +177,12 @@ def _keeps_much(policy: Policy, batch: Batch) -> bool:
 
 def side_by_side(policy: Policy, batch: Batch) -> int:
     """Completions of a prompt in one row."""
-    length, tokens = batch.prompt_ids.shape[1], batch.completion_ids.shape[1]
-    even = [k for k in range(1, batch.group_size + 1) if batch.group_size % k == 0] if packs(policy) else []
+    return in_a_row(policy, batch.group_size, batch.prompt_ids.shape[1], batch.completion_ids.shape[1])
+
+
+def in_a_row(policy: Policy, group_size: int, length: int, tokens: int) -> int:
+    """Completions of so many tokens beside each other behind a prompt of such length."""
+    even = [k for k in range(1, group_size + 1) if group_size % k == 0] if packs(policy) else []
     return max((k for k in even if length + k * tokens <= PACKED_TOKENS), default=1)
 
 

@@ -95,7 +95,7 @@ def architecture_of(model: ModelConfig) -> Architecture:
         return Architecture(config=_read_config(model, model.name), source=f"{model.name}/config.json")
     with suppress(OSError, ValueError):  # a name that no hub could have, or a model that was never fetched
         return Architecture(
-            config=AutoConfig.from_pretrained(model.name, local_files_only=True),
+            config=AutoConfig.from_pretrained(model.name, local_files_only=True, trust_remote_code=False),
             source="its config.json, fetched before",
         )
     if model.name not in ARCHITECTURES:
@@ -103,10 +103,11 @@ def architecture_of(model: ModelConfig) -> Architecture:
             f"model.name={model.name}: its config.json is not on this machine, and planning fetches nothing; "
             "give a folder that holds it, or run rin doctor --model once, which fetches it"
         )
+    packaged = model.name == "smollm2-135m"  # its file takes seconds to read: nobody has looked whether it is here
     return Architecture(
         config=AutoConfig.for_model(**ARCHITECTURES[model.name]),
-        source="its published config.json as it is written down here (spaces/architectures.py): the model is not on "
-        "this machine",
+        source="its published config.json as it is written down here (spaces/architectures.py)"
+        + ("" if packaged else ": the model is not on this machine"),
     )
 
 
