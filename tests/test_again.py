@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -208,6 +208,23 @@ def test_the_backward_pass_makes_what_the_forward_pass_made_however_modules_comp
     all_of_it(monkeypatch)
     found = gradients(inside=False)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"], ids=["our forward", "transformers'"])
+@pytest.mark.parametrize("changed", ["weight", "weight in its place", "arithmetic"])
+def test_no_block_is_computed_again_in_another_way(model_folder: ModelFolder, attention: Any, changed: str) -> None:
+    policy, batch = loaded(model_folder(), attention=attention)
+    policy = replace(policy, checkpoints=True)
+    with unquantized(policy) if changed == "arithmetic" else nullcontext():
+        loss = completion_logps(policy, batch, 1.0).sum()
+    weight = decoder_blocks(policy)[0].get_submodule("mlp.up_proj").weight
+    if changed == "weight":
+        with torch.no_grad():
+            weight.mul_(2.0)
+    elif changed == "weight in its place":
+        weight.data = weight.data * 2.0
+    with pytest.raises(RuntimeError, match=r"changed before the backward pass|another arithmetic or other weights"):
+        loss.backward()
 
 
 def test_no_recipe_asks_a_module(monkeypatch: pytest.MonkeyPatch) -> None:

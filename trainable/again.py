@@ -16,7 +16,8 @@ tensor for it, so it is asked here: one that was written to before the backward 
 itself.
 
 What a product makes is kept, but where whole blocks are wished to be computed again (`block_again`): torch's
-checkpoints, which take the place of recipes within a block.
+checkpoints, which take the place of recipes within a block, under the same rule: with other weights or another
+arithmetic than in the forward pass it is not computed again, but an error.
 
 Left out: small tensors, whose memory is nothing and whose recipes would cost time.
 """
@@ -115,9 +116,30 @@ def remaking() -> Iterator[None]:
         _recipes = before
 
 
-def block_again(block: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """What the block makes; of it autograd keeps what goes in. Blocks draw no random numbers."""
-    return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False, **named)
+def block_again(block: nn.Module, work: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """work(..), which is done with this block's modules; of it autograd keeps what goes in. Blocks draw no random
+    numbers."""
+    weights = [(one, _AsItWas.of(one)) for one in block.parameters()]
+    tensors = [_AsItWas.of(one) for one in (*given, *named.values()) if isinstance(one, Tensor)]
+    arithmetic = _arithmetic(block)
+
+    def as_then(*given: Any, **named: Any) -> Any:
+        for one in (*(then for _, then in weights), *tensors):
+            one.get()
+        moved = any(now.untyped_storage() is not then.numbers.untyped_storage() for now, then in weights)
+        if moved or _arithmetic(block) != arithmetic:
+            raise RuntimeError(
+                "a block has another arithmetic or other weights in the backward pass than in the forward pass, and "
+                "would be computed again in another way; go backward where you went forward"
+            )
+        return work(*given, **named)
+
+    return checkpoint(as_then, *given, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def _arithmetic(block: nn.Module) -> list[Any]:
+    """Of its linear layers, which decide for all else."""
+    return [module.arithmetic for module in block.modules() if hasattr(module, "arithmetic")]
 
 
 @contextmanager
@@ -125,7 +147,7 @@ def blocks_again(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """`block_again` for each of these modules, called by whoever."""
     try:
         for block in blocks:
-            block.forward = partial(block_again, block.forward)
+            block.forward = partial(block_again, block, block.forward)
         yield
     finally:
         for block in blocks:

@@ -123,7 +123,7 @@ class Forward:
         again = self.checkpoints and torch.is_grad_enabled() and not is_sharded(self.network)
         for layer, block in enumerate(self.blocks):
             work = partial(block, layer, angles, mix)
-            x, term = block_again(work, x, term) if again else through(block.whole, work, x, term)
+            x, term = block_again(block.whole, work, x, term) if again else through(block.whole, work, x, term)
         hidden: Tensor = (x if term is None else x + term).view(*ids.shape, -1)
         return hidden
 
