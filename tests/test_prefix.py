@@ -240,6 +240,32 @@ def test_what_was_taken_over_is_told_step_by_step_and_where_it_is_from_is_writte
     assert sweep.beginnings == ["after-000000", "after-000002"]
 
 
+def test_of_another_trial_s_warnings_those_of_the_start_are_this_one_s_too(
+    sweep: Sweep, small: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was warned of as it loaded, this one is warned of by itself; and it has engines of its own."""
+
+    class Warned(Trial):
+        def _check_contract(self) -> None:
+            self.so_far.warnings.append(f"the reward takes {len(told)} ms")
+
+        def _open(self) -> dict[str, float]:
+            self._tell_death("killed")
+            return super()._open()
+
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr("trainable.trial_worker.Trial", Warned)
+    for name in ("control-0", "c01-0"):
+        work = sweep.begin(name, small(*CONTROL, "rollout.max_new_tokens=1"))
+        work.step()
+        assert work.trial is not None
+        told.append(work.trial.receipt().warnings)
+        kill(work)
+    (first, cut, death), second = told
+    assert (first, death[:22]) == ("the reward takes 0 ms", "step 0: the engine die")
+    assert second == ("the reward takes 1 ms", cut)
+
+
 @pytest.mark.parametrize("told", [1, 2, 3])
 def test_a_trial_that_is_killed_after_it_took_over_goes_on_and_still_says_so(
     told: int, sweep: Sweep, small: Tiny, monkeypatch: pytest.MonkeyPatch

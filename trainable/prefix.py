@@ -121,13 +121,10 @@ def find(beginnings: Folder, name: str, trial: Trial) -> tuple[dict[str, Any] | 
 def _as_own(name: str, trial: Trial, step: int, state: dict[str, Any]) -> dict[str, Any]:
     """With what hangs on this trial's noise, or on its own start."""
     own, theirs = trial.progress(), state["progress"]["so_far"]
-    known = own["so_far"]["warnings"]
-    given = asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"]))
-    so_far = {
-        **theirs,
-        "warnings": [*known, *(line for line in theirs["warnings"] if line not in known)],
-        "shared": theirs["shared"] if state["trial"] == name else given,
-    }
+    so_far = {**theirs, "warnings": own["so_far"]["warnings"]}
+    if state["trial"] != name:
+        so_far["shared"] = asdict(Shared(trial=state["trial"], steps=step, seconds=theirs["seconds"]))
+        so_far["deaths"] = own["so_far"]["deaths"]  # of engines, which changed no number
     now = time.time_ns() // 1_000_000
     return {
         **(trial.held() if step == 0 else {part: state[part] for part in ("model", "optimizer")}),

@@ -98,7 +98,10 @@ class Progression:
     alarms: list[Alarm] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """Of the start, and of engines that died."""
+    """Of loading."""
+    start_warnings: list[str] = field(default_factory=list)
+    deaths: list[str] = field(default_factory=list)
+    """Of engines; a line for each."""
     start: tuple[Evaluation, Evaluation] | None = None
     """Before step 0: in the deployed precision, unquantised."""
     end: tuple[Evaluation, Evaluation] | None = None
@@ -299,7 +302,7 @@ class Trial:
             self.targets,
             self.so_far.effects,
             moved=moved_shares(self.start_weights, self.policy.trainable()),
-            warnings=self.so_far.warnings,
+            warnings=[*self.so_far.warnings, *self.so_far.start_warnings, *self.so_far.deaths],
             forward=asdict(self.agreement),
             generation=self.backend.described(),
             followed=self.followed,
@@ -400,7 +403,7 @@ class Trial:
 
     def _tell_death(self, how: str) -> None:
         self.on_phase("engine")  # the same work begins anew, and is waited for anew
-        self.so_far.warnings.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
+        self.so_far.deaths.append(f"step {self.so_far.next_step}: the engine died ({how}) and was started again")
 
     def _compare(self, what: str, *seen: object) -> None:
         """Raises RuntimeError where the processes of the team have come to different things, or hold different weights.
@@ -412,8 +415,9 @@ class Trial:
             one for one in (*self.policy.model.parameters(), *masters) if not (is_shard(one) or isinstance(one, Rows))
         ]
         self.team.check_same(what, (*seen, bits_of(held)))
-        warned = self.team.gather("warnings", self.so_far.warnings)
-        self.so_far.warnings = list(dict.fromkeys(line for own in warned for line in own))
+        for kind in ("warnings", "start_warnings", "deaths"):
+            told = self.team.gather(kind, getattr(self.so_far, kind))
+            setattr(self.so_far, kind, list(dict.fromkeys(line for own in told for line in own)))
 
     def _not_in_checkpoints(self) -> dict[str, torch.Tensor]:
         """Weights that every start takes from the model: those under adapters; all of them where a reference stays as
@@ -488,7 +492,7 @@ class Trial:
         self.detector.observe(signals, quiet=True)
         if signals.truncated >= _NEARLY_ALL:
             limit = config.rollout.max_new_tokens
-            self.so_far.warnings.append(
+            self.so_far.start_warnings.append(
                 f"{signals.truncated:.0%} of the completions before step 0 were cut off at "
                 f"rollout.max_new_tokens={limit}: what is rewarded at the end of an answer is never seen; raise it"
             )
