@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from search.arms import Arm, read_arms, trial_folder, unfinished
+from search.arms import Arm, trial_folder
 from search.budget import Budget
 from search.cluster import check_fits, connected, lacking, resources
 from search.events import ENDS, StudyEvent, TrialEvent, View
@@ -32,7 +32,6 @@ from spaces.workloads import TRIAL_ENVIRONMENT
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import (
     DIED,
-    PREFIXES,
     AttemptLog,
     end_attempt,
     read_attempts,
@@ -93,8 +92,6 @@ def run_trials(
             tuner.fit()
     finally:
         view(StudyEvent(study=study, doing=ENDS))
-    if not unfinished(study, read_arms(study)):
-        study.folder.remove(PREFIXES)  # of use to trials that have yet to begin
     return searcher.exhausted
 
 

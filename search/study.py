@@ -15,6 +15,7 @@ at first says `lineup.py`, what is asked before anything starts `preflight.py` a
 (`events.py`).
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,10 +57,12 @@ from search.store import (
 )
 from search.tracking import Tracker
 from spaces.config import ConfigError
-from trainable.disk.trial_folder import KILLED, end_attempt
+from trainable.disk.trial_folder import KILLED, PREFIXES, end_attempt
 
 if TYPE_CHECKING:
     from trainable.policy.embedded import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,15 +181,27 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
     arms = read_arms(config)
     candidate = _save_candidate(config, arms)
     untold += tell_candidate(config, candidate)
+    left = unfinished(config, arms)
+    if not left:
+        _forget_beginnings(config)
     return StudyResult(
         config=config,
         arms=tuple(arms),
         candidate=candidate,
-        unfinished=unfinished(config, arms),
+        unfinished=left,
         budget_spent=budget.spent,
         interrupted=interruption.asked,
         untold=untold,
     )
+
+
+def _forget_beginnings(config: StudyConfig) -> None:
+    """They are of use to trials that have yet to begin; of an earlier driver, too, that was killed before it was
+    here."""
+    try:
+        config.folder.remove(PREFIXES)
+    except OSError as error:  # the sweep has all that it is about
+        log.warning("%s/%s is of no use any more, and was not removed: %s", config.folder.uri, PREFIXES, error)
 
 
 def _save_candidate(config: StudyConfig, arms: Sequence[Arm]) -> Candidate | None:

@@ -16,6 +16,7 @@ from spaces.config import ConfigError
 from spaces.reading import load_yaml
 from tests.processes import rin
 from tests.written_sweeps import make_arm, study, write_sweep
+from trainable.disk.folder import Folder
 
 pytestmark = pytest.mark.slow  # many seconds of computing
 
@@ -100,6 +101,28 @@ def test_a_driver_that_is_killed_leaves_no_candidate_of_the_state_it_went_on_fro
     with pytest.raises(MemoryError):
         resume_study(config, lambda event: None)
     assert "best.yaml" not in config.folder.names()
+
+
+def test_a_sweep_that_is_over_keeps_no_beginning_of_its_trials_whoever_was_killed_before_and_ends_without_that_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = study(tmp_path, trials=2, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": [280], "c01": [300]})
+    config.folder.write("prefixes", "")
+    remove = Folder.remove
+
+    def refused(folder: Folder, name: str) -> None:
+        if name == "prefixes":
+            raise OSError("it does not answer")
+        remove(folder, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", refused)
+        assert resume_study(config, lambda event: None).unfinished == 0
+    assert "was not removed: it does not answer" in caplog.text
+    resume_study(config, lambda event: None)
+    assert "prefixes" not in config.folder.names()
 
 
 def test_an_arm_can_be_taken_home_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -400,6 +400,22 @@ def test_a_disk_that_takes_no_beginning_stops_no_trial(
     assert "after-000002 is not there for other trials" in caplog.text
 
 
+def test_a_store_that_does_not_answer_stops_no_trial(
+    sweep: Sweep, small: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = Folder.names
+
+    def out(folder: Folder) -> list[str]:
+        if PREFIXES in folder.uri:
+            raise OSError("it does not answer")
+        return names(folder)
+
+    monkeypatch.setattr(Folder, "names", out)
+    sweep.half("control-0", small(*CONTROL))
+    assert "is passed over: it does not answer" in caplog.text
+    assert "after-000002 is not there for other trials: it does not answer" in caplog.text
+
+
 def test_a_trial_without_a_sweep_shares_nothing(tmp_path: Path, small: Tiny) -> None:
     work = TrialWorker(Folder(str(tmp_path / "trial")), small(*CONTROL, "grpo.steps=1"))
     finish(work)

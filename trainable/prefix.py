@@ -31,6 +31,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 MOST_BYTES = 2 << 30
 _AFTER = re.compile(r"after-(\d{6,})")
+_NOT_KEPT = "%s: %s is not there for other trials: %s"
 
 
 def key_of(trial: Trial) -> str:
@@ -79,7 +81,13 @@ def wanted(beginnings: Folder, trial: Trial) -> bool:
     if not trial.begun or trial.done or step not in (0, _quiet(trial)):
         return False
     tensors = [tensor for part in trial.held().values() for tensor in part.values()] if step > 0 else []
-    return sum(tensor.nbytes for tensor in tensors) <= MOST_BYTES and not _whole(beginnings, step)
+    if sum(tensor.nbytes for tensor in tensors) > MOST_BYTES:
+        return False
+    try:
+        return not _whole(beginnings, step)
+    except OSError as error:
+        log.warning(_NOT_KEPT, beginnings.uri, _folder(step), error)
+        return False
 
 
 def give(name: str, trial: Trial, reports: Sequence[StepReport]) -> dict[str, Any]:
@@ -97,24 +105,28 @@ def keep(beginnings: Folder, state: Mapping[str, Any]) -> None:
     try:
         save_state(beginnings / _folder(step), state)
     except OSError as error:
-        log.warning("%s: %s is not there for other trials: %s", beginnings.uri, _folder(step), error)
+        log.warning(_NOT_KEPT, beginnings.uri, _folder(step), error)
 
 
 def find(beginnings: Folder, name: str, trial: Trial) -> tuple[dict[str, Any] | None, list[str]]:
     """The longest beginning that there is of a trial, `name`, which was just loaded, as what `load_state_dict` takes
     (None: there is none), with the reports of its steps; and a line for each that is damaged and was passed over."""
     passed: list[str] = []
-    found = [int(match[1]) for folder in beginnings.names() if (match := _AFTER.fullmatch(folder))]
-    for step in sorted((step for step in found if step <= _quiet(trial)), reverse=True):
-        if not _whole(beginnings, step):
-            continue
-        try:
-            state = load_state(beginnings / _folder(step))
-        except ValueError as error:  # ConfigError too: one that another version wrote is of no use either
-            passed.append(f"{beginnings.uri}/{_folder(step)} is passed over: {error}")
-            beginnings.remove(_folder(step))  # nobody would write another in its place
-            continue
-        return _as_own(name, trial, step, state), passed
+    try:
+        found = [int(match[1]) for folder in beginnings.names() if (match := _AFTER.fullmatch(folder))]
+        for step in sorted((step for step in found if step <= _quiet(trial)), reverse=True):
+            if not _whole(beginnings, step):
+                continue
+            try:
+                state = load_state(beginnings / _folder(step))
+            except ValueError as error:  # ConfigError too: one that another version wrote is of no use either
+                passed.append(f"{beginnings.uri}/{_folder(step)} is passed over: {error}")
+                with suppress(OSError):  # another trial removes it, too
+                    beginnings.remove(_folder(step))  # nobody would write another in its place
+            else:
+                return _as_own(name, trial, step, state), passed
+    except OSError as error:
+        passed.append(f"{beginnings.uri} is passed over: {error}")
     return None, passed
 
 
