@@ -229,7 +229,6 @@ DEAD: list[list[str]] = [
     ["model.lora_rank=32"],
     ["eval.every=100"],
     ["grpo.micro_batch_tokens=4096", "grpo.micro_batch_size=8"],
-    ["parallel.ranks=2", "parallel.weights=sharded", "grpo.checkpoint_activations=true"],
 ]
 
 
@@ -258,6 +257,13 @@ def test_a_file_that_holds_a_whole_trial_is_a_record_and_may_hold_idle_settings(
     assert trial_config(None, place, None, []) == control
     with pytest.raises(ConfigError, match=r"--set noise\.schedule=cosine: does nothing here"):
         trial_config(None, place, None, ["noise.schedule=cosine"])
+
+
+def test_weights_in_shards_are_computed_again_anyway() -> None:
+    asked = ["parallel.ranks=2", "grpo.checkpoint_activations=true"]
+    assert trial_config("control", None, "tiny", asked).grpo.checkpoint_activations
+    with pytest.raises(ConfigError, match=r"grpo\.checkpoint_activations=True: does nothing here"):
+        trial_config("control", None, "tiny", [*asked, "parallel.weights=sharded"])
 
 
 def test_what_nobody_watches_has_no_time_to_hang(tmp_path: Path) -> None:
