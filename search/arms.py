@@ -16,6 +16,7 @@ The control of an arm is sigma = 0 on its own code path: the arm's configuration
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +31,13 @@ from spaces.reading import as_tree, flatten, merge, read_config, unflatten
 from spaces.scans import RANKED, is_rule
 from spaces.uses import idle, is_noisy, setting
 from trainable.disk.folder import Folder
-from trainable.disk.trial_folder import TrialState, read_outcome, read_trial
+from trainable.disk.trial_folder import PREFIXES, TrialState, read_outcome, read_trial
 from trainable.outcome import Outcome
 from trainable.pass_at_k import k_of, pass_at, per_question
 
 Origin = Literal["control", "point", "searcher", "ablation", "winner"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -374,3 +377,12 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
 
     promise = promises(study, arms)
     return max(found, key=lambda candidate: (promise[candidate.arm.name], candidate.difference))
+
+
+def forget_beginnings(config: StudyConfig) -> None:
+    """Beginnings that trials share are of use to trials that have yet to begin; of an earlier driver, too, that was killed before it was
+    here."""
+    try:
+        config.folder.remove(PREFIXES)
+    except OSError as error:  # the sweep has all that it is about
+        log.warning("%s/%s is of no use any more, and was not removed: %s", config.folder.uri, PREFIXES, error)

@@ -15,7 +15,6 @@ at first says `lineup.py`, what is asked before anything starts `preflight.py` a
 (`events.py`).
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from search.arms import (
     Arm,
     Candidate,
     as_far_as_it_goes,
+    forget_beginnings,
     planned,
     read_arms,
     trial_folder,
@@ -57,12 +57,10 @@ from search.store import (
 )
 from search.tracking import Tracker
 from spaces.config import ConfigError
-from trainable.disk.trial_folder import KILLED, PREFIXES, end_attempt
+from trainable.disk.trial_folder import KILLED, end_attempt
 
 if TYPE_CHECKING:
     from trainable.policy.embedded import Progress
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +181,7 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
     untold += tell_candidate(config, candidate)
     left = unfinished(config, arms)
     if not left:
-        _forget_beginnings(config)
+        forget_beginnings(config)
     return StudyResult(
         config=config,
         arms=tuple(arms),
@@ -193,15 +191,6 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
         interrupted=interruption.asked,
         untold=untold,
     )
-
-
-def _forget_beginnings(config: StudyConfig) -> None:
-    """They are of use to trials that have yet to begin; of an earlier driver, too, that was killed before it was
-    here."""
-    try:
-        config.folder.remove(PREFIXES)
-    except OSError as error:  # the sweep has all that it is about
-        log.warning("%s/%s is of no use any more, and was not removed: %s", config.folder.uri, PREFIXES, error)
 
 
 def _save_candidate(config: StudyConfig, arms: Sequence[Arm]) -> Candidate | None:

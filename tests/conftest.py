@@ -57,7 +57,10 @@ Tiny = Callable[..., TrialConfig]
 LONGEST = (
     "test_rollout_vllm.py",
     "test_survival.py",
+    "test_ray_ranks.py",
     "test_study.py",
+    "test_team.py",
+    "test_sharding.py",
     "test_engine_process.py",
     "test_claims.py",
     "test_mirror.py",
