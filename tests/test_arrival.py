@@ -83,6 +83,7 @@ SUMS: dict[str, Any] = {
     "grpo.filter_groups": "resample",
     "grpo.max_gen_batches": 3,
     "grpo.micro_batch_size": 9,
+    "grpo.micro_batch_tokens": None,  # where a workload has some
     "rollout.temperature": 1.1,
     "rollout.max_new_tokens": 9,
     "rollout.max_prompt_tokens": 40,
@@ -209,6 +210,7 @@ def test_every_key_is_given_here_and_no_value_is_the_default() -> None:
     for trial in TRIALS.values():
         config = read_config(unflatten(trial))
         switches = ("model.name", "task.name", "model.recipe", "task.options", "task.prompt", "task.chat")
+        switches = (*switches, "grpo.micro_batch_tokens")
         assert [key for key in trial if at(config, key) == at(plain, key) and key not in switches] == []
 
 
@@ -245,8 +247,9 @@ def test_the_settings_of_a_file_arrive(trial: str, tmp_path: Path) -> None:
     place.write_text(dump_yaml(settings))
     config = trial_config(None, place, None, [])
     assert_arrived(TRIALS[trial], [Arm(name="trial", origin="point", config=config)])
+    ranks = {key: value for key, value in TRIALS[trial].items() if key == "parallel.ranks"}  # of all arms, or of none
     for workload in WORKLOADS:
-        _, arms = arms_of(tmp_path, workload=workload, points=str(place))
+        _, arms = arms_of(tmp_path, workload=workload, points=str(place), overrides=as_overrides(ranks))
         assert_arrived(TRIALS[trial], [arm for arm in arms if arm.name == "mine"])
     searched = {"key": "collapse.mode", "domain": {"kind": "choice", "options": {"look": "monitor", "stop": "enforce"}}}
     given = {key: value for key, value in TRIALS[trial].items() if key != searched["key"]}
