@@ -379,9 +379,11 @@ def candidate_of(study: StudyConfig, arms: Sequence[Arm], named: str | None = No
     return max(found, key=lambda candidate: (promise[candidate.arm.name], candidate.difference))
 
 
-def forget_beginnings(config: StudyConfig) -> None:
-    """Beginnings that trials share are of use to trials that have yet to begin; of an earlier driver, too, that was killed before it was
-    here."""
+def forget_beginnings(config: StudyConfig, arms: Sequence[Arm]) -> None:
+    """Those that trials share, where no trial has yet to begin; of an earlier driver, too, that was killed before it
+    was here."""
+    if unfinished(config, arms):
+        return
     try:
         config.folder.remove(PREFIXES)
     except OSError as error:  # the sweep has all that it is about

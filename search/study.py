@@ -11,8 +11,7 @@
 A first run and a resumed one differ in the second line alone: both read the folder and run what is missing there. So a
 sweep can be killed at any moment; what lies where, and why that is enough, says `search/store.py`. Which arms there are
 at first says `lineup.py`, what is asked before anything starts `preflight.py` and `start.py`, how trials run
-`execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time drives a sweep, and tells a view of it
-(`events.py`).
+`execution.py`, what MLflow has yet to hear `mirror.py`. One process at a time drives a sweep and tells a view of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,14 +178,12 @@ def _advance(config: StudyConfig, view: View, interruption: Interruption) -> Stu
     arms = read_arms(config)
     candidate = _save_candidate(config, arms)
     untold += tell_candidate(config, candidate)
-    left = unfinished(config, arms)
-    if not left:
-        forget_beginnings(config)
+    forget_beginnings(config, arms)
     return StudyResult(
         config=config,
         arms=tuple(arms),
         candidate=candidate,
-        unfinished=left,
+        unfinished=unfinished(config, arms),
         budget_spent=budget.spent,
         interrupted=interruption.asked,
         untold=untold,
