@@ -172,7 +172,7 @@ def test_the_plain_folder_holds_the_clean_master_of_the_trial_bit_for_bit(make: 
 def test_wrapped_again_the_plain_folder_answers_every_question_as_the_trial_did(make: Make) -> None:
     exported = make()
     expected = exported.right
-    assert 20 < sum(expected) < 492
+    assert 10 < sum(expected) < len(expected) - 10, "some of each"
     assert answers(in_folder(exported.folder, exported.config), exported.config) == expected
     assert answers(in_folder(exported.folder, exported.config, scale_rule="ceil"), exported.config) != expected, (
         "the questions can tell"
