@@ -92,11 +92,11 @@ def test_a_wrong_way_through_the_model_is_refused(
 
 def test_our_own_packed_rows_must_agree(checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are always packed."""
-    real = trainable.forward.logps._mask_of_packed
+    sees = trainable.forward.logps.seen_in_packed
     monkeypatch.setattr(
         trainable.forward.logps,
-        "_mask_of_packed",
-        lambda policy, real_tokens, tokens, together: real(policy, real_tokens, tokens * together, 1),
+        "seen_in_packed",
+        lambda real, length, tokens: sees(real, length, real.shape[1]),  # completions see those before them
     )
     with pytest.raises(ConfigError, match="completions side by side is"):
         checked("qwen2", {})

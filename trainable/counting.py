@@ -11,6 +11,7 @@ held: a model of any size goes through its real code in seconds. Three things do
 Labels are for reading: a total does not hang on them. Not seen: what a kernel holds only while it runs.
 """
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,8 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._labels[id(storage)] = label
 
     def begin(self) -> None:
-        """Forget the peak and the work so far."""
+        """Forget the peak and the work so far, and what only waits for the collector of cycles."""
+        gc.collect()
         self._work.clear()
         self.peak, self.most = dict(self.alive), self.alive.total()
 
