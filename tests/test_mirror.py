@@ -293,6 +293,7 @@ def ended(config: StudyConfig) -> StudyConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_same_name_in_a_store_whose_folder_was_deleted_is_refused(
     tmp_path: Path, uri: str, name: str
 ) -> None:
@@ -309,6 +310,7 @@ def test_a_sweep_of_the_same_name_in_a_store_whose_folder_was_deleted_is_refused
     check_tracking(uri, f"{name}-2", second.owner)
 
 
+@pytest.mark.slow
 def test_of_two_stores_on_one_tracking_uri_the_second_sweep_of_a_name_is_refused(
     tmp_path: Path, uri: str, name: str
 ) -> None:
@@ -326,6 +328,7 @@ def test_of_two_stores_on_one_tracking_uri_the_second_sweep_of_a_name_is_refused
     assert everything(uri, name) == shown
 
 
+@pytest.mark.slow
 def test_a_start_that_is_refused_for_its_settings_leaves_its_name_free(tmp_path: Path, uri: str, name: str) -> None:
     wrong = study(tmp_path, name=name, tracking_uri=uri, points=("e13i-v3",), settings={"noise": {"layers": [7]}})
     with pytest.raises(ConfigError, match=r"noise\.layers"):
