@@ -2,8 +2,9 @@
 // torch is the definition: every bit here is the same there.
 //
 // Both are long chains, of which each operation waits for the one before. So four vectors go through them in step, a
-// `Four`, which is a sixth quicker than two. A product of 32 bits by 32 lies in a lane of 64, so the words of 8 counters do, in its lower half: what is left in
-// the upper one is not looked at by the next product, and the upper half of a product needs one shift.
+// `Four`, which is a sixth quicker than two. A product of 32 bits by 32 lies in a lane of 64, so the words of 8 counters
+// do, in its lower half: what is left in the upper one is not looked at by the next product, and the upper half of a
+// product needs one shift.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
