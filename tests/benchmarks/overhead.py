@@ -283,6 +283,10 @@ def main() -> None:
         "",
         f"`python -m tests.benchmarks.overhead`, {os.cpu_count()} cores, {platform.processor() or platform.machine()}.",
         "",
+        "The loop was measured with Philox's noise and shared beginnings, whose trials all have one seed; "
+        "the others, but for the last,",
+        "before the embedded model got heads of 32 and before tracking lost its queue on disk.",
+        "",
     ]
     lines += [line for part in ("loop", "memory", "cores", "footprint", "shared") for line in results.get(part, [])]
     (DOCS / "overhead.md").write_text("\n".join(lines) + "\n")
