@@ -75,8 +75,8 @@ def test_make_sets_up_what_it_needs_and_the_limit_of_coverage_is_that_of_the_run
     fresh = recipe("test", VENV="/nowhere/venv", CI="")
     assert "-m venv /nowhere/venv" in fresh
     assert "vllm" in fresh
-    assert "slipcover" not in fresh
+    assert "--cov" not in fresh
     counted = recipe("test", VENV="/nowhere/venv", CI="true")
-    assert "-m slipcover" in counted
-    assert "--fail-under" in counted
+    assert "--cov" in counted
+    assert "--cov-fail-under" in counted
     assert recipe("ui", VENV="/nowhere/venv").splitlines()[-1].split() == ["/nowhere/venv/bin/rin", "ui"], "the newest"

@@ -107,6 +107,8 @@ class Sweep:
     environment: dict[str, str] = field(default_factory=dict)
     strikes: int = FAULTS_PER_SWEEP
     """Of a fault that strikes several times in one run."""
+    latest: float = 5.0
+    """Seconds after the first sign of life by which its driver is struck."""
 
     @property
     def folder(self) -> Path:
@@ -187,7 +189,7 @@ def actors(running: subprocess.Popen[str]) -> list[psutil.Process]:
 def kill_driver(sweep: Sweep) -> None:
     running = sweep.start()
     sweep.wait_for_life(running)
-    time.sleep(sweep.draw.uniform(0, 6))
+    time.sleep(sweep.draw.uniform(0, sweep.latest))
     if running.poll() is None:
         os.kill(running.pid, signal.SIGKILL)
     running.wait()
@@ -201,7 +203,7 @@ def interrupt(*signals: int, group: bool = False) -> Callable[[Sweep], None]:
     def strike(sweep: Sweep) -> None:
         running = sweep.start()
         sweep.wait_for_life(running)
-        time.sleep(sweep.draw.uniform(0, 5))
+        time.sleep(sweep.draw.uniform(0, sweep.latest))
         _end(sweep, running, signals, os.killpg if group else os.kill)
 
     return strike
