@@ -3,8 +3,9 @@
 Tracking must never cost a trial. Ray's own callback logs each metric with a request of its own on the thread that
 drives every trial (1.8 s per report of 40 metrics), aborts the whole sweep when a trial fails in its set-up, opens a
 second run for each trial on resume, and leaves runs RUNNING after Ctrl-C. So here a `Tracker` only turns what happened
-into records, and the one thread of a `Delivery` applies them in order, one `log_batch` per report. A record that MLflow
-refuses, rather than misses, would block those behind it for good: it is dropped, with a warning.
+into records, and the one thread of a `Delivery` applies them in order. It lets reports gather for a moment: those of a
+trial go in one `log_batch`, which costs little more than one of them alone. A record that MLflow refuses, rather than
+misses, would block those behind it for good: it is dropped, with a warning.
 
 Telling twice has no effect: a run is looked up by its tag `trial_key` before it is created, MLflow ignores a metric
 that it has at the same step, time and value, files are overwritten, and traces have ids of ours.
@@ -13,7 +14,7 @@ that it has at the same step, time and value, files are overwritten, and traces 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,12 @@ from search.secrets import strip_password
 
 log = logging.getLogger(__name__)
 
-METRICS_PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
+PER_BATCH = 800  # MLflow takes 1000 of metrics, params and tags together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 BESIDE = {"file", "traces"}
 """Records for which later ones do not wait: artifacts may live elsewhere than the rest."""
+GATHER_SECONDS = 2.0
+"""That a record waits for others."""
 LONGEST_PAUSE = 30.0  # seconds between two attempts
 CLOSE_SECONDS = 30.0  # `close` waits this long for the next record to be delivered
 
@@ -80,9 +83,13 @@ class Delivery:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closing.is_set())
+            self._closing.wait(GATHER_SECONDS)
+            with self._changed:
                 records = list(self._queue)
             last = self._closing.is_set()
             left, trouble = self._send(records, self._note_delivery)
+            if left and not pause:
+                log.warning("%s does not take records: %s; they are told again later", self._receiver, trouble)
             with self._changed:
                 self._queue[: len(records)] = left
                 if last and (left or not self._queue):
@@ -90,8 +97,6 @@ class Delivery:
             if not left:
                 pause = 0.0
                 continue
-            if not pause:
-                log.warning("%s does not take records: %s; they are told again later", self._receiver, trouble)
             pause = min(max(2 * pause, 1.0), LONGEST_PAUSE)
             self._closing.wait(pause)
 
@@ -119,33 +124,37 @@ class MlflowWriter:
         """
         left: list[Record] = []
         trouble = ""
-        for index, record in enumerate(records):
-            if record["do"] in ("file", "told") and left:
-                left.append(record)
+        groups = _together(records)
+        for index, group in enumerate(groups):
+            what = group[0]["do"]
+            if what in ("file", "told") and left:
+                left += group
                 continue
             try:
-                self._apply(record)
+                self._apply(group)
                 note_delivery()
             except Exception as error:  # the network, the server, its database and its disk can fail in any way
                 reason = strip_password(f"{type(error).__name__}: {error}".splitlines()[0])
-                if record["do"] == "traces" and completions.no_traces_here(error):
+                if what == "traces" and completions.no_traces_here(error):
                     log.warning("MLflow there takes no traces; completions lie in samples.json of each run: %s", reason)
                     self._traces = False
                     continue
                 if self._is_refusal(error):
-                    log.warning("MLflow refuses a record of %s: %s", record["key"], reason)
+                    if len(group) > 1:  # one of them is at fault
+                        groups[index + 1 : index + 1] = [[record] for record in group]
+                    else:
+                        log.warning("MLflow refuses a record of %s: %s", group[0]["key"], reason)
                     continue
                 trouble = reason
-                if record["do"] not in BESIDE:
-                    return left + list(records[index:]), trouble
-                left.append(record)
+                if what not in BESIDE:
+                    return left + [record for later in groups[index:] for record in later], trouble
+                left += group
         return left, trouble
 
-    def _apply(self, record: Record) -> None:
+    def _apply(self, group: Sequence[Record]) -> None:
         if self._mlflow is None:
             self._mlflow = client(self._uri)
-        from mlflow.entities import Metric, Param, RunTag
-
+        record = group[0]
         if record["do"] == "model":
             number = self._experiment(record["experiment"])
             return logged_model.deliver(self._mlflow, number, self._owner.id, record, partial(self._known_run, number))
@@ -160,17 +169,28 @@ class MlflowWriter:
                     completions.deliver(self._uri, number, run_id, trial, record["traces"])
             case "end":
                 mlflow.set_terminated(run_id, record["status"], record["time"])
-            case "open" | "log" | "told" as what:
-                if what == "open":
-                    mlflow.update_run(run_id, status="RUNNING")
-                numbers: Mapping[str, float] = record.get("metrics", {})
-                metrics = [Metric(name, value, record["time"], record["step"]) for name, value in numbers.items()]
-                params = [Param(*item) for item in record.get("params", {}).items()]
-                tags = [RunTag(*item) for item in record.get("tags", {}).items()]
-                for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
-                    mlflow.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-                few = metrics[:METRICS_PER_BATCH]
-                mlflow.log_batch(run_id, metrics=few, params=params, tags=tags)  # it splits params into hundreds
+            case "open":
+                mlflow.update_run(run_id, status="RUNNING")
+                self._log(run_id, group)
+            case "log" | "told":
+                self._log(run_id, group)
+
+    def _log(self, run_id: str, group: Sequence[Record]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics = [
+            Metric(name, value, record["time"], record["step"])
+            for record in group
+            for name, value in record.get("metrics", {}).items()
+        ]
+        params = [Param(*item) for record in group for item in record.get("params", {}).items()]
+        tags: dict[str, str] = {}
+        for record in group:
+            tags |= record.get("tags", {})  # the later counts
+        for start in range(PER_BATCH, len(metrics), PER_BATCH):
+            self._mlflow.log_batch(run_id, metrics=metrics[start : start + PER_BATCH])
+        said = [RunTag(*item) for item in tags.items()]
+        self._mlflow.log_batch(run_id, metrics=metrics[:PER_BATCH], params=params, tags=said)  # params by the hundred
 
     def _run_id(self, record: Record) -> str:
         """The run of this trial: known, found by its tag (opened before a restart or a crash), or new."""
@@ -199,3 +219,22 @@ class MlflowWriter:
         """MLflow's own word. A proxy in front of it says "bad request" too, but as plain text."""
         own_word = type(error).__name__ == "RestException" or not self._uri.startswith("http")
         return own_word and getattr(error, "error_code", "") in REFUSALS
+
+
+def _together(records: Sequence[Record]) -> list[list[Record]]:
+    """In order: what is logged of a run with nothing else of it in between, as far as it fits in one batch, and
+    everything else by itself."""
+    groups: list[list[Record]] = []
+    growing: dict[str, list[Record]] = {}
+    for record in records:
+        group = growing.get(record["key"], [])
+        if record["do"] == "log" and group and sum(map(_size, [*group, record])) <= PER_BATCH:
+            group.append(record)
+            continue
+        groups.append([record])
+        growing[record["key"]] = groups[-1] if record["do"] == "log" else []
+    return groups
+
+
+def _size(record: Record) -> int:
+    return sum(len(record.get(part, ())) for part in ("metrics", "params", "tags"))

@@ -2,6 +2,7 @@
 other."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 def on_ray(config: StudyConfig, arms: Sequence[Arm], view: View, progress: "Progress | None") -> Iterator[Interruption]:
     """With Ray, and with all that trials build once; one starts beside the other. Raises ConfigError."""
     trials = [arm.config for arm in arms]
-    with built_beside(config, trials, progress) as built:
-        check_tracking(config.tracking_uri, config.name, config.owner)
+    with built_beside(config, trials, progress) as built, ThreadPoolExecutor(1) as beside:
+        tracking = beside.submit(check_tracking, config.tracking_uri, config.name, config.owner)
         if lacks_a_base(trials):
+            tracking.result()
             built()
         view(StudyEvent(study=config, doing=RAY_STARTS))
         with interruptible(waiting(config, view)) as interruption, sweep_ray(config):
             with interruption.passed_on(_leave):
+                tracking.result()
                 built()
             yield interruption
 

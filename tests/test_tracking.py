@@ -591,6 +591,7 @@ def test_records_are_tried_again_in_order_with_one_complaint(
         delivery.put({"n": n})
     eventually(lambda: received == [0, 1, 2])
     assert delivery.close() == 0
+    assert attempts[:5] == [3] * 5, "they gather before the first attempt, too"
     assert len(caplog.messages) == 1
     assert "the receiver does not take records: it is down" in caplog.text
 
@@ -647,6 +648,19 @@ def test_a_refused_record_is_told_of_and_does_not_block(sweep: Sweep, caplog: py
     assert f"MLflow refuses a record of {sweep.config.name}/c03/2" in caplog.text
 
 
+def test_of_reports_that_are_told_together_only_the_refused_one_is_lost(
+    sweep: Sweep, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep.begin()
+    sweep.step(reward=0.1)
+    sweep.step(reward=0.2, **{"§": 1.0})  # no name for a metric
+    sweep.step(reward=0.3)
+    assert sweep.tracker.close() == 0
+    assert points(sweep.uri, sweep.shown(), "grpo/reward") == [(0, 0.1), (2, 0.3)]
+    (line,) = [message for message in caplog.messages if "refuses" in message]
+    assert "grpo/\\u00a7" in line
+
+
 def test_a_proxy_that_knows_no_mlflow_is_an_outage_not_a_refusal(
     experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -674,14 +688,15 @@ def test_after_one_file_fails_no_file_is_tried_in_that_round_and_the_trial_is_no
 ) -> None:
     tried = []
 
-    def apply(self: Any, record: dict[str, Any]) -> None:
+    def apply(self: Any, group: list[dict[str, Any]]) -> None:
+        (record,) = group
         tried.append(record["n"])
         if record["do"] == "file":
             raise TimeoutError("the artifact store hangs")
 
     monkeypatch.setattr(MlflowWriter, "_apply", apply)
     order = ["file", "log", "file", "log", "end", "told"]
-    records = [{"do": what, "n": number} for number, what in enumerate(order)]
+    records = [{"do": what, "key": "a trial", "n": number} for number, what in enumerate(order)]
     left, trouble = MlflowWriter("http://host", SOMEBODY).send(records, lambda: None)
     assert ([record["n"] for record in left], tried) == ([0, 2, 5], [0, 1, 3, 4])
     assert trouble == "TimeoutError: the artifact store hangs"
