@@ -1,7 +1,7 @@
 """What the sweep itself costs: beside a plain loop over the same trials, and in memory over many trials.
 
     python -m tests.benchmarks.overhead               all, about 20 minutes on two quiet cores; writes docs/overhead.md
-    python -m tests.benchmarks.overhead loop          16 embedded trials, two at a time: sweep against two plain loops
+    python -m tests.benchmarks.overhead loop          16 embedded trials, of one seed and of 16: sweep against two loops
     python -m tests.benchmarks.overhead memory        1,000 trials of `tiny`: the driver's memory
     python -m tests.benchmarks.overhead cores         16 embedded trials on one core and on two
     python -m tests.benchmarks.overhead footprint     the default sweep: memory of all its processes together
@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from search import delivery, tracking
-from search.arms import read_arms, trial_config
+from search.arms import planned, read_arms, trial_config
 from search.lineup import base_tree
 from search.store import StudyConfig, default_tracking_uri
 from search.study import run_study
@@ -84,10 +84,10 @@ def _measured(meter: _Meter) -> None:
     delivery.MlflowWriter.send = sending  # type: ignore[assignment,method-assign]
 
 
-def _sweep(store: str, trials: int, settings: dict[str, Any], workload: str) -> None:
+def _sweep(store: str, changes: dict[str, Any]) -> None:
     meter = _Meter()
     _measured(meter)
-    result = run_study(study(Path(store), trials=trials, workload=workload, settings=settings), lambda event: None)
+    result = run_study(study(Path(store), **changes), lambda event: None)
     assert result.unfinished == 0
     (Path(store) / "mlflow.json").write_text(json.dumps([meter.waiting, meter.delivering]))
 
@@ -111,32 +111,45 @@ def _timed(*processes: Any) -> float:
 
 
 def loop(trials: int, rounds: int, workload: str) -> list[str]:
-    ratios, shares = [], []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as store:
-            sweep = _timed(SPAWN.Process(target=_sweep, args=(store, trials, {}, workload)))
-            config = study(Path(store), trials=trials, workload=workload)
-            configs = [trial_config(config, arm, 0) for arm in read_arms(config)]
-            plain = _timed(*(SPAWN.Process(target=_loop, args=(configs[half::2],)) for half in range(2)))
-            waiting, delivering = json.loads((Path(store) / "mlflow.json").read_text())
-        ratios.append(sweep / plain)
-        shares.append((waiting / sweep, delivering / (2 * sweep)))
-        told = f"sweep {sweep:.1f} s, plain loops {plain:.1f} s, ratio {sweep / plain:.3f}"
-        print(f"{told}, MLflow {waiting:.2f} s and {delivering:.2f} s", flush=True)
-    listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    """Of one seed, whose trials share their beginning; of as many seeds, where nothing is shared."""
+    kinds = {
+        "with one seed": {"trials": trials, "workload": workload},
+        "with a seed each": {"trials": 1, "replicates": trials, "workload": workload},
+    }
+    lines, shares = [], []
+    for kind, changes in kinds.items():
+        ratios = []
+        for _ in range(rounds):
+            sweep, plain, waiting, delivering = _round(changes)
+            ratios.append(sweep / plain)
+            shares.append((waiting / sweep, delivering / (2 * sweep)))
+            told = f"{kind}: sweep {sweep:.1f} s, plain loops {plain:.1f} s, ratio {sweep / plain:.3f}"
+            print(f"{told}, MLflow {waiting:.2f} s and {delivering:.2f} s", flush=True)
+        listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        lines += [
+            f"- {trials} {workload} trials {kind}, two at a time: the sweep takes {listed} times as long as two plain",
+            f"  loops over the same trials (last round: {sweep:.0f} s against {plain:.0f} s).",
+        ]
     waits, delivers = (100 * max(column) for column in zip(*shares, strict=True))
     return [
-        (
-            f"- {trials} {workload} trials, two at a time: "
-            f"the sweep takes {listed} times as long as two plain loops over the same"
-        ),
-        f"  trials (last round: {sweep:.0f} s against {plain:.0f} s).",
+        *lines,
         (
             f"- MLflow's part of it: the thread that drives the trials waits {waits:.2f} % of the time for tracking; "
             "the thread that"
         ),
         f"  delivers takes {delivers:.2f} % of the two cores.",
     ]
+
+
+def _round(changes: dict[str, Any]) -> tuple[float, float, float, float]:
+    """Seconds of the sweep and of the plain loops; of the sweep, those of tracking."""
+    with tempfile.TemporaryDirectory() as store:
+        sweep = _timed(SPAWN.Process(target=_sweep, args=(store, changes)))
+        config = study(Path(store), **changes)
+        configs = [trial_config(config, arm, n) for arm in read_arms(config) for n in planned(config, arm)]
+        plain = _timed(*(SPAWN.Process(target=_loop, args=(configs[half::2],)) for half in range(2)))
+        waiting, delivering = json.loads((Path(store) / "mlflow.json").read_text())
+    return sweep, plain, waiting, delivering
 
 
 # --- memory over many trials ------------------------------------------------------------------------------------------
@@ -146,7 +159,8 @@ def memory(trials: int) -> list[str]:
     settings = {"grpo": {"steps": 1}, "eval": {"questions": 8, "every": 0}, "task": {"digits": 1}}
     samples: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as store:
-        driver = SPAWN.Process(target=_sweep, args=(store, trials, settings, "tiny"))
+        changes = {"trials": trials, "workload": "tiny", "settings": settings}
+        driver = SPAWN.Process(target=_sweep, args=(store, changes))
         started = time.perf_counter()
         driver.start()
         assert driver.pid is not None
@@ -202,7 +216,7 @@ def footprint(trials: int) -> list[str]:
     """Of the default sweep: proportional set size, so that what processes share counts once."""
     peak, processes, running = 0.0, 0, threading.Event()
     with tempfile.TemporaryDirectory() as store:
-        driver = SPAWN.Process(target=_sweep, args=(store, trials, {}, "embedded"))
+        driver = SPAWN.Process(target=_sweep, args=(store, {"trials": trials, "workload": "embedded"}))
         driver.start()
         assert driver.pid is not None
         root = psutil.Process(driver.pid)
@@ -283,9 +297,9 @@ def main() -> None:
         "",
         f"`python -m tests.benchmarks.overhead`, {os.cpu_count()} cores, {platform.processor() or platform.machine()}.",
         "",
-        "The loop was measured with Philox's noise and shared beginnings, whose trials all have one seed; "
-        "the others, but for the last,",
-        "before the embedded model got heads of 32 and before tracking lost its queue on disk.",
+        "Memory, cores and the default sweep were measured before the embedded model got heads of 32 and before "
+        "tracking lost its",
+        "queue on disk.",
         "",
     ]
     lines += [line for part in ("loop", "memory", "cores", "footprint", "shared") for line in results.get(part, [])]
