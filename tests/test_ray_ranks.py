@@ -15,8 +15,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from search.arms import read_arms
+from search.store import load_study_config
+from search.store import ranks_of as ranks_of_trials
 from spaces.reading import as_tree, merge, read_config
 from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
+from tests.benchmarks import faults
+from tests.benchmarks.faults import Sweep, Tally
 from trainable.disk.folder import Folder
 from trainable.disk.trial_folder import STOPPED_FILE, read_attempts, read_outcome, read_reports
 from trainable.failure import TrialFailed
@@ -173,3 +178,30 @@ def test_the_other_ranks_end_with_the_process_of_their_trial(bundles: PlacementG
     (trial,) = [process for process in below if "RinTrainable" in "".join(process.cmdline())]
     trial.kill()
     wait_for(lambda: not ranks_of(os.getpid()))
+
+
+# In a sweep
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_ranks_whose_rank_is_killed_ends_with_the_undisturbed_numbers(tmp_path: Path) -> None:
+    """Tune tries the trial again, in bundles that are free again; where it ran stands in its configuration."""
+    sweep = Sweep(
+        "ranks",
+        tmp_path,
+        None,  # type: ignore[arg-type]
+        Tally(),
+        more=("--set", "parallel.ranks=2", "--set", "grpo.steps=24", "--trials", "1"),
+    )
+    running = sweep.start()
+    wait_for(lambda: list(sweep.folder.glob("trials/*/checkpoint-*")) or running.poll() is not None, 240)
+    for rank in ranks_of(running.pid):
+        rank.kill()
+    assert running.wait(240) == 0, (tmp_path / "ranks.log").read_text()[-2000:]
+    attempts = [read_attempts(Folder(str(trial))) for trial in (sweep.folder / "trials").iterdir()]
+    assert [attempt.ended for trial in attempts for attempt in trial] == ["ranks", "outcome"]
+    study = load_study_config(str(tmp_path), "ranks")
+    assert ranks_of_trials(study) == 2, "for a resume, too"
+    for arm in read_arms(study):
+        assert arm.config.parallel.ranks == 2
+        assert not faults._differences(sweep, study, arm, None)
