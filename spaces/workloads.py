@@ -97,7 +97,7 @@ WORKLOADS: dict[str, Workload] = {
                 "group_size": 4,
                 "learning_rate": 1e-5,
                 "updates_per_step": 2,
-                "micro_batch_size": 8,
+                "micro_batch_tokens": 1088,
             },
             "rollout": {"max_new_tokens": 8, "max_prompt_tokens": 256, "batch_size": 64},
             "noise": {"num_stages": 5},

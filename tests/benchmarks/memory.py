@@ -24,8 +24,15 @@ from spaces.workloads import TRIAL_ENVIRONMENT, WORKLOADS
 from tests.benchmarks.growth import _forget_the_peak, _gib
 
 BEFORE = "94a1bd9~1"
-"""The last commit that had all logits at once."""
-WAYS: tuple[tuple[str, ...], ...] = ((), ("grpo.micro_batch_tokens=1088",), ("grpo.checkpoint_activations=true",))
+"""The last commit that had all logits at once; the workload asked for 8 rows a micro-batch then."""
+ROWS = "grpo.micro_batch_size"
+WAYS_BEFORE: tuple[tuple[str, ...], ...] = ((f"{ROWS}=8",), (f"{ROWS}=4",))
+"""The workload's own then, and one that lets half as many rows meet."""
+WAYS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("grpo.micro_batch_tokens=null", f"{ROWS}=8"),
+    ("grpo.checkpoint_activations=true",),
+)
 HERE = Path(__file__).parents[2]
 GROUP, PROMPT_TOKENS, TOKENS = 4, 16, 256
 
@@ -115,9 +122,9 @@ def step_memory() -> list[str]:
                 "|" + "---|" * 6,
             ]
             for adapter in ("full", "lora"):
-                first = measured(before, adapter, 8)
-                rows = [("before", first)]
-                rows += [(" ".join(ways) or "now", measured(HERE, adapter, 8, *ways)) for ways in WAYS]
+                rows = [(" ".join(["before", *ways]), measured(before, adapter, 8, *ways)) for ways in WAYS_BEFORE]
+                rows += [(" ".join(["now", *ways]), measured(HERE, adapter, 8, *ways)) for ways in WAYS]
+                first = rows[0][1]
                 for name, found in rows:
                     memory, time_used = found["gib"] / first["gib"], found["processors"] / first["processors"]
                     lines.append(
