@@ -87,7 +87,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines.append(
         f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} "
         f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
-        + (f"; {ledger.saved:.2f} more saved by beginnings that trials share" if ledger.saved else "")
+        + (f"; {ledger.saved:.2g} more saved by beginnings that trials share" if ledger.saved else "")
     )
     if report.candidate is not None and report.config.kind == "sweep":
         arm = report.candidate.arm
