@@ -85,15 +85,21 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines += [_importance(item) for item in report.importance if item.importance is not None]
     lines += report.failed
     lines.append(
-        f"{ledger.hours:.2f} {ledger.unit}: {ledger.collapsed:.2f} in trials that collapsed, {ledger.repeated:.2f} "
-        f"repeated after faults, {ledger.filtered:.2f} generating groups that the filter threw away"
-        + (f"; {ledger.saved:.2g} more saved by beginnings that trials share" if ledger.saved else "")
+        f"{_hours(ledger.hours)} {ledger.unit}: {_hours(ledger.collapsed)} in trials that collapsed, "
+        f"{_hours(ledger.repeated)} repeated after faults, {_hours(ledger.filtered)} generating groups that the filter "
+        "threw away"
+        + (f"; {_hours(ledger.saved)} more saved by beginnings that trials share" if ledger.saved else "")
     )
     if report.candidate is not None and report.config.kind == "sweep":
         arm = report.candidate.arm
         lines.append(f"candidate: {arm}. Is it a finding? {confirm_command(report.config, arm, where)}")
         lines += filter(None, [in_its_place(report.config)])
     return lines
+
+
+def _hours(number: float) -> str:
+    """Example: 0.004; 0.13; 0 where there were none."""
+    return f"{number:.2f}" if number >= 0.01 else f"{number:.1g}"
 
 
 def _candidates_before(report: StudyReport) -> Iterator[str]:
