@@ -265,6 +265,17 @@ def test_dose_start_and_hours_are_means_and_sums_of_the_files(tmp_path: Path) ->
     assert report.ledger.hours == pytest.approx(1.2 + 2 / 60)
 
 
+def test_small_shares_of_hours_are_told_with_a_digit_that_counts(tmp_path: Path) -> None:
+    config = study(tmp_path, trials=2, replicates=1)
+    arms = [make_arm(config, "control"), make_arm(config, "c01")]
+    write_sweep(config, arms, {"control": CONTROL[:1]})
+    shared = {"trial": "control-0", "steps": 3, "seconds": 14.0}
+    write_trial(config, arms[1], 0, outcome(arms[1], 0, 300), attempts=[attempt(0, 1800, shared=shared)])
+    (line,) = [line for line in report_lines(report_study(config)) if "repeated after faults" in line]
+    assert line.startswith("0.52 trial-slot hours: 0 in trials that collapsed, 0 repeated")
+    assert line.endswith("0.004 more saved by beginnings that trials share")
+
+
 # The candidate
 
 
