@@ -87,8 +87,7 @@ def report_lines(report: StudyReport, where: str = "") -> list[str]:
     lines.append(
         f"{_hours(ledger.hours)} {ledger.unit}: {_hours(ledger.collapsed)} in trials that collapsed, "
         f"{_hours(ledger.repeated)} repeated after faults, {_hours(ledger.filtered)} generating groups that the filter "
-        "threw away"
-        + (f"; {_hours(ledger.saved)} more saved by beginnings that trials share" if ledger.saved else "")
+        "threw away" + (f"; {_hours(ledger.saved)} more saved by beginnings that trials share" if ledger.saved else "")
     )
     if report.candidate is not None and report.config.kind == "sweep":
         arm = report.candidate.arm

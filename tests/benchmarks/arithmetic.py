@@ -116,10 +116,11 @@ def quant_linear() -> list[str]:
 
 
 def noise() -> list[str]:
-    """A noisy MXFP4 weight of 1536 x 8960: by torch.randn (which draws on one core), then added, cast and quantised,
-    as it was until Philox; and in one pass. The last column is a stage's first step, whose receipt was a second draw
-    and is counted in the same pass now. They took turns, the ratios are those of each turn."""
     lines = [
+        "A noisy MXFP4 weight of 1536 x 8960: by torch.randn (which draws on one core), then added, cast and "
+        "quantised, as it was until Philox; and in one pass. The last column is a stage's first step, whose receipt "
+        "was a second draw and is counted in the same pass now. They took turns, the ratios are those of each turn.",
+        "",
         "| dtype, threads | before ms | now ms | times faster | with the receipt, times faster |",
         "|---|---|---|---|---|",
     ]

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from spaces.workloads import TRIAL_ENVIRONMENT
 from tests.benchmarks.timing import seconds, spread
@@ -86,18 +88,18 @@ def main() -> None:
             sys.executable, [sys.executable, "-m", "tests.benchmarks.bench", *chosen], os.environ | TRIAL_ENVIRONMENT
         )
     kept = DOCS / "benchmarks.json"
-    results: dict[str, list[str]] = json.loads(kept.read_text()) if kept.exists() else {}
+    results: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {date.today()}"
     for name in chosen:
         title, part = PARTS[name]
         print(title, flush=True)
-        results[name] = part()
-        print("\n".join(results[name]), flush=True)
+        results[name] = {"lines": part(), "made": machine}
+        print("\n".join(results[name]["lines"]), flush=True)
         kept.write_text(json.dumps(results, indent=1))
-    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    page = ["# Benchmarks", "", f"Made by `make bench` on {machine}.", ""]
+    page = ["# Benchmarks", "", "Made by `make bench`, part by part; below each stands where and when.", ""]
     for name, (title, _) in PARTS.items():
         if name in results:
-            page += [f"## {title}", "", *results[name], ""]
+            page += [f"## {title}", "", *results[name]["lines"], "", f"({results[name]['made']})", ""]
     (DOCS / "benchmarks.md").write_text("\n".join(page), encoding="utf-8")
 
 
