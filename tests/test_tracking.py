@@ -576,6 +576,7 @@ def test_records_are_tried_again_in_order_with_one_complaint(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("search.delivery.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("search.delivery.GATHER_SECONDS", 0.2)
     attempts: list[int] = []
     received: list[int] = []
 
@@ -592,8 +593,8 @@ def test_records_are_tried_again_in_order_with_one_complaint(
     eventually(lambda: received == [0, 1, 2])
     assert delivery.close() == 0
     assert attempts[:5] == [3] * 5, "they gather before the first attempt, too"
-    assert len(caplog.messages) == 1
-    assert "the receiver does not take records: it is down" in caplog.text
+    (line,) = [message for message in caplog.messages if "the receiver" in message]
+    assert "does not take records: it is down" in line
 
 
 def test_after_a_close_delivery_goes_on_with_the_next_record() -> None:
