@@ -193,6 +193,6 @@ def _passes(settings: Mapping[str, Any]) -> str:
 
 # Of every trial's process: glibc gives large freed tensors back to the kernel and takes them anew, page fault by page
 # fault; large eager ops run 3 to 8 times faster without. The price is gaps in the heap: an update of SmolLM2-135M peaks
-# at 3.3 GiB above the loaded model with an adapter, at 4.0 without one; where tensors from 1 MiB on are given back at
-# once at 2.6 without one, in a fifth more time, and under jemalloc at 1.1 and 2.6, in a third and a tenth more.
+# at 4.0 GiB above the loaded model, and at 2.6 with tensors from 1 MiB on given back at once (a quarter more time) or
+# under jemalloc (an eighth more); with an adapter at 3.3, at 1.1 under a jemalloc that keeps nothing (a third more).
 TRIAL_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
